@@ -1,0 +1,50 @@
+"""Recipes checked against what this installation knows: its methods and its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergecli import methods, recipe
+from mergecli.recipe import Problem, Recipe
+
+
+def read_recipe(path: str | Path, changes: Sequence[str] = (), method: str | None = None) -> Recipe:
+    """The recipe in the file, with every problem of form, method, settings and tasks in one error."""
+    return recipe.read(Path(path), changes, method, (_method_problems, _task_problems))
+
+
+def recipe_from(
+    base: str | Path | None,
+    tuned: Mapping[str, str | Path],
+    changes: Sequence[str] = (),
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **others: Any,
+) -> Recipe:
+    """The recipe that a command line or a call without a file means; the same checks."""
+    values: dict[str, Any] = {"tuned": {name: str(source) for name, source in tuned.items()}, **others}
+    if base is not None:
+        values["base"] = str(base)
+    if method is not None:
+        values["method"] = {"name": method, **(settings or {})}
+    return recipe.build(values, changes=changes, checks=(_method_problems, _task_problems))
+
+
+def _method_problems(each: Recipe) -> Iterable[Problem]:
+    if each.method is not None:
+        tasks = len(each.tuned) or None
+        found = methods.problems(each.method, each.settings, tasks)
+        return [Problem(f"method.{key}", what) for key, what in found]
+    return []
+
+
+def _task_problems(each: Recipe) -> Iterable[Problem]:
+    from mergecli.clip import tasks
+
+    found: list[Problem] = []
+    for line in tasks.problems(each):
+        key, _, what = line.removeprefix("`").partition("`: ")
+        found.append(Problem(key, what))
+    return found

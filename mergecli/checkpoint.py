@@ -1,0 +1,305 @@
+"""Checkpoints on disk as named tensors, read lazily: one file, shards with an index, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mergecli.errors import InputError, listed, quoted
+from mergecli.output import DTYPE_BYTES, FLOATS, TORCH_NAMES, entry_count
+
+if TYPE_CHECKING:
+    import xxhash
+    from torch import Tensor
+
+TASK_VECTOR = "task vector"
+"""The `kind` in the metadata of a file that holds differences to a base, not weights."""
+
+MAX_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors format."""
+
+VISION = "vision_model."
+_FLAT_MARKS = ("embeddings.class_embedding", "pre_layrnorm.weight")
+_WHOLE_CLIP_MARKS = (
+    "vision_model.embeddings.class_embedding",
+    "text_model.embeddings.token_embedding.weight",
+)
+_BUFFERS = ("embeddings.position_ids",)
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies: `start` is its first byte in file number `file`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: int
+    start: int
+
+    @property
+    def count(self) -> int:
+        """Number of entries of the tensor."""
+        return entry_count(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the tensor is merged; others must be equal in all models."""
+        return self.dtype in FLOATS
+
+
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """Name in the file -> our name: a CLIP vision tower's keys always begin with `vision_model.`, and the
+    `position_ids` buffers that old versions of transformers saved are left out."""
+    kept = [name for name in names if not name.endswith(_BUFFERS)]
+    flat = all(mark in kept for mark in _FLAT_MARKS)
+    return {name: VISION + name if flat else name for name in kept}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Named tensors on disk; nothing is held in memory but the header.
+
+    `entries` are sorted by name. The files stay open until `close`, so that replacing or deleting them
+    meanwhile does no harm.
+    """
+
+    path: Path
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    files: tuple[Path, ...]
+    descriptors: tuple[int, ...]
+    hashes: _Hashes
+
+    @property
+    def is_task_vector(self) -> bool:
+        """Whether the file says that it holds differences to a base."""
+        return self.metadata.get("kind") == TASK_VECTOR
+
+    @property
+    def is_whole_clip(self) -> bool:
+        """Whether a CLIP's text tower is in it too."""
+        return all(mark in self.entries for mark in _WHOLE_CLIP_MARKS)
+
+    @property
+    def parameters(self) -> int:
+        """Number of entries of all tensors together."""
+        return sum(entry.count for entry in self.entries.values())
+
+    def vision(self) -> Checkpoint:
+        """The vision tower of a whole CLIP; anything else unchanged."""
+        if not self.is_whole_clip:
+            return self
+        kept = {name: entry for name, entry in self.entries.items() if name.startswith(VISION)}
+        return replace(self, entries=kept, hashes=_Hashes())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in its own dtype and shape."""
+        return self.read_entries(name, 0, self.entries[name].count).view(self.entries[name].shape)
+
+    def read_entries(self, name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
+        """(stop - start,) entries of the flattened tensor in its own dtype; read into `into` if that is given."""
+        import torch
+
+        entry = self.entries[name]
+        if into is None:
+            into = torch.empty(stop - start, dtype=getattr(torch, TORCH_NAMES[entry.dtype]))
+        if stop > start:
+            buffer = memoryview(into.view(torch.uint8).numpy())
+            self._read_bytes(entry, start * DTYPE_BYTES[entry.dtype], buffer)
+            self.hashes.feed(name, start * DTYPE_BYTES[entry.dtype], buffer)
+        return into
+
+    def _read_bytes(self, entry: Entry, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            try:
+                got = os.preadv(self.descriptors[entry.file], [buffer[done:]], entry.start + offset + done)
+            except OSError as error:
+                raise InputError(f"{self.files[entry.file]}: cannot read: {error.strerror}") from error
+            if not got:
+                raise InputError(f"{self.files[entry.file]}: was cut short while it was being read")
+            done += got
+
+    def digest(self) -> str:
+        """`xxh3:` and 32 hex digits that depend on names, dtypes, shapes and bytes of the tensors only.
+
+        The same for one file, shards or a folder, whatever the metadata. Tensors that were read from first to
+        last entry have been hashed on the way; only the others are read now.
+        """
+        lines: list[str] = []
+        for name in sorted(self.entries):
+            entry = self.entries[name]
+            size = entry.count * DTYPE_BYTES[entry.dtype]
+            at = self.hashes.position(name)
+            while at < size:
+                buffer = memoryview(bytearray(min(size - at, 1 << 20)))
+                self._read_bytes(entry, at, buffer)
+                self.hashes.feed(name, at, buffer)
+                at += len(buffer)
+            lines.append(f"{name} {entry.dtype} {list(entry.shape)} {self.hashes.hex(name)}\n")
+        return "xxh3:" + hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+
+    def close(self) -> None:
+        """Closes the files."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Hashes:
+    """One running hash a tensor, fed with its bytes while they are read in order."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, tuple[int, xxhash.xxh3_128]] = {}
+
+    def position(self, name: str) -> int:
+        return self._running[name][0] if name in self._running else 0
+
+    def feed(self, name: str, offset: int, buffer: memoryview) -> None:
+        import xxhash
+
+        at, state = self._running.get(name, (0, None))
+        if offset <= at < offset + len(buffer):
+            state = state or xxhash.xxh3_128()
+            state.update(buffer[at - offset :])
+            self._running[name] = (offset + len(buffer), state)
+
+    def hex(self, name: str) -> str:
+        import xxhash
+
+        return self._running[name][1].hexdigest() if name in self._running else xxhash.xxh3_128().hexdigest()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`: a `.safetensors` file, a `.safetensors.index.json`, or a folder with either.
+
+    Raises:
+        InputError: it is missing, not safetensors, damaged, or has two tensors of one name.
+    """
+    files = _files(path)
+    raw: dict[str, Entry] = {}
+    metadata: dict[str, str] = {}
+    descriptors: list[int] = []
+    try:
+        for number, file in enumerate(files):
+            try:
+                descriptors.append(os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
+            except OSError as error:
+                raise InputError(f"{file}: cannot open: {(error.strerror or '').lower()}") from error
+            tensors, about = _read_header(file, descriptors[-1])
+            metadata.update(about)
+            twice = sorted(raw.keys() & tensors.keys())
+            if twice:
+                raise InputError(f"{path}: {quoted(twice)} stand in more than one shard")
+            raw.update(
+                {name: Entry(dtype, shape, number, start) for name, (dtype, shape, start) in tensors.items()}
+            )
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+    names = canonical_names(raw)
+    entries = {ours: raw[theirs] for theirs, ours in sorted(names.items(), key=lambda pair: pair[1])}
+    return Checkpoint(path, entries, metadata, tuple(files), tuple(descriptors), _Hashes())
+
+
+def _files(path: Path) -> list[Path]:
+    """The safetensors files that a path stands for."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_dir():
+        whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+        if whole.exists():
+            return [whole]
+        if index.exists():
+            return _files(index)
+        alone = sorted(path.glob("*.safetensors"))
+        if (path / "adapter_config.json").exists():
+            raise InputError(
+                f"{path}: is an adapter, not a checkpoint",
+                "merge it into its base with peft (`merge_and_unload`) and save that as safetensors",
+            )
+        if len(alone) == 1:
+            return alone
+        if alone:
+            raise InputError(
+                f"{path}: has {len(alone)} safetensors files and no `{index.name}`", "name one of them"
+            )
+        if list(path.glob("*.bin")) or list(path.glob("*.pt")):
+            raise InputError(f"{path}: has only pickled weights, which mergecli never opens", _PICKLE_HINT)
+        raise InputError(f"{path}: has no `model.safetensors`")
+    if path.name.endswith(".index.json"):
+        try:
+            shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{path}: is not an index of shards: no readable `weight_map`") from error
+        missing = [shard for shard in shards if not (path.parent / shard).exists()]
+        if missing:
+            raise InputError(f"{path}: shards are missing:\n{listed(missing)}")
+        return [path.parent / shard for shard in shards]
+    return [path]
+
+
+_PICKLE_HINT = "a pickle may run any code when opened: ask its author for safetensors"
+
+
+def _read_header(
+    file: Path, descriptor: int
+) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, str]]:
+    """Tensors (dtype, shape, first byte in the file) and metadata of one safetensors file, checked against its size."""
+    size = os.fstat(descriptor).st_size
+    start = os.pread(descriptor, 64, 0)
+    if start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise InputError(f"{file}: is a pickle, which mergecli never opens", _PICKLE_HINT)
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{file}: is a Git LFS pointer, not the weights", "run `git lfs pull` in that repository"
+        )
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or (size < 8 + length and start[8:9] != b"{") or length > MAX_HEADER:
+        raise InputError(f"{file}: is not a safetensors file")
+    if size < 8 + length:
+        raise InputError(
+            f"{file}: is cut short: its header takes {length:,} bytes, the file has {size:,}", _AGAIN
+        )
+    try:
+        header: Any = json.loads(os.pread(descriptor, length, 8))
+        metadata: Any = header.pop("__metadata__", {})
+        tensors = {
+            str(name): (
+                str(entry["dtype"]),
+                tuple(map(int, entry["shape"])),
+                tuple(map(int, entry["data_offsets"])),
+            )
+            for name, entry in header.items()
+        }
+        about = {str(key): str(value) for key, value in metadata.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file}: is not a safetensors file: its header cannot be read") from error
+    end = 0
+    for name, (dtype, shape, offsets) in sorted(tensors.items(), key=lambda item: item[1][2]):
+        if dtype not in DTYPE_BYTES:
+            raise InputError(f"{file}: `{name}` has dtype {dtype}, which mergecli does not know")
+        if len(offsets) != 2 or min(shape, default=0) < 0 or offsets[0] != end:
+            raise InputError(f"{file}: is damaged: `{name}` does not begin where the tensor before it ends")
+        if offsets[1] - offsets[0] != entry_count(shape) * DTYPE_BYTES[dtype]:
+            raise InputError(f"{file}: is damaged: the size of `{name}` does not fit its shape {shape}")
+        end = offsets[1]
+    if size < 8 + length + end:
+        short = 8 + length + end - size
+        raise InputError(f"{file}: is cut short: {short:,} of {8 + length + end:,} bytes are missing", _AGAIN)
+    if size > 8 + length + end:
+        raise InputError(f"{file}: is damaged: {size - 8 - length - end:,} bytes after the last tensor")
+    return {name: (dtype, shape, 8 + length + at[0]) for name, (dtype, shape, at) in tensors.items()}, about
+
+
+_AGAIN = "the copy or download did not finish: fetch it again"

@@ -1,0 +1,108 @@
+"""The command line: the app, and the one place where an error becomes a message and an exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from mergecli.cli import cos_sim, evaluate, fetch, finetune, info, merge, methods, report, show, taskvector, tasks
+from mergecli.errors import ExitStatus, MergecliError
+
+app = typer.Typer(
+    name="mergecli",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.command("fetch")(fetch.fetch)
+app.command("taskvector")(taskvector.taskvector)
+app.command("merge")(merge.merge)
+app.command("eval")(evaluate.evaluate)
+app.command("cos-sim")(cos_sim.cos_sim)
+app.command("report")(report.report)
+app.command("finetune")(finetune.finetune)
+app.command("info")(info.info)
+app.command("methods")(methods.methods)
+app.command("tasks")(tasks.tasks)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        parts = [f"{name} {version(name)}" for name in ("mergecli", "torch", "safetensors", "transformers")]
+        show.line(", ".join(parts) + f", Python {sys.version.split()[0]}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """Merge fine-tuned CLIP vision models: small commands that read and write files.
+
+    stdout is data (a path a line, or a table that is TSV in a pipe); messages and progress go to stderr. Exit
+    status: 0 done, 1 a bug, 2 wrong flag or recipe, 3 a file is missing, damaged or does not fit, 4 hub or network,
+    5 a threshold was not met, 130 interrupted.
+    """
+    del version
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit status."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        status = app(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
+        return int(status) if isinstance(status, int) else ExitStatus.DONE
+    except MergecliError as error:
+        show.error(error.message, error.hint)
+        return error.status
+    except (KeyboardInterrupt, typer.Abort):
+        return ExitStatus.INTERRUPTED
+    except BrokenPipeError:
+        show.hush()
+        return ExitStatus.DONE
+    except Exception as error:  # noqa: BLE001  the boundary: usage errors of the parser, and our own mistakes
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            return _wrong_usage(error)
+        import traceback
+
+        traceback.print_exc()
+        show.error(
+            "this is a mistake in mergecli, not in what you did",
+            "please report it with the command, the recipe and everything above",
+        )
+        return ExitStatus.BUG
+
+
+def _wrong_usage(error: Exception) -> int:
+    context = getattr(error, "ctx", None)
+    message = str(error.format_message()).strip()  # pyright: ignore[reportAttributeAccessIssue]
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message)
+        return ExitStatus.USAGE
+    command = context.command_path if context else "mergecli"
+    show.error(message[:1].lower() + message[1:].rstrip("."), f"`{command} --help` shows what is expected")
+    return ExitStatus.USAGE
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    del frame
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+if os.environ.get("MERGECLI_DEBUG_IMPORTS"):  # the start-up test reads this
+    import atexit
+
+    atexit.register(lambda: print(*sorted(sys.modules), file=sys.stderr))

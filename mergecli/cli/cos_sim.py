@@ -1,0 +1,37 @@
+"""`mergecli cos-sim`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergecli.cli import options, show
+
+
+def cos_sim(
+    vectors: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE|[NAME=]SOURCE...", help="Task vectors; or a recipe, or models with --base."),
+    ],
+    base: options.Base = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write a CSV file with all digits.")] = None,
+    plot: options.Plot = None,
+    form: options.Format = None,
+    changes: options.Set = None,
+) -> None:
+    """Cosine similarities between task vectors.
+
+    mergecli cos-sim vectors/*.safetensors -o cos.csv --plot cos.png
+    """
+    from mergecli import similarity
+    from mergecli.sources import named_sources
+
+    show.check_format(form)
+    with show.progress() as progress:
+        result = similarity.cos_sim(
+            Path(vectors[0]) if options.is_recipe(vectors) else named_sources(vectors),
+            base=base, output=output, plot=plot, changes=changes or [], progress=progress,
+        )  # fmt: skip
+    show.table(result.table(), form)

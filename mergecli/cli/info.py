@@ -1,0 +1,56 @@
+"""`mergecli info`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from mergecli.cli import options, show
+from mergecli.errors import InputError
+
+
+def info(
+    checkpoint: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint or task vector.")],
+    keys: Annotated[bool, typer.Option("--keys", help="List the tensors instead.")] = False,
+    recipe: Annotated[bool, typer.Option("--recipe", help="Print the recipe it was made with instead.")] = False,
+    form: options.Format = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """Say what a checkpoint is: parameters, dtypes, keys, digest, and what it was made from.
+
+    mergecli info merged.safetensors
+    """
+    from mergecli import inspection
+    from mergecli.tables import Column, Table
+
+    show.check_format(form)
+    found = inspection.info(checkpoint)
+    if as_json:
+        show.line(json.dumps(asdict(found), indent=2))
+        return
+    if recipe:
+        if "recipe" not in found.metadata:
+            raise InputError(f"{checkpoint}: says of no recipe: mergecli did not write it")
+        show.line(found.metadata["recipe"].rstrip())
+        return
+    if keys:
+        rows = tuple((name, dtype, "x".join(map(str, shape))) for name, (dtype, shape) in found.tensors.items())
+        show.table(Table((Column("tensor"), Column("dtype"), Column("shape")), rows), form)
+        return
+    facts = {
+        "path": found.path,
+        "kind": found.kind + (" (vision tower of a whole CLIP)" if found.whole_clip else ""),
+        "parameters": f"{found.parameters:,}",
+        "tensors": str(len(found.tensors)),
+        "dtypes": ", ".join(f"{dtype} ({count:,})" for dtype, count in found.dtypes.items()),
+        "size": f"{found.size:,} bytes in {found.files} file{'s' if found.files > 1 else ''}",
+        "digest": found.digest,
+    }
+    if "mergecli" in found.metadata:
+        facts["written by"] = f"mergecli {found.metadata['mergecli']}"
+    facts |= {key: found.metadata[key] for key in ("method", "task") if key in found.metadata}
+    facts |= {f"input {name}": digest for name, digest in found.inputs.items()}
+    show.table(Table((Column("fact"), Column("value")), tuple(facts.items())), form)

@@ -1,0 +1,52 @@
+"""Arguments and options that several commands share, with the completion of their values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def complete_methods(incomplete: str) -> list[str]:
+    """Names of methods, for the shell."""
+    from mergecli.methods import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
+def complete_tasks(incomplete: str) -> list[str]:
+    """Names of tasks and sets of tasks, for the shell; after a comma, the next one."""
+    from mergecli.clip.tasks import names, sets
+
+    before, comma, last = incomplete.rpartition(",")
+    return [before + comma + name for name in (*names(), *sets()) if name.startswith(last)]
+
+
+def complete_formats(incomplete: str) -> list[str]:
+    """Formats of tables, for the shell."""
+    from mergecli.tables import FORMATS
+
+    return [name for name in FORMATS if name.startswith(incomplete)]
+
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; the value is TOML. Repeatable."),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format", metavar="FORMAT", autocompletion=complete_formats,
+        help="table, tsv, csv, json, md or latex. Default: table on a terminal, tsv in a pipe.",
+    ),
+]  # fmt: skip
+Base = Annotated[
+    str | None, typer.Option("--base", metavar="SOURCE", help="The base model: hf:, ms:, toy: or a path.")
+]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .svg or .pdf file.")]
+
+
+def is_recipe(arguments: list[str]) -> bool:
+    """Whether the arguments are one recipe, and not models."""
+    return len(arguments) == 1 and arguments[0].endswith(".toml")

@@ -1,0 +1,191 @@
+"""`merge`: open the models, check that they fit, let the method look, stream block by block, write.
+
+Fixed policies: sums are float32 in the recipe's order, cast once at the end to `dtype` (by default the base
+tensor's own); tensors that are not floating point must be equal in all models and are copied; NaN or infinity is
+an error that names task and tensor; randomness comes from the CPU and depends on seed, tensor name and block only,
+so that the same inputs and recipe give the same bytes. Of a whole CLIP only the vision tower is merged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergecli import methods
+from mergecli.catalogue import read_recipe, recipe_from
+from mergecli.errors import InputError, UsageError, shown
+from mergecli.methods._kinds import Group, Method, PerTensor, TwoPass
+from mergecli.models import Models, open_models
+from mergecli.progress import Progress
+from mergecli.output import TORCH_NAMES, SafetensorsWriter, refuse_inputs, whole_folder
+from mergecli.provenance import UNKNOWN_DIGEST, about, model_folder_files
+from mergecli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SAFETENSORS = {name: dtype for dtype, name in TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` wrote."""
+
+    path: Path
+    method: str
+    tasks: tuple[str, ...]
+    tensors: int
+    parameters: int
+    inputs: Mapping[str, str]
+    """Input -> digest of its content."""
+    warnings: tuple[str, ...] = ()
+
+
+def merge(
+    recipe: str | Path | Recipe | Mapping[str, str | Path],
+    *,
+    output: str | Path,
+    base: str | Path | None = None,
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    changes: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Merged:
+    """Merges fine-tuned models into one checkpoint at `output`, never holding more than a block of each.
+
+    Args:
+        recipe: a recipe or its file; or the fine-tuned models themselves, name -> source, in the order of all sums.
+        output: a `.safetensors` file, or a Hugging Face folder if the name has no suffix.
+        base: the base model, where `recipe` is a mapping.
+        method: a method's name; replaces the recipe's.
+        settings: the method's settings, with `method`.
+        changes: further changes to the recipe, each `key=value` as for `--set`.
+
+    Raises:
+        UsageError: the recipe is wrong. InputError: a model is missing, damaged, or does not fit the others.
+    """
+    if isinstance(recipe, Mapping):
+        recipe = recipe_from(base, recipe, changes, method, settings)
+    elif not isinstance(recipe, Recipe):
+        more = [f"method.{key}={shown(value)}" for key, value in (settings or {}).items()]
+        recipe = read_recipe(recipe, [*more, *changes], method)
+    if recipe.method is None:
+        raise UsageError(
+            "no method is named", "name one in `[method]` or with `--method`; `mergecli methods` lists them"
+        )
+    chosen = methods.create(recipe.method, recipe.settings)
+    target = Path(output)
+    if target.suffix not in ("", ".safetensors"):
+        raise UsageError(f"{target}: expected a `.safetensors` file, or a folder's name without suffix")
+    with ExitStack() as stack:
+        models = open_models(recipe, stack, needs="base" if chosen.needs_base else "weights")
+        refuse_inputs(target, models.paths)
+        return _stream(models, chosen, recipe, target, progress)
+
+
+def _stream(
+    models: Models, method: Method, recipe: Recipe, target: Path, progress: Progress | None
+) -> Merged:
+    assert recipe.method is not None
+    reference = models.reference.entries
+    wanted = _SAFETENSORS.get(recipe.dtype)
+    layout = {
+        name: (wanted if wanted and entry.is_float else entry.dtype, entry.shape)
+        for name, entry in reference.items()
+    }
+    settings = {key: value for key, value in asdict(method).items() if value is not None}
+
+    def metadata(digests: Mapping[str, str]) -> dict[str, str]:
+        return about(
+            "checkpoint", method=str(recipe.method), recipe=recipe, settings=settings, inputs=digests
+        )
+
+    names = [*(["base"] if models.base else []), *models.tuned]
+    tracked = _Tracked(models, method, progress)
+    with ExitStack() as stack:
+        file = target
+        if not target.suffix:
+            folder = stack.enter_context(whole_folder(target))
+            for name, text in model_folder_files(models.reference.path).items():
+                (folder / name).write_text(text, encoding="utf-8")
+            file = folder / "model.safetensors"
+        writer = stack.enter_context(
+            SafetensorsWriter(file, layout, metadata(dict.fromkeys(names, UNKNOWN_DIGEST)))
+        )
+        for name in models.others:
+            writer.write(name, models.reference.read(name))
+        for name, start, result in tracked.merged():
+            writer.write(name, _cast(result, layout[name][0], name), start)
+        digests = models.digests()
+        writer.describe(metadata(digests))
+    return Merged(
+        target, recipe.method, tuple(models.tuned), len(layout), models.reference.parameters, digests,
+        tuple(_foreign_vectors(models, digests)),
+    )  # fmt: skip
+
+
+def _cast(result: Tensor, dtype: str, name: str) -> Tensor:
+    import torch
+
+    cast = result.to(getattr(torch, TORCH_NAMES[dtype]))
+    if not math.isfinite(float(cast.sum(dtype=torch.float32))) and not bool(cast.isfinite().all()):
+        raise InputError(
+            f"`{name}`: the merged values do not fit {TORCH_NAMES[dtype]}",
+            "use smaller settings, or dtype float32",
+        )
+    return cast
+
+
+@dataclass
+class _Tracked:
+    """Runs a method over the models and tells how far it is."""
+
+    models: Models
+    method: Method
+    progress: Progress | None
+    passed: int = 0
+
+    def merged(self) -> Iterator[tuple[str, int, Tensor]]:
+        """(tensor, first entry, merged float32 entries) for every block."""
+        method = self.method
+        if isinstance(method, TwoPass):
+            surveyed = method.survey(self._survey)
+        else:
+            surveyed = None
+        self.passed = 0
+        for start, group in self.models.groups(blocks=method.elementwise):
+            shape = group.shape
+            if isinstance(method, PerTensor):
+                result = method.merge(group)
+            else:
+                assert isinstance(method, TwoPass)
+                result = method.merge(group, surveyed)
+            assert result.shape == shape, f"{group.name}: {tuple(result.shape)} is not {tuple(shape)}"
+            yield group.name, start, result
+            self._tell("merging", result.numel())
+
+    def _survey(self, sample: int = 1) -> Iterator[Group]:
+        self.passed = 0
+        for _, group in self.models.groups(sample, blocks=self.method.elementwise or sample > 1):
+            count = group.shape.numel()
+            yield group
+            self._tell("surveying", count * sample)
+
+    def _tell(self, what: str, count: int) -> None:
+        self.passed += count
+        if self.progress:
+            self.progress(what, min(self.passed, self.models.size), self.models.size)
+
+
+def _foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:
+    """A warning for each task vector that was taken from another base than the one it is added to."""
+    for name, each in models.tuned.items():
+        if each.is_task_vector:
+            origin = json.loads(each.metadata.get("inputs", "{}")).get("base")
+            if origin and origin != digests.get("base"):
+                yield f"{each.path}: `{name}` is a task vector of another base ({origin}) than {digests.get('base')}"

@@ -1,0 +1,102 @@
+"""Every kind of failure that mergecli reports, and the exit status each one means."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any, cast
+
+
+class ExitStatus(IntEnum):
+    """What each exit status of the program promises."""
+
+    DONE = 0
+    BUG = 1
+    """A mistake of ours: the traceback is shown, and where to report it."""
+    USAGE = 2
+    """A wrong flag or recipe; nothing was touched."""
+    INPUT = 3
+    """A file is missing, damaged, does not fit, or cannot be written."""
+    HUB = 4
+    """The hub or the network."""
+    THRESHOLD = 5
+    """A `--min-*` threshold was not met."""
+    INTERRUPTED = 130
+    """Ctrl-C; nothing partial is left."""
+
+
+class MergecliError(Exception):
+    """A failure the user can mend: `message` says what and where, `hint` the cure."""
+
+    status = ExitStatus.INPUT
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+class UsageError(MergecliError):
+    """A wrong flag, argument or recipe; found before anything is touched."""
+
+    status = ExitStatus.USAGE
+
+
+class InputError(MergecliError):
+    """A file that is missing, damaged, does not fit the others, or cannot be written."""
+
+    status = ExitStatus.INPUT
+
+
+class HubError(MergecliError):
+    """A hub that cannot be reached or refuses."""
+
+    status = ExitStatus.HUB
+
+
+class ThresholdError(MergecliError):
+    """A result below a `--min-*` threshold."""
+
+    status = ExitStatus.THRESHOLD
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean `x`?)` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean `{near[0]}`?)" if near else ""
+
+
+def listed(lines: Sequence[str], limit: int = 5) -> str:
+    """The lines, each indented on its own line, cut at `limit` with how many more there are."""
+    shown = [f"  {line}" for line in lines[:limit]]
+    if len(lines) > limit:
+        shown.append(f"  (and {len(lines) - limit} more)")
+    return "\n".join(shown)
+
+
+def quoted(names: Iterable[str], limit: int = 8) -> str:
+    """`a`, `b`, `c` ... cut at `limit` with how many more there are."""
+    every = list(names)
+    shown = ", ".join(f"`{name}`" for name in every[:limit])
+    return shown + (f" (and {len(every) - limit} more)" if len(every) > limit else "")
+
+
+def shown(value: Any) -> str:
+    """A value as TOML would write it, for messages and provenance."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(shown(each) for each in value) + "]"
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(key)} = {shown(each)}" for key, each in value.items()) + " }"
+    return str(value)
+
+
+def _key(key: str) -> str:
+    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else shown(key)

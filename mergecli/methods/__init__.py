@@ -1,0 +1,69 @@
+"""The merging methods; this folder is their registry: a file's name is its method's name in recipes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergecli.errors import UsageError, did_you_mean
+from mergecli.methods._kinds import Method, PerTensor, TwoPass
+from mergecli.methods._settings import Setting, frozen, setting_problems, settings_of
+
+__all__ = ["Method", "PerTensor", "Setting", "TwoPass", "create", "find", "names", "problems", "settings"]
+
+
+def names() -> list[str]:
+    """Every method's name, sorted."""
+    return sorted(file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_"))
+
+
+def find(name: str) -> type[Method]:
+    """The class of the method called `name`.
+
+    Raises:
+        UsageError: there is none; the message suggests the nearest.
+    """
+    if name not in names():
+        raise UsageError(f"unknown method `{name}`{did_you_mean(name, names())}", "`mergecli methods` lists them")
+    module = importlib.import_module(f"mergecli.methods.{name}")
+    own = [
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Method) and each.__module__ == module.__name__
+    ]
+    (method,) = own
+    return method
+
+
+def settings(name: str) -> dict[str, Setting]:
+    """The settings of the method called `name`, with types, defaults and documentation."""
+    return settings_of(find(name))
+
+
+def problems(name: str, values: Mapping[str, Any], tasks: int | None = None) -> list[tuple[str, str]]:
+    """(key, what is wrong) for a method's name and settings, everything at once; empty if all is well.
+
+    `tasks` is the number of models to merge, where it is known.
+    """
+    try:
+        method = find(name)
+    except UsageError as error:
+        return [("name", error.message)]
+    found = setting_problems(method, values)
+    if not found and tasks is not None:
+        found = method.check(tasks, dict(values))
+    return found
+
+
+def create(name: str, values: Mapping[str, Any]) -> Method:
+    """The method with these settings.
+
+    Raises:
+        UsageError: unknown method, or settings that are unknown, missing or ill-valued.
+    """
+    method = find(name)
+    if found := setting_problems(method, values):
+        raise UsageError("\n".join(f"`method.{key}`: {what}" for key, what in found))
+    return method(**{key: frozen(value) for key, value in values.items()})

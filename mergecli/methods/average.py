@@ -1,0 +1,26 @@
+"""The plain mean of the fine-tuned weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from mergecli.methods._kinds import Group, PerTensor, total
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Average(PerTensor):
+    """theta = (1 / T) sum_i theta_i
+
+    The base is not part of the sum and is not needed. The order of tasks matters only to the last bits.
+    """
+
+    title: ClassVar[str] = "the mean of the fine-tuned weights"
+    paper: ClassVar[str] = "Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482"
+    needs_base: ClassVar[bool] = False
+
+    def merge(self, group: Group, /) -> Tensor:
+        return total(group.tuned).div_(group.tasks)

@@ -1,0 +1,26 @@
+"""Task arithmetic: the base plus the scaled sum of the task vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from mergecli.methods._kinds import Group, PerTensor, total
+from mergecli.methods._settings import Range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(PerTensor):
+    """theta = theta_0 + lambda sum_i (theta_i - theta_0)"""
+
+    title: ClassVar[str] = "the base plus the scaled sum of the task vectors"
+    paper: ClassVar[str] = "Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089"
+
+    scaling_factor: Annotated[float, Range()] = 0.3
+    """lambda; 0 gives the base back, 1 / T the average, a negative value forgets."""
+
+    def merge(self, group: Group, /) -> Tensor:
+        return total(group.deltas).mul_(self.scaling_factor).add_(group.base)

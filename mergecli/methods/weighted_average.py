@@ -1,0 +1,46 @@
+"""A weighted mean of the fine-tuned weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mergecli.methods._kinds import Group, PerTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WeightedAverage(PerTensor):
+    """theta = sum_i w_i theta_i,  with w_i / sum_j w_j in place of w_i if `normalize`
+
+    The base is not part of the sum and is not needed.
+    """
+
+    title: ClassVar[str] = "a weighted mean of the fine-tuned weights"
+    paper: ClassVar[str] = "Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482"
+    needs_base: ClassVar[bool] = False
+
+    weights: tuple[float, ...]
+    """One weight a task, in the order of `[tuned]`; negative ones are allowed."""
+    normalize: bool = True
+    """Whether the weights are divided by their sum, which then may not be 0."""
+
+    @classmethod
+    def check(cls, tasks: int, settings: dict[str, Any]) -> list[tuple[str, str]]:
+        weights = settings["weights"]
+        if isinstance(weights, Mapping) or len(weights) != tasks:
+            return [("weights", f"expected {tasks} numbers, one a task, got {len(weights)}")]
+        if settings.get("normalize", True) and sum(weights) == 0:
+            return [("weights", "the weights add up to 0 and cannot be normalized; set `normalize = false`")]
+        return []
+
+    def merge(self, group: Group, /) -> Tensor:
+        scale = sum(self.weights) if self.normalize else 1.0
+        tuned = group.tuned
+        result = tuned[0].mul_(self.weights[0] / scale)
+        for row, weight in zip(tuned[1:], self.weights[1:], strict=True):
+            result += row.mul_(weight / scale)
+        return result

@@ -1,0 +1,185 @@
+"""The models of a merge: open together, known to fit, read in blocks as float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mergecli.checkpoint import Checkpoint, open_checkpoint
+from mergecli.errors import InputError, UsageError, listed
+from mergecli.methods._kinds import Group
+from mergecli.recipe import Recipe
+from mergecli.sources import locate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 1 << 18
+"""Entries of one tensor that are held of each model at a time, by methods that work entry by entry."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The open checkpoints of a merge, known to fit together."""
+
+    base: Checkpoint | None
+    tuned: Mapping[str, Checkpoint]
+    seed: int = 0
+
+    @property
+    def reference(self) -> Checkpoint:
+        """The checkpoint whose names, shapes and dtypes the result has."""
+        return self.base or next(iter(self.tuned.values()))
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Every file that is read, by what it is read for."""
+        named = {**({"base": self.base} if self.base else {}), **self.tuned}
+        return {
+            f"{name}: {file}" if len(each.files) > 1 else name: file
+            for name, each in named.items()
+            for file in each.files
+        }
+
+    @property
+    def floats(self) -> list[str]:
+        """Names of the tensors that are merged."""
+        return [name for name, entry in self.reference.entries.items() if entry.is_float]
+
+    @property
+    def others(self) -> list[str]:
+        """Names of the tensors that are copied."""
+        return [name for name, entry in self.reference.entries.items() if not entry.is_float]
+
+    @property
+    def size(self) -> int:
+        """Entries of all merged tensors together."""
+        return sum(self.reference.entries[name].count for name in self.floats)
+
+    def digests(self) -> dict[str, str]:
+        """Input -> digest; free for what has been read from beginning to end."""
+        named = {**({"base": self.base} if self.base else {}), **self.tuned}
+        return {name: each.digest() for name, each in named.items()}
+
+    def groups(self, sample: int = 1, *, blocks: bool = True) -> Iterator[tuple[int, Group]]:
+        """(first entry, group) for every block of every merged tensor, or with `blocks = False` every whole tensor.
+
+        The next group is read while the caller works on this one, whose tensors are overwritten after the next.
+        """
+        import torch
+
+        width = len(self.tuned) + 1
+        pieces = list(self._pieces(sample, blocks=blocks))
+        widest = max((stop - start for _, start, stop in pieces), default=0)
+        buffers = [torch.empty(width * widest) for _ in range(min(2, len(pieces)))]
+        with ThreadPoolExecutor(1) as reader:
+            coming = [
+                reader.submit(self._read, *piece, buffer)
+                for piece, buffer in zip(pieces, buffers, strict=False)
+            ]
+            for number, (name, start, stop) in enumerate(pieces):
+                rows = coming.pop(0).result()
+                if not blocks:
+                    rows = rows.view(width, *self.reference.entries[name].shape)
+                are_deltas = tuple(each.is_task_vector for each in self.tuned.values())
+                base = rows[0] if self.base else None
+                yield start, Group(name, base, rows[1:], are_deltas, self.seed, start // BLOCK)
+                if number + 2 < len(pieces):
+                    coming.append(reader.submit(self._read, *pieces[number + 2], buffers[number % 2]))
+
+    def _pieces(self, sample: int, *, blocks: bool) -> Iterator[tuple[str, int, int]]:
+        """(tensor, first entry, end) of what is read at a time; a sample takes a short run out of each stretch."""
+        for name in self.floats:
+            count = self.reference.entries[name].count
+            step = (BLOCK if blocks else max(count, 1)) if sample == 1 else 1024 * sample
+            for number, start in enumerate(range(0, count, step) if count else [0]):
+                stop = min(start + step, count)
+                if sample > 1:
+                    run = -(-(stop - start) // sample)
+                    start += (stop - start - run) * (number * 37 % 101) // 101
+                    stop = start + run
+                yield name, start, stop
+
+    def _read(self, name: str, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """(1 + T, stop - start) float32 entries of the base (left as it is where there is none) and of each model."""
+        rows = buffer[: (len(self.tuned) + 1) * (stop - start)].view(len(self.tuned) + 1, stop - start)
+        named = [("base", self.base), *self.tuned.items()]
+        for (task, each), row in zip(named, rows, strict=True):
+            if each is None:
+                continue
+            if each.entries[name].dtype == "F32":
+                each.read_entries(name, start, stop, into=row)
+            else:
+                row.copy_(each.read_entries(name, start, stop))
+            if not math.isfinite(float(row.sum())) and not bool(row.isfinite().all()):
+                bad = "NaN" if bool(row.isnan().any()) else "infinity"
+                raise InputError(f"{each.path}: {task}: `{name}` has {bad}", "such a model cannot be merged")
+        return rows
+
+
+def open_models(recipe: Recipe, stack: ExitStack, *, needs: Literal["base", "weights", "deltas"]) -> Models:
+    """The recipe's models, open until `stack` ends, and known to have the same tensors.
+
+    `needs` says what will be looked at: with "weights" a base is needed only for task vectors, with "deltas" only
+    for models that are not.
+
+    Raises:
+        UsageError: there is nothing to merge, or no base. InputError: every difference between the models.
+    """
+    if not recipe.tuned:
+        raise UsageError("there are no fine-tuned models to merge", "name them in `[tuned]` or as arguments")
+    paths = {name: locate(source) for name, source in recipe.tuned.items()}
+    root = locate(recipe.base) if recipe.base else None
+    base = stack.enter_context(open_checkpoint(root)).vision() if root else None
+    tuned = {name: stack.enter_context(open_checkpoint(path)).vision() for name, path in paths.items()}
+    vectors = [name for name, each in tuned.items() if each.is_task_vector]
+    weights = [name for name in tuned if name not in vectors]
+    if base is None and (needs == "base" or (vectors if needs == "weights" else weights)):
+        why = "differences to it are needed"
+        if needs == "weights":
+            why = f"`{vectors[0]}` is a task vector"
+        elif needs == "deltas":
+            why = f"`{weights[0]}` is not a task vector"
+        raise UsageError(f"there is no base, and {why}", "name it with `base = ...` or `--base`")
+    if base is not None and base.is_task_vector:
+        raise InputError(f"{base.path}: is a task vector, a base was expected")
+    models = Models(base, tuned, recipe.seed)
+    check_fit(models)
+    return models
+
+
+def check_fit(models: Models) -> None:
+    """Raises InputError with every tensor that is missing, extra, of another shape, or unequal where it must be equal."""
+    reference = models.reference.entries
+    whose = "the base" if models.base else f"`{next(iter(models.tuned))}`"
+    problems: list[str] = []
+    for task, each in models.tuned.items():
+        wanted = {
+            name: entry for name, entry in reference.items() if entry.is_float or not each.is_task_vector
+        }
+        problems += [
+            f"{task}: has an extra tensor `{name}`" for name in each.entries if name not in reference
+        ]
+        problems += [f"{task}: lacks tensor `{name}`" for name in wanted if name not in each.entries]
+        for name, entry in wanted.items():
+            other = each.entries.get(name, entry)
+            if other.shape != entry.shape:
+                problems.append(f"{task}: `{name}` has shape {other.shape}, {whose} has {entry.shape}")
+            elif other.is_float != entry.is_float or (not entry.is_float and other.dtype != entry.dtype):
+                problems.append(f"{task}: `{name}` has dtype {other.dtype}, {whose} has {entry.dtype}")
+            elif not entry.is_float and not models.reference.read(name).equal(each.read(name)):
+                problems.append(
+                    f"{task}: `{name}` ({entry.dtype}) differs from that of {whose}, and is not averaged"
+                )
+    if not models.floats:
+        problems.append(f"{whose} has no floating point tensors")
+    if problems:
+        raise InputError(
+            f"the checkpoints do not fit together:\n{listed(problems, 40)}",
+            "merge only models that were fine-tuned from the same base",
+        )

@@ -1,0 +1,222 @@
+"""Files that appear whole or not at all: text, and safetensors written tensor by tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING
+
+from mergecli.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "C64": 8, "F64": 8, "I64": 8, "U64": 8,
+}  # fmt: skip
+"""Bytes per entry of each safetensors dtype, in the order in which the format sorts them (last first)."""
+
+TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu", "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
+    "I32": "int32", "U32": "uint32", "F32": "float32", "C64": "complex64", "F64": "float64", "I64": "int64",
+    "U64": "uint64",
+}  # fmt: skip
+"""safetensors dtype -> the name of the torch dtype."""
+
+FLOATS = ("F16", "BF16", "F32", "F64")
+"""The dtypes that are merged; tensors of any other dtype must be equal in all models and are copied."""
+
+
+def entry_count(shape: tuple[int, ...]) -> int:
+    """The number of entries of a tensor of this shape (1 for a 0-d tensor)."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusals into one clear error about `path`."""
+    try:
+        yield
+    except OSError as error:
+        hints = {
+            errno.ENOSPC: "free some space or write to another disk",
+            errno.EDQUOT: "free some space or write to another disk",
+            errno.EFBIG: "the limit on file sizes (`ulimit -f`, or the file system's own) is below what is needed",
+            errno.EACCES: "check the folder's permissions, or write elsewhere with `-o`",
+            errno.EROFS: "the file system is read-only: write elsewhere with `-o`",
+            errno.ENOENT: "",
+        }
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"{path}: cannot write: {reason}", hints.get(error.errno or 0, "")) from error
+
+
+def new_name(path: Path) -> Path:
+    """A hidden name beside `path`, for what is not whole yet."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes the name `path` when the block ends without an exception, else vanishes.
+
+    Missing parent folders are made. An existing file is replaced in one step.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder, a file name was expected")
+    temporary = new_name(path)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8; the file appears whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that takes the name `path` when the block ends without an exception, else vanishes.
+
+    If `path` is a folder already, its other files stay, and the new ones replace those of their names.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path}: is a file, a folder was expected")
+    temporary = new_name(path.absolute())
+    with write_errors(path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            if path.is_dir():
+                for file in sorted(temporary.iterdir(), key=lambda each: each.suffix == ".safetensors"):
+                    file.replace(path / file.name)
+                (path / "model.safetensors.index.json").unlink(missing_ok=True)
+            else:
+                temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_inputs(target: Path, inputs: Mapping[str, Path]) -> None:
+    """Raises UsageError if `target` is, or holds, one of the files that will be read: an input is never replaced."""
+    if not target.exists():
+        return
+    for name, path in inputs.items():
+        if path.exists() and (target.samefile(path) or (target.is_dir() and target.samefile(path.parent))):
+            raise UsageError(
+                f"{target}: the output would replace an input ({name})", "choose another name for `-o`"
+            )
+
+
+class SafetensorsWriter:
+    """A safetensors file written tensor by tensor, in any order and in blocks, byte for byte as
+    `safetensors.torch.save_file` writes the same content; it takes its name when closed whole.
+
+    `layout` gives dtype and shape of every tensor before the first is written: the header comes first.
+    """
+
+    def __init__(
+        self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+    ) -> None:
+        self._whole = whole_file(path)
+        rank = {dtype: place for place, dtype in enumerate(DTYPE_BYTES)}
+        names = sorted(layout, key=lambda name: (-rank[layout[name][0]], name))
+        self._tensors: dict[str, object] = {}
+        self._starts: dict[str, int] = {}
+        self._left: dict[str, int] = {}
+        offset = 0
+        for name in names:
+            dtype, shape = layout[name]
+            size = entry_count(shape) * DTYPE_BYTES[dtype]
+            self._tensors[name] = {
+                "dtype": dtype,
+                "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }
+            self._starts[name], self._left[name] = offset, size
+            offset += size
+        self._header = _header(metadata, self._tensors)
+        self._size = len(self._header) + offset
+        self.path = path
+
+    def __enter__(self) -> SafetensorsWriter:
+        self._file = self._whole.__enter__()
+        try:
+            descriptor = self._file.fileno()
+            with contextlib.suppress(AttributeError):
+                _reserve(descriptor, self._size)
+            os.pwrite(descriptor, self._header, 0)
+        except BaseException as error:
+            if not self._whole.__exit__(type(error), error, error.__traceback__):
+                raise
+        return self
+
+    def write(self, name: str, data: Tensor, start: int = 0) -> None:
+        """Puts the entries of `data` (contiguous, of the tensor's dtype) at entry `start` of tensor `name`."""
+        import torch
+
+        buffer = memoryview(data.contiguous().view(-1).view(torch.uint8).numpy()) if data.numel() else b""
+        place = len(self._header) + self._starts[name] + start * data.element_size()
+        done = 0
+        while done < len(buffer):
+            done += os.pwrite(self._file.fileno(), buffer[done:], place + done)
+        self._left[name] -= len(buffer)
+
+    def describe(self, metadata: Mapping[str, str]) -> None:
+        """Replaces the metadata given at the start by another of the same length, such as digests now known."""
+        header = _header(metadata, self._tensors)
+        if len(header) != len(self._header):
+            raise ValueError("the new metadata has another length")
+        os.pwrite(self._file.fileno(), header, 0)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            missing = [name for name, left in self._left.items() if left]
+            if missing:
+                error = RuntimeError(f"{self.path}: tensors not written whole: {missing[:5]}")
+                self._whole.__exit__(RuntimeError, error, None)
+                raise error
+        self._whole.__exit__(kind, error, trace)
+
+
+def _header(metadata: Mapping[str, str], tensors: Mapping[str, object]) -> bytes:
+    """The first bytes of a safetensors file: the length of the header, and the header padded to 8 bytes."""
+    about = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    text = json.dumps({**about, **tensors}, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Claims the space on the disk at once, so that a full disk is found before the work, not after it."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)

@@ -1,0 +1,82 @@
+"""What the files we write say about themselves: version, kind, recipe and digests of the inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from mergecli.errors import shown
+from mergecli.recipe import Recipe
+
+UNKNOWN_DIGEST = "xxh3:" + "0" * 32
+"""As long as a digest; stands for one that is known only when everything has been read."""
+
+_COPIED = ("preprocessor_config.json", "processor_config.json")
+_COPIED_WHOLE = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+    "vocab.txt", "merges.txt",
+)  # fmt: skip
+
+
+def version() -> str:
+    """The version of the installed package."""
+    from importlib.metadata import version as installed
+
+    return installed("mergecli")
+
+
+def about(
+    kind: str,
+    *,
+    method: str | None = None,
+    recipe: Recipe | None = None,
+    settings: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
+    **others: str,
+) -> dict[str, str]:
+    """The metadata of a safetensors file of ours. Without folders of paths, so that no machine shows in it."""
+    metadata = {"format": "pt", "mergecli": version(), "kind": kind, **others}
+    if method is not None:
+        metadata["method"] = method
+    if recipe is not None:
+        metadata["recipe"] = recipe_text(recipe, method, settings or {})
+    if inputs:
+        metadata["inputs"] = json.dumps(dict(inputs))
+    return metadata
+
+
+def recipe_text(recipe: Recipe, method: str | None, settings: Mapping[str, Any]) -> str:
+    """The recipe in effect as TOML: after every change, with the defaults written out."""
+    lines = ["schema = 1"]
+    if recipe.base:
+        lines.append(f"base = {shown(recipe.base.label)}")
+    lines += [f"seed = {recipe.seed}", f"dtype = {shown(recipe.dtype)}", "", "[tuned]"]
+    lines += [
+        f"{name if '.' not in name and '+' not in name else shown(name)} = {shown(source.label)}"
+        for name, source in recipe.tuned.items()
+    ]
+    if method is not None:
+        lines += ["", "[method]", f"name = {shown(method)}"]
+        lines += [f"{key} = {shown(value)}" for key, value in settings.items()]
+    return "\n".join(lines) + "\n"
+
+
+def model_folder_files(origin: Path) -> dict[str, str]:
+    """File name -> text of what a Hugging Face folder needs beside the weights, taken from the model at `origin`.
+
+    Of a whole CLIP's configuration the vision tower's part is taken. Empty if `origin` is a single file.
+    """
+    if not origin.is_dir():
+        return {}
+    files = {name: origin / name for name in (*_COPIED, *_COPIED_WHOLE)}
+    texts = {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+    if (origin / "config.json").is_file():
+        config = cast("dict[str, Any]", json.loads((origin / "config.json").read_text("utf-8")))
+        if config.get("model_type") == "clip":
+            texts = {name: text for name, text in texts.items() if name in _COPIED}
+            tower = {**config.get("vision_config", {}), "projection_dim": config.get("projection_dim", 512)}
+            config = {**tower, "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}
+        texts["config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return texts

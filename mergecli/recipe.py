@@ -1,0 +1,283 @@
+"""A recipe: TOML text to frozen dataclasses, with every problem in one message."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import tomli
+
+from mergecli.errors import InputError, UsageError, did_you_mean, listed
+from mergecli.sources import Source, parse_source
+
+DTYPES = ("same", "float32", "float16", "bfloat16")
+COMMAND_LINE = "command line"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """`[tasks.NAME]`: a task that is not built in, or changes to one that is; None where nothing is said."""
+
+    data: Source | None = None
+    classes: tuple[str, ...] | None = None
+    templates: tuple[str, ...] | None = None
+    split: str | None = None
+    train_split: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to merge, how, and on what to evaluate it."""
+
+    path: Path | None = None
+    base: Source | None = None
+    tuned: Mapping[str, Source] = field(default_factory=dict[str, Source])
+    """Task -> fine-tuned model; the order of every sum."""
+    seed: int = 0
+    dtype: str = "same"
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The method's settings as written, without defaults."""
+    eval_tasks: tuple[str, ...] = ()
+    """Names of tasks or of sets of tasks; empty means the tasks of `tuned`."""
+    batch_size: int = 128
+    tasks: Mapping[str, TaskTable] = field(default_factory=dict[str, TaskTable])
+
+
+class Problem(NamedTuple):
+    """Something wrong with a recipe: the dotted key and what was expected."""
+
+    key: str
+    what: str
+
+
+Check = Callable[[Recipe], Iterable[Problem]]
+
+
+@dataclass
+class _Reader:
+    """Takes values out of the parsed TOML and writes down whatever is wrong with them."""
+
+    anchor: Path
+    overridden: set[str] = field(default_factory=set[str])
+    problems: list[Problem] = field(default_factory=list[Problem])
+
+    def wrong(self, key: str, what: str) -> None:
+        self.problems.append(Problem(key, what))
+
+    def table(self, value: object, key: str, known: Sequence[str] | None = None) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self.wrong(key, f"expected a table, got {value!r}")
+            return {}
+        table = cast("dict[str, Any]", value)
+        for name in table if known is not None else ():
+            if name not in (known or ()):
+                dotted = f"{key}.{name}" if key else name
+                self.wrong(dotted, f"unknown key{did_you_mean(name, known or ())}")
+        return table
+
+    def number(self, value: object, key: str, least: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            self.wrong(key, f"expected a whole number, at least {least}, got {value!r}")
+            return least
+        return value
+
+    def text(self, value: object, key: str) -> str:
+        if not isinstance(value, str) or not value:
+            self.wrong(key, f"expected a string, got {value!r}")
+            return ""
+        return value
+
+    def texts(self, value: object, key: str) -> tuple[str, ...]:
+        values = cast("list[object]", value) if isinstance(value, list) else []
+        if not values or not all(isinstance(each, str) and each for each in values):
+            self.wrong(key, f"expected a list of strings, got {value!r}")
+            return ()
+        return tuple(cast("list[str]", values))
+
+    def source(self, value: object, key: str) -> Source | None:
+        if text := self.text(value, key):
+            anchor = Path() if key in self.overridden else self.anchor
+            try:
+                return parse_source(text, anchor)
+            except UsageError as error:
+                self.wrong(key, error.message)
+        return None
+
+    def name(self, name: str, key: str) -> str:
+        if not _NAME.fullmatch(name):
+            why = "names that begin with an underscore are reserved" if name.startswith("_") else "bad name"
+            self.wrong(
+                key,
+                f"{why}: expected letters, digits, `-`, `_`, `.` or `+`, beginning with a letter or digit",
+            )
+        return name
+
+
+def read(
+    path: Path, changes: Sequence[str] = (), method: str | None = None, checks: Sequence[Check] = ()
+) -> Recipe:
+    """The recipe in the file `path`, after `--method` and the `key=value` changes of `--set`.
+
+    Relative paths in the file are relative to its folder, those in `changes` to the current one.
+
+    Raises:
+        InputError: no such file.
+        UsageError: everything that is wrong with it, each with file, line and key.
+    """
+    try:
+        text = path.read_bytes().decode()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such recipe") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{path}: is a folder, a recipe (TOML) was expected") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: a recipe is UTF-8 text, byte {error.start} is not") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {(error.strerror or '').lower()}") from error
+    try:
+        values = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        raise UsageError(f"{path}:{error.lineno}: not TOML: {error.msg.lower()}") from error
+    return build(values, path, text, changes, method, checks)
+
+
+def build(
+    values: dict[str, Any],
+    path: Path | None = None,
+    text: str = "",
+    changes: Sequence[str] = (),
+    method: str | None = None,
+    checks: Sequence[Check] = (),
+) -> Recipe:
+    """The recipe that parsed TOML means; `text` is only searched for the lines of what is wrong."""
+    if method is not None:
+        values["method"] = {"name": method}
+    reader = _Reader(path.parent if path else Path())
+    for change in changes:
+        _apply(values, change, reader)
+    recipe = _recipe(values, path, reader)
+    broken = {problem.key for problem in reader.problems}
+    for check in checks:
+        reader.problems += [problem for problem in check(recipe) if problem.key not in broken]
+    if reader.problems:
+        ordered = sorted(set(reader.problems), key=lambda each: _line(text, each.key) or 0)
+        lines = [f"{_place(path, text, each.key)}: `{each.key}`: {each.what}" for each in ordered]
+        if len(lines) == 1:
+            raise UsageError(lines[0])
+        raise UsageError(f"the recipe has {len(lines)} problems:\n{listed(lines, 20)}")
+    return recipe
+
+
+def _recipe(values: dict[str, Any], path: Path | None, read: _Reader) -> Recipe:
+    top = read.table(values, "", ("schema", "base", "seed", "dtype", "tuned", "method", "eval", "tasks"))
+    if top.get("schema", 1) != 1:
+        read.wrong(
+            "schema", f"expected 1, got {top['schema']!r}: this recipe is for another version of mergecli"
+        )
+    dtype = read.text(top["dtype"], "dtype") if "dtype" in top else "same"
+    if dtype and dtype not in DTYPES:
+        read.wrong(
+            "dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}{did_you_mean(dtype, DTYPES)}"
+        )
+    tuned = {
+        read.name(name, f"tuned.{name}"): source
+        for name, value in read.table(top.get("tuned", {}), "tuned").items()
+        if (source := read.source(value, f"tuned.{name}"))
+    }
+    settings = dict(read.table(top.get("method", {}), "method"))
+    method = None
+    if "method" in top:
+        if "name" not in settings:
+            read.wrong("method.name", "is missing: expected the name of a method")
+        else:
+            method = read.text(settings.pop("name"), "method.name") or None
+    evaluation = read.table(top.get("eval", {}), "eval", ("tasks", "batch_size"))
+    wanted = evaluation.get("tasks", ())
+    tasks = {
+        read.name(name, f"tasks.{name}"): _task(value, f"tasks.{name}", read)
+        for name, value in read.table(top.get("tasks", {}), "tasks").items()
+    }
+    return Recipe(
+        path=path,
+        base=read.source(top["base"], "base") if "base" in top else None,
+        tuned=tuned,
+        seed=read.number(top.get("seed", 0), "seed", 0),
+        dtype=dtype,
+        method=method,
+        settings=settings,
+        eval_tasks=(wanted,)
+        if isinstance(wanted, str)
+        else read.texts(wanted, "eval.tasks")
+        if wanted != ()
+        else (),
+        batch_size=read.number(evaluation.get("batch_size", 128), "eval.batch_size", 1),
+        tasks=tasks,
+    )
+
+
+def _task(value: object, key: str, read: _Reader) -> TaskTable:
+    table = read.table(value, key, ("data", "classes", "templates", "split", "train_split"))
+    return TaskTable(
+        data=read.source(table["data"], f"{key}.data") if "data" in table else None,
+        classes=read.texts(table["classes"], f"{key}.classes") if "classes" in table else None,
+        templates=read.texts(table["templates"], f"{key}.templates") if "templates" in table else None,
+        split=read.text(table["split"], f"{key}.split") if "split" in table else None,
+        train_split=read.text(table["train_split"], f"{key}.train_split") if "train_split" in table else None,
+    )
+
+
+def _apply(values: dict[str, Any], change: str, read: _Reader) -> None:
+    """Makes one `key.sub=value` change; the value is TOML, or a bare word that is taken as a string."""
+    key, equals, written = change.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        read.wrong(f"--set {change}", "expected `key=value`")
+        return
+    try:
+        value: object = tomli.loads(f"value = {written}")["value"]
+    except tomli.TOMLDecodeError:
+        if not written.strip() or written.strip()[0] in "\"'[{":
+            read.wrong(f"--set {change}", f"`{written}` is not a TOML value")
+            return
+        value = written.strip()
+    parts = [part.strip() for part in key.split(".", 2 if key.startswith("tasks.") else 1)]
+    place = values
+    for part in parts[:-1]:
+        inner = place.setdefault(part, {})
+        if not isinstance(inner, dict):
+            read.wrong(key, f"`{part}` is not a table")
+            return
+        place = cast("dict[str, Any]", inner)
+    place[parts[-1]] = value
+    read.overridden.add(key)
+
+
+def _place(path: Path | None, text: str, key: str) -> str:
+    line = _line(text, key)
+    return f"{path or COMMAND_LINE}:{line}" if line else str(path or COMMAND_LINE)
+
+
+def _line(text: str, key: str) -> int | None:
+    """The line on which a dotted key, or else its table, begins; None if it is not in the text."""
+    table, found = "", None
+    for number, line in enumerate(text.splitlines(), 1):
+        code = line.strip()
+        if code.startswith("["):
+            table = code.strip("[] ").split("]")[0].replace('"', "").replace(" ", "")
+            dotted = table
+        elif "=" in code and not code.startswith("#"):
+            name = code.split("=", 1)[0].strip().replace('"', "").replace(" ", "")
+            dotted = f"{table}.{name}" if table else name
+        else:
+            continue
+        if dotted == key:
+            return number
+        if found is None and key.startswith(dotted + "."):
+            found = number
+    return found
