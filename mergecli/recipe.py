@@ -64,7 +64,8 @@ class _Reader:
     """Takes values out of the parsed TOML and writes down whatever is wrong with them."""
 
     anchor: Path
-    overridden: set[str] = field(default_factory=set[str])
+    overridden: dict[str, str] = field(default_factory=dict[str, str])
+    """Key -> the option that set it."""
     problems: list[Problem] = field(default_factory=list[Problem])
 
     def wrong(self, key: str, what: str) -> None:
@@ -159,6 +160,8 @@ def build(
     if method is not None:
         values["method"] = {"name": method}
     reader = _Reader(path.parent if path else Path())
+    if method is not None:
+        reader.overridden["method.name"] = "--method"
     for change in changes:
         _apply(values, change, reader)
     recipe = _recipe(values, path, reader)
@@ -167,7 +170,7 @@ def build(
         reader.problems += [problem for problem in check(recipe) if problem.key not in broken]
     if reader.problems:
         ordered = sorted(set(reader.problems), key=lambda each: _line(text, each.key) or 0)
-        lines = [f"{_place(path, text, each.key)}: `{each.key}`: {each.what}" for each in ordered]
+        lines = [f"{reader.overridden.get(each.key) or _place(path, text, each.key)}: `{each.key}`: {each.what}" for each in ordered]
         if len(lines) == 1:
             raise UsageError(lines[0])
         raise UsageError(f"the recipe has {len(lines)} problems:\n{listed(lines, 20)}")
@@ -255,7 +258,7 @@ def _apply(values: dict[str, Any], change: str, read: _Reader) -> None:
             return
         place = cast("dict[str, Any]", inner)
     place[parts[-1]] = value
-    read.overridden.add(key)
+    read.overridden[key] = "--set"
 
 
 def _place(path: Path | None, text: str, key: str) -> str:

@@ -62,8 +62,6 @@ def cos_sim(
         vectors: name -> task-vector file, or fine-tuned model if `base` is given; or a recipe or its file.
         output: a CSV file. plot: a heat-map (PNG, SVG or PDF by its suffix).
     """
-    import torch
-
     if isinstance(vectors, Mapping):
         recipe = recipe_from(base, vectors, changes)
     else:
@@ -76,6 +74,8 @@ def cos_sim(
         models = open_models(recipe, stack, needs="deltas")
         for target in filter(None, (output, plot)):
             refuse_inputs(Path(target), models.paths)
+        import torch
+
         products = torch.zeros(len(models.tuned), len(models.tuned), dtype=torch.float64)
         done = 0
         for _, group in models.groups():

@@ -72,6 +72,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         show.hush()
         return ExitStatus.DONE
+    except SystemExit:
+        # the parser turns a reader that has gone into status 1, and says so only by the stream it leaves behind
+        if type(sys.stdout).__name__ != "PacifyFlushWrapper":
+            raise
+        show.hush()
+        return ExitStatus.DONE
     except Exception as error:  # noqa: BLE001  the boundary: usage errors of the parser, and our own mistakes
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             return _wrong_usage(error)

@@ -38,7 +38,7 @@ def error(message: str, hint: str = "") -> None:
 def hush() -> None:
     """Sends what is still to be printed nowhere: the reader has gone."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, 1)
 
 
 def table(content: Table, form: str | None) -> None:

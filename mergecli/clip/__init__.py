@@ -1,0 +1,1 @@
+"""The model room: CLIP, its zero-shot heads, its tasks and their images."""

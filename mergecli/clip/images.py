@@ -1,0 +1,281 @@
+"""Labelled images on disk, or drawn: Parquet files, image folders and the toy tasks, seen as one sequence."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from PIL import Image, UnidentifiedImageError
+
+from mergecli.clip.splits import VALIDATION_NAMES, folder_splits, parquet_splits
+from mergecli.errors import InputError, UsageError, quoted
+from mergecli.sources import home, locate
+
+if TYPE_CHECKING:
+    from mergecli.clip.tasks import Task
+
+VALIDATION = "validation"
+REMAINDER = "train-without-validation"
+"""The nine tenths of the training images that are left where `validation` is the tenth."""
+
+_UNREADABLE = (
+    UnidentifiedImageError,
+    OSError,
+    TypeError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of one split: `images[i]` is the i-th as an RGB image, and its label (0 is the first class)."""
+
+    split: str
+    classes: tuple[str, ...] | None
+    """The class names that the data itself gives, or None."""
+    fingerprint: str
+    """`xxh3:` and 32 hex digits of the content; the same wherever the data lie."""
+    count: int
+    read: Callable[[int], tuple[Image.Image, int]] = field(repr=False)
+    rows: Sequence[int] | None = field(default=None, repr=False)
+    """The chosen ones of the `count`; None is all, in order."""
+
+    def __len__(self) -> int:
+        return self.count if self.rows is None else len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.read(index if self.rows is None else self.rows[index])
+
+
+def load_images(task: Task, split: str | None = None) -> Images:
+    """The images of the task's own split, or of another.
+
+    `validation` is the split of that name, or where the data have none a tenth of the training images, drawn
+    as `torch.utils.data.random_split` does with a generator of seed 0; `train-without-validation` is the rest.
+
+    Raises:
+        InputError: the data are missing, damaged, or do not fit the task's classes.
+        UsageError: the data have no such split.
+    """
+    wanted = split or task.split
+    if task.data.kind == "toy":
+        load, known = _toy(task)
+    else:
+        load, known = _on_disk(task)
+    own = VALIDATION_NAMES if wanted == VALIDATION else (wanted,)
+    named = next((name for name in own if name in known), None)
+    if named is not None:
+        return load(named)
+    if wanted in (VALIDATION, REMAINDER) and task.train_split in known:
+        whole = load(task.train_split)
+        order: list[int] = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).tolist()
+        kept = len(order) - int(0.1 * len(order))
+        rows = order[:kept] if wanted == REMAINDER else order[kept:]
+        if not rows:
+            raise InputError(f"{_where(task)}: a tenth of {len(order)} images is none", "name another split")
+        return replace(whole, split=wanted, rows=rows)
+    raise UsageError(f"{_where(task)}: has no split `{wanted}`", f"it has {quoted(known)}")
+
+
+def _where(task: Task) -> str:
+    return str(task.data.path or f"{task.data.kind}:{task.data.name}") + f" (task `{task.name}`)"
+
+
+Loader = tuple[Callable[[str], Images], tuple[str, ...]]
+
+
+def _toy(task: Task) -> Loader:
+    """How to draw a split of a toy task, and its splits."""
+    from mergecli.toy import TASKS
+    from mergecli.toy.drawing import draw
+
+    name = task.data.name
+    if name not in TASKS:
+        raise UsageError(
+            f"toy:{name} (task `{task.name}`): is not one of the toy tasks", f"they are {quoted(TASKS)}"
+        )
+    toy = TASKS[name]
+
+    def load(split: str) -> Images:
+        count = toy.train if split == "train" else toy.test
+        code = sorted(Path(draw.__code__.co_filename).parent.glob("*.py"))
+        return _checked(
+            task,
+            Images(
+                split=split,
+                classes=tuple(toy.classes),
+                fingerprint=_digest(f"{name} {split} {count}\n", *(file.read_text("utf-8") for file in code)),
+                count=count,
+                read=lambda index: draw(name, split, index),
+            ),
+            range(len(toy.classes)),
+        )
+
+    return load, ("train", "test")
+
+
+def _on_disk(task: Task) -> Loader:
+    """How to read a split of a folder or Parquet file, and its splits."""
+    root = locate(task.data)
+    if not root.exists():
+        raise InputError(f"{_where(task)}: no such folder")
+    tables = parquet_splits(root, task.config, _where(task))
+    folders = {} if tables else folder_splits(root)
+    if not tables and not folders:
+        raise InputError(
+            f"{_where(task)}: holds neither Parquet files nor a folder of images for each class",
+            "expected `test-00000-of-00001.parquet` or `test/<class>/<image>.png`",
+        )
+    files: Mapping[str, list[Path]] = tables or folders
+
+    classes = sorted({file.parent.name for found in folders.values() for file in found})
+
+    def load(split: str) -> Images:
+        fingerprint = _fingerprint(files[split], with_names=not tables)
+        if tables:
+            data = _table(task, split, files[split], fingerprint)
+        else:
+            data = _pictures_table(files[split], classes)
+        return _images(task, split, data, fingerprint)
+
+    return load, tuple(files)
+
+
+def _table(task: Task, split: str, files: Sequence[Path], fingerprint: str) -> Any:
+    """The Parquet files as a `datasets.Dataset`; nothing is printed, or written beside them.
+
+    Its converted copy lies in our own cache under the content's digest, so a file that changed is never taken
+    for the old one; where that cannot be written, in a folder that vanishes with the program.
+    """
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import parquet
+
+    cache = home() / "cache" / fingerprint.partition(":")[2]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        cache = Path(tempfile.mkdtemp(prefix="mergecli-"))
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    silent = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        if not sum(parquet.read_metadata(file).num_rows for file in files):
+            raise InputError(f"{_where(task)}: split `{split}` has no images")
+        return datasets.load_dataset(
+            "parquet", data_files={"rows": [str(file) for file in files]}, split="rows", cache_dir=str(cache)
+        )
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise InputError(f"{_where(task)}: split `{split}` cannot be read: {reason}") from error
+    finally:
+        if not silent:
+            datasets.enable_progress_bars()
+
+
+def _pictures_table(files: Sequence[Path], names: Sequence[str]) -> Any:
+    """Image files as a `datasets.Dataset`: the folder's name is the class."""
+    import datasets
+
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(names)))
+    labels = [names.index(file.parent.name) for file in files]
+    return datasets.Dataset.from_dict(
+        {"image": [str(file) for file in files], "label": labels}, features=features
+    )
+
+
+def _images(task: Task, split: str, data: Any, fingerprint: str) -> Images:
+    """The rows of a `datasets.Dataset` as images, once the columns and labels are known to fit the task."""
+    import datasets
+
+    columns = {
+        use: next((name for name in (own, use) if name in data.column_names), None)
+        for use, own in (("image", task.image_column), ("label", task.label_column))
+    }
+    image, label = columns["image"], columns["label"]
+    where = f"{_where(task)}: split `{split}`"
+    if image is None or label is None:
+        lacking = quoted(use for use, name in columns.items() if name is None)
+        raise InputError(f"{where} has no column {lacking}", f"it has {quoted(data.column_names)}")
+    kind = data.features[label]
+    names = tuple(map(str, kind.names)) if isinstance(kind, datasets.ClassLabel) else None
+    try:
+        raw = data.cast_column(image, datasets.Image(decode=False))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{where}: column `{image}` does not hold images, but {data.features[image]}"
+        ) from error
+    values: list[Any] = raw.data.column(label).to_pylist()
+    for row, value in enumerate(values):
+        if not isinstance(value, int):
+            raise InputError(f"{where}, row {row}: expected a whole number as label, got {value!r}")
+    labels = [int(value) for value in values]
+
+    def read(row: int) -> tuple[Image.Image, int]:
+        stored: Any = raw[row][image] or {}
+        try:
+            if stored.get("bytes") is None and not Path(stored.get("path") or "").is_file():
+                raise OSError("there is none")
+            return datasets.Image().decode_example(stored).convert("RGB"), labels[row]
+        except _UNREADABLE as error:
+            raise InputError(f"{where}, image {row}: cannot be read: {error}") from error
+
+    found = Images(
+        split=split,
+        classes=names,
+        fingerprint=fingerprint,
+        count=len(raw),
+        read=read,
+    )
+    return _checked(task, found, labels)
+
+
+def _fingerprint(files: Sequence[Path], with_names: bool) -> str:
+    """The digest of the files' contents, in order; an image folder's class names count too."""
+    lines: list[str] = []
+    for file in files:
+        state = xxhash.xxh3_128()
+        with file.open("rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                state.update(block)
+        lines.append(f"{file.parent.name if with_names else ''} {state.hexdigest()}\n")
+    return _digest(*lines)
+
+
+def _digest(*parts: str) -> str:
+    return "xxh3:" + sha256("".join(parts).encode()).hexdigest()[:32]
+
+
+def _checked(task: Task, images: Images, labels: Sequence[int]) -> Images:
+    """The images, once it is sure that there are some and that their labels fit the task's classes."""
+    where = f"{_where(task)}: split `{images.split}`"
+    if not len(images):
+        raise InputError(f"{where}: has no images")
+    classes = task.classes or images.classes
+    if classes is None:
+        raise InputError(
+            f"{where}: has no class names of its own", f"give `classes` under `[tasks.{task.name}]`"
+        )
+    if min(labels) < 0 or max(labels) >= len(classes):
+        raise InputError(
+            f"{where}: labels go from {min(labels)} to {max(labels)}, but the task has {len(classes)} classes",
+            f"`classes` under `[tasks.{task.name}]` names all of them, in the order of the labels",
+        )
+    if images.classes is not None and len(images.classes) < len(classes):
+        raise InputError(
+            f"{where}: the data have {len(images.classes)} classes, the task has {len(classes)}",
+            f"`classes` under `[tasks.{task.name}]` names those of the data, in the order of the labels",
+        )
+    return images

@@ -1,0 +1,214 @@
+"""A whole CLIP in memory, and vision towers put into it and written out of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mergecli.checkpoint import VISION, Checkpoint, open_checkpoint
+from mergecli.errors import InputError, UsageError, listed
+from mergecli.output import TORCH_NAMES, SafetensorsWriter, write_text
+from mergecli.provenance import model_folder_files
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP in float32, never in training mode, with its tokenizer and its image processor (the one of PIL)."""
+
+    path: Path
+    model: Any
+    """A `transformers.CLIPModel`; `set_tower` changes the weights of its `vision_model`."""
+    tokenizer: Any
+    processor: Any
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower; the keys of its `state_dict` have no prefix."""
+        return self.model.vision_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.logit_scale.device
+
+
+def load_clip(path: Path) -> Clip:
+    """The CLIP in a folder as `save_pretrained` writes it: weights, tokenizer and image processor.
+
+    The image processor is always the one of PIL: torchvision's rounds otherwise, and results would depend on
+    whether it is installed.
+
+    Raises:
+        InputError: a file is missing or damaged, or the folder does not hold a whole CLIP.
+    """
+    with open_checkpoint(path) as stored:
+        if not path.is_dir() or not stored.is_whole_clip:
+            raise InputError(
+                f"{path}: is not a whole CLIP", "a base is a folder with both towers and a tokenizer"
+            )
+    _expect(path, "config.json")
+    _expect(path, "preprocessor_config.json", "processor_config.json")
+    _expect(path, "tokenizer.json", "vocab.json")
+    from transformers import CLIPModel, CLIPTokenizer
+
+    factory: Any = CLIPModel
+
+    with _quiet():
+        try:
+            model, info = factory.from_pretrained(
+                path,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
+            processor = _pil_processor().from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise InputError(f"{path}: cannot be loaded as a CLIP: {str(error).splitlines()[0]}") from error
+    wrong = [f"lacks tensor `{name}`" for name in sorted(info["missing_keys"])]
+    wrong += [f"`{name}` has another shape than its config says" for name, *_ in info["mismatched_keys"]]
+    if wrong:
+        raise InputError(f"{path}: the weights do not fit `config.json`:\n{listed(wrong)}")
+    if len(tokenizer) < 10:
+        raise InputError(f"{path}: its tokenizer knows only {len(tokenizer)} tokens", "fetch the base again")
+    return Clip(path, model.eval().requires_grad_(False), tokenizer, processor)
+
+
+def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
+    """Compares names and shapes of a checkpoint with the CLIP's vision tower; reads no weights.
+
+    Raises:
+        InputError: tensors are missing, extra or of another shape; all of them are listed.
+    """
+    want = {VISION + name: tuple(tensor.shape) for name, tensor in clip.tower.state_dict().items()}
+    have = {name: entry.shape for name, entry in checkpoint.vision().entries.items()}
+    lines = [f"lacks tensor `{name}`" for name in sorted(want.keys() - have.keys())]
+    lines += [f"has an extra tensor `{name}`" for name in sorted(have.keys() - want.keys())]
+    lines += [
+        f"`{name}` has shape {have[name]}, the base has {want[name]}"
+        for name in sorted(want.keys() & have.keys())
+        if have[name] != want[name]
+    ]
+    if lines:
+        raise InputError(
+            f"{checkpoint.path}: does not fit the vision tower of {clip.path}:\n{listed(lines)}",
+            "name the base that it was fine-tuned from",
+        )
+
+
+def set_tower(clip: Clip, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint's weights into the CLIP's vision tower; a task vector is added to the base's own.
+
+    Raises:
+        InputError: the tensors do not fit; nothing was changed then.
+    """
+    check_tower(clip, checkpoint)
+    stored = checkpoint.vision()
+    with contextlib.ExitStack() as files:
+        base = files.enter_context(open_checkpoint(clip.path)) if checkpoint.is_task_vector else None
+        with torch.no_grad():
+            for name, tensor in clip.tower.state_dict().items():
+                value = stored.read(VISION + name).to(torch.float32)
+                if base is not None:
+                    value += base.read(VISION + name).to(torch.float32)
+                tensor.copy_(value)
+
+
+def usable_device(name: str) -> str:
+    """The name, once it is sure that torch has such a device here.
+
+    Raises:
+        UsageError: it has not.
+    """
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"device `{name}`: cannot be used here", "`cpu` always works; `cuda` needs a GPU"
+        ) from error
+    return name
+
+
+def pixels(clip: Clip, images: Sequence[Image]) -> Tensor:
+    """(B, 3, H, W) float32: the images resized, cropped and normalised as the checkpoint's own config says."""
+    return clip.processor(images=list(images), return_tensors="pt")["pixel_values"].to(torch.float32)
+
+
+def features(clip: Clip, pixel_values: Tensor) -> Tensor:
+    """(B, D) the tower's pooled output after the CLIP's visual projection; not normalised."""
+    return clip.model.visual_projection(clip.tower(pixel_values=pixel_values).pooler_output)
+
+
+def save_tower(clip: Clip, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None = None) -> None:
+    """Writes the CLIP's vision tower as it is now, with keys that begin with `vision_model.`.
+
+    One file where `path` ends in `.safetensors`; else a folder that `CLIPVisionModel.from_pretrained` loads.
+    """
+    state = {
+        VISION + name: tensor.detach().cpu().to(dtype or tensor.dtype)
+        for name, tensor in clip.tower.state_dict().items()
+    }
+    if path.suffix == ".safetensors":
+        save_tensors(state, path, metadata)
+        return
+    save_tensors(state, path / "model.safetensors", metadata)
+    for name, text in model_folder_files(clip.path).items():
+        write_text(path / name, text)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes tensors that are in memory as one safetensors file."""
+    names = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+    layout = {
+        name: (names[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+    with SafetensorsWriter(path, layout, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def _expect(folder: Path, *names: str) -> None:
+    """Raises InputError unless one of the files is there."""
+    if not any((folder / name).is_file() for name in names):
+        raise InputError(f"{folder}: has no `{names[0]}`", "fetch or copy the whole repository of the base")
+
+
+def _pil_processor() -> Any:
+    """The image processor class that works with PIL, under whichever name this transformers has it."""
+    import transformers
+
+    for name in ("CLIPImageProcessorPil", "CLIPImageProcessor"):
+        with contextlib.suppress(AttributeError, ImportError):
+            found = getattr(transformers, name)
+            if not getattr(found, "is_fast", False):
+                return found
+    from transformers.models.clip import image_processing_clip
+
+    return image_processing_clip.CLIPImageProcessor
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Keeps transformers from printing reports and drawing bars; what was set before comes back after."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,59 @@
+"""How a data folder is divided: which files belong to which split, told by their names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mergecli.errors import InputError, quoted
+
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+
+_NAMES = ("train", "test", *VALIDATION_NAMES)
+_SHARD = re.compile(r"[-_]?\d+(-of-\d+)?(-[0-9a-f]{16})?$")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def parquet_splits(root: Path, config: str | None, where: str) -> dict[str, list[Path]]:
+    """Split -> its Parquet files, from names as `test-00000-of-00002.parquet`, `test.parquet` or `test/0.parquet`.
+
+    They may lie at any depth; where there is a folder called `config`, only those in it count.
+
+    Raises:
+        InputError: files of one split lie in several folders, which are different configurations.
+    """
+    every = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
+    paths = {file: file.relative_to(root if root.is_dir() else root.parent) for file in every}
+    paths = {
+        file: path for file, path in paths.items() if not any(part.startswith(".") for part in path.parts)
+    }
+    chosen = {file: path for file, path in paths.items() if config in path.parts}
+    found: dict[str, list[Path]] = {}
+    homes: dict[str, set[Path]] = {}
+    for file, path in (chosen or paths).items():
+        split, folder = _SHARD.sub("", path.stem), path.parent
+        if not split or (split not in _NAMES and folder.name in _NAMES):
+            split, folder = folder.name or "test", folder.parent
+        found.setdefault(split, []).append(file)
+        homes.setdefault(split, set()).add(folder)
+    for split, folders in homes.items():
+        if len(folders) > 1:
+            names = [folder.as_posix() for folder in sorted(folders)]
+            raise InputError(
+                f"{where}: has split `{split}` in several folders: {quoted(names)}",
+                "give one of them as the task's `data`",
+            )
+    return found
+
+
+def folder_splits(root: Path) -> dict[str, list[Path]]:
+    """Split -> its images, which lie in `<split>/<class>/`, or in `<class>/` for data of one split, called `test`."""
+    if not root.is_dir():
+        return {}
+    top = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    splits = {folder.name: found for folder in top if (found := _pictures(folder))}
+    return splits or ({"test": found} if (found := _pictures(root)) else {})
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*/*") if file.suffix.lower() in _SUFFIXES)

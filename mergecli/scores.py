@@ -1,0 +1,160 @@
+"""The result of an evaluation, as a value and as the JSON file `mergecli.eval/1`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mergecli.errors import InputError
+
+SCHEMA = "mergecli.eval/1"
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How one tower did on one task."""
+
+    accuracy: float
+    """correct / images."""
+    loss: float
+    """Mean cross-entropy over the images."""
+    loss_batch_mean: float
+    """Mean over batches of each batch's mean, in which a short last batch weighs too much; FusionBench's loss."""
+    correct: int
+    images: int
+    split: str
+    data: Mapping[str, str]
+    """`source` as the recipe has it, without the folders of a path; `fingerprint` of the content."""
+    classes: str
+    """Digest of the class names."""
+    templates: str
+    """Digest of the prompts."""
+
+
+@dataclass(frozen=True)
+class Average:
+    """Means over the tasks, each counting the same."""
+
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How one tower did on several tasks."""
+
+    checkpoint: Mapping[str, str | None]
+    """`name`, `path` (no folders), `digest`, `kind` and `method`; None where the file does not say."""
+    clip: Mapping[str, str | None]
+    """`path` and `digest` of the CLIP whose other parts were used."""
+    parameters: int
+    tasks: Mapping[str, TaskScore]
+    """In the order in which they were asked for."""
+    batch_size: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """What the checkpoint is called in tables."""
+        return self.checkpoint["name"] or ""
+
+    @property
+    def average(self) -> Average:
+        """Means over the tasks."""
+        scores = self.tasks.values()
+        return Average(
+            accuracy=sum(score.accuracy for score in scores) / len(self.tasks),
+            loss=sum(score.loss for score in scores) / len(self.tasks),
+        )
+
+    def to_json(self) -> str:
+        """The text of the result file."""
+        values: dict[str, Any] = {
+            "schema": SCHEMA,
+            "checkpoint": dict(self.checkpoint),
+            "clip": dict(self.clip),
+            "batch_size": self.batch_size,
+            "dtype": self.dtype,
+            "model_info": {
+                "trainable_params": self.parameters,
+                "all_params": self.parameters,
+                "trainable_percentage": 1.0,
+            },
+            "tasks": {name: asdict(score) for name, score in self.tasks.items()},
+            "average": asdict(self.average),
+        }
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_result(path: str | Path) -> Evaluation:
+    """The result in a file that `evaluate` wrote.
+
+    Raises:
+        InputError: there is no such file, or it is anything else.
+    """
+    file = Path(path)
+    try:
+        values: Any = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: no such result") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot read: {(error.strerror or '').lower()}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: is not JSON", _HINT) from error
+    schema: object = values.get("schema") if isinstance(values, dict) else None
+    if schema != SCHEMA:
+        raise InputError(f"{file}: `schema`: expected `{SCHEMA}`, got {schema!r}", _HINT)
+    try:
+        result = Evaluation(
+            checkpoint=_strings(values["checkpoint"], "checkpoint"),
+            clip=_strings(values["clip"], "clip"),
+            parameters=_typed(values["model_info"]["all_params"], "int", "model_info.all_params"),
+            tasks={name: _score(name, score) for name, score in values["tasks"].items()},
+            batch_size=_typed(values["batch_size"], "int", "batch_size"),
+            dtype=_typed(values["dtype"], "str", "dtype"),
+        )
+    except KeyError as error:
+        raise InputError(f"{file}: lacks the key `{error.args[0]}`", _HINT) from error
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{file}: is not a result: {error}", _HINT) from error
+    if not result.tasks or not result.checkpoint.get("name"):
+        raise InputError(f"{file}: names no {'checkpoint' if result.tasks else 'tasks'}", _HINT)
+    return result
+
+
+_HINT = "expected a file that `mergecli eval -o` wrote"
+_TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+
+
+def _score(task: str, values: Any) -> TaskScore:
+    """One task's part of the file."""
+    given: dict[str, Any] = {}
+    for part in fields(TaskScore):
+        key = f"tasks.{task}.{part.name}"
+        if part.name not in values:
+            raise KeyError(key)
+        value = values[part.name]
+        given[part.name] = _strings(value, key) if part.name == "data" else _typed(value, str(part.type), key)
+    score = TaskScore(**given)
+    if (
+        score.images < 1
+        or not 0 <= score.correct <= score.images
+        or score.accuracy != score.correct / score.images
+    ):
+        raise TypeError(f"`tasks.{task}`: `accuracy`, `correct` and `images` do not agree")
+    return score
+
+
+def _typed(value: Any, kind: str, key: str) -> Any:
+    if isinstance(value, bool) or not isinstance(value, _TYPES[kind]):
+        raise TypeError(f"`{key}`: expected {kind}, got {value!r}")
+    return value
+
+
+def _strings(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(each, (str, type(None))) for each in value.values()):
+        raise TypeError(f"`{key}`: expected a table of strings")
+    return dict(value)

@@ -1,0 +1,106 @@
+"""Tiny worlds: tensors of every awkward kind, checkpoints made of them, and the program as a real process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+SHAPES = {
+    "layer.0.weight": (7, 5),
+    "layer.0.bias": (7,),
+    "scale": (),
+    "empty": (0, 3),
+    "conv": (3, 2, 4, 4),
+    "zz.long": (5000,),
+}
+
+
+def random_weights(seed: int, around: Weights | None = None, step: float = 0.1) -> Weights:
+    """Random tensors of awkward shapes and one of whole numbers; near `around` if that is given."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    if around is not None:
+        weights = {name: around[name] + step * noise for name, noise in weights.items()}
+    return {**weights, "steps": torch.arange(4)}
+
+
+@dataclass(frozen=True)
+class World:
+    """A base and three fine-tuned models, in memory and on disk."""
+
+    folder: Path
+    base: Weights
+    tuned: Mapping[str, Weights]
+
+    @property
+    def base_file(self) -> Path:
+        return self.folder / "base.safetensors"
+
+    @property
+    def files(self) -> dict[str, Path]:
+        return {name: self.folder / f"{name}.safetensors" for name in self.tuned}
+
+
+def make_world(folder: Path, tasks: int = 3) -> World:
+    """A world on disk in `folder`."""
+    base = random_weights(0)
+    world = World(folder, base, {f"t{i}": random_weights(i, base) for i in range(1, tasks + 1)})
+    save_file(base, world.base_file)
+    for name, file in world.files.items():
+        save_file(world.tuned[name], file)
+    return world
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return make_world(tmp_path)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs `mergecli ARGUMENTS` as a real process in the test's own folder, not on a terminal."""
+
+    def run(*arguments: object, timeout: float = 120, **environment: str) -> Ended:
+        done = subprocess.run(
+            [sys.executable, "-m", "mergecli", *map(str, arguments)],
+            cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def assert_same(got: Mapping[str, Tensor], want: Mapping[str, Tensor], atol: float = 0.0) -> None:
+    """The same names, shapes and dtypes, and values at most `atol` apart; says where the largest difference is."""
+    assert sorted(got) == sorted(want)
+    for name, expected in want.items():
+        value = got[name]
+        assert value.shape == expected.shape, f"`{name}`: {tuple(value.shape)} is not {tuple(expected.shape)}"
+        assert value.dtype == expected.dtype, f"`{name}`: {value.dtype} is not {expected.dtype}"
+        if expected.numel():
+            difference = (value.double() - expected.double()).abs()
+            worst = float(difference.max())
+            assert worst <= atol, f"`{name}`: {worst:.3g} apart at entry {int(difference.argmax())}"

@@ -1,0 +1,42 @@
+"""What every method promises."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from mergecli import methods
+
+TESTS = Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_says_what_it_is_where_it_comes_from_and_what_each_setting_means(name: str) -> None:
+    method = methods.find(name)
+    assert "theta" in (method.__doc__ or ""), "the docstring is the equation"
+    assert method.title[0].islower()
+    assert not method.title.endswith(".")
+    assert "arXiv" in method.paper
+    for setting in methods.settings(name).values():
+        assert setting.documentation, f"`{setting.name}` has no documentation"
+        assert setting.required or not setting.problem(setting.default), f"the default of `{setting.name}` is refused"
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_is_a_frozen_value(name: str) -> None:
+    method = methods.find(name)
+    required = {"weights": [1.0]} if name == "weighted_average" else {}
+    one, other = methods.create(name, required), methods.create(name, required)
+    assert one == other
+    assert hash(one) == hash(other)
+    if fields := dataclasses.fields(method):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(one, fields[0].name, 1)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_has_a_golden_test(name: str) -> None:
+    texts = [file.read_text() for file in TESTS.glob("test_*.py")]
+    assert any(f'"{name}"' in text and "naive." in text for text in texts)
