@@ -11,7 +11,19 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from mergecli.cli import cos_sim, evaluate, fetch, finetune, info, merge, methods, report, show, taskvector, tasks
+from mergecli.cli import (
+    cos_sim,
+    evaluate,
+    fetch,
+    finetune,
+    info,
+    merge,
+    methods,
+    report,
+    show,
+    tasks,
+    taskvector,
+)
 from mergecli.errors import ExitStatus, MergecliError
 
 app = typer.Typer(
@@ -61,7 +73,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit status."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        status = app(args=arguments, standalone_mode=False)
+        status = app(args=arguments, prog_name="mergecli", standalone_mode=False)
         sys.stdout.flush()
         return int(status) if isinstance(status, int) else ExitStatus.DONE
     except MergecliError as error:

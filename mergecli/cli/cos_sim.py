@@ -13,10 +13,14 @@ from mergecli.cli import options, show
 def cos_sim(
     vectors: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE|[NAME=]SOURCE...", help="Task vectors; or a recipe, or models with --base."),
+        typer.Argument(
+            metavar="RECIPE|[NAME=]SOURCE...", help="Task vectors; or a recipe, or models with --base."
+        ),
     ],
     base: options.Base = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write a CSV file with all digits.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write a CSV file with all digits.")
+    ] = None,
     plot: options.Plot = None,
     form: options.Format = None,
     changes: options.Set = None,

@@ -10,7 +10,9 @@ from mergecli.cli import options, show
 
 
 def fetch(
-    sources: Annotated[list[str], typer.Argument(metavar="RECIPE|SOURCE...", help="Recipes, or sources by name.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="RECIPE|SOURCE...", help="Recipes, or sources by name.")
+    ],
     changes: options.Set = None,
 ) -> None:
     """Bring models to this machine; prints one local path a line. The only command that may use the network.

@@ -13,21 +13,28 @@ from mergecli.errors import UsageError
 
 def finetune(
     task: Annotated[
-        str, typer.Option("--task", metavar="TASK", autocompletion=options.complete_tasks, help="What to learn.")
+        str,
+        typer.Option("--task", metavar="TASK", autocompletion=options.complete_tasks, help="What to learn."),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A .safetensors file, or a folder (no suffix).")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="A .safetensors file, or a folder (no suffix).")
+    ],
     recipe: Annotated[
         Path | None, typer.Argument(metavar="[RECIPE]", help="Takes base and tasks from this recipe.")
     ] = None,
     base: options.Base = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Batches to learn from.")] = 4000,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Adam's step size at the start.")] = 1e-5,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", help="Adam's step size at the start.")
+    ] = 1e-5,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a step.")] = 32,
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0, help="L2 penalty in Adam.")] = 0.0,
     schedule: Annotated[str, typer.Option("--schedule", help="cosine (to 0) or constant.")] = "cosine",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Order of the images.")] = 0,
     save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between saved states.")] = 500,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the output: float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the output: float32, float16 or bfloat16.")
+    ] = "float32",
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     changes: options.Set = None,
 ) -> None:

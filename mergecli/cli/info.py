@@ -15,7 +15,9 @@ from mergecli.errors import InputError
 def info(
     checkpoint: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint or task vector.")],
     keys: Annotated[bool, typer.Option("--keys", help="List the tensors instead.")] = False,
-    recipe: Annotated[bool, typer.Option("--recipe", help="Print the recipe it was made with instead.")] = False,
+    recipe: Annotated[
+        bool, typer.Option("--recipe", help="Print the recipe it was made with instead.")
+    ] = False,
     form: options.Format = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
@@ -37,7 +39,9 @@ def info(
         show.line(found.metadata["recipe"].rstrip())
         return
     if keys:
-        rows = tuple((name, dtype, "x".join(map(str, shape))) for name, (dtype, shape) in found.tensors.items())
+        rows = tuple(
+            (name, dtype, "x".join(map(str, shape))) for name, (dtype, shape) in found.tensors.items()
+        )
         show.table(Table((Column("tensor"), Column("dtype"), Column("shape")), rows), form)
         return
     facts = {

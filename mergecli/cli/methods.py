@@ -14,7 +14,8 @@ from mergecli.errors import shown
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", autocompletion=options.complete_methods, help="One method.")
+        str | None,
+        typer.Argument(metavar="[NAME]", autocompletion=options.complete_methods, help="One method."),
     ] = None,
     form: options.Format = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,

@@ -32,7 +32,9 @@ def complete_formats(incomplete: str) -> list[str]:
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; the value is TOML. Repeatable."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one key of the recipe; the value is TOML. Repeatable."
+    ),
 ]
 Format = Annotated[
     str | None,

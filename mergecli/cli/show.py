@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
@@ -56,7 +56,9 @@ def check_format(form: str | None) -> str | None:
     from mergecli.tables import FORMATS
 
     if form is not None and form not in FORMATS:
-        raise UsageError(f"--format: expected one of {', '.join(FORMATS)}, got `{form}`{did_you_mean(form, FORMATS)}")
+        raise UsageError(
+            f"--format: expected one of {', '.join(FORMATS)}, got `{form}`{did_you_mean(form, FORMATS)}"
+        )
     return form
 
 
@@ -72,12 +74,14 @@ def _drawn(content: Table) -> None:
         drawn.add_row(*(column.shown(value) for column, value in zip(content.columns, row, strict=True)))
     console = Console(highlight=False)
     # a narrow terminal wraps a line; cut numbers would be lost
-    console.width = max(console.width, console.measure(drawn, options=console.options.update(width=10_000)).maximum)
+    console.width = max(
+        console.width, console.measure(drawn, options=console.options.update(width=10_000)).maximum
+    )
     console.print(drawn)
 
 
 @contextmanager
-def progress() -> Iterator[Progress | None]:
+def progress() -> Generator[Progress | None]:
     """A function that draws progress on stderr if that is a terminal, else None."""
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield None

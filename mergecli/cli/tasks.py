@@ -12,7 +12,8 @@ from mergecli.cli import options, show
 
 def tasks(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", autocompletion=options.complete_tasks, help="One task or set.")
+        str | None,
+        typer.Argument(metavar="[NAME]", autocompletion=options.complete_tasks, help="One task or set."),
     ] = None,
     form: options.Format = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,

@@ -13,7 +13,8 @@ from mergecli.cli import options, show
 def taskvector(
     tuned: Annotated[str, typer.Argument(metavar="RECIPE|SOURCE", help="A recipe, or one fine-tuned model.")],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="A .safetensors file; for a recipe, a folder with one a task.")
+        Path,
+        typer.Option("-o", "--output", help="A .safetensors file; for a recipe, a folder with one a task."),
     ],
     base: options.Base = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = "float32",

@@ -1,0 +1,56 @@
+# Runs from anywhere: make -C path/to/mergecli demo
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= out/demo
+
+.PHONY: help setup demo test slow check lint types format startup sizes bare clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: .venv/installed ## install mergecli and its tools into .venv
+
+.venv/installed: pyproject.toml scripts/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/installed ## the main job on the toy models: task vectors, merges, evaluation, report, heat-map
+	@$(MAKE) --no-print-directory -j2 -C recipes RECIPE=toy.toml MERGECLI=$(CURDIR)/$(BIN)/mergecli OUT=$(abspath $(OUT)) \
+	  MERGES='average task_arithmetic-0.3 ties-0.5' show
+
+test: .venv/installed ## tests that need no network and no GPU
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+
+slow: .venv/installed ## the other tests too
+	$(BIN)/python -m pytest -q
+
+check: lint types test ## everything CI checks
+
+lint: .venv/installed ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed ## pyright, strict
+	$(BIN)/pyright
+
+format: .venv/installed ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+startup: .venv/installed ## milliseconds of --help, best of ten, for each command
+	$(BIN)/python scripts/startup.py
+
+sizes: ## lines per file, largest first
+	@git ls-files '*.py' | xargs wc -l | sort -rn | head -30
+
+bare: ## install without tools into a fresh environment and run --help
+	rm -rf .venv-bare && $(PYTHON) -m venv .venv-bare
+	.venv-bare/bin/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt .
+	.venv-bare/bin/mergecli --help > /dev/null && .venv-bare/bin/mergecli methods > /dev/null
+	rm -rf .venv-bare
+
+clean: ## remove what the demo and the tools made
+	rm -rf out .pytest_cache .ruff_cache
