@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergecli.errors import InputError, listed, quoted
-from mergecli.output import DTYPE_BYTES, FLOATS, TORCH_NAMES, entry_count
+from mergecli.output import DTYPE_BYTES, FLOATS, TORCH_NAMES, bytes_of, entry_count
 
 if TYPE_CHECKING:
     import xxhash
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
     start: int
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Number of entries of the tensor."""
         return entry_count(self.shape)
 
@@ -87,7 +87,7 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Number of entries of all tensors together."""
-        return sum(entry.count for entry in self.entries.values())
+        return sum(entry.size for entry in self.entries.values())
 
     def vision(self) -> Checkpoint:
         """The vision tower of a whole CLIP; anything else unchanged."""
@@ -98,7 +98,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor, in its own dtype and shape."""
-        return self.read_entries(name, 0, self.entries[name].count).view(self.entries[name].shape)
+        return self.read_entries(name, 0, self.entries[name].size).view(self.entries[name].shape)
 
     def read_entries(self, name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
         """(stop - start,) entries of the flattened tensor in its own dtype; read into `into` if that is given."""
@@ -108,7 +108,7 @@ class Checkpoint:
         if into is None:
             into = torch.empty(stop - start, dtype=getattr(torch, TORCH_NAMES[entry.dtype]))
         if stop > start:
-            buffer = memoryview(into.view(torch.uint8).numpy())
+            buffer = bytes_of(into)
             self._read_bytes(entry, start * DTYPE_BYTES[entry.dtype], buffer)
             self.hashes.feed(name, start * DTYPE_BYTES[entry.dtype], buffer)
         return into
@@ -133,7 +133,7 @@ class Checkpoint:
         lines: list[str] = []
         for name in sorted(self.entries):
             entry = self.entries[name]
-            size = entry.count * DTYPE_BYTES[entry.dtype]
+            size = entry.size * DTYPE_BYTES[entry.dtype]
             at = self.hashes.position(name)
             while at < size:
                 buffer = memoryview(bytearray(min(size - at, 1 << 20)))

@@ -21,8 +21,8 @@ from mergecli.catalogue import read_recipe, recipe_from
 from mergecli.errors import InputError, UsageError, shown
 from mergecli.methods._kinds import Group, Method, PerTensor, TwoPass
 from mergecli.models import Models, open_models
-from mergecli.progress import Progress
 from mergecli.output import TORCH_NAMES, SafetensorsWriter, refuse_inputs, whole_folder
+from mergecli.progress import Progress
 from mergecli.provenance import UNKNOWN_DIGEST, about, model_folder_files
 from mergecli.recipe import Recipe
 
@@ -153,10 +153,7 @@ class _Tracked:
     def merged(self) -> Iterator[tuple[str, int, Tensor]]:
         """(tensor, first entry, merged float32 entries) for every block."""
         method = self.method
-        if isinstance(method, TwoPass):
-            surveyed = method.survey(self._survey)
-        else:
-            surveyed = None
+        surveyed = method.survey(self._survey) if isinstance(method, TwoPass) else None
         self.passed = 0
         for start, group in self.models.groups(blocks=method.elementwise):
             shape = group.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
-from typing import Any, cast
+from typing import Any
 
 
 class ExitStatus(IntEnum):

@@ -14,11 +14,15 @@ from mergecli.sources import Source, locate, parse_source
 
 if TYPE_CHECKING:
     from mergecli.checkpoint import Checkpoint
-    from mergecli.clip.counting import Progress
     from mergecli.clip.tasks import Task
+    from mergecli.progress import Progress
     from mergecli.recipe import Recipe
 
 __all__ = ["SCHEMA", "Average", "Evaluation", "TaskScore", "evaluate", "read_result"]
+
+
+FINE_TUNED = "fine-tuned"
+"""The name of the result in which each model was evaluated on its own task."""
 
 
 class _Model(NamedTuple):
@@ -29,8 +33,9 @@ class _Model(NamedTuple):
 
 
 def evaluate(
-    checkpoints: Sequence[str | Path] | str | Path,
+    checkpoints: str | Path | Sequence[str | Path] | Mapping[str, str | Path] = (),
     *,
+    individual: bool = False,
     recipe: str | Path | Recipe | None = None,
     clip: str | Path | None = None,
     tasks: Sequence[str] | str | None = None,
@@ -48,6 +53,9 @@ def evaluate(
     Each image is decoded once, however many checkpoints there are.
 
     Args:
+        checkpoints: sources, by themselves or under the names that their results get; none stands for all models
+            of the recipe, its base first.
+        individual: each model only on the task that it is named after, all in one result called `fine-tuned`.
         tasks: names of tasks or sets, as a list or with commas between; else the recipe's `[eval]`, else the tasks of its `[tuned]`.
         output: a `.json` file; or a folder that gets `<name>.json` for each checkpoint.
         predictions: a Parquet file that gets a row for each image.
@@ -58,7 +66,6 @@ def evaluate(
     """
     from mergecli.clip import tasks as catalogue
 
-    checkpoints = [checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints
     tasks = tasks.split(",") if isinstance(tasks, str) else tasks
     known = _recipe(recipe)
     base = parse_source(str(clip), Path()) if clip is not None else known.base if known else None
@@ -72,11 +79,18 @@ def evaluate(
     chosen = [catalogue.find(name, known) for name in catalogue.expand(wanted, known)]
     size = batch_size or (known.batch_size if known else 128)
     with contextlib.ExitStack() as files:
-        models = [_model(text, files) for text in checkpoints]
-        targets = _targets([model.name for model in models], output)
+        models = [_model(name, source, files) for name, source in _given(checkpoints, known, individual)]
+        if individual:
+            own = {model.name for model in models}
+            chosen = [task for task in chosen if task.name in own]
+            if not chosen:
+                raise UsageError("no model is named after one of the tasks", "name them: `TASK=PATH`")
+        targets = _targets([FINE_TUNED] if individual else [model.name for model in models], output)
         for target in (*targets, *([Path(predictions)] if predictions else [])):
             refuse_inputs(target, {model.name: file for model in models for file in model.checkpoint.files})
-        results, rows = _run(models, base, chosen, size, split, device, progress, predictions is not None)
+        results, rows = _run(
+            models, base, chosen, size, split, device, progress, predictions is not None, individual
+        )
     for target, result in zip(targets, results, strict=False):
         write_text(target, result.to_json())
     if predictions is not None:
@@ -93,6 +107,7 @@ def _run(
     device: str,
     progress: Progress | None,
     keep_rows: bool,
+    individual: bool,
 ) -> tuple[tuple[Evaluation, ...], dict[str, list[object]]]:
     """Every model's result, and the columns of the predictions' table."""
     import torch
@@ -111,7 +126,6 @@ def _run(
         check_tower(loaded, model.checkpoint)
     data = [load_images(task, split) for task in tasks]
     loaded.model.to(place)
-    towers = Towers(loaded, [model.checkpoint for model in models])
     scores: list[dict[str, TaskScore]] = [{} for _ in models]
     rows: dict[str, list[object]] = {
         name: [] for name in ("checkpoint", "task", "index", "label", "prediction", "probability")
@@ -120,8 +134,14 @@ def _run(
         for task, images in zip(tasks, data, strict=True):
             classes = task.classes or images.classes or ()
             head = zero_shot_head(loaded, classes, task.templates)
+            shown = [
+                pair
+                for pair in zip(models, scores, strict=True)
+                if not individual or pair[0].name == task.name
+            ]
+            towers = Towers(loaded, [model.checkpoint for model, _ in shown])
             tallies = count(towers, head, images, size, task.name, progress)
-            for model, score, tally in zip(models, scores, tallies, strict=True):
+            for (model, score), tally in zip(shown, tallies, strict=True):
                 total = len(images)
                 score[task.name] = TaskScore(
                     accuracy=tally.correct / total,
@@ -143,27 +163,53 @@ def _run(
                     rows["probability"] += tally.probabilities
     with open_checkpoint(folder) as whole:
         own = whole.vision().digest()
-    return tuple(
+    named = [(_about(model, own), score) for model, score in zip(models, scores, strict=True)]
+    if individual:
+        about = dict.fromkeys(named[0][0], None) | {
+            "name": FINE_TUNED,
+            "path": FINE_TUNED,
+            "method": FINE_TUNED,
+        }
+        named = [
+            (about, {task.name: score[task.name] for task in tasks for score in scores if task.name in score})
+        ]
+    results = tuple(
         Evaluation(
-            checkpoint=_about(model, own),
+            checkpoint=about,
             clip={"path": base.label, "digest": own},
-            parameters=model.checkpoint.parameters,
+            parameters=models[0].checkpoint.parameters,
             tasks=score,
             batch_size=size,
             dtype="float32",
         )
-        for model, score in zip(models, scores, strict=True)
-    ), rows
+        for about, score in named
+    )
+    return results, rows
 
 
-def _model(text: str | Path, files: contextlib.ExitStack) -> _Model:
+def _given(
+    checkpoints: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    known: Recipe | None,
+    individual: bool,
+) -> list[tuple[str, Source]]:
+    """Name and source of each checkpoint to evaluate."""
+    if isinstance(checkpoints, Mapping):
+        return [(name, parse_source(str(source), Path())) for name, source in checkpoints.items()]
+    if checkpoints:
+        several = [checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints
+        sources = [parse_source(str(each), Path()) for each in several]
+        return [(Path(source.name).name.removesuffix(".safetensors"), source) for source in sources]
+    if known is None or not (known.tuned or known.base):
+        raise UsageError("no checkpoint to evaluate", "name at least one file, folder or source, or a recipe")
+    base = [("base", known.base)] if known.base and not individual else []
+    return [*base, *known.tuned.items()]
+
+
+def _model(name: str, source: Source, files: contextlib.ExitStack) -> _Model:
     """A checkpoint that is open until `files` close."""
     from mergecli.checkpoint import open_checkpoint
 
-    source = parse_source(str(text), Path())
-    opened = files.enter_context(open_checkpoint(locate(source)))
-    name = Path(source.name).name
-    return _Model(name.removesuffix(".safetensors"), source, opened.vision())
+    return _Model(name, source, files.enter_context(open_checkpoint(locate(source))).vision())
 
 
 def _about(model: _Model, base_digest: str) -> dict[str, str | None]:
@@ -187,8 +233,6 @@ def _recipe(recipe: str | Path | Recipe | None) -> Recipe | None:
 
 def _targets(names: Sequence[str], output: str | Path | None) -> list[Path]:
     """The file of each result; none without an output."""
-    if not names:
-        raise UsageError("no checkpoint to evaluate", "name at least one file, folder or source")
     if output is None:
         return []
     target = Path(output)

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from mergecli.clip.counting import Progress
     from mergecli.clip.images import Images
     from mergecli.clip.model import Clip
+    from mergecli.progress import Progress
     from mergecli.recipe import Recipe
 
 PIXEL_BYTES = 1 << 30

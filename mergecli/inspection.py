@@ -43,11 +43,11 @@ def info(checkpoint: str | Path) -> Info:
         each = whole.vision()
         dtypes: dict[str, int] = {}
         for entry in each.entries.values():
-            dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.count
+            dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.size
         return Info(
             path=str(checkpoint),
             kind=each.metadata.get("kind", "checkpoint"),
-            parameters=sum(entry.count for entry in each.entries.values() if entry.is_float),
+            parameters=sum(entry.size for entry in each.entries.values() if entry.is_float),
             whole_clip=whole.is_whole_clip,
             tensors={name: (entry.dtype, entry.shape) for name, entry in each.entries.items()},
             dtypes=dtypes,

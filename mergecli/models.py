@@ -59,7 +59,7 @@ class Models:
     @property
     def size(self) -> int:
         """Entries of all merged tensors together."""
-        return sum(self.reference.entries[name].count for name in self.floats)
+        return sum(self.reference.entries[name].size for name in self.floats)
 
     def digests(self) -> dict[str, str]:
         """Input -> digest; free for what has been read from beginning to end."""
@@ -82,7 +82,7 @@ class Models:
                 reader.submit(self._read, *piece, buffer)
                 for piece, buffer in zip(pieces, buffers, strict=False)
             ]
-            for number, (name, start, stop) in enumerate(pieces):
+            for number, (name, start, _stop) in enumerate(pieces):
                 rows = coming.pop(0).result()
                 if not blocks:
                     rows = rows.view(width, *self.reference.entries[name].shape)
@@ -95,7 +95,7 @@ class Models:
     def _pieces(self, sample: int, *, blocks: bool) -> Iterator[tuple[str, int, int]]:
         """(tensor, first entry, end) of what is read at a time; a sample takes a short run out of each stretch."""
         for name in self.floats:
-            count = self.reference.entries[name].count
+            count = self.reference.entries[name].size
             step = (BLOCK if blocks else max(count, 1)) if sample == 1 else 1024 * sample
             for number, start in enumerate(range(0, count, step) if count else [0]):
                 stop = min(start + step, count)

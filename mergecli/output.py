@@ -8,10 +8,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from mergecli.errors import InputError, UsageError
 
@@ -46,8 +46,18 @@ def entry_count(shape: tuple[int, ...]) -> int:
     return count
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's entries in order; of a contiguous tensor its own memory, to be read into."""
+    import torch
+
+    if not tensor.numel():
+        return memoryview(b"")
+    array: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
 @contextlib.contextmanager
-def write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Generator[None]:
     """Turns the operating system's refusals into one clear error about `path`."""
     try:
         yield
@@ -70,7 +80,7 @@ def new_name(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def whole_file(path: Path) -> Generator[IO[bytes]]:
     """A binary file that takes the name `path` when the block ends without an exception, else vanishes.
 
     Missing parent folders are made. An existing file is replaced in one step.
@@ -98,7 +108,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path) -> Generator[Path]:
     """An empty folder that takes the name `path` when the block ends without an exception, else vanishes.
 
     If `path` is a folder already, its other files stay, and the new ones replace those of their names.
@@ -176,9 +186,7 @@ class SafetensorsWriter:
 
     def write(self, name: str, data: Tensor, start: int = 0) -> None:
         """Puts the entries of `data` (contiguous, of the tensor's dtype) at entry `start` of tensor `name`."""
-        import torch
-
-        buffer = memoryview(data.contiguous().view(-1).view(torch.uint8).numpy()) if data.numel() else b""
+        buffer = bytes_of(data)
         place = len(self._header) + self._starts[name] + start * data.element_size()
         done = 0
         while done < len(buffer):

@@ -170,7 +170,10 @@ def build(
         reader.problems += [problem for problem in check(recipe) if problem.key not in broken]
     if reader.problems:
         ordered = sorted(set(reader.problems), key=lambda each: _line(text, each.key) or 0)
-        lines = [f"{reader.overridden.get(each.key) or _place(path, text, each.key)}: `{each.key}`: {each.what}" for each in ordered]
+        lines = [
+            f"{reader.overridden.get(each.key) or _place(path, text, each.key)}: `{each.key}`: {each.what}"
+            for each in ordered
+        ]
         if len(lines) == 1:
             raise UsageError(lines[0])
         raise UsageError(f"the recipe has {len(lines)} problems:\n{listed(lines, 20)}")

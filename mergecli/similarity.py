@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli.catalogue import read_recipe, recipe_from
-from mergecli.progress import Progress
 from mergecli.models import open_models
 from mergecli.output import refuse_inputs, write_text
+from mergecli.progress import Progress
 from mergecli.recipe import Recipe
 
 if TYPE_CHECKING:

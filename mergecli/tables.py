@@ -22,7 +22,7 @@ Unit = Literal["text", "count", "percent", "points", "number"]
 Cell = str | int | float | None
 
 _PUBLISHED = {
-    "base": "Pre-trained", "average": "Simple Averaging", "task_arithmetic": "Task Arithmetic",
+    "pretrained": "Pre-trained", "fine-tuned": "Fine-tuned (STL)", "average": "Simple Averaging", "task_arithmetic": "Task Arithmetic",
     "ties": "Ties-Merging", "fisher": "Fisher Merging", "reg_mean": "RegMean", "reg_mean_plus_plus": "RegMean++",
     "concrete_task_arithmetic": "Concrete Task Arithmetic", "weight_ensembling_moe": "Weight-Ensembling MoE",
     "efficient_weight_ensembling_moe": "Efficient Weight-Ensembling MoE (90%)",
@@ -146,7 +146,7 @@ def accuracy_table(evaluations: Sequence[Evaluation], reference: str | None = No
         method = each.checkpoint.get("method")
         scores = [each.tasks[task].accuracy if task in each.tasks else None for task in tasks]
         row: list[Cell] = [
-            name_of(each),
+            each.name,
             None if method is None else str(method),
             *scores,
             each.average.accuracy,
@@ -156,8 +156,3 @@ def accuracy_table(evaluations: Sequence[Evaluation], reference: str | None = No
             row += [theirs, None if theirs is None else each.average.accuracy - theirs]
         rows.append(tuple(row))
     return Table(tuple(columns), tuple(rows))
-
-
-def name_of(evaluation: Evaluation) -> str:
-    """What a result's row is called: the checkpoint's name, without suffix."""
-    return str(evaluation.checkpoint.get("path", "")).removesuffix(".safetensors")

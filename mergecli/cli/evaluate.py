@@ -13,8 +13,9 @@ from mergecli.errors import ThresholdError, UsageError
 
 def evaluate(
     checkpoints: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="Checkpoints or task vectors: paths or sources.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="[[NAME=]SOURCE...]", help="Checkpoints or task vectors; none: the recipe's models."),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="Takes base, tasks and batch size from this recipe.")
     ] = None,
@@ -28,6 +29,9 @@ def evaluate(
             help="Tasks or sets such as ta8; `mergecli tasks` lists them.",
         ),
     ] = None,
+    individual: Annotated[
+        bool, typer.Option("--individual", help="Each model only on the task it is named after, in one result.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="A .json file; for several checkpoints, a folder.")
     ] = None,
@@ -48,6 +52,8 @@ def evaluate(
 
     mergecli eval out/ties.safetensors --recipe recipe.toml -o out/ties.json
 
+    mergecli eval --individual --recipe recipe.toml -o out/fine-tuned.json
+
     mergecli eval toy:base toy:digits --clip toy:base --tasks toy8
     """
     if min_average is not None and not 0 <= min_average <= 1:
@@ -55,6 +61,7 @@ def evaluate(
     show.check_format(form)
     from mergecli import evaluation
     from mergecli.catalogue import read_recipe
+    from mergecli.sources import named_sources
     from mergecli.tables import accuracy_table
 
     if changes and recipe is None:
@@ -62,7 +69,7 @@ def evaluate(
     known = read_recipe(recipe, changes or []) if recipe else None
     with show.progress() as progress:
         results = evaluation.evaluate(
-            checkpoints, recipe=known, clip=clip, tasks=tasks.split(",") if tasks else None, batch_size=batch_size,
+            named_sources(checkpoints or []) or (), recipe=known, individual=individual, clip=clip, tasks=tasks.split(",") if tasks else None, batch_size=batch_size,
             split=split, device=device, output=output, predictions=predictions, progress=progress,
         )  # fmt: skip
     table = accuracy_table(results)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from mergecli.errors import InputError
 
@@ -14,16 +16,10 @@ if TYPE_CHECKING:
     from mergecli.checkpoint import Checkpoint
     from mergecli.clip.images import Images
     from mergecli.clip.model import Clip
+    from mergecli.progress import Progress
 
 PIXEL_BYTES = 1 << 30
 """Of one task's processed images, so many bytes are kept while the towers take turns."""
-
-
-class Progress(Protocol):
-    """What is told how far the work is."""
-
-    def __call__(self, description: str, done: int, total: int, /) -> None:
-        """`done` of `total` images of what `description` names."""
 
 
 @dataclass
@@ -90,19 +86,50 @@ def count(
 
 def _chunks(clip: Clip, images: Images, size: int, room: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Lists of batches ((B, 3, H, W) pixels, (B,) labels) of about `room` bytes of pixels, at least one batch."""
-    import torch
-
-    from mergecli.clip.model import pixels
-
     chunk: list[tuple[Tensor, Tensor]] = []
     held = 0
-    for start in range(0, len(images), size):
-        pairs = [images[index] for index in range(start, min(start + size, len(images)))]
-        batch = pixels(clip, [image for image, _ in pairs])
-        chunk.append((batch, torch.tensor([label for _, label in pairs])))
+    for batch, labels in _batches(clip, images, size, workers_for(clip)):
+        chunk.append((batch, labels))
         held += batch.nbytes
         if held + batch.nbytes > room:
             yield chunk
             chunk, held = [], 0
     if chunk:
         yield chunk
+
+
+def workers_for(clip: Clip) -> int:
+    """Threads that process images while the model computes; none where both would want the same processors."""
+    return 0 if clip.device.type == "cpu" else min(8, os.cpu_count() or 1)
+
+
+def _batches(clip: Clip, images: Images, size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """((B, 3, H, W) pixels, (B,) labels) in order; with workers the next batch is processed meanwhile."""
+    import torch
+
+    from mergecli.clip.model import pixels
+
+    def process(rows: range) -> tuple[Tensor, list[int]]:
+        pairs = [images[row] for row in rows]
+        return pixels(clip, [image for image, _ in pairs]), [label for _, label in pairs]
+
+    every = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
+    if not workers:
+        for rows in every:
+            batch, labels = process(rows)
+            yield batch, torch.tensor(labels)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        part = -(-size // workers)
+
+        def begin(rows: range) -> list[Future[tuple[Tensor, list[int]]]]:
+            return [pool.submit(process, rows[start : start + part]) for start in range(0, len(rows), part)]
+
+        coming = begin(every[0])
+        for number in range(len(every)):
+            parts = [each.result() for each in coming]
+            coming = begin(every[number + 1]) if number + 1 < len(every) else []
+            yield (
+                torch.cat([batch for batch, _ in parts]),
+                torch.tensor([x for _, labels in parts for x in labels]),
+            )

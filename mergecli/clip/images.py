@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 from PIL import Image, UnidentifiedImageError
 
-from mergecli.clip.splits import VALIDATION_NAMES, folder_splits, parquet_splits
+from mergecli.clip.splits import (
+    VALIDATION_NAMES,
+    digest,
+    fingerprint,
+    folder_splits,
+    parquet_splits,
+    read_parquet,
+    read_pictures,
+)
 from mergecli.errors import InputError, UsageError, quoted
-from mergecli.sources import home, locate
+from mergecli.sources import locate
 
 if TYPE_CHECKING:
     from mergecli.clip.tasks import Task
@@ -63,7 +66,7 @@ def load_images(task: Task, split: str | None = None) -> Images:
     """The images of the task's own split, or of another.
 
     `validation` is the split of that name, or where the data have none a tenth of the training images, drawn
-    as `torch.utils.data.random_split` does with a generator of seed 0; `train-without-validation` is the rest.
+    as `torch.utils.data.random_split` does with a generator of seed 0; `train-without-validation` is the rest, which is all of them where there is a split for validation.
 
     Raises:
         InputError: the data are missing, damaged, or do not fit the task's classes.
@@ -75,6 +78,8 @@ def load_images(task: Task, split: str | None = None) -> Images:
     else:
         load, known = _on_disk(task)
     own = VALIDATION_NAMES if wanted == VALIDATION else (wanted,)
+    if wanted == REMAINDER and any(name in known for name in VALIDATION_NAMES):
+        own = (task.train_split,)
     named = next((name for name in own if name in known), None)
     if named is not None:
         return load(named)
@@ -116,7 +121,7 @@ def _toy(task: Task) -> Loader:
             Images(
                 split=split,
                 classes=tuple(toy.classes),
-                fingerprint=_digest(f"{name} {split} {count}\n", *(file.read_text("utf-8") for file in code)),
+                fingerprint=digest(f"{name} {split} {count}\n", *(file.read_text("utf-8") for file in code)),
                 count=count,
                 read=lambda index: draw(name, split, index),
             ),
@@ -139,64 +144,20 @@ def _on_disk(task: Task) -> Loader:
             "expected `test-00000-of-00001.parquet` or `test/<class>/<image>.png`",
         )
     files: Mapping[str, list[Path]] = tables or folders
-
     classes = sorted({file.parent.name for found in folders.values() for file in found})
 
     def load(split: str) -> Images:
-        fingerprint = _fingerprint(files[split], with_names=not tables)
+        content = fingerprint(files[split], with_names=not tables)
         if tables:
-            data = _table(task, split, files[split], fingerprint)
+            data = read_parquet(files[split], content, f"{_where(task)}: split `{split}`")
         else:
-            data = _pictures_table(files[split], classes)
-        return _images(task, split, data, fingerprint)
+            data = read_pictures(files[split], classes)
+        return _images(task, split, data, content)
 
     return load, tuple(files)
 
 
-def _table(task: Task, split: str, files: Sequence[Path], fingerprint: str) -> Any:
-    """The Parquet files as a `datasets.Dataset`; nothing is printed, or written beside them.
-
-    Its converted copy lies in our own cache under the content's digest, so a file that changed is never taken
-    for the old one; where that cannot be written, in a folder that vanishes with the program.
-    """
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import parquet
-
-    cache = home() / "cache" / fingerprint.partition(":")[2]
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        cache = Path(tempfile.mkdtemp(prefix="mergecli-"))
-        atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    silent = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        if not sum(parquet.read_metadata(file).num_rows for file in files):
-            raise InputError(f"{_where(task)}: split `{split}` has no images")
-        return datasets.load_dataset(
-            "parquet", data_files={"rows": [str(file) for file in files]}, split="rows", cache_dir=str(cache)
-        )
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise InputError(f"{_where(task)}: split `{split}` cannot be read: {reason}") from error
-    finally:
-        if not silent:
-            datasets.enable_progress_bars()
-
-
-def _pictures_table(files: Sequence[Path], names: Sequence[str]) -> Any:
-    """Image files as a `datasets.Dataset`: the folder's name is the class."""
-    import datasets
-
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(names)))
-    labels = [names.index(file.parent.name) for file in files]
-    return datasets.Dataset.from_dict(
-        {"image": [str(file) for file in files], "label": labels}, features=features
-    )
-
-
-def _images(task: Task, split: str, data: Any, fingerprint: str) -> Images:
+def _images(task: Task, split: str, data: Any, content: str) -> Images:
     """The rows of a `datasets.Dataset` as images, once the columns and labels are known to fit the task."""
     import datasets
 
@@ -235,27 +196,11 @@ def _images(task: Task, split: str, data: Any, fingerprint: str) -> Images:
     found = Images(
         split=split,
         classes=names,
-        fingerprint=fingerprint,
+        fingerprint=content,
         count=len(raw),
         read=read,
     )
     return _checked(task, found, labels)
-
-
-def _fingerprint(files: Sequence[Path], with_names: bool) -> str:
-    """The digest of the files' contents, in order; an image folder's class names count too."""
-    lines: list[str] = []
-    for file in files:
-        state = xxhash.xxh3_128()
-        with file.open("rb") as stream:
-            for block in iter(lambda: stream.read(1 << 20), b""):
-                state.update(block)
-        lines.append(f"{file.parent.name if with_names else ''} {state.hexdigest()}\n")
-    return _digest(*lines)
-
-
-def _digest(*parts: str) -> str:
-    return "xxh3:" + sha256("".join(parts).encode()).hexdigest()[:32]
 
 
 def _checked(task: Task, images: Images, labels: Sequence[int]) -> Images:

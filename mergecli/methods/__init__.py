@@ -26,7 +26,9 @@ def find(name: str) -> type[Method]:
         UsageError: there is none; the message suggests the nearest.
     """
     if name not in names():
-        raise UsageError(f"unknown method `{name}`{did_you_mean(name, names())}", "`mergecli methods` lists them")
+        raise UsageError(
+            f"unknown method `{name}`{did_you_mean(name, names())}", "`mergecli methods` lists them"
+        )
     module = importlib.import_module(f"mergecli.methods.{name}")
     own = [
         each

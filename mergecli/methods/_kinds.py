@@ -20,7 +20,13 @@ class Group:
     """
 
     def __init__(
-        self, name: str, base: Tensor | None, rows: Tensor, are_deltas: tuple[bool, ...], seed: int, block: int
+        self,
+        name: str,
+        base: Tensor | None,
+        rows: Tensor,
+        are_deltas: tuple[bool, ...],
+        seed: int,
+        block: int,
     ) -> None:
         self.name = name
         self._base = base

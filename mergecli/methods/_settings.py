@@ -78,7 +78,10 @@ def setting_problems(method: type, values: Mapping[str, Any]) -> list[tuple[str,
     """(setting, what is wrong) for unknown, missing and ill-valued settings."""
     known = settings_of(method)
     problems = [
-        (name, f"unknown setting{did_you_mean(name, known)}; there are {', '.join(f'`{each}`' for each in known)}")
+        (
+            name,
+            f"unknown setting{did_you_mean(name, known)}; there are {', '.join(f'`{each}`' for each in known)}",
+        )
         if known
         else (name, "unknown setting; this method has none")
         for name in values
@@ -136,7 +139,9 @@ def _expected(kind: Any) -> str:
         return f"a table, each value {_expected(get_args(bare)[1])}"
     if args := [each for each in get_args(bare) if each is not type(None)]:
         return " or ".join(_expected(each) for each in args)
-    name = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}.get(bare, str(bare))
+    name = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}.get(
+        bare, str(bare)
+    )
     return f"{name} {limits}".rstrip() if limits else name
 
 

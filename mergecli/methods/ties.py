@@ -84,6 +84,8 @@ class Ties(TwoPass):
     def _trimmed(self, group: Group, thresholds: dict[str, Tensor]) -> Tensor:
         """(T, ...) the task vectors with all but their largest entries set to 0."""
         deltas = group.deltas
-        for row, threshold in zip(deltas, thresholds[group.name if self.trim == "tensor" else ""], strict=True):
+        for row, threshold in zip(
+            deltas, thresholds[group.name if self.trim == "tensor" else ""], strict=True
+        ):
             row.masked_fill_(row.abs() < threshold, 0)
         return deltas

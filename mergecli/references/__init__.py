@@ -21,7 +21,9 @@ def published_averages(name: str) -> dict[str, float]:
         UsageError: there is no such table.
     """
     if name not in names():
-        raise UsageError(f"unknown reference `{name}`{did_you_mean(name, names())}", f"there are {quoted(names())}")
+        raise UsageError(
+            f"unknown reference `{name}`{did_you_mean(name, names())}", f"there are {quoted(names())}"
+        )
     rows = [row for row in _rows() if f"{row['backbone']}-ta8" == name and row["table"] == "merged"]
     return {row["row"]: float(row["average"]) / 100 for row in rows}
 

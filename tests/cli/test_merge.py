@@ -17,7 +17,9 @@ def test_a_recipe_is_merged_and_its_path_printed(world: World, run: Run) -> None
     ended = run("merge", "r.toml", "-o", "out/m.safetensors")
     assert (ended.status, ended.out, ended.err) == (0, "out/m.safetensors\n", "")
     want = naive.average([world.tuned["t1"], world.tuned["t2"]])
-    assert_same(load_file(world.folder / "out/m.safetensors"), {**want, "steps": world.base["steps"]}, atol=1e-6)
+    assert_same(
+        load_file(world.folder / "out/m.safetensors"), {**want, "steps": world.base["steps"]}, atol=1e-6
+    )
 
 
 def test_the_same_inputs_give_the_same_bytes_from_any_folder(world: World, run: Run) -> None:
@@ -28,11 +30,25 @@ def test_the_same_inputs_give_the_same_bytes_from_any_folder(world: World, run: 
     run("merge", "--base", world.base_file, *absolute, *common, "-o", "b.safetensors")
     run("merge", "--base", "base.safetensors", *models, *common, "-o", "c.safetensors", OMP_NUM_THREADS="1")
     first = (world.folder / "a.safetensors").read_bytes()
-    assert first == (world.folder / "b.safetensors").read_bytes() == (world.folder / "c.safetensors").read_bytes()
+    assert (
+        first
+        == (world.folder / "b.safetensors").read_bytes()
+        == (world.folder / "c.safetensors").read_bytes()
+    )
 
 
 def test_a_file_says_what_it_is_and_its_recipe_makes_it_again(world: World, run: Run) -> None:
-    run("merge", "--base", "base.safetensors", "t1.safetensors", "t2.safetensors", "--method", "ties", "-o", "m.safetensors")
+    run(
+        "merge",
+        "--base",
+        "base.safetensors",
+        "t1.safetensors",
+        "t2.safetensors",
+        "--method",
+        "ties",
+        "-o",
+        "m.safetensors",
+    )
     about = json.loads(run("info", "m.safetensors", "--json").out)
     assert about["kind"] == "checkpoint"
     assert about["metadata"]["method"] == "ties"
@@ -45,14 +61,18 @@ def test_a_file_says_what_it_is_and_its_recipe_makes_it_again(world: World, run:
 
 
 def test_the_json_output_names_the_digest_of_every_input(world: World, run: Run) -> None:
-    ended = run("merge", "t1.safetensors", "t2.safetensors", "--method", "average", "-o", "m.safetensors", "--json")
+    ended = run(
+        "merge", "t1.safetensors", "t2.safetensors", "--method", "average", "-o", "m.safetensors", "--json"
+    )
     written = json.loads(ended.out)
     assert written["tasks"] == ["t1", "t2"]
     assert written["inputs"]["t1"] == json.loads(run("info", "t1.safetensors", "--json").out)["digest"]
 
 
 @pytest.mark.parametrize(("dtype", "want"), [("bfloat16", torch.bfloat16), ("same", torch.float32)])
-def test_the_dtype_is_that_of_the_base_or_the_one_asked_for(world: World, run: Run, dtype: str, want: torch.dtype) -> None:
+def test_the_dtype_is_that_of_the_base_or_the_one_asked_for(
+    world: World, run: Run, dtype: str, want: torch.dtype
+) -> None:
     models = ["--base", "base.safetensors", "t1.safetensors", "t2.safetensors"]
     run("merge", *models, "--method", "average", "--set", f"dtype={dtype}", "-o", "m.safetensors")
     got = load_file(world.folder / "m.safetensors")
@@ -60,11 +80,18 @@ def test_the_dtype_is_that_of_the_base_or_the_one_asked_for(world: World, run: R
     assert got["steps"].dtype == torch.int64
 
 
-def test_a_folder_loads_in_transformers_and_keeps_the_prefix(tmp_path_factory: pytest.TempPathFactory, world: World, run: Run) -> None:
+def test_a_folder_loads_in_transformers_and_keeps_the_prefix(
+    tmp_path_factory: pytest.TempPathFactory, world: World, run: Run
+) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
     )
     models: list[CLIPVisionModel] = []
     for seed, name in enumerate(("base", "t1", "t2")):
@@ -76,21 +103,26 @@ def test_a_folder_loads_in_transformers_and_keeps_the_prefix(tmp_path_factory: p
         "--set", "method.scaling_factor=0.5", "-o", "merged",
     )  # fmt: skip
     assert (ended.status, ended.out) == (0, "merged\n"), ended.err
-    assert sorted(file.name for file in (world.folder / "merged").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in (world.folder / "merged").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     keys = load_file(world.folder / "merged/model.safetensors")
     assert all(key.startswith("vision_model.") for key in keys)
     loaded, report = CLIPVisionModel.from_pretrained(world.folder / "merged", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    want = {key: value for key, value in loaded.state_dict().items()}
-    for key, value in want.items():
+    for key, value in loaded.state_dict().items():
         base, one, two = (model.state_dict()[key] for model in models)
         torch.testing.assert_close(value, base + 0.5 * ((one - base) + (two - base)), atol=1e-6, rtol=0)
 
 
 def test_checkpoints_of_any_architecture_are_merged(world: World, run: Run) -> None:
     for name in ("x", "y"):
-        save_file({"model.layers.0.q.weight": torch.ones(4, 4), "norm": torch.ones(2)}, world.folder / f"{name}.safetensors")
+        save_file(
+            {"model.layers.0.q.weight": torch.ones(4, 4), "norm": torch.ones(2)},
+            world.folder / f"{name}.safetensors",
+        )
     ended = run("merge", "x.safetensors", "y.safetensors", "--method", "average", "-o", "m.safetensors")
     assert (ended.status, ended.err) == (0, "")
 

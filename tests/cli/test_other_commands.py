@@ -15,14 +15,26 @@ from tests.conftest import Run, World
 
 
 def test_taskvector_prints_one_path_a_line_in_the_recipes_order(world: World, run: Run) -> None:
-    (world.folder / "r.toml").write_text('base = "base.safetensors"\n[tuned]\nz = "t1.safetensors"\na = "t2.safetensors"\n')
+    (world.folder / "r.toml").write_text(
+        'base = "base.safetensors"\n[tuned]\nz = "t1.safetensors"\na = "t2.safetensors"\n'
+    )
     ended = run("taskvector", "r.toml", "-o", "tv/")
     assert (ended.status, ended.out, ended.err) == (0, "tv/z.safetensors\ntv/a.safetensors\n", "")
     assert json.loads(run("info", "tv/z.safetensors", "--json").out)["kind"] == "task vector"
 
 
 def test_cos_sim_writes_csv_and_heat_map_and_prints_the_table(world: World, run: Run) -> None:
-    ended = run("cos-sim", "--base", "base.safetensors", "t1.safetensors", "t2.safetensors", "-o", "c.csv", "--plot", "c.png")
+    ended = run(
+        "cos-sim",
+        "--base",
+        "base.safetensors",
+        "t1.safetensors",
+        "t2.safetensors",
+        "-o",
+        "c.csv",
+        "--plot",
+        "c.png",
+    )
     assert (ended.status, ended.err) == (0, "")
     rows = list(csv.reader((world.folder / "c.csv").read_text().splitlines()))
     assert [row[0] for row in rows] == ["", "t1", "t2"]
@@ -58,7 +70,16 @@ def test_methods_lists_every_method_and_shows_one(run: Run) -> None:
 
 def test_tasks_lists_the_twenty_tasks_a_set_and_one(run: Run) -> None:
     rows = [line.split("\t") for line in run("tasks").out.splitlines()]
-    assert [row[0] for row in rows[1:9]] == ["sun397", "stanford-cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd"]
+    assert [row[0] for row in rows[1:9]] == [
+        "sun397",
+        "stanford-cars",
+        "resisc45",
+        "eurosat",
+        "svhn",
+        "gtsrb",
+        "mnist",
+        "dtd",
+    ]
     assert rows[1][1] == "397"
     assert len(run("tasks", "ta8").out.splitlines()) == 9
     assert json.loads(run("tasks", "mnist", "--json").out)["templates"] == ['a photo of the number: "{}".']
@@ -93,7 +114,9 @@ def test_the_version_names_what_matters(run: Run) -> None:
         ("mergecli report --reference clip-vit-l", {"clip-vit-large-patch14-ta8"}),
     ],
 )
-def test_the_shell_completes_commands_methods_and_tasks(line: str, expected: set[str], tmp_path: Path) -> None:
+def test_the_shell_completes_commands_methods_and_tasks(
+    line: str, expected: set[str], tmp_path: Path
+) -> None:
     words = line.split()
     done = subprocess.run(
         [str(Path(sys.executable).parent / "mergecli")], capture_output=True, text=True, cwd=tmp_path,

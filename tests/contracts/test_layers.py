@@ -14,12 +14,29 @@ RANKS = [
     {"recipe", "checkpoint", "references"},
     {"methods"},
     {"catalogue", "clip", "models", "provenance", "toy"},
-    {"engine", "evaluation", "fetching", "finetuning", "inspection", "plots", "similarity", "tables", "vectors"},
+    {
+        "engine",
+        "evaluation",
+        "fetching",
+        "finetuning",
+        "inspection",
+        "plots",
+        "similarity",
+        "tables",
+        "vectors",
+    },
     {"mergecli"},
     {"cli", "__main__"},
 ]
 FREE_OF = {
-    "methods": {"mergecli.checkpoint", "mergecli.output", "mergecli.sources", "mergecli.clip", "mergecli.cli", "transformers"},
+    "methods": {
+        "mergecli.checkpoint",
+        "mergecli.output",
+        "mergecli.sources",
+        "mergecli.clip",
+        "mergecli.cli",
+        "transformers",
+    },
     "transformers": {"clip"},
     "datasets": {"clip"},
 }
@@ -44,7 +61,11 @@ def imports(file: Path) -> list[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             found += [(alias.name, id(node) in typing_only) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            submodules = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "mergecli" else [node.module]
+            submodules = (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "mergecli"
+                else [node.module]
+            )
             found += [(module, id(node) in typing_only) for module in submodules]
     return found
 

@@ -21,7 +21,9 @@ def test_a_method_says_what_it_is_where_it_comes_from_and_what_each_setting_mean
     assert "arXiv" in method.paper
     for setting in methods.settings(name).values():
         assert setting.documentation, f"`{setting.name}` has no documentation"
-        assert setting.required or not setting.problem(setting.default), f"the default of `{setting.name}` is refused"
+        assert setting.required or not setting.problem(setting.default), (
+            f"the default of `{setting.name}` is refused"
+        )
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -20,7 +20,9 @@ SAME = {"models": "recipe"}
 
 @pytest.mark.parametrize("name", sorted(PAIRS))
 def test_a_command_and_its_function_have_the_same_parameters(name: str) -> None:
-    program = {SAME.get(each, each) for each in inspect.signature(PAIRS[name]).parameters} - ONLY_IN_THE_PROGRAM
+    program = {
+        SAME.get(each, each) for each in inspect.signature(PAIRS[name]).parameters
+    } - ONLY_IN_THE_PROGRAM
     python = set(inspect.signature(getattr(mergecli, name)).parameters) - ONLY_IN_PYTHON
     if name in ("evaluate", "finetune"):
         program -= {"changes"}  # the recipe is read by the command
@@ -35,7 +37,9 @@ def test_every_public_name_can_be_imported() -> None:
 def test_no_public_name_is_a_modules_name_too() -> None:
     import pkgutil
 
-    assert {module.name for module in pkgutil.iter_modules(mergecli.__path__)} & set(mergecli.__all__) == set()
+    assert {module.name for module in pkgutil.iter_modules(mergecli.__path__)} & set(
+        mergecli.__all__
+    ) == set()
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -9,8 +9,30 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "transformers", "datasets", "rich", "numpy", "pydantic", "PIL", "pyarrow", "matplotlib", "click"}
-COMMANDS = ["fetch", "taskvector", "merge", "eval", "cos-sim", "report", "finetune", "info", "methods", "tasks"]
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "rich",
+    "numpy",
+    "pydantic",
+    "PIL",
+    "pyarrow",
+    "matplotlib",
+    "click",
+}
+COMMANDS = [
+    "fetch",
+    "taskvector",
+    "merge",
+    "eval",
+    "cos-sim",
+    "report",
+    "finetune",
+    "info",
+    "methods",
+    "tasks",
+]
 
 
 def imported(*arguments: str, folder: Path) -> tuple[int, set[str]]:
@@ -63,7 +85,9 @@ def test_a_wrong_command_is_answered_without_importing_anything_heavy(
     assert modules & HEAVY == set()
 
 
-@pytest.mark.parametrize("command", [["methods"], ["methods", "ties"], ["tasks"], ["tasks", "mnist"], ["--version"]])
+@pytest.mark.parametrize(
+    "command", [["methods"], ["methods", "ties"], ["tasks"], ["tasks", "mnist"], ["--version"]]
+)
 def test_lists_import_no_torch(command: list[str], tmp_path: Path) -> None:
     status, modules = imported(*command, folder=tmp_path)
     assert status == 0

@@ -30,8 +30,14 @@ DAMAGED: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "is not a safetensors file"),
     "text": (lambda: b"hello, this is no checkpoint at all", "is not a safetensors file"),
     "huge header": (lambda: (1 << 60).to_bytes(8, "little") + b"{}", "is not a safetensors file"),
-    "cut in the header": (lambda: header(X, bytes(8))[:30], r"is cut short: its header takes \d+ bytes, the file has 30"),
-    "last four bytes missing": (lambda: header(X, bytes(8))[:-4], r"is cut short: 4 of \d+ bytes are missing"),
+    "cut in the header": (
+        lambda: header(X, bytes(8))[:30],
+        r"is cut short: its header takes \d+ bytes, the file has 30",
+    ),
+    "last four bytes missing": (
+        lambda: header(X, bytes(8))[:-4],
+        r"is cut short: 4 of \d+ bytes are missing",
+    ),
     "bytes at the end": (lambda: header(X, bytes(11)), "is damaged: 3 bytes after the last tensor"),
     "overlap": (
         lambda: header({**X, "y": entry("F32", [2], 4, 12)}, bytes(12)),
@@ -46,10 +52,19 @@ DAMAGED: dict[str, tuple[Callable[[], bytes], str]] = {
         r"is damaged: the size of `x` does not fit its shape \(3,\)",
     ),
     "negative shape": (lambda: header({"x": entry("F32", [-2], 0, 8)}, bytes(8)), "is damaged: `x`"),
-    "unknown dtype": (lambda: header({"x": entry("F31", [2], 0, 8)}, bytes(8)), "`x` has dtype F31, which mergecli does"),
+    "unknown dtype": (
+        lambda: header({"x": entry("F31", [2], 0, 8)}, bytes(8)),
+        "`x` has dtype F31, which mergecli does",
+    ),
     "no JSON": (lambda: header(b'{"x": ', bytes(8)), "is not a safetensors file: its header cannot be read"),
-    "wrong JSON": (lambda: header({"x": 3}, bytes(8)), "is not a safetensors file: its header cannot be read"),
-    "a list": (lambda: header(b'{"x": [1]}', bytes(8)), "is not a safetensors file: its header cannot be read"),
+    "wrong JSON": (
+        lambda: header({"x": 3}, bytes(8)),
+        "is not a safetensors file: its header cannot be read",
+    ),
+    "a list": (
+        lambda: header(b'{"x": [1]}', bytes(8)),
+        "is not a safetensors file: its header cannot be read",
+    ),
     "pickle": (lambda: pickle.dumps({"x": [1.0]}), "is a pickle, which mergecli never opens"),
     "git lfs": (
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
@@ -73,7 +88,9 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "boom",))  # type: ignore[return-value]
 
     torch.save({"x": Boom()}, tmp_path / "x.pt")
-    with pytest.raises(InputError, match="is a pickle, which mergecli never opens\nhint: a pickle may run any code"):
+    with pytest.raises(
+        InputError, match="is a pickle, which mergecli never opens\nhint: a pickle may run any code"
+    ):
         open_checkpoint(tmp_path / "x.pt")
     (tmp_path / "folder").mkdir()
     (tmp_path / "x.pt").rename(tmp_path / "folder" / "pytorch_model.bin")
@@ -95,10 +112,18 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(world: World) -> None:
     [
         (lambda folder: None, "has no `model.safetensors`"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "is an adapter, not a checkpoint"),
-        (lambda folder: [(folder / n).touch() for n in ("a.safetensors", "b.safetensors")], "has 2 safetensors files"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "is not an index of shards"),
         (
-            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "no.safetensors"}}'),
+            lambda folder: [(folder / n).touch() for n in ("a.safetensors", "b.safetensors")],
+            "has 2 safetensors files",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
+            "is not an index of shards",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"x": "no.safetensors"}}'
+            ),
             r"shards are missing:\n  no.safetensors",
         ),
     ],
@@ -115,7 +140,17 @@ def test_the_program_says_the_same_with_status_3_and_leaves_nothing(world: World
     file = world.files["t2"]
     file.write_bytes(file.read_bytes()[:-4])
     before = sorted(world.folder.iterdir())
-    ended = run("merge", "--base", "base.safetensors", "t1.safetensors", "t2.safetensors", "--method", "ties", "-o", "m.safetensors")
+    ended = run(
+        "merge",
+        "--base",
+        "base.safetensors",
+        "t1.safetensors",
+        "t2.safetensors",
+        "--method",
+        "ties",
+        "-o",
+        "m.safetensors",
+    )
     assert (ended.status, ended.out) == (3, "")
     assert ended.err.startswith("error: t2.safetensors: is cut short: 4 of ")
     assert ended.err.endswith("hint: the copy or download did not finish: fetch it again\n")

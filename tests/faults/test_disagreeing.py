@@ -35,11 +35,15 @@ def test_missing_extra_and_reshaped_tensors_are_all_listed(world: World, run: Ru
 
 def test_whole_numbers_must_be_equal(world: World) -> None:
     save_file(world.tuned["t3"] | {"steps": torch.tensor([0, 1, 2, 4])}, world.files["t3"])
-    with pytest.raises(InputError, match=r"t3: `steps` \(I64\) differs from that of the base, and is not averaged"):
+    with pytest.raises(
+        InputError, match=r"t3: `steps` \(I64\) differs from that of the base, and is not averaged"
+    ):
         merge(world.files, base=world.base_file, method="average", output=world.folder / "m.safetensors")
 
 
-@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "infinity")])
+@pytest.mark.parametrize(
+    ("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "infinity")]
+)
 @pytest.mark.parametrize("where", ["base", "t2"])
 @pytest.mark.parametrize("method", ["average", "ties"])
 def test_nan_and_infinity_are_named_by_file_task_and_tensor(
@@ -65,7 +69,9 @@ def test_large_but_finite_values_are_no_infinity(world: World) -> None:
 
 def test_a_result_too_large_for_its_dtype_is_refused(world: World) -> None:
     output = world.folder / "m.safetensors"
-    with pytest.raises(InputError, match=r"the merged values do not fit float16\nhint: use smaller settings, or dtype"):
+    with pytest.raises(
+        InputError, match=r"the merged values do not fit float16\nhint: use smaller settings, or dtype"
+    ):
         merge(
             world.files, base=world.base_file, method="task_arithmetic", settings={"scaling_factor": 1e6},
             changes=["dtype=float16"], output=output,

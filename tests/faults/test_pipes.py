@@ -16,7 +16,10 @@ PROGRAM = f"{sys.executable} -m mergecli"
 def test_a_reader_that_leaves_ends_it_quietly(tmp_path: Path) -> None:
     for command in ("tasks", "methods", "tasks sun397", "--help"):
         done = subprocess.run(
-            ["bash", "-c", f"set -o pipefail; {PROGRAM} {command} | head -1"], capture_output=True, text=True, cwd=tmp_path
+            ["bash", "-c", f"set -o pipefail; {PROGRAM} {command} | head -1"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
         )
         assert (done.returncode, done.stderr) == (0, ""), command
         assert len(done.stdout.splitlines()) == 1
@@ -24,7 +27,10 @@ def test_a_reader_that_leaves_ends_it_quietly(tmp_path: Path) -> None:
 
 def test_a_reader_that_never_reads_ends_it_quietly(tmp_path: Path) -> None:
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {PROGRAM} tasks --json | true"], capture_output=True, text=True, cwd=tmp_path
+        ["bash", "-c", f"set -o pipefail; {PROGRAM} tasks --json | true"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert (done.returncode, done.stderr) == (0, "")
 

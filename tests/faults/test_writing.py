@@ -48,7 +48,9 @@ def test_a_read_only_folder_is_told_with_a_hint(world: World, run: Run) -> None:
     locked.mkdir(mode=0o500)
     ended = run(*MERGE, "-o", "locked/m.safetensors")
     assert ended.status == 3
-    assert ended.err.startswith("error: locked/m.safetensors: cannot write: permission denied\nhint: check the folder")
+    assert ended.err.startswith(
+        "error: locked/m.safetensors: cannot write: permission denied\nhint: check the folder"
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a file system that nobody may write")
@@ -61,7 +63,10 @@ def test_a_file_system_that_refuses_writing_is_told(world: World, run: Run) -> N
 def test_a_folder_as_file_and_an_input_as_output_are_refused(world: World, run: Run) -> None:
     (world.folder / "d.safetensors").mkdir()
     ended = run(*MERGE, "-o", "d.safetensors")
-    assert (ended.status, ended.err.splitlines()[0]) == (2, "error: d.safetensors: is a folder, a file name was expected")
+    assert (ended.status, ended.err.splitlines()[0]) == (
+        2,
+        "error: d.safetensors: is a folder, a file name was expected",
+    )
     content = world.files["t1"].read_bytes()
     ended = run(*MERGE, "-o", "./t1.safetensors")
     assert (ended.status, ended.err.splitlines()[0]) == (
@@ -71,7 +76,9 @@ def test_a_folder_as_file_and_an_input_as_output_are_refused(world: World, run: 
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_merge_leaves_the_old_file_and_nothing_else(tmp_path: Path, number: int, status: int) -> None:
+def test_an_interrupted_merge_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, number: int, status: int
+) -> None:
     """Interrupted while the new file is being written: as soon as it is seen beside its target."""
     weights = {f"w{i}": torch.randn(1 << 20) for i in range(24)}
     save_file(weights, tmp_path / "base.safetensors")

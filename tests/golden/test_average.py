@@ -70,7 +70,10 @@ def test_task_arithmetic_at_one_over_t_is_the_average(world: World) -> None:
 
 
 def test_half_precision_models_are_summed_in_float32_and_rounded_once(world: World) -> None:
-    half = {name: {k: v.half() if v.is_floating_point() else v for k, v in model.items()} for name, model in world.tuned.items()}
+    half = {
+        name: {k: v.half() if v.is_floating_point() else v for k, v in model.items()}
+        for name, model in world.tuned.items()
+    }
     base = {k: v.half() if v.is_floating_point() else v for k, v in world.base.items()}
     other = with_models(world, base, *half.values())
     wide = [{k: v.float() for k, v in model.items()} for model in half.values()]

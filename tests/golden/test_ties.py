@@ -18,7 +18,9 @@ TRIMS = ("model", "tensor", "fusion_bench")
 
 @pytest.mark.parametrize(("aggregate", "trim"), list(itertools.product(AGGREGATES, TRIMS)))
 @pytest.mark.parametrize("density", [0.2, 0.03, 0.9])
-def test_ties_equals_the_naive_whole_model_version(world: World, aggregate: str, trim: str, density: float) -> None:
+def test_ties_equals_the_naive_whole_model_version(
+    world: World, aggregate: str, trim: str, density: float
+) -> None:
     want = naive.ties(world.base, list(world.tuned.values()), 0.7, density, aggregate, trim)
     got = merged(world, "ties", scaling_factor=0.7, density=density, aggregate=aggregate, trim=trim)
     assert_same(got, {**want, "steps": world.base["steps"]}, atol=1e-6)
@@ -58,7 +60,8 @@ def test_scale_zero_and_tasks_equal_to_the_base_give_the_base(world: World) -> N
 
 def test_agreeing_signs_with_every_entry_kept_give_the_average(world: World) -> None:
     tuned = [
-        {k: v + (i + 1) * v.abs() if v.is_floating_point() else v for k, v in world.base.items()} for i in range(3)
+        {k: v + (i + 1) * v.abs() if v.is_floating_point() else v for k, v in world.base.items()}
+        for i in range(3)
     ]
     other = with_models(world, world.base, *tuned)
     got = merged(other, "ties", scaling_factor=1, density=1, aggregate="mean")
@@ -66,10 +69,14 @@ def test_agreeing_signs_with_every_entry_kept_give_the_average(world: World) -> 
 
 
 def test_the_order_of_tasks_matters_only_to_the_last_bits(world: World) -> None:
-    assert_same(merged(world, "ties", ["t3", "t1", "t2"]), merged(world, "ties", ["t1", "t2", "t3"]), atol=1e-6)
+    assert_same(
+        merged(world, "ties", ["t3", "t1", "t2"]), merged(world, "ties", ["t1", "t2", "t3"]), atol=1e-6
+    )
 
 
-def test_the_threshold_is_exact_although_the_sample_misleads(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_threshold_is_exact_although_the_sample_misleads(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tensors of very different scales, and a bracket far too narrow for the sample: it must be widened."""
     monkeypatch.setattr(_select, "MARGIN", 1e-6)
     tuned = [

@@ -92,7 +92,11 @@ def test_keys_of_any_other_architecture_stay_as_they_are() -> None:
 
 
 def test_the_vision_tower_of_a_whole_clip_leaves_out_the_text_tower(tmp_path: Path) -> None:
-    names = ["vision_model.embeddings.class_embedding", "text_model.embeddings.token_embedding.weight", "logit_scale"]
+    names = [
+        "vision_model.embeddings.class_embedding",
+        "text_model.embeddings.token_embedding.weight",
+        "logit_scale",
+    ]
     save_file({name: torch.ones(2) for name in names}, tmp_path / "clip.safetensors")
     with open_checkpoint(tmp_path / "clip.safetensors") as checkpoint:
         assert checkpoint.is_whole_clip
@@ -102,6 +106,8 @@ def test_the_vision_tower_of_a_whole_clip_leaves_out_the_text_tower(tmp_path: Pa
 def test_two_shards_with_one_tensor_are_refused(tmp_path: Path) -> None:
     for shard in ("a.safetensors", "b.safetensors"):
         save_file({"x": torch.ones(2)}, tmp_path / shard)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}')
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'
+    )
     with pytest.raises(InputError, match="`x` stand in more than one shard"):
         open_checkpoint(tmp_path)

@@ -155,6 +155,12 @@ def test_several_together_get_what_each_gets_alone(place, recipe, monkeypatch):
     assert evaluate(towers, recipe=recipe) == together
 
 
+def test_images_that_threads_process_give_the_same_result(place, recipe, monkeypatch):
+    (alone,) = evaluate([place / "other"], recipe=recipe)
+    monkeypatch.setattr(counting, "workers_for", lambda clip: 3)
+    assert evaluate([place / "other"], recipe=recipe) == (alone,)
+
+
 def test_the_short_last_batch_weighs_too_much_only_in_the_batch_mean(place, recipe):
     (result,) = evaluate([place / "tower.safetensors"], recipe=recipe, tasks=["tints"])  # batches of 8 and 4
     (whole,) = evaluate([place / "tower.safetensors"], recipe=recipe, tasks=["tints"], batch_size=100)

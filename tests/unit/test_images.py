@@ -174,6 +174,7 @@ def test_a_validation_split_that_is_there_is_taken(data, tmp_path):
     shutil.copy(data / "test-00000-of-00001.parquet", tmp_path / "valid.parquet")
     shutil.copy(data / "train-00000-of-00001.parquet", tmp_path / "train.parquet")
     assert len(load_images(task(tmp_path), "validation")) == 12
+    assert len(load_images(task(tmp_path), "train-without-validation")) == 30
 
 
 def test_labels_that_are_true_or_false_are_one_and_zero(tmp_path):
@@ -268,13 +269,13 @@ def test_an_empty_split_is_refused(data, tmp_path):
         str(data / "test-00000-of-00001.parquet"), cache_dir=str(tmp_path / "c")
     )
     table.select(range(0)).to_parquet(str(tmp_path / "test.parquet"))
-    with pytest.raises(InputError, match="has no images"):
+    with pytest.raises(InputError, match="split `test`: has no images"):
         load_images(task(tmp_path))
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path):
     (tmp_path / "test.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(InputError, match="split `test` cannot be read"):
+    with pytest.raises(InputError, match="split `test`: cannot be read"):
         load_images(task(tmp_path))
 
 

@@ -19,7 +19,7 @@ def copied(source: Path, target: Path, metadata: dict[str, str], block: int, bac
         names = sorted(layout, reverse=backwards)
         with SafetensorsWriter(target, layout, metadata) as writer:
             for name in names:
-                count = checkpoint.entries[name].count
+                count = checkpoint.entries[name].size
                 for start in range(0, max(count, 1), block):
                     writer.write(name, checkpoint.read_entries(name, start, min(start + block, count)), start)
 
@@ -51,9 +51,10 @@ def test_metadata_is_written_in_one_order_and_can_be_completed_at_the_end(tmp_pa
 
 
 def test_a_tensor_that_was_not_written_is_noticed_and_nothing_is_left(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="not written whole"), SafetensorsWriter(  # noqa: SIM117
-        tmp_path / "x.safetensors", {"x": ("F32", (2,)), "y": ("F32", (1,))}, {}
-    ) as writer:
+    with (
+        pytest.raises(RuntimeError, match="not written whole"),
+        SafetensorsWriter(tmp_path / "x.safetensors", {"x": ("F32", (2,)), "y": ("F32", (1,))}, {}) as writer,
+    ):
         writer.write("x", torch.ones(2))
     assert list(tmp_path.iterdir()) == []
 

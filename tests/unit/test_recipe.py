@@ -98,15 +98,33 @@ def test_all_problems_come_at_once_with_their_lines(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a = [1,", r"r.toml:1: not TOML"),
-        ("schema = 2", r"r.toml:1: `schema`: expected 1, got 2: this recipe is for another version of mergecli"),
+        (
+            "schema = 2",
+            r"r.toml:1: `schema`: expected 1, got 2: this recipe is for another version of mergecli",
+        ),
         ("tuned = 3", r"r.toml:1: `tuned`: expected a table, got 3"),
         ("[method]\ndensity = 1", r"`method.name`: is missing"),
-        ("[method]\nname = 'tise'", r"r.toml:2: `method.name`: unknown method `tise` \(did you mean `ties`\?\)"),
-        ("[method]\nname = 'ties'\ndensity = '1'", r"r.toml:3: `method.density`: expected a number in \(0, 1\], got \"1\""),
-        ("[method]\nname = 'ties'\ndensity = true", r"`method.density`: expected a number in \(0, 1\], got true"),
+        (
+            "[method]\nname = 'tise'",
+            r"r.toml:2: `method.name`: unknown method `tise` \(did you mean `ties`\?\)",
+        ),
+        (
+            "[method]\nname = 'ties'\ndensity = '1'",
+            r"r.toml:3: `method.density`: expected a number in \(0, 1\], got \"1\"",
+        ),
+        (
+            "[method]\nname = 'ties'\ndensity = true",
+            r"`method.density`: expected a number in \(0, 1\], got true",
+        ),
         ("[method]\nname = 'ties'\ndensity = nan", r"`method.density`: expected a number"),
-        ("[method]\nname = 'ties'\ntrim = 'modle'", r'`method.trim`: expected one of "model", "tensor", "fusion_bench"'),
-        ("[method]\nname = 'weighted_average'", r"`method.weights`: is missing: expected a list, each a number"),
+        (
+            "[method]\nname = 'ties'\ntrim = 'modle'",
+            r'`method.trim`: expected one of "model", "tensor", "fusion_bench"',
+        ),
+        (
+            "[method]\nname = 'weighted_average'",
+            r"`method.weights`: is missing: expected a list, each a number",
+        ),
         ("[method]\nname = 'average'\nx = 1", r"`method.x`: unknown setting; this method has none"),
         ("[tuned]\nx = 'hg:a/b'", r"r.toml:2: `tuned.x`: source `hg:a/b`: unknown prefix `hg:`"),
     ],
@@ -151,5 +169,7 @@ def test_models_without_a_file_are_checked_the_same_way() -> None:
 
 
 def test_an_unknown_method_on_the_command_line_is_blamed_on_its_option(file: Path) -> None:
-    with pytest.raises(UsageError, match=r"^--method: `method.name`: unknown method `teis` \(did you mean `ties`"):
+    with pytest.raises(
+        UsageError, match=r"^--method: `method.name`: unknown method `teis` \(did you mean `ties`"
+    ):
         read_recipe(file, method="teis")

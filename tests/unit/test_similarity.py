@@ -15,11 +15,15 @@ from tests.golden.bench import with_models
 
 
 def test_cosines_equal_those_of_whole_vectors_in_float64(world: World) -> None:
-    vectors = torch.stack([naive.flat(model) - naive.flat(world.base) for model in world.tuned.values()]).double()
+    vectors = torch.stack(
+        [naive.flat(model) - naive.flat(world.base) for model in world.tuned.values()]
+    ).double()
     want = torch.nn.functional.cosine_similarity(vectors[:, None], vectors[None], dim=-1)
     got = cos_sim(world.files, base=world.base_file)
     torch.testing.assert_close(torch.tensor(got.cosines, dtype=torch.float64), want, atol=1e-12, rtol=0)
-    torch.testing.assert_close(torch.tensor(got.norms, dtype=torch.float64), vectors.norm(dim=1), atol=0, rtol=1e-12)
+    torch.testing.assert_close(
+        torch.tensor(got.norms, dtype=torch.float64), vectors.norm(dim=1), atol=0, rtol=1e-12
+    )
 
 
 def test_task_vector_files_need_no_base_and_give_the_same(world: World) -> None:
@@ -38,7 +42,9 @@ def test_a_zero_vector_is_similar_to_nothing_but_itself(world: World) -> None:
 
 
 def test_opposite_and_equal_vectors_have_minus_one_and_one(world: World) -> None:
-    opposite = {k: 2 * world.base[k] - v if v.is_floating_point() else v for k, v in world.tuned["t1"].items()}
+    opposite = {
+        k: 2 * world.base[k] - v if v.is_floating_point() else v for k, v in world.tuned["t1"].items()
+    }
     other = with_models(world, world.base, world.tuned["t1"], opposite, world.tuned["t1"])
     (first, *_) = cos_sim(other.files, base=other.base_file).cosines
     assert first == pytest.approx((1, -1, 1), abs=1e-5)

@@ -47,11 +47,15 @@ def test_a_file_whose_name_has_a_colon_is_a_path(tmp_path: Path) -> None:
 
 def test_what_was_not_fetched_says_how_to_fetch_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MERGECLI_HOME", str(tmp_path))
-    with pytest.raises(InputError, match=r"hf:org/name@v1: has not been fetched\nhint: run `mergecli fetch hf:org/name@v1`"):
+    with pytest.raises(
+        InputError, match=r"hf:org/name@v1: has not been fetched\nhint: run `mergecli fetch hf:org/name@v1`"
+    ):
         locate(parse_source("hf:org/name@v1", Path()))
 
 
-def test_what_was_fetched_is_found_by_branch_and_by_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_fetched_is_found_by_branch_and_by_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MERGECLI_HOME", str(tmp_path))
     commit = tmp_path / "ms" / "org" / "name" / "0123abcd"
     commit.mkdir(parents=True)
@@ -62,17 +66,30 @@ def test_what_was_fetched_is_found_by_branch_and_by_commit(tmp_path: Path, monke
 
 
 def test_a_hub_name_without_its_prefix_gets_a_hint() -> None:
-    with pytest.raises(InputError, match=r"openai/clip: no such file or folder\nhint: for the hub's model write `hf:openai/clip`"):
+    with pytest.raises(
+        InputError,
+        match=r"openai/clip: no such file or folder\nhint: for the hub's model write `hf:openai/clip`",
+    ):
         locate(parse_source("openai/clip", Path()))
 
 
 def test_an_unknown_toy_is_named_with_those_there_are() -> None:
-    with pytest.raises(InputError, match=r"toy:bas: there is no such toy \(did you mean `base`\?\)\nhint: the toys are `toy:"):
+    with pytest.raises(
+        InputError, match=r"toy:bas: there is no such toy \(did you mean `base`\?\)\nhint: the toys are `toy:"
+    ):
         locate(parse_source("toy:bas", Path()))
 
 
 def test_models_on_the_command_line_get_their_names() -> None:
-    got = named_sources(["tv/sun397.safetensors", "cars=x/y.safetensors", "toy:digits", "runs/dtd/model.safetensors", "hf:a/b@v1"])
+    got = named_sources(
+        [
+            "tv/sun397.safetensors",
+            "cars=x/y.safetensors",
+            "toy:digits",
+            "runs/dtd/model.safetensors",
+            "hf:a/b@v1",
+        ]
+    )
     assert got == {
         "sun397": "tv/sun397.safetensors", "cars": "x/y.safetensors", "digits": "toy:digits",
         "dtd": "runs/dtd/model.safetensors", "b": "hf:a/b@v1",
@@ -80,5 +97,8 @@ def test_models_on_the_command_line_get_their_names() -> None:
 
 
 def test_two_models_of_one_name_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"two models are called `a`: x/a.safetensors and y/a.safetensors\nhint: write `NAME=PATH`"):
+    with pytest.raises(
+        UsageError,
+        match=r"two models are called `a`: x/a.safetensors and y/a.safetensors\nhint: write `NAME=PATH`",
+    ):
         named_sources(["x/a.safetensors", "y/a.safetensors"])

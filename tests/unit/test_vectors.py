@@ -15,7 +15,9 @@ from tests.conftest import World, assert_same
 
 
 def test_a_task_vector_is_tuned_minus_base_and_says_what_it_is(world: World) -> None:
-    (path,) = taskvector(world.files["t1"], base=world.base_file, output=world.folder / "v" / "t1.safetensors")
+    (path,) = taskvector(
+        world.files["t1"], base=world.base_file, output=world.folder / "v" / "t1.safetensors"
+    )
     want = {k: v - world.base[k] for k, v in world.tuned["t1"].items() if v.is_floating_point()}
     assert_same(load_file(path), want)
     with open_checkpoint(path) as checkpoint, open_checkpoint(world.base_file) as base:
@@ -38,7 +40,9 @@ def test_task_vectors_are_accepted_wherever_a_tuned_model_is(world: World, metho
     mixed = world.files | {"t2": path}
     for number, models in enumerate((world.files, mixed)):
         merge(models, base=world.base_file, method=method, output=world.folder / f"{number}.safetensors")
-    assert_same(load_file(world.folder / "1.safetensors"), load_file(world.folder / "0.safetensors"), atol=1e-6)
+    assert_same(
+        load_file(world.folder / "1.safetensors"), load_file(world.folder / "0.safetensors"), atol=1e-6
+    )
 
 
 def test_half_precision_task_vectors_halve_the_file(world: World) -> None:
@@ -50,7 +54,9 @@ def test_half_precision_task_vectors_halve_the_file(world: World) -> None:
 
 def test_a_vector_of_another_base_is_merged_with_a_warning(world: World) -> None:
     (path,) = taskvector(world.files["t1"], base=world.files["t3"], output=world.folder / "v.safetensors")
-    merged = merge({"v": path}, base=world.base_file, method="task_arithmetic", output=world.folder / "m.safetensors")
+    merged = merge(
+        {"v": path}, base=world.base_file, method="task_arithmetic", output=world.folder / "m.safetensors"
+    )
     (warning,) = merged.warnings
     assert "`v` is a task vector of another base (xxh3:" in warning
 
@@ -70,6 +76,8 @@ def test_a_vector_of_a_vector_and_one_without_a_base_are_refused(world: World) -
 def test_whole_numbers_that_differ_from_the_base_are_refused(world: World) -> None:
     changed = world.tuned["t1"] | {"steps": torch.arange(4) + 1}
     save_file(changed, world.files["t1"])
-    with pytest.raises(InputError, match=r"t1: `steps` \(I64\) differs from that of the base, and is not averaged"):
+    with pytest.raises(
+        InputError, match=r"t1: `steps` \(I64\) differs from that of the base, and is not averaged"
+    ):
         taskvector(world.files["t1"], base=world.base_file, output=world.folder / "v.safetensors")
     assert not Path(world.folder / "v.safetensors").exists()
