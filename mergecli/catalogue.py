@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mergecli import methods, recipe
-from mergecli.recipe import Problem, Recipe
+from mergecli.recipe import Recipe
+from mergecli.toml_reader import Problem
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = (), method: str | None = None) -> Recipe:

@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergecli.errors import InputError, listed, quoted
-from mergecli.output import DTYPE_BYTES, FLOATS, TORCH_NAMES, bytes_of, entry_count
+from mergecli.layout import DTYPE_BYTES, FLOATS, PICKLE_HINT, TORCH_NAMES, bytes_of, entry_count, read_header
 
 if TYPE_CHECKING:
     import xxhash
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 TASK_VECTOR = "task vector"
 """The `kind` in the metadata of a file that holds differences to a base, not weights."""
-
-MAX_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors format."""
 
 VISION = "vision_model."
 _FLAT_MARKS = ("embeddings.class_embedding", "pre_layrnorm.weight")
@@ -195,7 +192,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 descriptors.append(os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
             except OSError as error:
                 raise InputError(f"{file}: cannot open: {(error.strerror or '').lower()}") from error
-            tensors, about = _read_header(file, descriptors[-1])
+            tensors, about = read_header(file, descriptors[-1])
             metadata.update(about)
             twice = sorted(raw.keys() & tensors.keys())
             if twice:
@@ -235,7 +232,7 @@ def _files(path: Path) -> list[Path]:
                 f"{path}: has {len(alone)} safetensors files and no `{index.name}`", "name one of them"
             )
         if list(path.glob("*.bin")) or list(path.glob("*.pt")):
-            raise InputError(f"{path}: has only pickled weights, which mergecli never opens", _PICKLE_HINT)
+            raise InputError(f"{path}: has only pickled weights, which mergecli never opens", PICKLE_HINT)
         raise InputError(f"{path}: has no `model.safetensors`")
     if path.name.endswith(".index.json"):
         try:
@@ -247,59 +244,3 @@ def _files(path: Path) -> list[Path]:
             raise InputError(f"{path}: shards are missing:\n{listed(missing)}")
         return [path.parent / shard for shard in shards]
     return [path]
-
-
-_PICKLE_HINT = "a pickle may run any code when opened: ask its author for safetensors"
-
-
-def _read_header(
-    file: Path, descriptor: int
-) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, str]]:
-    """Tensors (dtype, shape, first byte in the file) and metadata of one safetensors file, checked against its size."""
-    size = os.fstat(descriptor).st_size
-    start = os.pread(descriptor, 64, 0)
-    if start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise InputError(f"{file}: is a pickle, which mergecli never opens", _PICKLE_HINT)
-    if start.startswith(b"version https://git-lfs"):
-        raise InputError(
-            f"{file}: is a Git LFS pointer, not the weights", "run `git lfs pull` in that repository"
-        )
-    length = int.from_bytes(start[:8], "little")
-    if len(start) < 8 or (size < 8 + length and start[8:9] != b"{") or length > MAX_HEADER:
-        raise InputError(f"{file}: is not a safetensors file")
-    if size < 8 + length:
-        raise InputError(
-            f"{file}: is cut short: its header takes {length:,} bytes, the file has {size:,}", _AGAIN
-        )
-    try:
-        header: Any = json.loads(os.pread(descriptor, length, 8))
-        metadata: Any = header.pop("__metadata__", {})
-        tensors = {
-            str(name): (
-                str(entry["dtype"]),
-                tuple(map(int, entry["shape"])),
-                tuple(map(int, entry["data_offsets"])),
-            )
-            for name, entry in header.items()
-        }
-        about = {str(key): str(value) for key, value in metadata.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file}: is not a safetensors file: its header cannot be read") from error
-    end = 0
-    for name, (dtype, shape, offsets) in sorted(tensors.items(), key=lambda item: item[1][2]):
-        if dtype not in DTYPE_BYTES:
-            raise InputError(f"{file}: `{name}` has dtype {dtype}, which mergecli does not know")
-        if len(offsets) != 2 or min(shape, default=0) < 0 or offsets[0] != end:
-            raise InputError(f"{file}: is damaged: `{name}` does not begin where the tensor before it ends")
-        if offsets[1] - offsets[0] != entry_count(shape) * DTYPE_BYTES[dtype]:
-            raise InputError(f"{file}: is damaged: the size of `{name}` does not fit its shape {shape}")
-        end = offsets[1]
-    if size < 8 + length + end:
-        short = 8 + length + end - size
-        raise InputError(f"{file}: is cut short: {short:,} of {8 + length + end:,} bytes are missing", _AGAIN)
-    if size > 8 + length + end:
-        raise InputError(f"{file}: is damaged: {size - 8 - length - end:,} bytes after the last tensor")
-    return {name: (dtype, shape, 8 + length + at[0]) for name, (dtype, shape, at) in tensors.items()}, about
-
-
-_AGAIN = "the copy or download did not finish: fetch it again"

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from mergecli import methods
 from mergecli.catalogue import read_recipe, recipe_from
 from mergecli.errors import InputError, UsageError, shown
+from mergecli.layout import TORCH_NAMES
 from mergecli.methods._kinds import Group, Method, PerTensor, TwoPass
 from mergecli.models import Models, open_models
-from mergecli.output import TORCH_NAMES, SafetensorsWriter, refuse_inputs, whole_folder
+from mergecli.output import SafetensorsWriter, refuse_inputs, whole_folder
 from mergecli.progress import Progress
 from mergecli.provenance import UNKNOWN_DIGEST, about, model_folder_files
 from mergecli.recipe import Recipe

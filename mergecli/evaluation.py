@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergecli.errors import UsageError, quoted
-from mergecli.output import refuse_inputs, whole_file, write_text
-from mergecli.scores import SCHEMA, Average, Evaluation, TaskScore, read_result
+from mergecli.output import refuse_inputs, write_text
+from mergecli.scores import SCHEMA, Average, Evaluation, TaskScore, read_result, write_predictions
 from mergecli.sources import Source, locate, parse_source
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def evaluate(
     for target, result in zip(targets, results, strict=False):
         write_text(target, result.to_json())
     if predictions is not None:
-        _write_rows(Path(predictions), rows)
+        write_predictions(Path(predictions), rows)
     return results
 
 
@@ -246,12 +246,3 @@ def _targets(names: Sequence[str], output: str | Path | None) -> list[Path]:
             f"{target}: two results would be called {quoted(sorted(twice))}", "evaluate them one by one"
         )
     return [target / f"{name}.json" for name in names]
-
-
-def _write_rows(path: Path, rows: Mapping[str, Sequence[object]]) -> None:
-    """Writes the predictions as Parquet."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    with whole_file(path) as file:
-        parquet.write_table(pa.table(dict(rows)), file)

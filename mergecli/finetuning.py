@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +14,10 @@ from mergecli.errors import InputError, UsageError, listed
 from mergecli.output import refuse_inputs
 from mergecli.provenance import about
 from mergecli.sources import locate, parse_source
+from mergecli.training_state import TrainingState
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
+    from torch import Tensor
 
     from mergecli.clip.images import Images
     from mergecli.clip.model import Clip
@@ -31,8 +29,6 @@ PIXEL_BYTES = 1 << 30
 
 SCHEDULES = ("cosine", "constant")
 DTYPES = ("float32", "float16", "bfloat16")
-
-_LOSSES = 100
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ def finetune(
     head = zero_shot_head(clip, classes, chosen.templates)
     work = {"base": base_digest, "data": images.fingerprint, "split": images.split, "task": chosen.name}
     work |= {"classes": digest(classes), "templates": digest(chosen.templates)}
-    state = _State(clip, target, {**settings, **work})
+    state = TrainingState(clip, target, {**settings, **work})
     began, first, seen = time.perf_counter(), state.step, 0
 
     def report(loss: float, batch: int) -> None:
@@ -148,7 +144,7 @@ def _train(
     clip: Clip,
     head: Tensor,
     images: Images,
-    state: _State,
+    state: TrainingState,
     settings: Mapping[str, Any],
     save_every: int,
     report: Callable[[float, int], None],
@@ -190,59 +186,6 @@ def _train(
         if whole and state.step > state.saved:
             state.save()
         raise
-
-
-class _State:
-    """Tower, Adam's moments and the step; taken from the file beside the output if that is of the same work."""
-
-    def __init__(self, clip: Clip, output: Path, settings: Mapping[str, Any]) -> None:
-        import torch
-
-        name = output.name.removesuffix(".safetensors")
-        self.path = output.with_name(f".{name}.resume.safetensors")
-        self.settings = settings
-        self.step = self.saved = 0
-        self.losses: deque[float] = deque(maxlen=_LOSSES)
-        self._tower: nn.Module = clip.tower.requires_grad_(True)
-        self.optimizer: Optimizer = torch.optim.Adam(
-            self._tower.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"]
-        )
-        self._digest = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        if self.path.is_file():
-            self._load()
-
-    def save(self) -> None:
-        """Writes the state; the one before is replaced when this one is whole."""
-        from mergecli.clip.model import save_tensors
-
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self._tower.named_parameters():
-            moments: dict[str, Tensor] = self.optimizer.state[parameter]
-            tensors[f"tower.{name}"] = parameter.detach().cpu()
-            tensors[f"first.{name}"] = moments["exp_avg"].cpu()
-            tensors[f"second.{name}"] = moments["exp_avg_sq"].cpu()
-        losses = json.dumps(list(self.losses))
-        written = about("training state", digest=self._digest, step=str(self.step), losses=losses)
-        save_tensors(tensors, self.path, written)
-        self.saved = self.step
-
-    def _load(self) -> None:
-        import torch
-
-        from mergecli.checkpoint import open_checkpoint
-
-        with open_checkpoint(self.path) as stored, torch.no_grad():
-            if stored.metadata.get("digest") != self._digest:
-                return
-            self.step = self.saved = int(stored.metadata["step"])
-            self.losses.extend(json.loads(stored.metadata["losses"]))
-            for name, parameter in self._tower.named_parameters():
-                parameter.copy_(stored.read(f"tower.{name}"))
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.step)),
-                    "exp_avg": stored.read(f"first.{name}").to(parameter.device),
-                    "exp_avg_sq": stored.read(f"second.{name}").to(parameter.device),
-                }
 
 
 def _reader(clip: Clip, images: Images) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

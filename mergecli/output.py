@@ -4,56 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import secrets
 import shutil
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from mergecli.errors import InputError, UsageError
+from mergecli.layout import DTYPE_BYTES, bytes_of, entry_count, header_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4,
-    "C64": 8, "F64": 8, "I64": 8, "U64": 8,
-}  # fmt: skip
-"""Bytes per entry of each safetensors dtype, in the order in which the format sorts them (last first)."""
-
-TORCH_NAMES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu", "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
-    "I32": "int32", "U32": "uint32", "F32": "float32", "C64": "complex64", "F64": "float64", "I64": "int64",
-    "U64": "uint64",
-}  # fmt: skip
-"""safetensors dtype -> the name of the torch dtype."""
-
-FLOATS = ("F16", "BF16", "F32", "F64")
-"""The dtypes that are merged; tensors of any other dtype must be equal in all models and are copied."""
-
-
-def entry_count(shape: tuple[int, ...]) -> int:
-    """The number of entries of a tensor of this shape (1 for a 0-d tensor)."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's entries in order; of a contiguous tensor its own memory, to be read into."""
-    import torch
-
-    if not tensor.numel():
-        return memoryview(b"")
-    array: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(array)
 
 
 @contextlib.contextmanager
@@ -168,7 +131,7 @@ class SafetensorsWriter:
             }
             self._starts[name], self._left[name] = offset, size
             offset += size
-        self._header = _header(metadata, self._tensors)
+        self._header = header_bytes(metadata, self._tensors)
         self._size = len(self._header) + offset
         self.path = path
 
@@ -195,7 +158,7 @@ class SafetensorsWriter:
 
     def describe(self, metadata: Mapping[str, str]) -> None:
         """Replaces the metadata given at the start by another of the same length, such as digests now known."""
-        header = _header(metadata, self._tensors)
+        header = header_bytes(metadata, self._tensors)
         if len(header) != len(self._header):
             raise ValueError("the new metadata has another length")
         os.pwrite(self._file.fileno(), header, 0)
@@ -210,14 +173,6 @@ class SafetensorsWriter:
                 self._whole.__exit__(RuntimeError, error, None)
                 raise error
         self._whole.__exit__(kind, error, trace)
-
-
-def _header(metadata: Mapping[str, str], tensors: Mapping[str, object]) -> bytes:
-    """The first bytes of a safetensors file: the length of the header, and the header padded to 8 bytes."""
-    about = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    text = json.dumps({**about, **tensors}, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import tomli
 
 from mergecli.errors import InputError, UsageError, did_you_mean, listed
-from mergecli.sources import Source, parse_source
+from mergecli.sources import Source
+from mergecli.toml_reader import Problem, Reader, line_of, place_of
 
 DTYPES = ("same", "float32", "float16", "bfloat16")
-COMMAND_LINE = "command line"
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 @dataclass(frozen=True)
@@ -49,75 +46,7 @@ class Recipe:
     tasks: Mapping[str, TaskTable] = field(default_factory=dict[str, TaskTable])
 
 
-class Problem(NamedTuple):
-    """Something wrong with a recipe: the dotted key and what was expected."""
-
-    key: str
-    what: str
-
-
 Check = Callable[[Recipe], Iterable[Problem]]
-
-
-@dataclass
-class _Reader:
-    """Takes values out of the parsed TOML and writes down whatever is wrong with them."""
-
-    anchor: Path
-    overridden: dict[str, str] = field(default_factory=dict[str, str])
-    """Key -> the option that set it."""
-    problems: list[Problem] = field(default_factory=list[Problem])
-
-    def wrong(self, key: str, what: str) -> None:
-        self.problems.append(Problem(key, what))
-
-    def table(self, value: object, key: str, known: Sequence[str] | None = None) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            self.wrong(key, f"expected a table, got {value!r}")
-            return {}
-        table = cast("dict[str, Any]", value)
-        for name in table if known is not None else ():
-            if name not in (known or ()):
-                dotted = f"{key}.{name}" if key else name
-                self.wrong(dotted, f"unknown key{did_you_mean(name, known or ())}")
-        return table
-
-    def number(self, value: object, key: str, least: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self.wrong(key, f"expected a whole number, at least {least}, got {value!r}")
-            return least
-        return value
-
-    def text(self, value: object, key: str) -> str:
-        if not isinstance(value, str) or not value:
-            self.wrong(key, f"expected a string, got {value!r}")
-            return ""
-        return value
-
-    def texts(self, value: object, key: str) -> tuple[str, ...]:
-        values = cast("list[object]", value) if isinstance(value, list) else []
-        if not values or not all(isinstance(each, str) and each for each in values):
-            self.wrong(key, f"expected a list of strings, got {value!r}")
-            return ()
-        return tuple(cast("list[str]", values))
-
-    def source(self, value: object, key: str) -> Source | None:
-        if text := self.text(value, key):
-            anchor = Path() if key in self.overridden else self.anchor
-            try:
-                return parse_source(text, anchor)
-            except UsageError as error:
-                self.wrong(key, error.message)
-        return None
-
-    def name(self, name: str, key: str) -> str:
-        if not _NAME.fullmatch(name):
-            why = "names that begin with an underscore are reserved" if name.startswith("_") else "bad name"
-            self.wrong(
-                key,
-                f"{why}: expected letters, digits, `-`, `_`, `.` or `+`, beginning with a letter or digit",
-            )
-        return name
 
 
 def read(
@@ -159,7 +88,7 @@ def build(
     """The recipe that parsed TOML means; `text` is only searched for the lines of what is wrong."""
     if method is not None:
         values["method"] = {"name": method}
-    reader = _Reader(path.parent if path else Path())
+    reader = Reader(path.parent if path else Path())
     if method is not None:
         reader.overridden["method.name"] = "--method"
     for change in changes:
@@ -169,9 +98,9 @@ def build(
     for check in checks:
         reader.problems += [problem for problem in check(recipe) if problem.key not in broken]
     if reader.problems:
-        ordered = sorted(set(reader.problems), key=lambda each: _line(text, each.key) or 0)
+        ordered = sorted(set(reader.problems), key=lambda each: line_of(text, each.key) or 0)
         lines = [
-            f"{reader.overridden.get(each.key) or _place(path, text, each.key)}: `{each.key}`: {each.what}"
+            f"{reader.overridden.get(each.key) or place_of(path, text, each.key)}: `{each.key}`: {each.what}"
             for each in ordered
         ]
         if len(lines) == 1:
@@ -180,7 +109,7 @@ def build(
     return recipe
 
 
-def _recipe(values: dict[str, Any], path: Path | None, read: _Reader) -> Recipe:
+def _recipe(values: dict[str, Any], path: Path | None, read: Reader) -> Recipe:
     top = read.table(values, "", ("schema", "base", "seed", "dtype", "tuned", "method", "eval", "tasks"))
     if top.get("schema", 1) != 1:
         read.wrong(
@@ -227,7 +156,7 @@ def _recipe(values: dict[str, Any], path: Path | None, read: _Reader) -> Recipe:
     )
 
 
-def _task(value: object, key: str, read: _Reader) -> TaskTable:
+def _task(value: object, key: str, read: Reader) -> TaskTable:
     table = read.table(value, key, ("data", "classes", "templates", "split", "train_split"))
     return TaskTable(
         data=read.source(table["data"], f"{key}.data") if "data" in table else None,
@@ -238,7 +167,7 @@ def _task(value: object, key: str, read: _Reader) -> TaskTable:
     )
 
 
-def _apply(values: dict[str, Any], change: str, read: _Reader) -> None:
+def _apply(values: dict[str, Any], change: str, read: Reader) -> None:
     """Makes one `key.sub=value` change; the value is TOML, or a bare word that is taken as a string."""
     key, equals, written = change.partition("=")
     key = key.strip()
@@ -262,28 +191,3 @@ def _apply(values: dict[str, Any], change: str, read: _Reader) -> None:
         place = cast("dict[str, Any]", inner)
     place[parts[-1]] = value
     read.overridden[key] = "--set"
-
-
-def _place(path: Path | None, text: str, key: str) -> str:
-    line = _line(text, key)
-    return f"{path or COMMAND_LINE}:{line}" if line else str(path or COMMAND_LINE)
-
-
-def _line(text: str, key: str) -> int | None:
-    """The line on which a dotted key, or else its table, begins; None if it is not in the text."""
-    table, found = "", None
-    for number, line in enumerate(text.splitlines(), 1):
-        code = line.strip()
-        if code.startswith("["):
-            table = code.strip("[] ").split("]")[0].replace('"', "").replace(" ", "")
-            dotted = table
-        elif "=" in code and not code.startswith("#"):
-            name = code.split("=", 1)[0].strip().replace('"', "").replace(" ", "")
-            dotted = f"{table}.{name}" if table else name
-        else:
-            continue
-        if dotted == key:
-            return number
-        if found is None and key.startswith(dotted + "."):
-            found = number
-    return found

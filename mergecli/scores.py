@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mergecli.errors import InputError
+from mergecli.output import whole_file
 
 SCHEMA = "mergecli.eval/1"
 
@@ -158,3 +159,12 @@ def _strings(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(each, (str, type(None))) for each in value.values()):
         raise TypeError(f"`{key}`: expected a table of strings")
     return dict(value)
+
+
+def write_predictions(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
+    """Writes a row for each image, as Parquet."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with whole_file(path) as file:
+        parquet.write_table(pa.table(dict(columns)), file)

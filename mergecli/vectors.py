@@ -10,8 +10,9 @@ from pathlib import Path
 from mergecli.catalogue import read_recipe, recipe_from
 from mergecli.checkpoint import TASK_VECTOR
 from mergecli.errors import InputError, UsageError
+from mergecli.layout import TORCH_NAMES
 from mergecli.models import Models, open_models
-from mergecli.output import TORCH_NAMES, SafetensorsWriter, refuse_inputs
+from mergecli.output import SafetensorsWriter, refuse_inputs
 from mergecli.progress import Progress
 from mergecli.provenance import UNKNOWN_DIGEST, about
 from mergecli.recipe import DTYPES, Recipe

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mergecli.checkpoint import VISION, Checkpoint, open_checkpoint
 from mergecli.errors import InputError, UsageError, listed
-from mergecli.output import TORCH_NAMES, SafetensorsWriter, write_text
+from mergecli.layout import TORCH_NAMES
+from mergecli.output import SafetensorsWriter, write_text
 from mergecli.provenance import model_folder_files
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "mergecli"
 RANKS = [
-    {"errors", "progress"},
-    {"output", "sources", "scores"},
+    {"errors", "progress", "layout"},
+    {"output", "sources", "scores", "toml_reader"},
     {"recipe", "checkpoint", "references"},
     {"methods"},
-    {"catalogue", "clip", "models", "provenance", "toy"},
+    {"catalogue", "clip", "models", "provenance", "toy", "training_state"},
     {
         "engine",
         "evaluation",

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mergecli.checkpoint import canonical_names, open_checkpoint
 from mergecli.errors import InputError
-from mergecli.output import TORCH_NAMES
+from mergecli.layout import TORCH_NAMES
 from tests.conftest import World, assert_same
 
 TOWER = ["embeddings.class_embedding", "pre_layrnorm.weight", "encoder.layers.0.mlp.fc1.weight"]

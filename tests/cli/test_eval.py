@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import Run
+from tests.tiny import make_image_task, make_tiny_clip
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A tiny CLIP, two towers named after their tasks, and a recipe that knows them."""
+    make_tiny_clip(tmp_path / "base")
+    for seed, name in enumerate(("warm", "cold"), 1):
+        weights = load_file(make_tiny_clip(tmp_path / f"clip-{name}", seed) / "model.safetensors")
+        tower = {key: value for key, value in weights.items() if key.startswith("vision_model.")}
+        save_file(tower, tmp_path / f"{name}.safetensors", metadata={"format": "pt"})
+        make_image_task(tmp_path / "data" / name, seed=seed)
+    tasks = "".join(
+        f'[tasks.{name}]\ndata = "data/{name}"\ntemplates = ["a {{}} thing"]\n' for name in ("warm", "cold")
+    )
+    (tmp_path / "r.toml").write_text(
+        f'base = "base"\n[tuned]\nwarm = "warm.safetensors"\ncold = "cold.safetensors"\n{tasks}[eval]\nbatch_size = 5\n'
+    )
+    return tmp_path
+
+
+def test_a_result_is_a_table_on_stdout_and_json_on_disk(place: Path, run: Run) -> None:
+    ended = run("eval", "warm.safetensors", "--recipe", "r.toml", "-o", "out/warm.json")
+    assert (ended.status, ended.err) == (0, "")
+    header, row = (line.split("\t") for line in ended.out.splitlines())
+    assert header == ["model", "method", "warm", "cold", "average"]
+    written = json.loads((place / "out/warm.json").read_text())
+    assert written["schema"] == "mergecli.eval/1"
+    assert row[0] == written["checkpoint"]["name"] == "warm"
+    assert float(row[2]) == pytest.approx(written["tasks"]["warm"]["accuracy"], rel=1e-5)
+    for score in written["tasks"].values():
+        assert score["accuracy"] == score["correct"] / score["images"]
+    assert str(place) not in json.dumps(written)
+
+
+def test_without_a_checkpoint_every_model_of_the_recipe_is_evaluated(place: Path, run: Run) -> None:
+    ended = run("eval", "--recipe", "r.toml", "-o", "out/")
+    assert [line.split("\t")[0] for line in ended.out.splitlines()] == ["model", "base", "warm", "cold"]
+    assert sorted(file.name for file in (place / "out").iterdir()) == ["base.json", "cold.json", "warm.json"]
+
+
+def test_individual_takes_each_model_on_its_own_task_into_one_result(place: Path, run: Run) -> None:
+    run("eval", "--recipe", "r.toml", "-o", "out/")
+    ended = run("eval", "--individual", "--recipe", "r.toml", "-o", "own.json")
+    assert (ended.status, ended.err) == (0, "")
+    own = json.loads((place / "own.json").read_text())
+    assert own["checkpoint"]["name"] == "fine-tuned"
+    for task in ("warm", "cold"):
+        whole = json.loads((place / f"out/{task}.json").read_text())
+        assert own["tasks"][task] == whole["tasks"][task]
+
+
+def test_the_same_model_through_a_file_a_folder_and_a_name_has_the_same_counts(place: Path, run: Run) -> None:
+    ended = run("eval", "a=warm.safetensors", "b=clip-warm", "--recipe", "r.toml")
+    _, first, second = (line.split("\t") for line in ended.out.splitlines())
+    assert (first[0], second[0]) == ("a", "b")
+    assert first[2:] == second[2:]
+
+
+def test_a_threshold_that_is_not_met_has_status_5_and_the_result_is_written(place: Path, run: Run) -> None:
+    arguments = ["eval", "warm.safetensors", "--recipe", "r.toml", "-o", "r.json"]
+    assert run(*arguments, "--min-average", "0").status == 0
+    ended = run(*arguments, "--min-average", "1")
+    assert ended.status == 5
+    assert ended.err.startswith("error: average accuracy below 1: warm.safetensors: 0.")
+    assert (place / "r.json").exists()
+
+
+def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
+    run("eval", "--recipe", "r.toml", "-o", "out/")
+    ended = run("report", "out/base.json", "out/warm.json", "--format", "md", "--plot", "bars.png")
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.splitlines()[0] == "| model | method | warm | cold | average |"
+    assert ended.out.splitlines()[2].startswith("| base | pretrained |")
+    assert (place / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["x.safetensors", "--tasks", "mnist"], 2, "error: no CLIP to evaluate with"),
+        (["x.safetensors", "--clip", "base"], 2, "error: no tasks to evaluate on"),
+        (["x.safetensors", "--recipe", "r.toml", "--tasks", "wram"], 2, "error: unknown task `wram` (did you mean `warm`?)"),
+        (["x.safetensors", "--recipe", "r.toml"], 3, "error: x.safetensors: no such file or folder"),
+        (["warm.safetensors", "--recipe", "r.toml", "--tasks", "mnist"], 3, "error: hf:ylecun/mnist: has not been fetched"),
+        (["warm.safetensors", "--recipe", "r.toml", "--split", "tset"], 2, "error: "),
+        (["warm.safetensors", "--recipe", "r.toml", "--set", "tasks.warm.classes=[\"a\",\"b\"]"], 3, "error: data/warm (task `warm`): split `test`: labels go from 0 to 2, but the task has 2 classes"),
+        (["warm.safetensors", "--recipe", "r.toml", "--min-average", "70"], 2, "error: --min-average: expected a fraction"),
+        (["warm.safetensors", "--recipe", "r.toml", "--device", "cuda:7"], 2, "error: device `cuda:7`: cannot be used here"),
+        (["--clip", "base", "--tasks", "mnist"], 2, "error: no checkpoint to evaluate"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_is_said(
+    place: Path, run: Run, arguments: list[str], status: int, message: str
+) -> None:
+    ended = run("eval", *arguments)
+    assert (ended.status, ended.out) == (status, ""), ended.err
+    assert ended.err.startswith(message), ended.err
+
+
+def test_finetune_prints_a_path_that_every_other_command_accepts(place: Path, run: Run) -> None:
+    ended = run(
+        "finetune", "r.toml", "--task", "warm", "--steps", "3", "--batch-size", "4", "-o", "tuned.safetensors"
+    )
+    assert (ended.status, ended.out, ended.err) == (0, "tuned.safetensors\n", "")
+    assert run("eval", "tuned.safetensors", "--recipe", "r.toml").status == 0
+    ended = run(
+        "merge",
+        "--base",
+        "base",
+        "tuned.safetensors",
+        "warm.safetensors",
+        "--method",
+        "ties",
+        "-o",
+        "m.safetensors",
+    )
+    assert (ended.status, ended.err) == (0, "")
