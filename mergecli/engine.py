@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from mergecli import methods
 from mergecli.catalogue import read_recipe, recipe_from
 from mergecli.errors import InputError, UsageError, shown
 from mergecli.layout import TORCH_NAMES
-from mergecli.methods._kinds import Group, Method, PerTensor, TwoPass
+from mergecli.methods._kinds import Group, Method, TwoPass, merge_group
 from mergecli.models import Models, open_models
 from mergecli.output import SafetensorsWriter, refuse_inputs, whole_folder
 from mergecli.progress import Progress
@@ -99,7 +99,7 @@ def _stream(
         name: (wanted if wanted and entry.is_float else entry.dtype, entry.shape)
         for name, entry in reference.items()
     }
-    settings = {key: value for key, value in asdict(method).items() if value is not None}
+    settings = methods.table_of(method)
 
     def metadata(digests: Mapping[str, str]) -> dict[str, str]:
         return about(
@@ -107,7 +107,6 @@ def _stream(
         )
 
     names = [*(["base"] if models.base else []), *models.tuned]
-    tracked = _Tracked(models, method, progress)
     with ExitStack() as stack:
         file = target
         if not target.suffix:
@@ -120,7 +119,7 @@ def _stream(
         )
         for name in models.others:
             writer.write(name, models.reference.read(name))
-        for name, start, result in tracked.merged():
+        for name, start, result in _merged(models, method, progress):
             writer.write(name, _cast(result, layout[name][0], name), start)
         digests = models.digests()
         writer.describe(metadata(digests))
@@ -143,41 +142,39 @@ def _cast(result: Tensor, dtype: str, name: str) -> Tensor:
 
 
 @dataclass
-class _Tracked:
-    """Runs a method over the models and tells how far it is."""
+class _Passes:
+    """Passes over the models, as a method's `survey` asks for them, which tell how far they are."""
 
     models: Models
-    method: Method
+    by_blocks: bool
     progress: Progress | None
-    passed: int = 0
 
-    def merged(self) -> Iterator[tuple[str, int, Tensor]]:
-        """(tensor, first entry, merged float32 entries) for every block."""
-        method = self.method
-        surveyed = method.survey(self._survey) if isinstance(method, TwoPass) else None
-        self.passed = 0
-        for start, group in self.models.groups(blocks=method.elementwise):
-            shape = group.shape
-            if isinstance(method, PerTensor):
-                result = method.merge(group)
-            else:
-                assert isinstance(method, TwoPass)
-                result = method.merge(group, surveyed)
-            assert result.shape == shape, f"{group.name}: {tuple(result.shape)} is not {tuple(shape)}"
-            yield group.name, start, result
-            self._tell("merging", result.numel())
+    @property
+    def tensors(self) -> Sequence[str]:
+        return self.models.floats
 
-    def _survey(self, sample: int = 1) -> Iterator[Group]:
-        self.passed = 0
-        for _, group in self.models.groups(sample, blocks=self.method.elementwise or sample > 1):
-            count = group.shape.numel()
-            yield group
-            self._tell("surveying", count * sample)
+    def __call__(self, sample: int = 1) -> Iterator[Group]:
+        return (group for _, group in self.run("surveying", sample))
 
-    def _tell(self, what: str, count: int) -> None:
-        self.passed += count
-        if self.progress:
-            self.progress(what, min(self.passed, self.models.size), self.models.size)
+    def run(self, what: str, sample: int = 1) -> Iterator[tuple[int, Group]]:
+        """(first entry, group) of one pass."""
+        done = 0
+        for start, group in self.models.groups(sample, blocks=self.by_blocks or sample > 1):
+            yield start, group
+            done += group.shape.numel() * sample
+            if self.progress:
+                self.progress(what, min(done, self.models.size), self.models.size)
+
+
+def _merged(models: Models, method: Method, progress: Progress | None) -> Iterator[tuple[str, int, Tensor]]:
+    """(tensor, first entry, merged float32 entries) for every block, or every tensor, of the models."""
+    passes = _Passes(models, method.by_blocks, progress)
+    surveyed = method.survey(passes) if isinstance(method, TwoPass) else None
+    for start, group in passes.run("merging"):
+        shape = group.shape
+        result = merge_group(method, group, surveyed)
+        assert result.shape == shape, f"{group.name}: {tuple(result.shape)} is not {tuple(shape)}"
+        yield group.name, start, result
 
 
 def _foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:

@@ -88,7 +88,7 @@ class Models:
                     rows = rows.view(width, *self.reference.entries[name].shape)
                 are_deltas = tuple(each.is_task_vector for each in self.tuned.values())
                 base = rows[0] if self.base else None
-                yield start, Group(name, base, rows[1:], are_deltas, self.seed, start // BLOCK)
+                yield start, Group(name, base, rows[1:], are_deltas, tuple(self.tuned), self.seed, start)
                 if number + 2 < len(pieces):
                     coming.append(reader.submit(self._read, *pieces[number + 2], buffers[number % 2]))
 

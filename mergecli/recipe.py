@@ -181,7 +181,7 @@ def _apply(values: dict[str, Any], change: str, read: Reader) -> None:
             read.wrong(f"--set {change}", f"`{written}` is not a TOML value")
             return
         value = written.strip()
-    parts = [part.strip() for part in key.split(".", 2 if key.startswith("tasks.") else 1)]
+    parts = [part.strip() for part in key.split(".", {"tuned": 1, "tasks": 2}.get(key.split(".")[0], -1))]
     place = values
     for part in parts[:-1]:
         inner = place.setdefault(part, {})

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mergecli.errors import UsageError, did_you_mean
-from mergecli.methods._kinds import Method, PerTensor, TwoPass
+from mergecli.methods._kinds import Method, Modifier, PerTensor, TwoPass
 from mergecli.methods._settings import Setting, frozen, setting_problems, settings_of
 
-__all__ = ["Method", "PerTensor", "Setting", "TwoPass", "create", "find", "names", "problems", "settings"]
+__all__ = [
+    "Method", "Modifier", "PerTensor", "Setting", "TwoPass", "create", "find", "name_of", "names", "problems", "settings", "table_of",
+]  # fmt: skip
 
 
 def names() -> list[str]:
@@ -54,6 +57,8 @@ def problems(name: str, values: Mapping[str, Any], tasks: int | None = None) -> 
     except UsageError as error:
         return [("name", error.message)]
     found = setting_problems(method, values)
+    for key, inner in _inner(method, values).items():
+        found += [(f"{key}.{each}", what) for each, what in problems(inner.pop("name"), inner, tasks)]
     if not found and tasks is not None:
         found = method.check(tasks, dict(values))
     return found
@@ -65,7 +70,37 @@ def create(name: str, values: Mapping[str, Any]) -> Method:
     Raises:
         UsageError: unknown method, or settings that are unknown, missing or ill-valued.
     """
-    method = find(name)
-    if found := setting_problems(method, values):
+    if found := problems(name, values):
         raise UsageError("\n".join(f"`method.{key}`: {what}" for key, what in found))
-    return method(**{key: frozen(value) for key, value in values.items()})
+    method = find(name)
+    inner = {key: create(table.pop("name"), table) for key, table in _inner(method, values).items()}
+    return method(**{key: frozen(value) for key, value in values.items()} | inner)
+
+
+def name_of(method: Method) -> str:
+    """The method's name in recipes."""
+    return type(method).__module__.rsplit(".", 1)[1]
+
+
+def table_of(method: Method) -> dict[str, Any]:
+    """The method's settings, defaults included, as a recipe writes them: other methods as tables with their name."""
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    return {
+        key: {"name": name_of(value), **table_of(value)} if isinstance(value, Method) else value
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def _inner(method: type[Method], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Setting -> table, for each setting that is given as the table of another method."""
+    tables = {
+        key: values[key]
+        for key, setting in settings_of(method).items()
+        if setting.is_method and key in values
+    }
+    return {
+        key: dict(table)
+        for key, table in tables.items()
+        if isinstance(table, Mapping) and isinstance(table.get("name"), str)
+    }

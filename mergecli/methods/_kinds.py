@@ -5,12 +5,16 @@ Letters in shapes: T tasks, n entries of a block, `...` the tensor's own shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
-    from torch import Generator, Size, Tensor
+    from torch import Size, Tensor
+
+
+RUN = 1 << 16
+"""Random numbers are drawn for so many consecutive entries at a time, whatever the size of the blocks."""
 
 
 class Group:
@@ -25,15 +29,18 @@ class Group:
         base: Tensor | None,
         rows: Tensor,
         are_deltas: tuple[bool, ...],
-        seed: int,
-        block: int,
+        names: tuple[str, ...],
+        seed: int = 0,
+        start: int = 0,
     ) -> None:
         self.name = name
+        self.names = names
+        """The tasks, in order."""
         self._base = base
         self._rows = rows
         self._are_deltas = are_deltas
         self._seed = seed
-        self._block = block
+        self._start = start
 
     @property
     def tasks(self) -> int:
@@ -71,19 +78,41 @@ class Group:
         self._are_deltas = (wanted,) * self.tasks
         return self._rows
 
-    @property
-    def rng(self) -> Generator:
-        """A CPU generator that depends on the recipe's seed, the tensor's name and the block only."""
+    def copy(self) -> Group:
+        """The same group with tensors of its own."""
+        base = None if self._base is None else self._base.clone()
+        return Group(
+            self.name, base, self._rows.clone(), self._are_deltas, self.names, self._seed, self._start
+        )
+
+    def uniform(self, task: int) -> Tensor:
+        """(...) random numbers in [0, 1) for one task's entries.
+
+        They depend on the recipe's seed, the tensor's name, the task's name and the entry only, so that order of the
+        tasks, block size, device and threads change nothing.
+        """
         import hashlib
 
         import torch
 
-        text = f"{self._seed} {self.name} {self._block}".encode()
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "little"))
+        stop = self._start + self.shape.numel()
+        first = self._start // RUN
+        runs: list[Tensor] = []
+        for run in range(first, -(-stop // RUN)):
+            key = f"{self._seed} {self.name} {self.names[task]} {run}".encode()
+            number = int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
+            runs.append(torch.rand(RUN, generator=torch.Generator().manual_seed(number)))
+        drawn = torch.cat(runs) if runs else torch.empty(0)
+        return drawn[self._start - first * RUN : stop - first * RUN].view(self.shape).to(self._rows.device)
 
 
 class Groups(Protocol):
     """One pass over all tensors of all models; each call reads the files once."""
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        """The names of all tensors that are merged, known without a pass."""
+        ...
 
     def __call__(self, sample: int = 1) -> Iterator[Group]:
         """The groups in order; with `sample = s`, only about one entry in s of every tensor, evenly spread."""
@@ -104,6 +133,16 @@ class Method:
     """Whether an entry of the result depends on the same entry of the models only: then blocks of entries do."""
     passes: ClassVar[int] = 1
     """How often every model is read from disk."""
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether the method may be given blocks of a tensor's entries in place of the tensor."""
+        return self.elementwise
+
+    @property
+    def reads(self) -> int:
+        """How often this method, as it is set, reads every model."""
+        return self.passes
 
     @classmethod
     def check(cls, tasks: int, settings: dict[str, Any]) -> list[tuple[str, str]]:
@@ -134,6 +173,64 @@ class TwoPass(Method):
     def merge(self, group: Group, surveyed: Any, /) -> Tensor:
         """(...) the merged weights of the group's tensor, float32."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Modifier(TwoPass):
+    """Methods that change what another method sees (`before`) or gives (`after`); the other is the setting `of`."""
+
+    passes: ClassVar[int] = 1
+    keeps_group: ClassVar[bool] = False
+    """Whether `after` looks at the group, which the other method may have overwritten: then it gets a copy."""
+
+    of: Method
+
+    @property
+    def by_blocks(self) -> bool:
+        return self.elementwise and self.of.by_blocks
+
+    @property
+    def reads(self) -> int:
+        return self.of.reads
+
+    def survey(self, groups: Groups, /) -> Any:
+        return self.of.survey(_Changed(groups, self)) if isinstance(self.of, TwoPass) else None
+
+    def merge(self, group: Group, surveyed: Any, /) -> Tensor:
+        seen = self.before(group.copy() if self.keeps_group else group)
+        merged = merge_group(self.of, seen, surveyed)
+        return self.after(group, merged, surveyed)
+
+    def before(self, group: Group, /) -> Group:
+        """The group that the other method sees."""
+        return group
+
+    def after(self, group: Group, merged: Tensor, surveyed: Any, /) -> Tensor:
+        """(...) the merged weights, made of those that the other method gave."""
+        del group, surveyed
+        return merged
+
+
+class _Changed:
+    """Passes over groups as a modifier shows them."""
+
+    def __init__(self, groups: Groups, modifier: Modifier) -> None:
+        self._groups, self._modifier = groups, modifier
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        return self._groups.tensors
+
+    def __call__(self, sample: int = 1) -> Iterator[Group]:
+        return map(self._modifier.before, self._groups(sample))
+
+
+def merge_group(method: Method, group: Group, surveyed: Any) -> Tensor:
+    """(...) the merged weights of one group by a method of any kind."""
+    if isinstance(method, TwoPass):
+        return method.merge(group, surveyed)
+    assert isinstance(method, PerTensor)
+    return method.merge(group)
 
 
 def total(rows: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from mergecli.errors import did_you_mean, shown
+from mergecli.methods._kinds import Method
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Setting:
     documentation: str
 
     @property
+    def is_method(self) -> bool:
+        """Whether the value is another method: a table with `name` and its settings."""
+        return self.kind is Method
+
+    @property
     def required(self) -> bool:
         return self.default is dataclasses.MISSING
 
@@ -57,7 +63,7 @@ class Setting:
         return _expected(self.kind)
 
     def problem(self, value: Any) -> str:
-        """`expected ..., got ...`, or an empty string if the value is fine."""
+        """`expected ..., got ...`, or an empty string if the value is fine; what is in a method's table is not checked."""
         return "" if _fits(value, self.kind) else f"expected {self.expected}, got {shown(value)}"
 
 
@@ -111,6 +117,10 @@ def _parts(kind: Any) -> tuple[Any, Range | None]:
 def _fits(value: Any, kind: Any) -> bool:
     bare, limits = _parts(kind)
     origin = get_origin(bare)
+    if bare is Method:
+        return isinstance(value, Method) or (
+            isinstance(value, Mapping) and isinstance(value.get("name"), str)
+        )
     if origin is Literal:
         return isinstance(value, str) and value in get_args(bare)
     if origin is tuple:
@@ -131,6 +141,8 @@ def _fits(value: Any, kind: Any) -> bool:
 def _expected(kind: Any) -> str:
     bare, limits = _parts(kind)
     origin = get_origin(bare)
+    if bare is Method:
+        return 'a method, such as { name = "task_arithmetic", scaling_factor = 0.3 }'
     if origin is Literal:
         return "one of " + ", ".join(f'"{each}"' for each in get_args(bare))
     if origin is tuple:
