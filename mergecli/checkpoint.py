@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,11 @@ class Entry(NamedTuple):
     def size(self) -> int:
         """Number of entries of the tensor."""
         return entry_count(self.shape)
+
+    @property
+    def chunk(self) -> int:
+        """Bytes of the tensor that are hashed together: 2^18 entries."""
+        return DTYPE_BYTES[self.dtype] << 18
 
     @property
     def is_float(self) -> bool:
@@ -107,7 +113,7 @@ class Checkpoint:
         if stop > start:
             buffer = bytes_of(into)
             self._read_bytes(entry, start * DTYPE_BYTES[entry.dtype], buffer)
-            self.hashes.feed(name, start * DTYPE_BYTES[entry.dtype], buffer)
+            self.hashes.feed(name, start * DTYPE_BYTES[entry.dtype], buffer, entry.chunk)
         return into
 
     def _read_bytes(self, entry: Entry, offset: int, buffer: memoryview) -> None:
@@ -124,20 +130,20 @@ class Checkpoint:
     def digest(self) -> str:
         """`xxh3:` and 32 hex digits that depend on names, dtypes, shapes and bytes of the tensors only.
 
-        The same for one file, shards or a folder, whatever the metadata. Tensors that were read from first to
-        last entry have been hashed on the way; only the others are read now.
+        The same for one file, shards or a folder, whatever the metadata. What has been read before was hashed on
+        the way; only the rest is read now.
         """
         lines: list[str] = []
-        for name in sorted(self.entries):
-            entry = self.entries[name]
+        for name, entry in self.entries.items():
             size = entry.size * DTYPE_BYTES[entry.dtype]
-            at = self.hashes.position(name)
-            while at < size:
-                buffer = memoryview(bytearray(min(size - at, 1 << 20)))
-                self._read_bytes(entry, at, buffer)
-                self.hashes.feed(name, at, buffer)
-                at += len(buffer)
-            lines.append(f"{name} {entry.dtype} {list(entry.shape)} {self.hashes.hex(name)}\n")
+            chunks = -(-size // entry.chunk)
+            for chunk in range(chunks):
+                end = min((chunk + 1) * entry.chunk, size)
+                if chunk * entry.chunk + self.hashes.fed(name, chunk) < end:
+                    buffer = memoryview(bytearray(end - chunk * entry.chunk))
+                    self._read_bytes(entry, chunk * entry.chunk, buffer)
+                    self.hashes.feed(name, chunk * entry.chunk, buffer, entry.chunk)
+            lines.append(f"{name} {entry.dtype} {list(entry.shape)} {self.hashes.hex(name, chunks)}\n")
         return "xxh3:" + hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
 
     def close(self) -> None:
@@ -153,27 +159,42 @@ class Checkpoint:
 
 
 class _Hashes:
-    """One running hash a tensor, fed with its bytes while they are read in order."""
+    """A hash of every chunk of every tensor, fed by whoever reads; chunks may come in any order and from any thread."""
 
     def __init__(self) -> None:
-        self._running: dict[str, tuple[int, xxhash.xxh3_128]] = {}
+        self._chunks: dict[tuple[str, int], tuple[int, xxhash.xxh3_128]] = {}
+        self._lock = threading.Lock()
 
-    def position(self, name: str) -> int:
-        return self._running[name][0] if name in self._running else 0
+    def fed(self, name: str, chunk: int) -> int:
+        """How many bytes of the chunk have been hashed."""
+        return self._chunks[name, chunk][0] if (name, chunk) in self._chunks else 0
 
-    def feed(self, name: str, offset: int, buffer: memoryview) -> None:
+    def feed(self, name: str, offset: int, buffer: memoryview, size: int) -> None:
+        """Hashes the bytes of a tensor from byte `offset` on, where they continue what is known of chunks of `size`."""
         import xxhash
 
-        at, state = self._running.get(name, (0, None))
-        if offset <= at < offset + len(buffer):
-            state = state or xxhash.xxh3_128()
-            state.update(buffer[at - offset :])
-            self._running[name] = (offset + len(buffer), state)
+        end = offset + len(buffer)
+        for chunk in range(offset // size, -(-end // size)):
+            start = max(chunk * size, offset)
+            piece = buffer[start - offset : min((chunk + 1) * size, end) - offset]
+            at = start - chunk * size
+            if at == 0 and len(piece) > self.fed(name, chunk):
+                self._chunks[name, chunk] = (len(piece), xxhash.xxh3_128(piece))
+            else:
+                with self._lock:
+                    done, state = self._chunks.get((name, chunk), (0, xxhash.xxh3_128()))
+                    if at <= done < at + len(piece):
+                        state = state.copy()
+                        state.update(piece[done - at :])
+                        self._chunks[name, chunk] = (at + len(piece), state)
 
-    def hex(self, name: str) -> str:
+    def hex(self, name: str, chunks: int) -> str:
+        """The hash of the chunks' hashes."""
         import xxhash
 
-        return self._running[name][1].hexdigest() if name in self._running else xxhash.xxh3_128().hexdigest()
+        return xxhash.xxh3_128(
+            b"".join(self._chunks[name, chunk][1].digest() for chunk in range(chunks))
+        ).hexdigest()
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

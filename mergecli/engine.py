@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergecli import methods
 from mergecli.catalogue import read_recipe, recipe_from
@@ -29,6 +29,8 @@ from mergecli.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Result = TypeVar("Result")
 
 _SAFETENSORS = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
@@ -119,8 +121,7 @@ def _stream(
         )
         for name in models.others:
             writer.write(name, models.reference.read(name))
-        for name, start, result in _merged(models, method, progress):
-            writer.write(name, _cast(result, layout[name][0], name), start)
+        _write_merged(models, method, writer, {name: layout[name][0] for name in models.floats}, progress)
         digests = models.digests()
         writer.describe(metadata(digests))
     return Merged(
@@ -154,27 +155,44 @@ class _Passes:
         return self.models.floats
 
     def __call__(self, sample: int = 1) -> Iterator[Group]:
-        return (group for _, group in self.run("surveying", sample))
+        return self.map(lambda group: group.copy(), sample)
 
-    def run(self, what: str, sample: int = 1) -> Iterator[tuple[int, Group]]:
-        """(first entry, group) of one pass."""
+    def map(self, look: Callable[[Group], Result], sample: int = 1) -> Iterator[Result]:
+        return self.run("surveying", lambda _, group: look(group), sample)
+
+    def run(self, what: str, work: Callable[[int, Group], Result], sample: int = 1) -> Iterator[Result]:
+        """What `work(first entry, group)` gives, in order, for one pass."""
+
+        def counted(start: int, group: Group) -> tuple[int, Result]:
+            return group.shape.numel() * sample, work(start, group)
+
         done = 0
-        for start, group in self.models.groups(sample, blocks=self.by_blocks or sample > 1):
-            yield start, group
-            done += group.shape.numel() * sample
+        for count, result in self.models.map(counted, sample, blocks=self.by_blocks or sample > 1):
+            yield result
+            done += count
             if self.progress:
                 self.progress(what, min(done, self.models.size), self.models.size)
 
 
-def _merged(models: Models, method: Method, progress: Progress | None) -> Iterator[tuple[str, int, Tensor]]:
-    """(tensor, first entry, merged float32 entries) for every block, or every tensor, of the models."""
+def _write_merged(
+    models: Models,
+    method: Method,
+    writer: SafetensorsWriter,
+    dtypes: Mapping[str, str],
+    progress: Progress | None,
+) -> None:
+    """Merges every block, or every tensor, and writes it where it belongs."""
     passes = _Passes(models, method.by_blocks, progress)
     surveyed = method.survey(passes) if isinstance(method, TwoPass) else None
-    for start, group in passes.run("merging"):
+
+    def work(start: int, group: Group) -> None:
         shape = group.shape
         result = merge_group(method, group, surveyed)
         assert result.shape == shape, f"{group.name}: {tuple(result.shape)} is not {tuple(shape)}"
-        yield group.name, start, result
+        writer.write(group.name, _cast(result, dtypes[group.name], group.name), start)
+
+    for _ in passes.run("merging", work):
+        pass
 
 
 def _foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mergecli.checkpoint import Checkpoint, open_checkpoint
 from mergecli.errors import InputError, UsageError, listed
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 18
 """Entries of one tensor that are held of each model at a time, by methods that work entry by entry."""
+
+Result = TypeVar("Result")
+
+BUFFERS = 768 << 20
+"""Bytes that all threads' buffers may take together; a tensor that needs more is still read, by one thread."""
 
 
 @dataclass(frozen=True)
@@ -66,31 +74,48 @@ class Models:
         named = {**({"base": self.base} if self.base else {}), **self.tuned}
         return {name: each.digest() for name, each in named.items()}
 
-    def groups(self, sample: int = 1, *, blocks: bool = True) -> Iterator[tuple[int, Group]]:
-        """(first entry, group) for every block of every merged tensor, or with `blocks = False` every whole tensor.
+    def map(
+        self, work: Callable[[int, Group], Result], sample: int = 1, *, blocks: bool = True
+    ) -> Iterator[Result]:
+        """What `work(first entry, group)` gives for every block of every merged tensor, in order; with
+        `blocks = False` for every whole tensor.
 
-        The next group is read while the caller works on this one, whose tensors are overwritten after the next.
+        Blocks are read and worked on in several threads, each of which has one buffer that it reads all its blocks
+        into: `work` may overwrite the group's tensors, and returns none of them. torch itself runs on one thread in
+        each, so that results do not depend on the number of processors.
         """
         import torch
 
         width = len(self.tuned) + 1
         pieces = list(self._pieces(sample, blocks=blocks))
         widest = max((stop - start for _, start, stop in pieces), default=0)
-        buffers = [torch.empty(width * widest) for _ in range(min(2, len(pieces)))]
-        with ThreadPoolExecutor(1) as reader:
-            coming = [
-                reader.submit(self._read, *piece, buffer)
-                for piece, buffer in zip(pieces, buffers, strict=False)
-            ]
-            for number, (name, start, _stop) in enumerate(pieces):
-                rows = coming.pop(0).result()
-                if not blocks:
-                    rows = rows.view(width, *self.reference.entries[name].shape)
-                are_deltas = tuple(each.is_task_vector for each in self.tuned.values())
-                base = rows[0] if self.base else None
-                yield start, Group(name, base, rows[1:], are_deltas, tuple(self.tuned), self.seed, start)
-                if number + 2 < len(pieces):
-                    coming.append(reader.submit(self._read, *pieces[number + 2], buffers[number % 2]))
+        workers = max(1, min(os.cpu_count() or 1, BUFFERS // (4 * width * widest + 1)))
+        local = threading.local()
+        are_deltas = tuple(each.is_task_vector for each in self.tuned.values())
+
+        def one(name: str, start: int, stop: int) -> Result:
+            if not hasattr(local, "buffer"):
+                torch.set_num_threads(1)
+                local.buffer = torch.empty(width * widest)
+            rows = self._read(name, start, stop, local.buffer)
+            if not blocks:
+                rows = rows.view(width, *self.reference.entries[name].shape)
+            base = rows[0] if self.base else None
+            return work(start, Group(name, base, rows[1:], are_deltas, tuple(self.tuned), self.seed, start))
+
+        threads = torch.get_num_threads()
+        pool = ThreadPoolExecutor(workers)
+        try:
+            waiting: deque[Future[Result]] = deque()
+            for piece in pieces:
+                waiting.append(pool.submit(one, *piece))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
     def _pieces(self, sample: int, *, blocks: bool) -> Iterator[tuple[str, int, int]]:
         """(tensor, first entry, end) of what is read at a time; a sample takes a short run out of each stretch."""

@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -120,6 +121,7 @@ class SafetensorsWriter:
         self._tensors: dict[str, object] = {}
         self._starts: dict[str, int] = {}
         self._left: dict[str, int] = {}
+        self._lock = threading.Lock()
         offset = 0
         for name in names:
             dtype, shape = layout[name]
@@ -148,13 +150,14 @@ class SafetensorsWriter:
         return self
 
     def write(self, name: str, data: Tensor, start: int = 0) -> None:
-        """Puts the entries of `data` (contiguous, of the tensor's dtype) at entry `start` of tensor `name`."""
+        """Puts the entries of `data` (contiguous, of the tensor's dtype) at entry `start` of tensor `name`; from any thread."""
         buffer = bytes_of(data)
         place = len(self._header) + self._starts[name] + start * data.element_size()
         done = 0
         while done < len(buffer):
             done += os.pwrite(self._file.fileno(), buffer[done:], place + done)
-        self._left[name] -= len(buffer)
+        with self._lock:
+            self._left[name] -= len(buffer)
 
     def describe(self, metadata: Mapping[str, str]) -> None:
         """Replaces the metadata given at the start by another of the same length, such as digests now known."""

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli.catalogue import read_recipe, recipe_from
+from mergecli.methods._kinds import Group
 from mergecli.models import open_models
 from mergecli.output import refuse_inputs, write_text
 from mergecli.progress import Progress
 from mergecli.recipe import Recipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergecli.tables import Table
 
 
@@ -78,10 +81,14 @@ def cos_sim(
 
         products = torch.zeros(len(models.tuned), len(models.tuned), dtype=torch.float64)
         done = 0
-        for _, group in models.groups():
+
+        def look(_: int, group: Group) -> tuple[int, Tensor]:
             deltas = group.deltas.double()  # (T, n)
-            products += deltas @ deltas.T
-            done += group.shape.numel()
+            return group.shape.numel(), deltas @ deltas.T
+
+        for count, product in models.map(look):
+            products += product
+            done += count
             if progress:
                 progress("comparing", done, models.size)
     norms = products.diagonal().sqrt()  # (T,)

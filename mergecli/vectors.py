@@ -77,6 +77,7 @@ def _subtract(models: Models, recipe: Recipe, path: Path) -> None:
         return about(TASK_VECTOR, recipe=recipe, inputs=digests, task=name)
 
     with SafetensorsWriter(path, layout, metadata(dict.fromkeys(("base", name), UNKNOWN_DIGEST))) as writer:
-        for start, group in models.groups():
-            writer.write(group.name, group.deltas[0].to(getattr(torch, recipe.dtype)), start)
+        kind = getattr(torch, recipe.dtype)
+        for _ in models.map(lambda start, group: writer.write(group.name, group.deltas[0].to(kind), start)):
+            pass
         writer.describe(metadata(models.digests()))

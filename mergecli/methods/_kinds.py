@@ -5,13 +5,15 @@ Letters in shapes: T tasks, n entries of a block, `...` the tensor's own shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
 
+
+Result = TypeVar("Result")
 
 RUN = 1 << 16
 """Random numbers are drawn for so many consecutive entries at a time, whatever the size of the blocks."""
@@ -116,6 +118,13 @@ class Groups(Protocol):
 
     def __call__(self, sample: int = 1) -> Iterator[Group]:
         """The groups in order; with `sample = s`, only about one entry in s of every tensor, evenly spread."""
+        ...
+
+    def map(self, look: Callable[[Group], Result], sample: int = 1) -> Iterator[Result]:
+        """What `look` gives for each group, in order; groups are looked at in several threads.
+
+        `look` may overwrite the group's tensors, and returns none of them.
+        """
         ...
 
 
@@ -223,6 +232,9 @@ class _Changed:
 
     def __call__(self, sample: int = 1) -> Iterator[Group]:
         return map(self._modifier.before, self._groups(sample))
+
+    def map(self, look: Callable[[Group], Result], sample: int = 1) -> Iterator[Result]:
+        return self._groups.map(lambda group: look(self._modifier.before(group)), sample)
 
 
 def merge_group(method: Method, group: Group, surveyed: Any) -> Tensor:

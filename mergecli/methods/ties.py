@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from mergecli.methods._kinds import Group, Groups, TwoPass, total
-from mergecli.methods._select import magnitude_thresholds
+from mergecli.methods._select import keep_largest, magnitude_thresholds
 from mergecli.methods._settings import Fraction, Range
 
 if TYPE_CHECKING:
@@ -61,9 +61,11 @@ class Ties(TwoPass):
         )
         majority = 0.0
         if self.zero_sign == "majority":
-            balance = 0.0
-            for group in groups():
-                balance += float(total(self._trimmed(group, thresholds)).sign_().double().sum())
+            balance = sum(
+                groups.map(
+                    lambda group: float(total(self._trimmed(group, thresholds)).sign_().double().sum())
+                )
+            )
             majority = float((balance > 0) - (balance < 0)) or -1.0
         return Surveyed(thresholds, majority)
 
@@ -83,9 +85,4 @@ class Ties(TwoPass):
 
     def _trimmed(self, group: Group, thresholds: dict[str, Tensor]) -> Tensor:
         """(T, ...) the task vectors with all but their largest entries set to 0."""
-        deltas = group.deltas
-        for row, threshold in zip(
-            deltas, thresholds[group.name if self.trim == "tensor" else ""], strict=True
-        ):
-            row.masked_fill_(row.abs() < threshold, 0)
-        return deltas
+        return keep_largest(group.deltas, thresholds[group.name if self.trim == "tensor" else ""])
