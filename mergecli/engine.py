@@ -26,6 +26,7 @@ from mergecli.output import SafetensorsWriter, refuse_inputs, whole_folder
 from mergecli.progress import Progress
 from mergecli.provenance import UNKNOWN_DIGEST, about, model_folder_files
 from mergecli.recipe import Recipe
+from mergecli.shards import ShardedWriter, parse_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +58,8 @@ def merge(
     method: str | None = None,
     settings: Mapping[str, Any] | None = None,
     changes: Sequence[str] = (),
+    device: str = "cpu",
+    shard_size: str | None = None,
     progress: Progress | None = None,
 ) -> Merged:
     """Merges fine-tuned models into one checkpoint at `output`, never holding more than a block of each.
@@ -68,6 +71,8 @@ def merge(
         method: a method's name; replaces the recipe's.
         settings: the method's settings, with `method`.
         changes: further changes to the recipe, each `key=value` as for `--set`.
+        device: where the method computes; files are read and written by the CPU.
+        shard_size: of the files of a folder, such as `2GB`; by default there is one file.
 
     Raises:
         UsageError: the recipe is wrong. InputError: a model is missing, damaged, or does not fit the others.
@@ -85,14 +90,19 @@ def merge(
     target = Path(output)
     if target.suffix not in ("", ".safetensors"):
         raise UsageError(f"{target}: expected a `.safetensors` file, or a folder's name without suffix")
+    size = parse_size(shard_size) if shard_size is not None else None
+    if size is not None and target.suffix:
+        raise UsageError(
+            f"{target}: one file has no shards", "name a folder, without suffix, with `--shard-size`"
+        )
     with ExitStack() as stack:
-        models = open_models(recipe, stack, needs="base" if chosen.needs_base else "weights")
+        models = open_models(recipe, stack, needs="base" if chosen.needs_base else "weights", device=device)
         refuse_inputs(target, models.paths)
-        return _stream(models, chosen, recipe, target, progress)
+        return _stream(models, chosen, recipe, target, size, progress)
 
 
 def _stream(
-    models: Models, method: Method, recipe: Recipe, target: Path, progress: Progress | None
+    models: Models, method: Method, recipe: Recipe, target: Path, size: int | None, progress: Progress | None
 ) -> Merged:
     assert recipe.method is not None
     reference = models.reference.entries
@@ -110,15 +120,20 @@ def _stream(
 
     names = [*(["base"] if models.base else []), *models.tuned]
     with ExitStack() as stack:
-        file = target
-        if not target.suffix:
+        placeholder = metadata(dict.fromkeys(names, UNKNOWN_DIGEST))
+        if target.suffix:
+            writer = SafetensorsWriter(target, layout, placeholder)
+        else:
             folder = stack.enter_context(whole_folder(target))
             for name, text in model_folder_files(models.reference.path).items():
                 (folder / name).write_text(text, encoding="utf-8")
-            file = folder / "model.safetensors"
-        writer = stack.enter_context(
-            SafetensorsWriter(file, layout, metadata(dict.fromkeys(names, UNKNOWN_DIGEST)))
-        )
+            whole = folder / "model.safetensors"
+            writer = (
+                ShardedWriter(folder, layout, placeholder, size)
+                if size
+                else SafetensorsWriter(whole, layout, placeholder)
+            )
+        stack.enter_context(writer)
         for name in models.others:
             writer.write(name, models.reference.read(name))
         _write_merged(models, method, writer, {name: layout[name][0] for name in models.floats}, progress)
@@ -133,7 +148,7 @@ def _stream(
 def _cast(result: Tensor, dtype: str, name: str) -> Tensor:
     import torch
 
-    cast = result.to(getattr(torch, TORCH_NAMES[dtype]))
+    cast = result.to("cpu", getattr(torch, TORCH_NAMES[dtype]))
     if not math.isfinite(float(cast.sum(dtype=torch.float32))) and not bool(cast.isfinite().all()):
         raise InputError(
             f"`{name}`: the merged values do not fit {TORCH_NAMES[dtype]}",
@@ -177,7 +192,7 @@ class _Passes:
 def _write_merged(
     models: Models,
     method: Method,
-    writer: SafetensorsWriter,
+    writer: SafetensorsWriter | ShardedWriter,
     dtypes: Mapping[str, str],
     progress: Progress | None,
 ) -> None:

@@ -116,8 +116,9 @@ def _run(
     from mergecli.clip.counting import Towers, count
     from mergecli.clip.heads import zero_shot_head
     from mergecli.clip.images import load_images
-    from mergecli.clip.model import check_tower, load_clip, usable_device
+    from mergecli.clip.model import check_tower, load_clip
     from mergecli.clip.tasks import digest
+    from mergecli.devices import usable_device
 
     place = usable_device(device)
     folder = locate(base)

@@ -84,8 +84,9 @@ def finetune(
     from mergecli.checkpoint import open_checkpoint
     from mergecli.clip.heads import zero_shot_head
     from mergecli.clip.images import load_images
-    from mergecli.clip.model import load_clip, save_tower, usable_device
+    from mergecli.clip.model import load_clip, save_tower
     from mergecli.clip.tasks import digest, find
+    from mergecli.devices import usable_device
 
     settings: dict[str, Any] = {
         "steps": steps,

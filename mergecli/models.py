@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mergecli.checkpoint import Checkpoint, open_checkpoint
+from mergecli.devices import usable_device
 from mergecli.errors import InputError, UsageError, listed
 from mergecli.methods._kinds import Group
 from mergecli.recipe import Recipe
@@ -38,6 +39,7 @@ class Models:
     base: Checkpoint | None
     tuned: Mapping[str, Checkpoint]
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def reference(self) -> Checkpoint:
@@ -98,6 +100,8 @@ class Models:
                 torch.set_num_threads(1)
                 local.buffer = torch.empty(width * widest)
             rows = self._read(name, start, stop, local.buffer)
+            if self.device != "cpu":
+                rows = rows.to(self.device)
             if not blocks:
                 rows = rows.view(width, *self.reference.entries[name].shape)
             base = rows[0] if self.base else None
@@ -147,7 +151,13 @@ class Models:
         return rows
 
 
-def open_models(recipe: Recipe, stack: ExitStack, *, needs: Literal["base", "weights", "deltas"]) -> Models:
+def open_models(
+    recipe: Recipe,
+    stack: ExitStack,
+    *,
+    needs: Literal["base", "weights", "deltas"],
+    device: str = "cpu",
+) -> Models:
     """The recipe's models, open until `stack` ends, and known to have the same tensors.
 
     `needs` says what will be looked at: with "weights" a base is needed only for task vectors, with "deltas" only
@@ -173,7 +183,7 @@ def open_models(recipe: Recipe, stack: ExitStack, *, needs: Literal["base", "wei
         raise UsageError(f"there is no base, and {why}", "name it with `base = ...` or `--base`")
     if base is not None and base.is_task_vector:
         raise InputError(f"{base.path}: is a task vector, a base was expected")
-    models = Models(base, tuned, recipe.seed)
+    models = Models(base, tuned, recipe.seed, usable_device(device))
     check_fit(models)
     return models
 

@@ -85,13 +85,23 @@ def whole_folder(path: Path) -> Generator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             if path.is_dir():
+                new = {file.name for file in temporary.iterdir()}
                 for file in sorted(temporary.iterdir(), key=lambda each: each.suffix == ".safetensors"):
                     file.replace(path / file.name)
-                (path / "model.safetensors.index.json").unlink(missing_ok=True)
+                _remove_stale(path, new)
             else:
                 temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_stale(folder: Path, new: set[str]) -> None:
+    """Removes the weights of a model that the files `new` have replaced: loaders would prefer or mix them."""
+    if not any(name.endswith(".safetensors") for name in new):
+        return
+    for file in [*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors*")]:
+        if file.name not in new:
+            file.unlink()
 
 
 def refuse_inputs(target: Path, inputs: Mapping[str, Path]) -> None:

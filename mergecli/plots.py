@@ -35,8 +35,8 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], path: Path
     size = max(3.2, 0.55 * len(names) + 1.6)
     figure = Figure(figsize=(size + 0.6, size), layout="constrained")
     axes = figure.add_subplot()
-    others = [value for i, row in enumerate(values) for j, value in enumerate(row) if i != j] or [1.0]
-    low, high = min(0.0, *others) if len(others) > 1 else 0.0, max(*others, 1e-9) if len(others) > 1 else 1.0
+    others = [value for i, row in enumerate(values) for j, value in enumerate(row) if i != j]
+    low, high = min(0.0, *others, 0.0), max(0.1, *others, 0.1)
     image = axes.imshow(values, cmap="GnBu", vmin=low, vmax=high)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)
@@ -46,7 +46,13 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], path: Path
         for j, value in enumerate(row):
             dark = (value - low) > 0.6 * (high - low)
             axes.text(
-                j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                j,
+                i,
+                f"{round(value, 2) + 0.0:.2f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if dark else "black",
             )
     figure.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity", extend="max")
     save(figure, path)

@@ -25,6 +25,10 @@ def merge(
         ),
     ] = None,
     changes: options.Set = None,
+    device: Annotated[str, typer.Option("--device", help="Where the method computes: cpu, cuda, cuda:1, ...")] = "cpu",
+    shard_size: Annotated[
+        str | None, typer.Option("--shard-size", metavar="SIZE", help="Split a folder's weights, such as 2GB.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written and its digests as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Merge fine-tuned models into one checkpoint; prints its path.
@@ -47,7 +51,14 @@ def merge(
         what, settings_go_to = named_sources(models), method
     with show.progress() as progress:
         merged = engine.merge(
-            what, output=output, base=base, method=settings_go_to, changes=changes or [], progress=progress
+            what,
+            output=output,
+            base=base,
+            method=settings_go_to,
+            changes=changes or [],
+            device=device,
+            shard_size=shard_size,
+            progress=progress,
         )
     for text in merged.warnings:
         show.warning(text)

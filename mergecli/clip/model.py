@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mergecli.checkpoint import VISION, Checkpoint, open_checkpoint
-from mergecli.errors import InputError, UsageError, listed
+from mergecli.errors import InputError, listed
 from mergecli.layout import TORCH_NAMES
 from mergecli.output import SafetensorsWriter, write_text
 from mergecli.provenance import model_folder_files
@@ -123,21 +123,6 @@ def set_tower(clip: Clip, checkpoint: Checkpoint) -> None:
                 if base is not None:
                     value += base.read(VISION + name).to(torch.float32)
                 tensor.copy_(value)
-
-
-def usable_device(name: str) -> str:
-    """The name, once it is sure that torch has such a device here.
-
-    Raises:
-        UsageError: it has not.
-    """
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(
-            f"device `{name}`: cannot be used here", "`cpu` always works; `cuda` needs a GPU"
-        ) from error
-    return name
 
 
 def pixels(clip: Clip, images: Sequence[Image]) -> Tensor:

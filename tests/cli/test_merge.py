@@ -142,3 +142,38 @@ def test_wrong_usage_has_status_2_and_one_clear_error(run: Run, arguments: list[
     ended = run("merge", *arguments)
     assert (ended.status, ended.out) == (2, "")
     assert ended.err.startswith(message)
+
+
+def test_a_folder_can_be_sharded_and_holds_the_same(world: World, run: Run) -> None:
+    (world.folder / "base").mkdir()
+    world.base_file.rename(world.folder / "base" / "model.safetensors")
+    models = ["merge", "--base", "base", "t1.safetensors", "t2.safetensors", "--method", "task_arithmetic"]
+    for output, more in (
+        ("whole", []),
+        ("parts", ["--shard-size", "10KB"]),
+        ("parts", ["--shard-size", "1KB"]),
+    ):
+        ended = run(*models, "-o", output, *more)
+        assert (ended.status, ended.out, ended.err) == (0, f"{output}\n", "")
+    names = sorted(file.name for file in (world.folder / "parts").iterdir())
+    assert names == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)] + ["model.safetensors.index.json"]
+    digests = [json.loads(run("info", output, "--json").out)["digest"] for output in ("whole", "parts")]
+    assert digests[0] == digests[1]
+    run(*models, "-o", "parts")
+    assert [file.name for file in (world.folder / "parts").iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "m.safetensors", "--shard-size", "1GB"], "error: m.safetensors: one file has no shards"),
+        (["-o", "m", "--shard-size", "big"], "error: size `big`: expected a number of bytes such as `5GB`"),
+        (["-o", "m", "--device", "cuda:9"], "error: device `cuda:9`: cannot be used here"),
+    ],
+)
+def test_shards_and_devices_that_cannot_be_are_refused(
+    world: World, run: Run, arguments: list[str], message: str
+) -> None:
+    ended = run("merge", "t1.safetensors", "--method", "average", *arguments)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.startswith(message)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergecli.checkpoint import TASK_VECTOR, open_checkpoint
-from mergecli.clip.model import features, load_clip, pixels, save_tower, set_tower, usable_device
+from mergecli.clip.model import features, load_clip, pixels, save_tower, set_tower
+from mergecli.devices import usable_device
 from mergecli.errors import InputError, UsageError
 from tests.tiny import make_tiny_clip, tinted
 

@@ -1,0 +1,24 @@
+"""Where torch computes."""
+
+from __future__ import annotations
+
+from mergecli.errors import UsageError
+
+
+def usable_device(name: str) -> str:
+    """The name, once it is sure that torch has such a device here.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if name == "cpu":
+        return name
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"device `{name}`: cannot be used here", "`cpu` always works; `cuda` needs a GPU"
+        ) from error
+    return name
