@@ -118,9 +118,8 @@ def _stream(
             "checkpoint", method=str(recipe.method), recipe=recipe, settings=settings, inputs=digests
         )
 
-    names = [*(["base"] if models.base else []), *models.tuned]
     with ExitStack() as stack:
-        placeholder = metadata(dict.fromkeys(names, UNKNOWN_DIGEST))
+        placeholder = metadata(dict.fromkeys(models.read, UNKNOWN_DIGEST))
         if target.suffix:
             writer = SafetensorsWriter(target, layout, placeholder)
         else:

@@ -40,6 +40,8 @@ class Models:
     tuned: Mapping[str, Checkpoint]
     seed: int = 0
     device: str = "cpu"
+    uses_base: bool = True
+    """Whether the base's weights are read, and not only its names, shapes and dtypes."""
 
     @property
     def reference(self) -> Checkpoint:
@@ -71,10 +73,14 @@ class Models:
         """Entries of all merged tensors together."""
         return sum(self.reference.entries[name].size for name in self.floats)
 
+    @property
+    def read(self) -> dict[str, Checkpoint]:
+        """The checkpoints whose weights are read: the base first, if it is one of them."""
+        return {**({"base": self.base} if self.base and self.uses_base else {}), **self.tuned}
+
     def digests(self) -> dict[str, str]:
         """Input -> digest; free for what has been read from beginning to end."""
-        named = {**({"base": self.base} if self.base else {}), **self.tuned}
-        return {name: each.digest() for name, each in named.items()}
+        return {name: each.digest() for name, each in self.read.items()}
 
     def map(
         self, work: Callable[[int, Group], Result], sample: int = 1, *, blocks: bool = True
@@ -104,7 +110,7 @@ class Models:
                 rows = rows.to(self.device)
             if not blocks:
                 rows = rows.view(width, *self.reference.entries[name].shape)
-            base = rows[0] if self.base else None
+            base = rows[0] if "base" in self.read else None
             return work(start, Group(name, base, rows[1:], are_deltas, tuple(self.tuned), self.seed, start))
 
         threads = torch.get_num_threads()
@@ -137,10 +143,8 @@ class Models:
     def _read(self, name: str, start: int, stop: int, buffer: Tensor) -> Tensor:
         """(1 + T, stop - start) float32 entries of the base (left as it is where there is none) and of each model."""
         rows = buffer[: (len(self.tuned) + 1) * (stop - start)].view(len(self.tuned) + 1, stop - start)
-        named = [("base", self.base), *self.tuned.items()]
-        for (task, each), row in zip(named, rows, strict=True):
-            if each is None:
-                continue
+        read = self.read
+        for (task, each), row in zip(read.items(), rows[-len(read) :], strict=True):
             if each.entries[name].dtype == "F32":
                 each.read_entries(name, start, stop, into=row)
             else:
@@ -183,7 +187,8 @@ def open_models(
         raise UsageError(f"there is no base, and {why}", "name it with `base = ...` or `--base`")
     if base is not None and base.is_task_vector:
         raise InputError(f"{base.path}: is a task vector, a base was expected")
-    models = Models(base, tuned, recipe.seed, usable_device(device))
+    uses_base = base is not None and bool(needs == "base" or (vectors if needs == "weights" else weights))
+    models = Models(base, tuned, recipe.seed, usable_device(device), uses_base)
     check_fit(models)
     return models
 

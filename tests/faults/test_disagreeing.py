@@ -44,8 +44,7 @@ def test_whole_numbers_must_be_equal(world: World) -> None:
 @pytest.mark.parametrize(
     ("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "infinity")]
 )
-@pytest.mark.parametrize("where", ["base", "t2"])
-@pytest.mark.parametrize("method", ["average", "ties"])
+@pytest.mark.parametrize(("where", "method"), [("t2", "average"), ("t2", "ties"), ("base", "ties")])
 def test_nan_and_infinity_are_named_by_file_task_and_tensor(
     world: World, value: float, word: str, where: str, method: str
 ) -> None:

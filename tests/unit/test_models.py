@@ -140,3 +140,8 @@ def test_inputs_of_several_dtypes_are_merged_in_float32(world: World) -> None:
     }
     got = load_file(world.folder / "m.safetensors")
     assert_same({k: v for k, v in got.items() if k != "steps"}, want, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_a_base_that_the_method_does_not_need_is_not_read(world: World) -> None:
+    merged = merge(world.files, base=world.base_file, method="average", output=world.folder / "m.safetensors")
+    assert list(merged.inputs) == ["t1", "t2", "t3"]
