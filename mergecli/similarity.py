@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli.catalogue import read_recipe, recipe_from
-from mergecli.methods._kinds import Group
+from mergecli.methods._kinds import Group, total
+from mergecli.methods._layers import depths, layer_of
 from mergecli.models import open_models
 from mergecli.output import refuse_inputs, write_text
 from mergecli.progress import Progress
@@ -23,24 +24,35 @@ if TYPE_CHECKING:
     from mergecli.tables import Table
 
 
+Matrix = tuple[tuple[float, ...], ...]
+
+
 @dataclass(frozen=True)
 class Similarities:
     """Cosines between T task vectors, and how long each vector is."""
 
     names: tuple[str, ...]
-    cosines: tuple[tuple[float, ...], ...]
+    cosines: Matrix
     """T rows of T; 0 where a vector is zero, 1 of a vector with itself."""
     norms: tuple[float, ...]
     """Euclidean norms."""
+    layers: Mapping[str, Matrix]
+    """The same of each part of the network: its layers by number, and what comes `before` and `after` them."""
 
     def to_csv(self) -> str:
         """Names as header row, after an empty cell, and as first column; numbers in full."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["", *self.names])
-        for name, row in zip(self.names, self.cosines, strict=True):
-            writer.writerow([name, *map(repr, row)])
-        return text.getvalue()
+        rows = [[name, *map(repr, row)] for name, row in zip(self.names, self.cosines, strict=True)]
+        return _csv([["", *self.names], *rows])
+
+    def layers_to_csv(self) -> str:
+        """One row for each layer and pair of names: layer, first, second, cosine."""
+        rows = [
+            [layer, self.names[i], self.names[j], repr(cosines[i][j])]
+            for layer, cosines in self.layers.items()
+            for i in range(len(self.names))
+            for j in range(i + 1, len(self.names))
+        ]
+        return _csv([["layer", "first", "second", "cosine"], *rows])
 
     def table(self) -> Table:
         """The cosines as a table."""
@@ -55,6 +67,7 @@ def cos_sim(
     *,
     base: str | Path | None = None,
     output: str | Path | None = None,
+    layers: str | Path | None = None,
     plot: str | Path | None = None,
     changes: Sequence[str] = (),
     progress: Progress | None = None,
@@ -63,7 +76,7 @@ def cos_sim(
 
     Args:
         vectors: name -> task-vector file, or fine-tuned model if `base` is given; or a recipe or its file.
-        output: a CSV file. plot: a heat-map (PNG, SVG or PDF by its suffix).
+        output: a CSV file. layers: a CSV file with the cosines of each layer. plot: a heat-map (PNG, SVG or PDF by its suffix).
     """
     if isinstance(vectors, Mapping):
         recipe = recipe_from(base, vectors, changes)
@@ -75,30 +88,61 @@ def cos_sim(
         require_matplotlib(Path(plot))
     with ExitStack() as stack:
         models = open_models(recipe, stack, needs="deltas")
-        for target in filter(None, (output, plot)):
+        for target in filter(None, (output, layers, plot)):
             refuse_inputs(Path(target), models.paths)
         import torch
 
-        products = torch.zeros(len(models.tuned), len(models.tuned), dtype=torch.float64)
+        parts = {name: _part(name, depth) for name, depth in depths(models.floats).items()}
+        products = {
+            part: torch.zeros(len(models.tuned), len(models.tuned), dtype=torch.float64)
+            for part in sorted(set(parts.values()), key=lambda part: _ORDER.get(part, part.zfill(6)))
+        }
         done = 0
 
-        def look(_: int, group: Group) -> tuple[int, Tensor]:
+        def look(_: int, group: Group) -> tuple[str, int, Tensor]:
             deltas = group.deltas.double()  # (T, n)
-            return group.shape.numel(), deltas @ deltas.T
+            return parts[group.name], group.shape.numel(), deltas @ deltas.T
 
-        for count, product in models.map(look):
-            products += product
+        for part, count, product in models.map(look):
+            products[part] += product
             done += count
             if progress:
                 progress("comparing", done, models.size)
-    norms = products.diagonal().sqrt()  # (T,)
-    cosines = (products / norms / norms[:, None]).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).clamp_(-1, 1)
-    cosines.fill_diagonal_(1.0)
-    result = Similarities(tuple(models.tuned), tuple(map(tuple, cosines.tolist())), tuple(norms.tolist()))
+    whole = total(torch.stack(list(products.values())))
+    result = Similarities(
+        names=tuple(models.tuned),
+        cosines=_cosines(whole),
+        norms=tuple(whole.diagonal().sqrt().tolist()),
+        layers={part: _cosines(each) for part, each in products.items()},
+    )
     if output:
         write_text(Path(output), result.to_csv())
+    if layers:
+        write_text(Path(layers), result.layers_to_csv())
     if plot:
         from mergecli.plots import heat_map
 
         heat_map(result.names, result.cosines, Path(plot))
     return result
+
+
+_ORDER = {"before": "", "after": "~"}
+
+
+def _part(name: str, depth: float) -> str:
+    layer = layer_of(name)
+    if layer is None:
+        return "before" if depth == 0 else "after"
+    return str(layer)
+
+
+def _cosines(products: Tensor) -> Matrix:
+    norms = products.diagonal().sqrt()  # (T,)
+    cosines = (products / norms / norms[:, None]).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).clamp_(-1, 1)
+    return tuple(map(tuple, cosines.fill_diagonal_(1.0).tolist()))
+
+
+def _csv(rows: Sequence[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

@@ -21,6 +21,9 @@ def cos_sim(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write a CSV file with all digits.")
     ] = None,
+    layers: Annotated[
+        Path | None, typer.Option("--layers", help="Write the cosines of every layer too, as CSV.")
+    ] = None,
     plot: options.Plot = None,
     form: options.Format = None,
     changes: options.Set = None,
@@ -36,6 +39,6 @@ def cos_sim(
     with show.progress() as progress:
         result = similarity.cos_sim(
             Path(vectors[0]) if options.is_recipe(vectors) else named_sources(vectors),
-            base=base, output=output, plot=plot, changes=changes or [], progress=progress,
+            base=base, output=output, layers=layers, plot=plot, changes=changes or [], progress=progress,
         )  # fmt: skip
     show.table(result.table(), form)

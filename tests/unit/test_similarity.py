@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mergecli.errors import UsageError
 from mergecli.similarity import cos_sim
@@ -56,3 +58,28 @@ def test_the_csv_has_names_as_header_and_first_column_and_every_digit(world: Wor
     assert rows[0] == ["", "t1", "t2", "t3"]
     assert [row[0] for row in rows[1:]] == ["t1", "t2", "t3"]
     assert tuple(tuple(map(float, row[1:])) for row in rows[1:]) == got.cosines
+
+
+def test_every_layer_has_its_own_cosines(tmp_path: Path) -> None:
+    names = [
+        "embeddings.x",
+        "encoder.layers.0.a",
+        "encoder.layers.0.b",
+        "encoder.layers.10.a",
+        "post_layernorm.weight",
+    ]
+    models = [{name: torch.randn(50) for name in names} for _ in range(3)]
+    for number, model in enumerate(models):
+        save_file(model, tmp_path / f"{number}.safetensors")
+    got = cos_sim(
+        {"a": tmp_path / "1.safetensors", "b": tmp_path / "2.safetensors"}, base=tmp_path / "0.safetensors",
+        layers=tmp_path / "layers.csv",
+    )  # fmt: skip
+    assert list(got.layers) == ["before", "0", "10", "after"]
+    deltas = [
+        torch.cat([model[name] - models[0][name] for name in names[1:3]]).double() for model in models[1:]
+    ]
+    assert got.layers["0"][0][1] == pytest.approx(float(torch.cosine_similarity(*deltas, dim=0)), abs=1e-12)
+    rows = list(csv.reader((tmp_path / "layers.csv").read_text().splitlines()))
+    assert rows[0] == ["layer", "first", "second", "cosine"]
+    assert [row[:3] for row in rows[1:]] == [[layer, "a", "b"] for layer in ("before", "0", "10", "after")]
