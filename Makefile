@@ -27,7 +27,7 @@ test: .venv/installed ## tests that need no network and no GPU
 slow: .venv/installed ## the other tests too
 	$(BIN)/python -m pytest -q
 
-check: lint types test ## everything CI checks
+check: lint types test ## before a commit: everything
 
 lint: .venv/installed ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -6,7 +6,18 @@ import subprocess
 import sys
 import time
 
-COMMANDS = ["fetch", "taskvector", "merge", "eval", "cos-sim", "report", "finetune", "info", "methods", "tasks"]
+COMMANDS = [
+    "fetch",
+    "taskvector",
+    "merge",
+    "eval",
+    "cos-sim",
+    "report",
+    "finetune",
+    "info",
+    "methods",
+    "tasks",
+]
 BUDGET = 150
 
 
@@ -15,7 +26,9 @@ def best(arguments: list[str], times: int = 10) -> float:
     seconds: list[float] = []
     for _ in range(times):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "mergecli", *arguments, "--help"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "mergecli", *arguments, "--help"], check=True, stdout=subprocess.DEVNULL
+        )
         seconds.append(time.perf_counter() - start)
     return 1000 * min(seconds)
 
