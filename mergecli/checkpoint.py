@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mergecli.chunks import ChunkHashes
 from mergecli.errors import InputError, listed, quoted
 from mergecli.layout import DTYPE_BYTES, FLOATS, PICKLE_HINT, TORCH_NAMES, bytes_of, entry_count, read_header
 
 if TYPE_CHECKING:
-    import xxhash
     from torch import Tensor
 
 TASK_VECTOR = "task vector"
@@ -75,7 +74,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
     files: tuple[Path, ...]
     descriptors: tuple[int, ...]
-    hashes: _Hashes
+    hashes: ChunkHashes
 
     @property
     def is_task_vector(self) -> bool:
@@ -97,7 +96,7 @@ class Checkpoint:
         if not self.is_whole_clip:
             return self
         kept = {name: entry for name, entry in self.entries.items() if name.startswith(VISION)}
-        return replace(self, entries=kept, hashes=_Hashes())
+        return replace(self, entries=kept, hashes=ChunkHashes())
 
     def read(self, name: str) -> Tensor:
         """The tensor, in its own dtype and shape."""
@@ -158,45 +157,6 @@ class Checkpoint:
         self.close()
 
 
-class _Hashes:
-    """A hash of every chunk of every tensor, fed by whoever reads; chunks may come in any order and from any thread."""
-
-    def __init__(self) -> None:
-        self._chunks: dict[tuple[str, int], tuple[int, xxhash.xxh3_128]] = {}
-        self._lock = threading.Lock()
-
-    def fed(self, name: str, chunk: int) -> int:
-        """How many bytes of the chunk have been hashed."""
-        return self._chunks[name, chunk][0] if (name, chunk) in self._chunks else 0
-
-    def feed(self, name: str, offset: int, buffer: memoryview, size: int) -> None:
-        """Hashes the bytes of a tensor from byte `offset` on, where they continue what is known of chunks of `size`."""
-        import xxhash
-
-        end = offset + len(buffer)
-        for chunk in range(offset // size, -(-end // size)):
-            start = max(chunk * size, offset)
-            piece = buffer[start - offset : min((chunk + 1) * size, end) - offset]
-            at = start - chunk * size
-            if at == 0 and len(piece) > self.fed(name, chunk):
-                self._chunks[name, chunk] = (len(piece), xxhash.xxh3_128(piece))
-            else:
-                with self._lock:
-                    done, state = self._chunks.get((name, chunk), (0, xxhash.xxh3_128()))
-                    if at <= done < at + len(piece):
-                        state = state.copy()
-                        state.update(piece[done - at :])
-                        self._chunks[name, chunk] = (at + len(piece), state)
-
-    def hex(self, name: str, chunks: int) -> str:
-        """The hash of the chunks' hashes."""
-        import xxhash
-
-        return xxhash.xxh3_128(
-            b"".join(self._chunks[name, chunk][1].digest() for chunk in range(chunks))
-        ).hexdigest()
-
-
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`: a `.safetensors` file, a `.safetensors.index.json`, or a folder with either.
 
@@ -227,7 +187,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise
     names = canonical_names(raw)
     entries = {ours: raw[theirs] for theirs, ours in sorted(names.items(), key=lambda pair: pair[1])}
-    return Checkpoint(path, entries, metadata, tuple(files), tuple(descriptors), _Hashes())
+    return Checkpoint(path, entries, metadata, tuple(files), tuple(descriptors), ChunkHashes())
 
 
 def _files(path: Path) -> list[Path]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 if TYPE_CHECKING:
     from torch import Size, Tensor
 
-
 Result = TypeVar("Result")
 
 RUN = 1 << 16
@@ -22,7 +21,7 @@ RUN = 1 << 16
 class Group:
     """One named tensor, or a block of its entries, across all models, in float32 and in the recipe's order.
 
-    The tensors belong to whoever receives the group: methods may overwrite them.
+    The rows belong to whoever receives the group: methods may overwrite them; the base is only read.
     """
 
     def __init__(
@@ -82,10 +81,8 @@ class Group:
 
     def copy(self) -> Group:
         """The same group with tensors of its own."""
-        base = None if self._base is None else self._base.clone()
-        return Group(
-            self.name, base, self._rows.clone(), self._are_deltas, self.names, self._seed, self._start
-        )
+        base, rows = None if self._base is None else self._base.clone(), self._rows.clone()
+        return Group(self.name, base, rows, self._are_deltas, self.names, self._seed, self._start)
 
     def uniform(self, task: int) -> Tensor:
         """(...) random numbers in [0, 1) for one task's entries.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -157,6 +158,7 @@ def _expected(kind: Any) -> str:
     return f"{name} {limits}".rstrip() if limits else name
 
 
+@functools.cache
 def _field_documents(method: type) -> dict[str, str]:
     """Setting -> the string under its field, read from the source."""
     documents: dict[str, str] = {}

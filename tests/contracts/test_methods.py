@@ -10,6 +10,8 @@ import pytest
 from mergecli import methods
 
 TESTS = Path(__file__).parents[1] / "golden"
+REQUIRED: dict[str, dict[str, object]] = {"weighted_average": {"weights": [1.0]}, "tall_mask": {"task": "t1"}}
+REFERENCES = ("naive", "naive_more", "naive_spectral")
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -29,7 +31,7 @@ def test_a_method_says_what_it_is_where_it_comes_from_and_what_each_setting_mean
 @pytest.mark.parametrize("name", methods.names())
 def test_a_method_is_a_frozen_value(name: str) -> None:
     method = methods.find(name)
-    required = {"weights": [1.0]} if name == "weighted_average" else {}
+    required = REQUIRED.get(name, {})
     one, other = methods.create(name, required), methods.create(name, required)
     assert one == other
     assert hash(one) == hash(other)
@@ -39,6 +41,8 @@ def test_a_method_is_a_frozen_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", methods.names())
-def test_a_method_has_a_golden_test(name: str) -> None:
+def test_a_method_has_a_golden_test_against_a_reference_of_its_own(name: str) -> None:
+    references = "".join((TESTS / f"{module}.py").read_text() for module in REFERENCES)
     texts = [file.read_text() for file in TESTS.glob("test_*.py")]
-    assert any(f'"{name}"' in text and "naive." in text for text in texts)
+    assert f"def {name}(" in references, "there is a naive version"
+    assert any(f'"{name}"' in text and f".{name}(" in text for text in texts), "a test compares with it"

@@ -41,7 +41,8 @@ def della(
     for name, value in floats(base).items():
         kept = []
         for number, model in enumerate(tuned, 1):
-            rows = (model[name] - value).reshape(len(value) if value.dim() > 1 else 1, -1)
+            delta = model[name] - value
+            rows = delta.flatten(1) if delta.dim() > 1 else delta.reshape(1, -1)
             noise = uniform(name, value, f"t{number}").reshape(rows.shape)
             new = torch.zeros_like(rows)
             for row, drawn, out in zip(rows, noise, new, strict=True):
@@ -141,7 +142,8 @@ def slerp(tuned: Sequence[Weights], t: float) -> Weights:
         else:
             angle = torch.tensor(cosine, dtype=torch.float64).acos()
             result[name] = (
-                torch.sin((1 - t) * angle) / torch.sin(angle) * a + torch.sin(t * angle) / torch.sin(angle) * b
+                torch.sin((1 - t) * angle) / torch.sin(angle) * a
+                + torch.sin(t * angle) / torch.sin(angle) * b
             )
     return {name: value.float() for name, value in result.items()}
 
@@ -187,7 +189,9 @@ def model_stock(base: Weights, tuned: Sequence[Weights]) -> Weights:
     return result
 
 
-def lines(base: Weights, merged: Weights, depths: dict[str, float], first_layer: float, increase: float) -> Weights:
+def lines(
+    base: Weights, merged: Weights, depths: dict[str, float], first_layer: float, increase: float
+) -> Weights:
     return {
         name: value + (first_layer + increase * depths[name]) * (merged[name] - value)
         for name, value in floats(base).items()

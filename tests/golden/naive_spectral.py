@@ -16,7 +16,9 @@ from tests.golden.naive import Weights, floats
 Matrices = Callable[[Sequence[Tensor]], Tensor]
 
 
-def by_matrix(base: Weights, tuned: Sequence[Weights], merge: Matrices, scaling_factor: float = 1.0) -> Weights:
+def by_matrix(
+    base: Weights, tuned: Sequence[Weights], merge: Matrices, scaling_factor: float = 1.0
+) -> Weights:
     """theta_0 + scaling_factor tau, tau from `merge` for matrices, else the mean of the task vectors."""
     result = {}
     for name, value in floats(base).items():
@@ -68,7 +70,11 @@ def iso_cts(base: Weights, tuned: Sequence[Weights], scaling_factor: float, comm
         all_left = torch.cat([*(u[:, :own] for u, _, _ in parts), left], dim=1)
         all_right = torch.cat([*(v[:own] for _, _, v in parts), right])
         mean = torch.cat([*(s[:own] for _, s, _ in parts), values]).mean()
-        return nearest_orthogonal(all_left) @ (mean * torch.eye(size, dtype=mean.dtype)) @ nearest_orthogonal(all_right)
+        return (
+            nearest_orthogonal(all_left)
+            @ (mean * torch.eye(size, dtype=mean.dtype))
+            @ nearest_orthogonal(all_right)
+        )
 
     return by_matrix(base, tuned, merge, scaling_factor)
 
@@ -140,7 +146,9 @@ def ace_merging(
         shared = sum(bare).mean(0, keepdim=True)  # type: ignore[union-attr]
         if refine:
             shared = shared / (squares.mean() + 1e-12)
-        merged = sum(d @ c for d, c in zip(centred, ridged, strict=True)) @ torch.linalg.inv(sum(ridged) + shared)
+        merged = sum(d @ c for d, c in zip(centred, ridged, strict=True)) @ torch.linalg.inv(
+            sum(ridged) + shared
+        )
         if refine:
             away = sum(d @ (c - sum(ridged) / tasks) for d, c in zip(deltas, bare, strict=True))
             left, values, right = svd(away + merged)

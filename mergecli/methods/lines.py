@@ -1,0 +1,42 @@
+"""LiNeS: deeper layers keep more of the merged task vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from mergecli.methods._kinds import Group, Groups, Method, Modifier
+from mergecli.methods._layers import depths
+from mergecli.methods._settings import Range
+from mergecli.methods.task_arithmetic import TaskArithmetic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Lines(Modifier):
+    """theta = theta_0 + (alpha + beta d) (theta' - theta_0),  theta' what `of` merges,  d the depth of the tensor
+
+    d = l / (L - 1) in layer l = 0 ... L - 1, read from the tensor's name; 0 before the layers (embeddings and the norm
+    after them), 1 behind them (post-layernorm, projection, head). Both settings are tuned in the paper.
+    """
+
+    title: ClassVar[str] = "deeper layers keep more of what another method merges"
+    paper: ClassVar[str] = "Wang et al., LiNeS, ICLR 2025, arXiv 2410.17146, equation 3"
+
+    of: Method = TaskArithmetic()  # noqa: RUF009
+    """The method whose merged task vector is scaled."""
+    first_layer: Annotated[float, Range()] = 0.5
+    """alpha, the scale of the first layer and of all before it; 1, with an increase of 0, changes nothing."""
+    increase: Annotated[float, Range()] = 0.5
+    """beta, by how much the last layer's scale, and of all behind it, is larger than the first's."""
+
+    def survey(self, groups: Groups, /) -> tuple[Any, dict[str, float]]:
+        return super().survey(groups), depths(groups.tensors)
+
+    def merge(self, group: Group, surveyed: tuple[Any, dict[str, float]], /) -> Tensor:
+        inner, depth = surveyed
+        scale = self.first_layer + self.increase * depth[group.name]
+        merged = super().merge(group, inner)
+        return merged if scale == 1 else merged.sub_(group.base).mul_(scale).add_(group.base)

@@ -1,0 +1,32 @@
+"""MagMax: of each entry, the task vector of largest magnitude."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from mergecli.methods._kinds import Group, PerTensor
+from mergecli.methods._settings import Range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Magmax(PerTensor):
+    """theta = theta_0 + lambda tau_j,  entry by entry, j the task whose |tau_j| is largest
+
+    Of two task vectors that differ only in sign the positive one wins; in FusionBench the later one does.
+    """
+
+    title: ClassVar[str] = "of each entry, the task vector of largest magnitude"
+    paper: ClassVar[str] = "Marczak et al., MagMax, ECCV 2024, arXiv 2407.06322"
+
+    scaling_factor: Annotated[float, Range()] = 0.5
+    """lambda; 0 gives the base back."""
+
+    def merge(self, group: Group, /) -> Tensor:
+        import torch
+
+        high, low = group.deltas.amax(0), group.deltas.amin(0)
+        return torch.where(high + low >= 0, high, low).mul_(self.scaling_factor).add_(group.base)

@@ -1,0 +1,138 @@
+"""What every method keeps to, whatever it computes: one table, and the same tests for all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergecli import methods, models
+from mergecli.methods._kinds import Group, Method, TwoPass, merge_group
+from tests.conftest import Weights, World, assert_same
+from tests.golden.bench import merged, with_models
+from tests.golden.layers import layered_world
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "weighted_average": {"weights": [1, 2, 3]},
+    "tall_mask": {"task": "t2"},
+    "wudi": {"steps": 5},
+    "doge_ta": {"steps": 5},
+}
+"""Settings that are required, or spare time; weights as many as there are tasks."""
+TWO = ("linear", "slerp")
+AT_LEAST = {"linear": 2, "slerp": 2, "model_stock": 2, "consensus": 2, "tall_mask": 2}
+ORDERED = ("linear", "slerp", "weighted_average")
+NAMES = methods.names()
+
+
+def settings_for(method: str, tasks: int) -> dict[str, Any]:
+    given = dict(SETTINGS.get(method, {}))
+    if "weights" in given:
+        given["weights"] = list(range(1, tasks + 1))
+    return given
+
+
+def merge_all(world: World, method: str, tasks: list[str] | None = None, **more: Any) -> Weights:
+    """The merge of the world's models, of the first two where a method takes no more."""
+    chosen = tasks or list(world.files)
+    chosen = chosen[:2] if method in TWO else chosen
+    return merged(world, method, chosen, **{**settings_for(method, len(chosen)), **more})
+
+
+def same_bytes(got: Weights, want: Weights) -> None:
+    for name, value in want.items():
+        assert got[name].view(-1).view(torch.uint8).equal(value.view(-1).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_tasks_equal_to_the_base_give_the_base(tmp_path: Path, method: str) -> None:
+    world = layered_world(tmp_path)
+    same = with_models(world, world.base, *[world.base] * 3)
+    assert_same(merge_all(same, method), world.base, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [name for name in NAMES if "scaling_factor" in methods.settings(name)])
+def test_a_scaling_factor_of_zero_gives_the_base(tmp_path: Path, method: str) -> None:
+    world = layered_world(tmp_path)
+    assert_same(merge_all(world, method, scaling_factor=0), world.base)
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("tasks", [1, 2, 13])
+def test_one_task_and_more_tasks_than_ranks_are_merged(tmp_path: Path, method: str, tasks: int) -> None:
+    if tasks < AT_LEAST.get(method, 1):
+        pytest.skip("needs more tasks; refused below")
+    world = layered_world(tmp_path, tasks)
+    got = merge_all(world, method)
+    assert all(bool(value.isfinite().all()) for value in got.values())
+    assert any(not got[name].equal(world.base[name]) for name in got)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_a_repeated_model_and_one_equal_to_the_base_are_merged(tmp_path: Path, method: str) -> None:
+    world = layered_world(tmp_path, 2)
+    first, second = world.tuned.values()
+    other = with_models(world, world.base, first, world.base, first, second)
+    assert all(bool(value.isfinite().all()) for value in merge_all(other, method).values())
+
+
+@pytest.mark.parametrize("method", [name for name in NAMES if name not in ORDERED])
+def test_the_order_of_tasks_matters_only_to_the_last_bits(tmp_path: Path, method: str) -> None:
+    world = layered_world(tmp_path)
+    atol = (
+        1e-4 if method in ("wudi", "doge_ta") else 2e-6
+    )  # descent amplifies what rounding did to the gradient
+    assert_same(
+        merge_all(world, method, ["t3", "t1", "t2"]), merge_all(world, method, ["t1", "t2", "t3"]), atol
+    )
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_blocks_threads_and_passes_change_no_byte(
+    world: World, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    want = merge_all(world, method)
+    for block, processors in ((7, 1), (999, 3)):
+        monkeypatch.setattr(models, "BLOCK", block)
+        monkeypatch.setattr(os, "cpu_count", lambda count=processors: count)
+        same_bytes(merge_all(world, method), want)
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3, 0), (1,), (1, 1), (4, 3), (2, 3, 2, 2)])
+def test_a_group_of_any_shape_is_merged_and_the_base_is_only_read(
+    method: str, shape: tuple[int, ...]
+) -> None:
+    tasks = ("t1", "t2") if method in TWO else ("t1", "t2", "t3")
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(1 + len(tasks), *shape, generator=generator)
+    before = rows[0].clone()
+    group = Group("encoder.layers.0.weight", rows[0], rows[1:], (False,) * len(tasks), tasks)
+    chosen = methods.create(method, settings_for(method, len(tasks)))
+    got = merge_group(chosen, group, survey_of(chosen, len(tasks)))
+    assert got.dtype == torch.float32
+    assert got.shape == shape
+    assert bool(got.isfinite().all())
+    assert rows[0].equal(before)
+
+
+def survey_of(method: Method, tasks: int) -> Any:
+    """What the method knows after a survey of one small tensor."""
+    if not isinstance(method, TwoPass):
+        return None
+
+    class One:
+        tensors = ("encoder.layers.0.weight",)
+
+        def __call__(self, sample: int = 1) -> Any:
+            rows = torch.randn(1 + tasks, 4, 5, generator=torch.Generator().manual_seed(4))
+            names = tuple(f"t{number}" for number in range(1, tasks + 1))
+            return iter([Group(self.tensors[0], rows[0], rows[1:], (False,) * tasks, names)])
+
+        def map(self, look: Any, sample: int = 1) -> Any:
+            return map(look, self(sample))
+
+    return method.survey(One())
