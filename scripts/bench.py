@@ -19,10 +19,8 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
 
 SHAPES = {"ViT-B/32": (768, 12, 32, 50), "ViT-L/14": (1024, 24, 14, 257)}
 """Width, layers, patch size and positions."""
@@ -103,9 +101,20 @@ def shapes_of(kind: str) -> dict[str, tuple[int, ...]]:
     return {f"vision_model.{name}": shape for name, shape in shapes.items()}
 
 
-def make(folder: Path, kind: str, count: int) -> Path:
-    """A base and `count` models near it, as folders with a config, made from a seed."""
-    place = folder / f"{kind.replace('/', '-')}"
+def made(folder: Path, kind: str, count: int) -> Path:
+    """The folder of a base and `count` models, made if they are missing; by a process of its own, because a process
+    counts its parent's memory as its own."""
+    arguments = ["--make", kind, str(count), "--folder", str(folder)]
+    subprocess.run([sys.executable, __file__, *arguments], check=True)
+    return folder / kind.replace("/", "-")
+
+
+def make(folder: Path, kind: str, count: int) -> None:
+    """Makes a base and `count` models near it, as folders with a config, from a seed."""
+    import torch
+    from safetensors.torch import save_file
+
+    place = folder / kind.replace("/", "-")
     width, layers, patch, _ = SHAPES[kind]
     config = {
         "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "hidden_size": width,
@@ -127,7 +136,6 @@ def make(folder: Path, kind: str, count: int) -> Path:
         )
         (model / "config.json").write_text(json.dumps(config))
         save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    return place
 
 
 def floor(files: list[Path], output: Path) -> list[str]:
@@ -190,7 +198,7 @@ def compare(
     folder: Path, peers: str | None, names: list[str], kind: str = "ViT-B/32", count: int = 8
 ) -> list[Measured]:
     """Every merge by us and by the others, after the floor, on the same files."""
-    place = make(folder, kind, count)
+    place = made(folder, kind, count)
     files = [place / name / "model.safetensors" for name in ("base", *(f"t{i}" for i in range(count)))]
     output = folder / "out.safetensors"
     rows = [measured("read all, write one", "system calls", floor(files, output)) for _ in range(2)][1:]
@@ -210,7 +218,7 @@ def memory(folder: Path) -> list[Measured]:
     rows: list[Measured] = []
     for kind, counts in (("ViT-B/32", (2, 8, 20)), ("ViT-L/14", (2, 4))):
         for count in counts:
-            place = make(folder, kind, count)
+            place = made(folder, kind, count)
             for what in ("task_arithmetic", "ties", "cos-sim"):
                 command = ours(what, place, count, folder / "out.safetensors")
                 rows.append(measured(f"{what}, {count} x {kind}", "mergecli", command))
@@ -219,7 +227,7 @@ def memory(folder: Path) -> list[Measured]:
 
 def large(folder: Path) -> list[Measured]:
     """TIES on 20 models of 1.2 GB, as many real bytes, in an address space whose data may take 1.5 GB."""
-    place = make(folder, "ViT-L/14", 20)
+    place = made(folder, "ViT-L/14", 20)
     return [
         measured(f"{what}, 20 x ViT-L/14, limit 1.5 GB", "mergecli", ours(what, place, 20, folder / "out.safetensors"), 1_500_000_000)
         for what in ("task_arithmetic", "ties")
@@ -241,7 +249,11 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    parser.add_argument("--make", nargs=2, metavar=("KIND", "COUNT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.make:
+        make(given.folder, given.make[0], int(given.make[1]))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -254,7 +266,7 @@ def main() -> None:
     least = next((row.seconds for row in rows if row.program == "system calls"), None)
     own = {row.what: row.seconds for row in rows if row.program == "mergecli"}
     print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}, torch {torch.__version__}\n"
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}, torch {version('torch')}\n"
     )
     print("| what | program | seconds | of the floor | of ours | CPU s | max RSS GB |")
     print("| :-- | :-- | --: | --: | --: | --: | --: |")
