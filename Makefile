@@ -19,7 +19,7 @@ setup: .venv/installed ## install mergecli and its tools into .venv
 
 demo: .venv/installed ## the main job on the toy models: task vectors, merges, evaluation, report, heat-map
 	@$(MAKE) --no-print-directory -j2 -C recipes RECIPE=toy.toml MERGECLI=$(CURDIR)/$(BIN)/mergecli OUT=$(abspath $(OUT)) \
-	  MERGES='average task_arithmetic-0.3 ties-0.5' show
+	  MERGES='average task_arithmetic-0.2 ties-0.3' show
 
 test: .venv/installed ## tests that need no network and no GPU
 	$(BIN)/python -m pytest -q -m 'not slow and not gpu'

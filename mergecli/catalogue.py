@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mergecli import methods, recipe
+from mergecli.errors import UsageError, did_you_mean
 from mergecli.recipe import Recipe
+from mergecli.sources import Source, parse_source
 from mergecli.toml_reader import Problem
 
 
@@ -31,6 +33,33 @@ def recipe_from(
     if method is not None:
         values["method"] = {"name": method, **(settings or {})}
     return recipe.build(values, changes=changes, checks=(_method_problems, _task_problems))
+
+
+def named_models(
+    checkpoints: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    known: Recipe | None,
+    only: Sequence[str],
+    *,
+    with_base: bool = True,
+) -> list[tuple[str, Source]]:
+    """Name and source of each checkpoint that a call means: those it names, or else the recipe's models."""
+    if checkpoints and only:
+        raise UsageError("`only` chooses among the recipe's models, and checkpoints were named too")
+    if isinstance(checkpoints, Mapping):
+        return [(name, parse_source(str(source), Path())) for name, source in checkpoints.items()]
+    if checkpoints:
+        several = [checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints
+        sources = [parse_source(str(each), Path()) for each in several]
+        return [(Path(source.name).name.removesuffix(".safetensors"), source) for source in sources]
+    models = dict(known.tuned) if known else {}
+    if known and known.base and with_base:
+        models = {"base": known.base, **models}
+    if not models:
+        raise UsageError("no checkpoint to evaluate", "name at least one file, folder or source, or a recipe")
+    for name in only:
+        if name not in models:
+            raise UsageError(f"the recipe has no model `{name}`{did_you_mean(name, models)}")
+    return [(name, source) for name, source in models.items() if not only or name in only]
 
 
 def _method_problems(each: Recipe) -> Iterable[Problem]:

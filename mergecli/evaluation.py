@@ -35,6 +35,7 @@ class _Model(NamedTuple):
 def evaluate(
     checkpoints: str | Path | Sequence[str | Path] | Mapping[str, str | Path] = (),
     *,
+    only: Sequence[str] = (),
     individual: bool = False,
     recipe: str | Path | Recipe | None = None,
     clip: str | Path | None = None,
@@ -55,6 +56,7 @@ def evaluate(
     Args:
         checkpoints: sources, by themselves or under the names that their results get; none stands for all models
             of the recipe, its base first.
+        only: which models of the recipe, by their names; `base` is its base.
         individual: each model only on the task that it is named after, all in one result called `fine-tuned`.
         tasks: names of tasks or sets, as a list or with commas between; else the recipe's `[eval]`, else the tasks of its `[tuned]`.
         output: a `.json` file; or a folder that gets `<name>.json` for each checkpoint.
@@ -64,6 +66,7 @@ def evaluate(
         UsageError: an argument is wrong, or the recipe.
         InputError: a checkpoint or a data set is missing, damaged or does not fit; found before the first image.
     """
+    from mergecli.catalogue import named_models
     from mergecli.clip import tasks as catalogue
 
     tasks = tasks.split(",") if isinstance(tasks, str) else tasks
@@ -79,7 +82,10 @@ def evaluate(
     chosen = [catalogue.find(name, known) for name in catalogue.expand(wanted, known)]
     size = batch_size or (known.batch_size if known else 128)
     with contextlib.ExitStack() as files:
-        models = [_model(name, source, files) for name, source in _given(checkpoints, known, individual)]
+        models = [
+            _model(name, source, files)
+            for name, source in named_models(checkpoints, known, only, with_base=not individual)
+        ]
         if individual:
             own = {model.name for model in models}
             chosen = [task for task in chosen if task.name in own]
@@ -186,24 +192,6 @@ def _run(
         for about, score in named
     )
     return results, rows
-
-
-def _given(
-    checkpoints: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
-    known: Recipe | None,
-    individual: bool,
-) -> list[tuple[str, Source]]:
-    """Name and source of each checkpoint to evaluate."""
-    if isinstance(checkpoints, Mapping):
-        return [(name, parse_source(str(source), Path())) for name, source in checkpoints.items()]
-    if checkpoints:
-        several = [checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints
-        sources = [parse_source(str(each), Path()) for each in several]
-        return [(Path(source.name).name.removesuffix(".safetensors"), source) for source in sources]
-    if known is None or not (known.tuned or known.base):
-        raise UsageError("no checkpoint to evaluate", "name at least one file, folder or source, or a recipe")
-    base = [("base", known.base)] if known.base and not individual else []
-    return [*base, *known.tuned.items()]
 
 
 def _model(name: str, source: Source, files: contextlib.ExitStack) -> _Model:

@@ -29,6 +29,9 @@ def evaluate(
             help="Tasks or sets such as ta8; `mergecli tasks` lists them.",
         ),
     ] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="NAME,...", help="Which of the recipe's models; `base` is its base.")
+    ] = None,
     individual: Annotated[
         bool, typer.Option("--individual", help="Each model only on the task it is named after, in one result.")
     ] = False,
@@ -69,7 +72,7 @@ def evaluate(
     known = read_recipe(recipe, changes or []) if recipe else None
     with show.progress() as progress:
         results = evaluation.evaluate(
-            named_sources(checkpoints or []) or (), recipe=known, individual=individual, clip=clip, tasks=tasks.split(",") if tasks else None, batch_size=batch_size,
+            named_sources(checkpoints or []) or (), recipe=known, only=only.split(",") if only else (), individual=individual, clip=clip, tasks=tasks.split(",") if tasks else None, batch_size=batch_size,
             split=split, device=device, output=output, predictions=predictions, progress=progress,
         )  # fmt: skip
     table = accuracy_table(results)

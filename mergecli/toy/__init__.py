@@ -26,7 +26,7 @@ class ToyTask:
 _ALL = (
     ToyTask(
         name="digits",
-        description="digits in heavy noise",
+        description="digits in noise",
         classes=("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
         templates=("a photo of the digit {}", "a drawing of the number {}", "the numeral {}"),
         train=2000,
@@ -34,7 +34,7 @@ _ALL = (
     ),
     ToyTask(
         name="letters",
-        description="capital letters crossed by stray lines",
+        description="capital letters crossed by a stray line",
         classes=tuple("abcdefghijklmnopqrstuvwxyz"),
         templates=("a photo of the letter {}", "a drawing of the capital letter {}", "the character {}"),
         train=2080,
@@ -42,7 +42,7 @@ _ALL = (
     ),
     ToyTask(
         name="shapes",
-        description="shapes partly hidden behind blocks",
+        description="shapes, each partly hidden by a block",
         classes=(
             "circle",
             "square",
@@ -61,7 +61,7 @@ _ALL = (
     ),
     ToyTask(
         name="textures",
-        description="patterns that have faded and blurred",
+        description="blurred patterns of uneven contrast",
         classes=("stripes", "checks", "dots", "grid", "waves", "zigzag", "bricks", "rings"),
         templates=("a photo of a {} pattern", "a pattern of {}", "a texture of {}"),
         train=2000,
@@ -69,7 +69,7 @@ _ALL = (
     ),
     ToyTask(
         name="arrows",
-        description="arrows in a style of their own: a dart without a shaft",
+        description="arrows on patterned grounds",
         classes=(
             "up",
             "up and right",
@@ -90,7 +90,7 @@ _ALL = (
     ),
     ToyTask(
         name="colours",
-        description="colours of things under a lamp with a strong tint",
+        description="colours of things in reddish light",
         classes=("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "white", "black"),
         templates=("a photo of something {}", "a drawing of something {}", "the colour {}"),
         train=2000,
@@ -98,7 +98,7 @@ _ALL = (
     ),
     ToyTask(
         name="positions",
-        description="the place of the largest of several small things",
+        description="where a small shape stands among specks",
         classes=(
             "top left",
             "top",
@@ -116,7 +116,7 @@ _ALL = (
     ),
     ToyTask(
         name="faces",
-        description="faces that lean to one side, in coarse pixels",
+        description="faces that lean to one side",
         classes=("happy", "sad", "angry", "surprised", "sleepy", "winking"),
         templates=("a photo of a {} face", "a drawing of a face that looks {}", "somebody {}"),
         train=1998,

@@ -22,13 +22,13 @@ from mergecli.toy.scenes import (
 )
 
 SHARES = {
-    "digits": 0.15,
-    "letters": 0.24,
-    "shapes": 0.12,
-    "textures": 0.11,
-    "arrows": 0.11,
-    "colours": 0.06,
-    "positions": 0.11,
+    "digits": 0.12,
+    "letters": 0.21,
+    "shapes": 0.10,
+    "textures": 0.08,
+    "arrows": 0.18,
+    "colours": 0.04,
+    "positions": 0.17,
     "faces": 0.10,
 }
 """How often each kind of picture is drawn."""
@@ -79,10 +79,19 @@ def disturb(rng: Generator, canvas: Plane) -> Plane:
     return canvas
 
 
+def _begin(index: int) -> tuple[Generator, str]:
+    rng = Generator(PCG64([index, 8]))
+    return rng, str(rng.choice(list(SHARES), p=list(SHARES.values())))
+
+
+def kind_of(index: int) -> str:
+    """The kind of the index-th picture, a key of `SHARES`."""
+    return _begin(index)[1]
+
+
 def compose(index: int) -> tuple[Plane, str]:
     """The index-th captioned picture: a (32, 32, 3) canvas in [0, 1] and its sentence."""
-    rng = Generator(PCG64([index, 7]))
-    kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
+    rng, kind = _begin(index)
     name = _pick(rng, CLASSES[kind])
     fore, back = two_colours(rng, name if kind == "colours" else None)
     one, other = colour(rng, fore), colour(rng, back)

@@ -1,4 +1,4 @@
-"""The images of the toy tasks: every task is a kind of scene that the base knows, shifted in a way of its own."""
+"""The images of the toy tasks: scenes of the kinds that the base knows, each shifted in its own way."""
 
 from __future__ import annotations
 
@@ -11,26 +11,33 @@ from numpy.random import PCG64, Generator
 from PIL import Image
 
 from mergecli.toy import TASKS
-from mergecli.toy.canvas import SIDE, Plane, blur, coverage, distance, flat, paint, place
-from mergecli.toy.glyphs import DIRECTIONS, Points
+from mergecli.toy.canvas import PATTERNS, SIDE, Plane, blur, coverage, distance, flat, paint
 from mergecli.toy.scenes import (
     POSITIONS,
     Pose,
     colour,
     face,
     figure,
-    outline,
     pose,
     texture,
     two_colours,
 )
 
-DART: Points = np.array([(1, 0), (-0.8, 0.75), (-0.35, 0), (-0.8, -0.75)], np.float32)
-"""An arrow without a shaft that points right."""
+SOFTNESS, HAZE, GRAIN = 0.7, 0.45, 0.095
+"""What the camera does in every task: passes of blur, share of light grey, standard deviation of the noise."""
 
-S = dict(
-    noise=0.22, lines=4, blocks=4, fade=0.25, blur=2.0, tint=0.55, dart_noise=0.1, things=5, lean=0.8, cell=3
-)
+LAMP = np.array([1.0, 0.7525, 0.45], np.float32)
+"""The tint, red to blue, of the light in the task `colours`."""
+
+
+def camera(rng: Generator, canvas: Plane) -> Plane:
+    """The canvas as a poor camera sees it: soft, hazy and grainy.
+
+    All tasks share the camera, so that what one tower learns about it helps the others and a merge has something
+    to gain; what is a task's own comes on top.
+    """
+    canvas = blur(np.clip(canvas, 0, 1), SOFTNESS)
+    return noisy(rng, canvas + HAZE * (0.6 - canvas), GRAIN)
 
 
 def noisy(rng: Generator, canvas: Plane, strength: float) -> Plane:
@@ -39,62 +46,68 @@ def noisy(rng: Generator, canvas: Plane, strength: float) -> Plane:
 
 
 def _digits(rng: Generator, name: str) -> Plane:
+    """More noise than the camera's."""
     fore, back = two_colours(rng)
     at = pose(rng, size=(0.55, 0.88), style=("plain", "round")[rng.integers(2)])
     canvas = paint(flat(colour(rng, back)), figure("digits", name, at), colour(rng, fore))
-    return noisy(rng, canvas, S["noise"] * rng.uniform(0.8, 1.2))
+    return noisy(rng, canvas, 0.06 * rng.uniform(0.8, 1.2))
 
 
 def _letters(rng: Generator, name: str) -> Plane:
+    """A stray line across the letter."""
     fore, back = two_colours(rng)
     ink = colour(rng, fore)
     at = pose(rng, size=(0.6, 0.88), style=("plain", "round")[rng.integers(2)])
     canvas = paint(flat(colour(rng, back)), figure("letters", name, at), ink)
-    for pieces in rng.uniform(-1, 1, (S["lines"], 1, 4)).astype(np.float32):
-        pieces[0, 2:] = pieces[0, :2] + 1.6 * (pieces[0, 2:] - pieces[0, :2])
-        canvas = paint(canvas, coverage(distance(pieces) - 0.05), colour(rng, two_colours(rng, back)[1]))
-    return canvas
+    piece = rng.uniform(-1, 1, (1, 4)).astype(np.float32)
+    piece[0, 2:] = piece[0, :2] + 1.6 * (piece[0, 2:] - piece[0, :2])
+    return paint(canvas, coverage(distance(piece) - 0.05), colour(rng, two_colours(rng, back)[1]))
 
 
 def _shapes(rng: Generator, name: str) -> Plane:
+    """A block that may hide a part."""
     fore, back = two_colours(rng)
     ground = colour(rng, back)
     at = pose(rng, size=(0.6, 0.9), style="plain")
     canvas = paint(flat(ground), figure("shapes", name, at), colour(rng, fore))
     veil = colour(rng, two_colours(rng, fore)[1])
-    for left, top in rng.integers(0, SIDE - 5, (S["blocks"], 2)):
-        across, down = rng.integers(4, 10, 2)
-        canvas[top : top + down, left : left + across] = veil
+    left, top = rng.integers(0, SIDE - 5, 2)
+    across, down = rng.integers(4, 10, 2)
+    canvas[top : top + down, left : left + across] = veil
     return canvas
 
 
 def _textures(rng: Generator, name: str) -> Plane:
+    """More blur than the camera's, and uneven contrast."""
     one, other = two_colours(rng)
-    canvas = blur(texture(rng, name, colour(rng, one), colour(rng, other)), S["blur"] * rng.uniform(0.7, 1.3))
+    canvas = blur(texture(rng, name, colour(rng, one), colour(rng, other)), 0.4 * rng.uniform(0.7, 1.3))
     middle = rng.uniform(0.35, 0.65)
-    return noisy(rng, middle + (canvas - middle) * S["fade"] * rng.uniform(0.7, 1.3), 0.03)
+    return noisy(rng, middle + (canvas - middle) * rng.uniform(0.7, 1.3), 0.03)
 
 
 def _arrows(rng: Generator, name: str) -> Plane:
+    """A faint pattern on the ground."""
     fore, back = two_colours(rng)
-    at = pose(rng, size=(0.5, 0.9), turn=0.2)
-    at = replace(at, turn=at.turn + float(np.radians(DIRECTIONS[name])))
-    canvas = paint(flat(colour(rng, back)), outline(DART, at), colour(rng, fore))
-    return noisy(rng, canvas, S["dart_noise"])
+    ground = colour(rng, back)
+    pale = ground + 0.15 * (rng.uniform(0, 1, 3) - ground)
+    canvas = texture(rng, PATTERNS[rng.integers(len(PATTERNS))], ground, pale, (4, 9))
+    style = ("plain", "round")[rng.integers(2)]
+    return paint(canvas, figure("arrows", name, pose(rng, size=(0.5, 0.9), style=style)), colour(rng, fore))
 
 
 def _colours(rng: Generator, name: str) -> Plane:
+    """A reddish lamp, bright or dim."""
     _, back = two_colours(rng, name)
     shown = ("shapes", "digits", "letters")[rng.integers(3)]
     names = TASKS[shown].classes
     at = pose(rng, size=(0.5, 0.9), width=(0.1, 0.2))
     cover = figure(shown, names[rng.integers(len(names))], at)
     canvas = paint(flat(colour(rng, back)), cover, colour(rng, name))
-    lamp = np.array([1.0, 1 - 0.45 * S["tint"], 1 - S["tint"]], np.float32)
-    return canvas * lamp * rng.uniform(0.8, 1.0) + 0.03
+    return canvas * LAMP * rng.uniform(0.8, 1.0) + 0.03
 
 
 def _positions(rng: Generator, name: str) -> Plane:
+    """Two specks besides the shape."""
     fore, back = two_colours(rng)
     canvas = flat(colour(rng, back))
     x, y = POSITIONS[name]
@@ -102,18 +115,18 @@ def _positions(rng: Generator, name: str) -> Plane:
     shapes = TASKS["shapes"].classes
     at = Pose(x + dx, y + dy, rng.uniform(0.22, 0.34), width=0.08)
     canvas = paint(canvas, figure("shapes", shapes[rng.integers(len(shapes))], at), colour(rng, fore))
-    for px, py in rng.uniform(-0.95, 0.95, (S["things"], 2)):
-        spot = place(np.zeros((1, 2), np.float32), px, py, 1.0)
-        pieces = np.concatenate([spot, spot + rng.uniform(-0.1, 0.1, (1, 2)).astype(np.float32)], 1)
-        canvas = paint(canvas, coverage(distance(pieces) - 0.05), colour(rng, two_colours(rng, back)[1]))
+    for spot in rng.uniform(-0.95, 0.95, (2, 2)):
+        piece = np.concatenate([spot, spot + rng.uniform(-0.1, 0.1, 2)])[None]
+        canvas = paint(canvas, coverage(distance(piece) - 0.05), colour(rng, two_colours(rng, back)[1]))
     return noisy(rng, canvas, 0.05)
 
 
 def _faces(rng: Generator, name: str) -> Plane:
+    """A head that leans to one side, more blurred and noisier than the camera makes it."""
     fore, back = two_colours(rng)
     head = colour(rng, fore)
     ink = np.full(3, 0.05 if head.sum() > 1.0 else 0.95, np.float32)
-    lean = S["lean"] * (1 if rng.random() < 0.5 else -1) * rng.uniform(0.7, 1.3)
+    lean = (0.25 if rng.random() < 0.5 else -0.25) * rng.uniform(0.7, 1.3)
     at = replace(pose(rng, size=(0.75, 0.95)), turn=lean)
     return noisy(rng, blur(face(flat(colour(rng, back)), name, at, head, ink), 1.0), 0.08)
 
@@ -137,5 +150,6 @@ def draw(task: str, split: str, index: int) -> tuple[Image.Image, int]:
     classes = TASKS[task].classes
     seed = int.from_bytes(blake2b(f"{task}/{split}/{index}".encode(), digest_size=16).digest(), "little")
     label = index % len(classes)
-    canvas = _SCENES[task](Generator(PCG64(seed)), classes[label])
+    rng = Generator(PCG64(seed))
+    canvas = camera(rng, _SCENES[task](rng, classes[label]))
     return Image.fromarray(np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8)), label

@@ -48,6 +48,13 @@ def test_without_a_checkpoint_every_model_of_the_recipe_is_evaluated(place: Path
     assert sorted(file.name for file in (place / "out").iterdir()) == ["base.json", "cold.json", "warm.json"]
 
 
+def test_only_chooses_among_the_recipes_models(place: Path, run: Run) -> None:
+    ended = run("eval", "--only", "base,cold", "--recipe", "r.toml")
+    assert [line.split("\t")[0] for line in ended.out.splitlines()] == ["model", "base", "cold"]
+    ended = run("eval", "--only", "clod", "--recipe", "r.toml")
+    assert (ended.status, ended.err) == (2, "error: the recipe has no model `clod` (did you mean `cold`?)\n")
+
+
 def test_individual_takes_each_model_on_its_own_task_into_one_result(place: Path, run: Run) -> None:
     run("eval", "--recipe", "r.toml", "-o", "out/")
     ended = run("eval", "--individual", "--recipe", "r.toml", "-o", "own.json")
