@@ -22,10 +22,10 @@ demo: .venv/installed ## the main job on the toy models: task vectors, merges, e
 	  MERGES='average task_arithmetic-0.2 ties-0.3' show
 
 test: .venv/installed ## tests that need no network and no GPU
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not slow and not gpu'
 
 slow: .venv/installed ## the other tests too
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 check: lint types test ## before a commit: everything
 

@@ -96,3 +96,31 @@ def test_the_towers_learnt_something_and_a_merge_keeps_some_of_it(tmp_path: Path
     assert 0.40 <= base <= 0.75
     assert tuned.average.accuracy >= base + 0.15
     assert both >= base + (tuned.average.accuracy - base) / 4
+
+
+def test_the_count_of_a_tower_is_that_of_plain_transformers(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPVisionModel
+
+    task = TASKS["shapes"]
+    model = CLIPModel.from_pretrained(TOY_MODELS / "base", dtype=torch.float32)
+    tower = CLIPVisionModel.from_pretrained(TOY_MODELS / "shapes", dtype=torch.float32)
+    model.vision_model.load_state_dict(tower.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(TOY_MODELS / "base")
+    processor = CLIPImageProcessorPil.from_pretrained(TOY_MODELS / "base")
+    correct = 0
+    with torch.no_grad():
+        head = []
+        for name in task.classes:
+            tokens = tokenizer(
+                [each.format(name) for each in task.templates], padding=True, return_tensors="pt"
+            )
+            text = torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+            head.append(torch.nn.functional.normalize(text.mean(0), dim=0))
+        for index in range(task.test):
+            picture, label = draw("shapes", "test", index)
+            image = model.get_image_features(**processor(images=picture, return_tensors="pt")).pooler_output
+            correct += int((torch.stack(head) @ image[0]).argmax()) == label
+    (result,) = mergecli.evaluate(["toy:shapes"], clip="toy:base", tasks=["shapes"])
+    assert result.tasks["shapes"].correct == correct
+    assert result.tasks["shapes"].images == task.test
