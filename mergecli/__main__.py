@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+from mergecli import interrupts
 
 
 def main() -> None:
     """Runs the command line and ends the process with its exit status."""
-    from mergecli.cli import run
+    _open_closed_streams()
+    interrupts.watch()
+    try:
+        from mergecli.cli import run
 
-    sys.exit(run())
+        status = run()
+    except KeyboardInterrupt:
+        status = 130
+    except Exception:
+        if not interrupts.pressed:
+            raise
+        status = 130
+    sys.exit(status)
+
+
+def _open_closed_streams() -> None:
+    """Puts the null device where stdin, stdout or stderr is closed, so that no file of ours takes its number."""
+    for number, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, mode)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 if __name__ == "__main__":

@@ -218,10 +218,14 @@ def _files(path: Path) -> list[Path]:
     if path.name.endswith(".index.json"):
         try:
             shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: is not an index of shards: no readable `weight_map`") from error
-        missing = [shard for shard in shards if not (path.parent / shard).exists()]
+        if not shards or not all(isinstance(shard, str) and shard for shard in shards):
+            raise InputError(f"{path}: is not an index of shards: `weight_map` does not name files")
+        missing = [shard for shard in shards if not (path.parent / shard).is_file()]
         if missing:
             raise InputError(f"{path}: shards are missing:\n{listed(missing)}")
         return [path.parent / shard for shard in shards]
+    if not path.is_file():
+        raise InputError(f"{path}: is not a file")
     return [path]

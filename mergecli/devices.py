@@ -16,7 +16,7 @@ def usable_device(name: str) -> str:
     import torch
 
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
             f"device `{name}`: cannot be used here", "`cpu` always works; `cuda` needs a GPU"

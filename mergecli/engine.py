@@ -8,7 +8,6 @@ so that the same inputs and recipe give the same bytes. Of a whole CLIP only the
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,9 +21,9 @@ from mergecli.errors import InputError, UsageError, shown
 from mergecli.layout import TORCH_NAMES
 from mergecli.methods._kinds import Group, Method, TwoPass, merge_group
 from mergecli.models import Models, open_models
-from mergecli.output import SafetensorsWriter, refuse_inputs, whole_folder
+from mergecli.output import SafetensorsWriter, check_target, refuse_inputs, whole_folder
 from mergecli.progress import Progress
-from mergecli.provenance import UNKNOWN_DIGEST, about, model_folder_files
+from mergecli.provenance import UNKNOWN_DIGEST, about, inputs_of, model_folder_files
 from mergecli.recipe import Recipe
 from mergecli.shards import ShardedWriter, parse_size
 
@@ -90,6 +89,7 @@ def merge(
     target = Path(output)
     if target.suffix not in ("", ".safetensors"):
         raise UsageError(f"{target}: expected a `.safetensors` file, or a folder's name without suffix")
+    check_target(target, folder=not target.suffix)
     size = parse_size(shard_size) if shard_size is not None else None
     if size is not None and target.suffix:
         raise UsageError(
@@ -213,6 +213,6 @@ def _foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str
     """A warning for each task vector that was taken from another base than the one it is added to."""
     for name, each in models.tuned.items():
         if each.is_task_vector:
-            origin = json.loads(each.metadata.get("inputs", "{}")).get("base")
+            origin = inputs_of(each.metadata).get("base")
             if origin and origin != digests.get("base"):
                 yield f"{each.path}: `{name}` is a task vector of another base ({origin}) than {digests.get('base')}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergecli.errors import UsageError, quoted
-from mergecli.output import refuse_inputs, write_text
+from mergecli.output import check_targets, write_text
 from mergecli.scores import SCHEMA, Average, Evaluation, TaskScore, read_result, write_predictions
 from mergecli.sources import Source, locate, parse_source
 
@@ -92,8 +92,16 @@ def evaluate(
             if not chosen:
                 raise UsageError("no model is named after one of the tasks", "name them: `TASK=PATH`")
         targets = _targets([FINE_TUNED] if individual else [model.name for model in models], output)
-        for target in (*targets, *([Path(predictions)] if predictions else [])):
-            refuse_inputs(target, {model.name: file for model in models for file in model.checkpoint.files})
+        inputs = {model.name: file for model in models for file in model.checkpoint.files}
+        check_targets(
+            dict.fromkeys(targets, ()) | ({Path(predictions): (".parquet",)} if predictions else {}), inputs
+        )
+        for task in chosen:
+            for target in [*targets, *([Path(predictions)] if predictions else [])]:
+                if task.data.path and target.absolute().is_relative_to(task.data.path.absolute()):
+                    raise UsageError(
+                        f"{target}: lies in the data of `{task.name}`, which is never written to"
+                    )
         results, rows = _run(
             models, base, chosen, size, split, device, progress, predictions is not None, individual
         )
@@ -229,6 +237,8 @@ def _targets(names: Sequence[str], output: str | Path | None) -> list[Path]:
         if len(names) > 1:
             raise UsageError(f"{target}: one file cannot hold {len(names)} results", "name a folder")
         return [target]
+    if target.suffix:
+        raise UsageError(f"{target}: expected a `.json` file, or a folder's name without suffix")
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise UsageError(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergecli.checkpoint import open_checkpoint
+from mergecli.provenance import inputs_of
 from mergecli.sources import locate, parse_source
 
 
@@ -34,7 +34,7 @@ class Info:
     @property
     def inputs(self) -> dict[str, str]:
         """Input -> digest, for files that mergecli wrote."""
-        return dict(json.loads(self.metadata.get("inputs", "{}")))
+        return inputs_of(self.metadata)
 
 
 def info(checkpoint: str | Path) -> Info:

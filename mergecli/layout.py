@@ -95,8 +95,9 @@ def read_header(
             )
             for name, entry in header.items()
         }
+        "".join(tensors).encode()  # a name that is no text cannot be written again
         about = {str(key): str(value) for key, value in metadata.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(f"{file}: is not a safetensors file: its header cannot be read") from error
     end = 0
     for name, (dtype, shape, offsets) in sorted(tensors.items(), key=lambda item: item[1][2]):

@@ -207,7 +207,9 @@ def check_fit(models: Models) -> None:
         ]
         problems += [f"{task}: lacks tensor `{name}`" for name in wanted if name not in each.entries]
         for name, entry in wanted.items():
-            other = each.entries.get(name, entry)
+            other = each.entries.get(name)
+            if other is None:
+                continue
             if other.shape != entry.shape:
                 problems.append(f"{task}: `{name}` has shape {other.shape}, {whose} has {entry.shape}")
             elif other.is_float != entry.is_float or (not entry.is_float and other.dtype != entry.dtype):

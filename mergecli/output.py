@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
@@ -43,14 +43,23 @@ def new_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
+def check_target(path: Path, *, folder: bool = False) -> None:
+    """Raises UsageError if no file (or `folder`) can have that name: found before the work, not after it."""
+    if not path.absolute().name or path.name in ("", ".."):
+        raise UsageError(f"output `{path}`: expected the name of a {'folder' if folder else 'file'}")
+    if folder and os.path.isfile(path):  # noqa: PTH113  a name that is too long is told when it is written
+        raise UsageError(f"{path}: is a file, a folder was expected")
+    if not folder and os.path.isdir(path):  # noqa: PTH112
+        raise UsageError(f"{path}: is a folder, a file name was expected")
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Generator[IO[bytes]]:
     """A binary file that takes the name `path` when the block ends without an exception, else vanishes.
 
     Missing parent folders are made. An existing file is replaced in one step.
     """
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder, a file name was expected")
+    check_target(path)
     temporary = new_name(path)
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +86,7 @@ def whole_folder(path: Path) -> Generator[Path]:
 
     If `path` is a folder already, its other files stay, and the new ones replace those of their names.
     """
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path}: is a file, a folder was expected")
+    check_target(path, folder=True)
     temporary = new_name(path.absolute())
     with write_errors(path):
         try:
@@ -95,6 +103,20 @@ def whole_folder(path: Path) -> Generator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_targets(targets: Mapping[Path, Sequence[str]], inputs: Mapping[str, Path]) -> None:
+    """Raises UsageError unless each target can be a file, has one of its suffixes (if any are given), is no input and
+    is written once."""
+    seen: set[Path] = set()
+    for target, suffixes in targets.items():
+        check_target(target)
+        if suffixes and target.suffix not in suffixes:
+            raise UsageError(f"{target}: expected a {' or '.join(suffixes)} file")
+        if target.absolute() in seen:
+            raise UsageError(f"{target}: two outputs have this name")
+        seen.add(target.absolute())
+        refuse_inputs(target, inputs)
+
+
 def _remove_stale(folder: Path, new: set[str]) -> None:
     """Removes the weights of a model that the files `new` have replaced: loaders would prefer or mix them."""
     if not any(name.endswith(".safetensors") for name in new):
@@ -106,7 +128,7 @@ def _remove_stale(folder: Path, new: set[str]) -> None:
 
 def refuse_inputs(target: Path, inputs: Mapping[str, Path]) -> None:
     """Raises UsageError if `target` is, or holds, one of the files that will be read: an input is never replaced."""
-    if not target.exists():
+    if not os.path.exists(target):  # noqa: PTH110
         return
     for name, path in inputs.items():
         if path.exists() and (target.samefile(path) or (target.is_dir() and target.samefile(path.parent))):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from mergecli.errors import shown
+from mergecli.errors import InputError, shown
 from mergecli.recipe import Recipe
 
 UNKNOWN_DIGEST = "xxh3:" + "0" * 32
@@ -47,6 +47,15 @@ def about(
     return metadata
 
 
+def inputs_of(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Input -> digest, as a file of ours says; empty for files of others."""
+    try:
+        inputs: Any = json.loads(metadata.get("inputs", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return {str(name): str(digest) for name, digest in inputs.items()} if isinstance(inputs, dict) else {}
+
+
 def recipe_text(recipe: Recipe, method: str | None, settings: Mapping[str, Any]) -> str:
     """The recipe in effect as TOML: after every change, with the defaults written out."""
     lines = ["schema = 1"]
@@ -71,12 +80,26 @@ def model_folder_files(origin: Path) -> dict[str, str]:
     if not origin.is_dir():
         return {}
     files = {name: origin / name for name in (*_COPIED, *_COPIED_WHOLE)}
-    texts = {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+    texts = {name: file.read_text("utf-8", "replace") for name, file in files.items() if file.is_file()}
     if (origin / "config.json").is_file():
-        config = cast("dict[str, Any]", json.loads((origin / "config.json").read_text("utf-8")))
+        config = _config(origin / "config.json")
         if config.get("model_type") == "clip":
             texts = {name: text for name, text in texts.items() if name in _COPIED}
-            tower = {**config.get("vision_config", {}), "projection_dim": config.get("projection_dim", 512)}
+            tower = {**config["vision_config"], "projection_dim": config.get("projection_dim", 512)}
             config = {**tower, "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}
         texts["config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return texts
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """The configuration of a model, known to be a table, with a vision tower's if it is a CLIP's."""
+    try:
+        config: Any = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: is not a model's configuration: it is not JSON") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: is not a model's configuration: expected a table")
+    known = cast("dict[str, Any]", config)
+    if known.get("model_type") == "clip" and not isinstance(known.setdefault("vision_config", {}), dict):
+        raise InputError(f"{file}: `vision_config`: expected a table")
+    return known

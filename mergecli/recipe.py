@@ -61,7 +61,7 @@ def read(
         UsageError: everything that is wrong with it, each with file, line and key.
     """
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such recipe") from error
     except IsADirectoryError as error:
@@ -74,6 +74,8 @@ def read(
         values = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         raise UsageError(f"{path}:{error.lineno}: not TOML: {error.msg.lower()}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: has a number that is too long, or tables nested too deeply") from error
     return build(values, path, text, changes, method, checks)
 
 
@@ -111,7 +113,7 @@ def build(
 
 def _recipe(values: dict[str, Any], path: Path | None, read: Reader) -> Recipe:
     top = read.table(values, "", ("schema", "base", "seed", "dtype", "tuned", "method", "eval", "tasks"))
-    if top.get("schema", 1) != 1:
+    if top.get("schema", 1) != 1 or not isinstance(top.get("schema", 1), int) or top.get("schema") is True:
         read.wrong(
             "schema", f"expected 1, got {top['schema']!r}: this recipe is for another version of mergecli"
         )
@@ -175,8 +177,12 @@ def _apply(values: dict[str, Any], change: str, read: Reader) -> None:
         read.wrong(f"--set {change}", "expected `key=value`")
         return
     try:
-        value: object = tomli.loads(f"value = {written}")["value"]
-    except tomli.TOMLDecodeError:
+        parsed = tomli.loads(f"value = {written}")
+        value: object = parsed["value"] if set(parsed) == {"value"} else None
+        if value is None:
+            read.wrong(f"--set {key}", "expected one TOML value")
+            return
+    except (ValueError, RecursionError):
         if not written.strip() or written.strip()[0] in "\"'[{":
             read.wrong(f"--set {change}", f"`{written}` is not a TOML value")
             return

@@ -108,6 +108,11 @@ def read_result(path: str | Path) -> Evaluation:
     schema: object = values.get("schema") if isinstance(values, dict) else None
     if schema != SCHEMA:
         raise InputError(f"{file}: `schema`: expected `{SCHEMA}`, got {schema!r}", _HINT)
+    for part in ("checkpoint", "clip", "model_info", "tasks"):
+        if not isinstance(values.get(part), dict):
+            raise InputError(f"{file}: `{part}`: expected a table", _HINT)
+    if not all(isinstance(score, dict) for score in values["tasks"].values()):
+        raise InputError(f"{file}: `tasks`: expected a table for each task", _HINT)
     try:
         result = Evaluation(
             checkpoint=_strings(values["checkpoint"], "checkpoint"),
@@ -119,8 +124,10 @@ def read_result(path: str | Path) -> Evaluation:
         )
     except KeyError as error:
         raise InputError(f"{file}: lacks the key `{error.args[0]}`", _HINT) from error
-    except (TypeError, AttributeError) as error:
+    except TypeError as error:
         raise InputError(f"{file}: is not a result: {error}", _HINT) from error
+    except (AttributeError, ValueError, OverflowError) as error:
+        raise InputError(f"{file}: is not a result", _HINT) from error
     if not result.tasks or not result.checkpoint.get("name"):
         raise InputError(f"{file}: names no {'checkpoint' if result.tasks else 'tasks'}", _HINT)
     return result
@@ -150,7 +157,11 @@ def _score(task: str, values: Any) -> TaskScore:
 
 
 def _typed(value: Any, kind: str, key: str) -> Any:
-    if isinstance(value, bool) or not isinstance(value, _TYPES[kind]):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, _TYPES[kind])
+        or (kind == "float" and not abs(value) < 1e300)
+    ):
         raise TypeError(f"`{key}`: expected {kind}, got {value!r}")
     return value
 
@@ -158,6 +169,7 @@ def _typed(value: Any, kind: str, key: str) -> Any:
 def _strings(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(each, (str, type(None))) for each in value.values()):
         raise TypeError(f"`{key}`: expected a table of strings")
+    "".join(each or "" for each in value.values()).encode()
     return dict(value)
 
 

@@ -26,10 +26,10 @@ def parse_size(text: str) -> int:
         UsageError: it is not a size, or not above 0.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
-    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if size < 1:
+    size = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    if not 1 <= size < 1e18:
         raise UsageError(f"size `{text}`: expected a number of bytes such as `5GB` or `500MB`")
-    return size
+    return int(size)
 
 
 class ShardedWriter:

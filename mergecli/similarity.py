@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli.catalogue import read_recipe, recipe_from
+from mergecli.errors import UsageError
 from mergecli.methods._kinds import Group, total
 from mergecli.methods._layers import depths, layer_of
 from mergecli.models import open_models
-from mergecli.output import refuse_inputs, write_text
+from mergecli.output import check_targets, write_text
 from mergecli.progress import Progress
 from mergecli.recipe import Recipe
 
@@ -88,8 +89,9 @@ def cos_sim(
         require_matplotlib(Path(plot))
     with ExitStack() as stack:
         models = open_models(recipe, stack, needs="deltas")
-        for target in filter(None, (output, layers, plot)):
-            refuse_inputs(Path(target), models.paths)
+        check_targets({Path(target): () for target in (output, layers, plot) if target}, models.paths)
+        if output and layers and Path(output).absolute() == Path(layers).absolute():
+            raise UsageError(f"{layers}: two outputs have this name")
         import torch
 
         parts = {name: _part(name, depth) for name, depth in depths(models.floats).items()}

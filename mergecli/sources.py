@@ -38,7 +38,8 @@ class Source:
     @property
     def label(self) -> str:
         """The source as results record it: without the folders of a path, which differ from machine to machine."""
-        return Path(self.name).name if self.kind == "path" else str(self)
+        label = Path(self.name).name if self.kind == "path" else str(self)
+        return label.encode("utf-8", "backslashreplace").decode()
 
 
 def parse_source(text: str, anchor: Path) -> Source:
@@ -61,15 +62,15 @@ def parse_source(text: str, anchor: Path) -> Source:
             f"source `{text}`: unknown prefix `{prefix}:`{did_you_mean(prefix, (*HUBS, 'toy'))}",
             "the prefixes are `hf:`, `ms:` and `toy:`; anything else is a path",
         )
-    return Source("path", text, None, anchor / Path(text).expanduser())
+    return Source("path", text, None, anchor / os.path.expanduser(text))  # noqa: PTH111  leaves an unknown `~user` alone
 
 
 def home() -> Path:
     """The folder of the store: `MERGECLI_HOME`, else `mergecli` in the user's cache folder."""
     if own := os.environ.get("MERGECLI_HOME"):
-        return Path(own).expanduser()
+        return Path(os.path.expanduser(own))  # noqa: PTH111
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path("~/.cache").expanduser()) / "mergecli"
+    return Path(cache or os.path.expanduser("~/.cache")) / "mergecli"  # noqa: PTH111
 
 
 def locate(source: Source) -> Path:
@@ -80,7 +81,7 @@ def locate(source: Source) -> Path:
     """
     if source.kind == "path":
         path = source.path or Path(source.name)
-        if not path.exists():
+        if not os.path.exists(path):  # noqa: PTH110  a name that is too long does not exist either
             hub = not path.is_absolute() and source.name.count("/") == 1 and not source.name.startswith(".")
             hint = f"for the hub's model write `hf:{source.name}`" if hub and "." not in path.name else ""
             raise InputError(f"{source.name}: no such file or folder", hint)
@@ -120,6 +121,8 @@ def named_sources(arguments: Sequence[str]) -> dict[str, str]:
             name = path.stem if path.suffix in (".safetensors", ".json") else path.name
             if name in ("model", "model.safetensors.index"):
                 name = path.absolute().parent.name
+        if not name or not source:
+            raise UsageError(f"`{argument}`: expected `NAME=SOURCE`")
         if name in sources:
             raise UsageError(
                 f"two models are called `{name}`: {sources[name]} and {source}", "write `NAME=PATH`"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from mergecli.errors import UsageError
-from mergecli.output import write_text
+from mergecli.output import check_targets, write_text
 from mergecli.references import published_averages
 from mergecli.scores import Evaluation, read_result
 
@@ -21,6 +21,7 @@ FORMATS: tuple[str, ...] = get_args(Format)
 Unit = Literal["text", "count", "percent", "points", "number"]
 Cell = str | int | float | None
 
+_SUFFIXES = {".md": "md", ".tex": "latex", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
 _PUBLISHED = {
     "pretrained": "Pre-trained", "fine-tuned": "Fine-tuned (STL)", "average": "Simple Averaging", "task_arithmetic": "Task Arithmetic",
     "ties": "Ties-Merging", "fisher": "Fisher Merging", "reg_mean": "RegMean", "reg_mean_plus_plus": "RegMean++",
@@ -79,7 +80,7 @@ class Table:
         right = [column.unit != "text" for column in self.columns]
         if form == "md":
             rule = ["--:" if each else ":--" for each in right]
-            cells = [[cell.replace("|", "\\|") for cell in row] for row in [heads, rule, *shown]]
+            cells = [[_one_line(cell).replace("|", "\\|") for cell in row] for row in [heads, rule, *shown]]
             return "".join(f"| {' | '.join(row)} |\n" for row in cells)
         if form == "latex":
             lines = [f"{' & '.join(map(_latex, row))} \\\\" for row in [heads, *shown]]
@@ -88,6 +89,10 @@ class Table:
             inner = "\n".join(["\\toprule", *lines, "\\bottomrule"])
             return f"\\begin{{tabular}}{{{align}}}\n{inner}\n\\end{{tabular}}\n"
         raise UsageError(f"format: expected one of {', '.join(FORMATS)}, got `{form}`")
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _latex(text: str) -> str:
@@ -117,18 +122,25 @@ def report(
         raise UsageError(
             "there are no results to report", "name the JSON files that `mergecli eval -o` wrote"
         )
+    files = {str(each): Path(each) for each in results if not isinstance(each, Evaluation)}
+    targets: dict[Path, Sequence[str]] = {}
+    if output:
+        targets[Path(output)] = tuple(_SUFFIXES) if format in (None, "table") else ()
+    if plot:
+        from mergecli.plots import require_matplotlib
+
+        require_matplotlib(Path(plot))
+        targets[Path(plot)] = ()
+    check_targets(targets, files)
     table = accuracy_table(
         [each if isinstance(each, Evaluation) else read_result(each) for each in results], reference
     )
     if output:
-        by_suffix = {".md": "md", ".tex": "latex", ".json": "json", ".csv": "csv"}.get(
-            Path(output).suffix, "tsv"
-        )
-        write_text(Path(output), table.text(by_suffix if format in (None, "table") else str(format)))
+        form = _SUFFIXES[Path(output).suffix] if format in (None, "table") else str(format)
+        write_text(Path(output), table.text(form))
     if plot:
-        from mergecli.plots import bars, require_matplotlib
+        from mergecli.plots import bars
 
-        require_matplotlib(Path(plot))
         bars(table, Path(plot))
     return table
 

@@ -75,6 +75,11 @@ class Reader:
         return None
 
     def name(self, name: str, key: str) -> str:
+        """The name of a task or a model, which files and results are called by."""
+        if name == "base" and key.startswith("tuned."):
+            self.wrong(key, "`base` is the name of the base: give this model another")
+        if name in ("model", "method", "average", "reference", "difference") and key.startswith("tasks."):
+            self.wrong(key, "a column of every report has this name: give the task another")
         if not _NAME.fullmatch(name):
             why = "names that begin with an underscore are reserved" if name.startswith("_") else "bad name"
             self.wrong(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from mergecli import interrupts
 from mergecli.cli import (
     cos_sim,
     evaluate,
@@ -93,6 +95,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001  the boundary: usage errors of the parser, and our own mistakes
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             return _wrong_usage(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO) and not error.filename:
+            show.error(f"stdout: cannot write: {(error.strerror or '').lower()}")
+            show.hush()
+            return ExitStatus.INPUT
+        if interrupts.pressed:
+            return ExitStatus.INTERRUPTED
         import traceback
 
         traceback.print_exc()

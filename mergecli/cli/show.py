@@ -31,8 +31,8 @@ def error(message: str, hint: str = "") -> None:
         print(f"{_painted('error:', '31', sys.stderr)} {message}", file=sys.stderr)
         if hint:
             print(f"{_painted('hint:', '36', sys.stderr)} {hint}", file=sys.stderr)
-    except BrokenPipeError:
-        hush()
+    except OSError:  # there is nobody left to tell
+        pass
 
 
 def hush() -> None:

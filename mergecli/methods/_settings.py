@@ -133,7 +133,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if bare is bool or isinstance(value, bool):
         return bare is bool and isinstance(value, bool)
     if bare is float:
-        return isinstance(value, int | float) and math.isfinite(value) and (limits is None or value in limits)
+        return isinstance(value, int | float) and abs(value) < 1e300 and (limits is None or value in limits)
     if bare is int:
         return isinstance(value, int) and (limits is None or value in limits)
     return isinstance(value, bare)

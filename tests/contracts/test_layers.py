@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "mergecli"
 RANKS = [
-    {"chunks", "devices", "errors", "progress", "layout"},
+    {"chunks", "devices", "errors", "interrupts", "progress", "layout"},
     {"output", "shards", "sources", "scores", "toml_reader"},
     {"recipe", "checkpoint", "references"},
     {"methods"},

@@ -1,0 +1,21 @@
+"""Whether Ctrl-C was pressed: libraries that are being imported may turn it into another error."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import NoReturn
+
+pressed = False
+
+
+def watch() -> None:
+    """Remembers Ctrl-C from now on, and raises KeyboardInterrupt as always."""
+    signal.signal(signal.SIGINT, _press)
+
+
+def _press(number: int, frame: FrameType | None) -> NoReturn:
+    global pressed
+    del number, frame
+    pressed = True
+    raise KeyboardInterrupt
