@@ -109,9 +109,9 @@ def read_result(path: str | Path) -> Evaluation:
     if schema != SCHEMA:
         raise InputError(f"{file}: `schema`: expected `{SCHEMA}`, got {schema!r}", _HINT)
     for part in ("checkpoint", "clip", "model_info", "tasks"):
-        if not isinstance(values.get(part), dict):
+        if part in values and not isinstance(values[part], dict):
             raise InputError(f"{file}: `{part}`: expected a table", _HINT)
-    if not all(isinstance(score, dict) for score in values["tasks"].values()):
+    if not all(isinstance(score, dict) for score in values.get("tasks", {}).values()):
         raise InputError(f"{file}: `tasks`: expected a table for each task", _HINT)
     try:
         result = Evaluation(

@@ -303,8 +303,12 @@ def test_wrong_arguments_are_refused(place, tmp_path, monkeypatch, given, messag
 
 def test_predictions_never_replace_a_checkpoint(place, recipe, tmp_path):
     file = Path(shutil.copy(place / "tower.safetensors", tmp_path))
-    with pytest.raises(UsageError, match="the output would replace an input"):
+    with pytest.raises(UsageError, match="expected a .parquet file"):
         evaluate([file], recipe=recipe, predictions=file)
+    data = place / "tints" / "predictions.parquet"
+    with pytest.raises(UsageError, match="lies in the data of `tints`, which is never written to"):
+        evaluate([file], recipe=recipe, tasks=["tints"], predictions=data)
+    assert not data.exists()
 
 
 @pytest.mark.parametrize(
@@ -322,7 +326,7 @@ def test_predictions_never_replace_a_checkpoint(place, recipe, tmp_path):
         ),
         (lambda v: v["tasks"]["tints"].update(correct=13), "do not agree"),
         (lambda v: v["tasks"].clear(), "names no tasks"),
-        (lambda v: v.update(tasks=[]), "is not a result"),
+        (lambda v: v.update(tasks=[]), "`tasks`: expected a table"),
     ],
 )
 def test_a_file_that_is_no_result_is_refused(place, recipe, tmp_path, change, message):
