@@ -303,7 +303,7 @@ def test_wrong_arguments_are_refused(place, tmp_path, monkeypatch, given, messag
 
 def test_predictions_never_replace_a_checkpoint(place, recipe, tmp_path):
     file = Path(shutil.copy(place / "tower.safetensors", tmp_path))
-    with pytest.raises(UsageError, match="expected a .parquet file"):
+    with pytest.raises(UsageError, match=r"expected a \.parquet file"):
         evaluate([file], recipe=recipe, predictions=file)
     data = place / "tints" / "predictions.parquet"
     with pytest.raises(UsageError, match="lies in the data of `tints`, which is never written to"):
