@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergecli import interrupts
 from mergecli.errors import InputError, UsageError, listed
 from mergecli.output import refuse_inputs
 from mergecli.provenance import about
@@ -162,6 +163,7 @@ def _train(
         for rows in _batches(len(images), settings["batch_size"], settings["seed"], state.step):
             if state.step >= steps:
                 break
+            interrupts.check()
             pixel_values, labels = read(rows)
             loss = cross_entropy(logits(clip, head, pixel_values.to(head.device)), labels.to(head.device))
             value = float(loss.detach())

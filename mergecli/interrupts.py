@@ -19,3 +19,9 @@ def _press(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame
     pressed = True
     raise KeyboardInterrupt
+
+
+def check() -> None:
+    """Raises KeyboardInterrupt if Ctrl-C was pressed and some library swallowed it; for loops of long work."""
+    if pressed:
+        raise KeyboardInterrupt

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from mergecli import interrupts
 from mergecli.checkpoint import Checkpoint, open_checkpoint
 from mergecli.devices import usable_device
 from mergecli.errors import InputError, UsageError, listed
@@ -118,10 +119,12 @@ class Models:
         try:
             waiting: deque[Future[Result]] = deque()
             for piece in pieces:
+                interrupts.check()
                 waiting.append(pool.submit(one, *piece))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
+                interrupts.check()
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mergecli import interrupts
 from mergecli.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def count(
         for number, tally in enumerate(tallies):
             towers.use(number)
             for pixel_values, labels in chunk:
+                interrupts.check()
                 got = logits(towers.clip, head, pixel_values.to(head.device)).float().cpu()
                 losses = cross_entropy(got, labels, reduction="none").double()
                 if not bool(losses.isfinite().all()):
