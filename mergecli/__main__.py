@@ -22,6 +22,12 @@ def main() -> None:
         if not interrupts.pressed:
             raise
         status = 130
+    if interrupts.pressed:
+        # Ctrl-C that came out of a string some library evaluated is remembered by `python -m`, which then ends by the
+        # signal whatever status is asked for; evaluating another string makes it forget
+        exec("")
+    else:
+        interrupts.ignore()
     sys.exit(status)
 
 

@@ -21,6 +21,11 @@ def _press(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def ignore() -> None:
+    """Lets Ctrl-C do nothing from now on: the work is done, and Python is taking itself down."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def check() -> None:
     """Raises KeyboardInterrupt if Ctrl-C was pressed and some library swallowed it; for loops of long work."""
     if pressed:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mergecli import interrupts
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -17,6 +19,7 @@ def adam(start: Tensor, gradient: Callable[[Tensor], Tensor], learning_rate: flo
 
     mean, square = torch.zeros_like(start), torch.zeros_like(start)
     for step in range(1, steps + 1):
+        interrupts.check()
         slope = gradient(start)
         mean.lerp_(slope, 1 - _DECAY)
         square.mul_(_SQUARE_DECAY).addcmul_(slope, slope, value=1 - _SQUARE_DECAY)
