@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mergecli.finetuning import Finetuned as Finetuned
     from mergecli.finetuning import finetune as finetune
     from mergecli.inspection import info as info
+    from mergecli.pool import ModelPool as ModelPool
     from mergecli.recipe import Recipe as Recipe
     from mergecli.similarity import Similarities as Similarities
     from mergecli.similarity import cos_sim as cos_sim
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "merge": "engine", "Merged": "engine", "MergecliError": "errors", "evaluate": "evaluation",
     "Evaluation": "evaluation", "fetch": "fetching", "finetune": "finetuning", "Finetuned": "finetuning",
-    "info": "inspection", "Recipe": "recipe", "cos_sim": "similarity", "Similarities": "similarity",
+    "info": "inspection", "ModelPool": "pool", "Recipe": "recipe", "cos_sim": "similarity", "Similarities": "similarity",
     "report": "tables", "taskvector": "vectors",
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,45 @@ def read_recipe(path: str | Path, changes: Sequence[str] = (), method: str | Non
 
 
 def recipe_from(
-    base: str | Path | None,
-    tuned: Mapping[str, str | Path],
+    base: str | Path | Mapping[str, str] | None,
+    tuned: Mapping[str, str | Path | Mapping[str, str]],
     changes: Sequence[str] = (),
     method: str | None = None,
     settings: Mapping[str, Any] | None = None,
     **others: Any,
 ) -> Recipe:
     """The recipe that a command line or a call without a file means; the same checks."""
-    values: dict[str, Any] = {"tuned": {name: str(source) for name, source in tuned.items()}, **others}
+    values: dict[str, Any] = {"tuned": {name: _toml(source) for name, source in tuned.items()}, **others}
     if base is not None:
-        values["base"] = str(base)
+        values["base"] = _toml(base)
     if method is not None:
         values["method"] = {"name": method, **(settings or {})}
     return recipe.build(values, changes=changes, checks=(_method_problems, _task_problems))
+
+
+def with_method(
+    known: Recipe, method: str | None, settings: Mapping[str, Any] | None, changes: Sequence[str] = ()
+) -> Recipe:
+    """A recipe in memory with another method, or with more settings of its own.
+
+    Raises:
+        UsageError: the settings do not fit the method, or there are `changes`, which are for recipe files.
+    """
+    if changes:
+        raise UsageError(
+            "`changes` are for recipe files", "use `method` and `settings`, or `dataclasses.replace`"
+        )
+    if method is not None:
+        known = replace(known, method=method, settings=dict(settings or {}))
+    elif settings:
+        known = replace(known, settings={**known.settings, **settings})
+    if wrong := list(_method_problems(known)):
+        raise UsageError("\n".join(f"`{problem.key}`: {problem.what}" for problem in wrong))
+    return known
+
+
+def _toml(source: str | Path | Mapping[str, str]) -> str | dict[str, str]:
+    return dict(source) if isinstance(source, Mapping) else str(source)
 
 
 def named_models(

@@ -8,31 +8,26 @@ so that the same inputs and recipe give the same bytes. Of a whole CLIP only the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from mergecli import methods
-from mergecli.catalogue import read_recipe, recipe_from
-from mergecli.errors import InputError, UsageError, shown
-from mergecli.layout import TORCH_NAMES
+from mergecli.catalogue import read_recipe, recipe_from, with_method
+from mergecli.errors import UsageError, shown
+from mergecli.merge_output import Output, cast
+from mergecli.methods._adapted import Adapted
+from mergecli.methods._calibrated import Calibrated
 from mergecli.methods._kinds import Group, Method, TwoPass, merge_group
 from mergecli.models import Models, open_models
-from mergecli.output import SafetensorsWriter, check_target, refuse_inputs, whole_folder
+from mergecli.output import refuse_inputs
+from mergecli.passes import Passes
 from mergecli.progress import Progress
-from mergecli.provenance import UNKNOWN_DIGEST, about, inputs_of, model_folder_files
+from mergecli.provenance import inputs_of
 from mergecli.recipe import Recipe
-from mergecli.shards import ShardedWriter, parse_size
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Result = TypeVar("Result")
-
-_SAFETENSORS = {name: dtype for dtype, name in TORCH_NAMES.items()}
+from mergecli.shards import parse_size
 
 
 @dataclass(frozen=True)
@@ -78,135 +73,112 @@ def merge(
     """
     if isinstance(recipe, Mapping):
         recipe = recipe_from(base, recipe, changes, method, settings)
-    elif not isinstance(recipe, Recipe):
+    elif isinstance(recipe, Recipe):
+        recipe = with_method(recipe, method, settings, changes)
+    else:
         more = [f"method.{key}={shown(value)}" for key, value in (settings or {}).items()]
         recipe = read_recipe(recipe, [*more, *changes], method)
-    if recipe.method is None:
-        raise UsageError(
-            "no method is named", "name one in `[method]` or with `--method`; `mergecli methods` lists them"
-        )
-    chosen = methods.create(recipe.method, recipe.settings)
-    target = Path(output)
-    if target.suffix not in ("", ".safetensors"):
-        raise UsageError(f"{target}: expected a `.safetensors` file, or a folder's name without suffix")
-    check_target(target, folder=not target.suffix)
+    return merge_points({Path(output): recipe}, device=device, shard_size=shard_size, progress=progress)[0]
+
+
+def merge_points(
+    points: Mapping[Path, Recipe],
+    *,
+    device: str = "cpu",
+    shard_size: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Merged, ...]:
+    """Merges the same models once for each output; the recipes differ in the method and its settings only.
+
+    Every pass over the models serves all of them, and surveys are shared where their settings are the same.
+    """
+    outputs = [Output.of(recipe, target) for target, recipe in points.items()]
     size = parse_size(shard_size) if shard_size is not None else None
-    if size is not None and target.suffix:
-        raise UsageError(
-            f"{target}: one file has no shards", "name a folder, without suffix, with `--shard-size`"
-        )
+    for each in outputs:
+        if size is not None and each.target.suffix:
+            raise UsageError(
+                f"{each.target}: one file has no shards", "name a folder, without suffix, with `--shard-size`"
+            )
+    needs_base = any(each.method.needs_base for each in outputs)
     with ExitStack() as stack:
-        models = open_models(recipe, stack, needs="base" if chosen.needs_base else "weights", device=device)
-        refuse_inputs(target, models.paths)
-        return _stream(models, chosen, recipe, target, size, progress)
+        models = open_models(
+            outputs[0].recipe, stack, needs="base" if needs_base else "weights", device=device
+        )
+        for each in outputs:
+            refuse_inputs(each.target, models.paths)
+        learnt = [_learnt(models, each.method, each.recipe, stack, progress) for each in outputs]
+        return _stream(models, outputs, size, progress, learnt)
+
+
+def _learnt(
+    models: Models, method: Method, recipe: Recipe, stack: ExitStack, progress: Progress | None
+) -> Any:
+    """What the method learns of images before it merges; None for those that look at weights only."""
+    if isinstance(method, Calibrated):
+        from mergecli.measured import statistics
+
+        return statistics(models, method, recipe, stack, progress)
+    if isinstance(method, Adapted):
+        from mergecli.adapting import coefficients
+
+        return coefficients(models, method, recipe, stack, progress)
+    return None
 
 
 def _stream(
-    models: Models, method: Method, recipe: Recipe, target: Path, size: int | None, progress: Progress | None
-) -> Merged:
-    assert recipe.method is not None
-    reference = models.reference.entries
-    wanted = _SAFETENSORS.get(recipe.dtype)
-    layout = {
-        name: (wanted if wanted and entry.is_float else entry.dtype, entry.shape)
-        for name, entry in reference.items()
-    }
-    settings = methods.table_of(method)
-
-    def metadata(digests: Mapping[str, str]) -> dict[str, str]:
-        return about(
-            "checkpoint", method=str(recipe.method), recipe=recipe, settings=settings, inputs=digests
-        )
-
-    with ExitStack() as stack:
-        placeholder = metadata(dict.fromkeys(models.read, UNKNOWN_DIGEST))
-        if target.suffix:
-            writer = SafetensorsWriter(target, layout, placeholder)
-        else:
-            folder = stack.enter_context(whole_folder(target))
-            for name, text in model_folder_files(models.reference.path).items():
-                (folder / name).write_text(text, encoding="utf-8")
-            whole = folder / "model.safetensors"
-            writer = (
-                ShardedWriter(folder, layout, placeholder, size)
-                if size
-                else SafetensorsWriter(whole, layout, placeholder)
-            )
-        stack.enter_context(writer)
-        for name in models.others:
-            writer.write(name, models.reference.read(name))
-        _write_merged(models, method, writer, {name: layout[name][0] for name in models.floats}, progress)
-        digests = models.digests()
-        writer.describe(metadata(digests))
-    return Merged(
-        target, recipe.method, tuple(models.tuned), len(layout), models.reference.parameters, digests,
-        tuple(_foreign_vectors(models, digests)),
-    )  # fmt: skip
-
-
-def _cast(result: Tensor, dtype: str, name: str) -> Tensor:
-    import torch
-
-    cast = result.to("cpu", getattr(torch, TORCH_NAMES[dtype]))
-    if not math.isfinite(float(cast.sum(dtype=torch.float32))) and not bool(cast.isfinite().all()):
-        raise InputError(
-            f"`{name}`: the merged values do not fit {TORCH_NAMES[dtype]}",
-            "use smaller settings, or dtype float32",
-        )
-    return cast
-
-
-@dataclass
-class _Passes:
-    """Passes over the models, as a method's `survey` asks for them, which tell how far they are."""
-
-    models: Models
-    by_blocks: bool
-    progress: Progress | None
-
-    @property
-    def tensors(self) -> Sequence[str]:
-        return self.models.floats
-
-    def __call__(self, sample: int = 1) -> Iterator[Group]:
-        return self.map(lambda group: group.copy(), sample)
-
-    def map(self, look: Callable[[Group], Result], sample: int = 1) -> Iterator[Result]:
-        return self.run("surveying", lambda _, group: look(group), sample)
-
-    def run(self, what: str, work: Callable[[int, Group], Result], sample: int = 1) -> Iterator[Result]:
-        """What `work(first entry, group)` gives, in order, for one pass."""
-
-        def counted(start: int, group: Group) -> tuple[int, Result]:
-            return group.shape.numel() * sample, work(start, group)
-
-        done = 0
-        for count, result in self.models.map(counted, sample, blocks=self.by_blocks or sample > 1):
-            yield result
-            done += count
-            if self.progress:
-                self.progress(what, min(done, self.models.size), self.models.size)
-
-
-def _write_merged(
     models: Models,
-    method: Method,
-    writer: SafetensorsWriter | ShardedWriter,
-    dtypes: Mapping[str, str],
+    outputs: Sequence[Output],
+    size: int | None,
     progress: Progress | None,
-) -> None:
-    """Merges every block, or every tensor, and writes it where it belongs."""
-    passes = _Passes(models, method.by_blocks, progress)
-    surveyed = method.survey(passes) if isinstance(method, TwoPass) else None
+    learnt: Sequence[Any],
+) -> tuple[Merged, ...]:
+    """Merges every block, or every tensor, once for each output, and writes it where it belongs; one pass for all."""
+    by_blocks = all(each.method.by_blocks for each in outputs)
+    passes = Passes(models, by_blocks, progress)
+    surveys = _surveys([each.method for each in outputs], passes)
+    with ExitStack() as stack:
+        writers = [each.open(models, size, stack) for each in outputs]
+        dtypes = [{name: dtype for name, (dtype, _) in each.layout(models).items()} for each in outputs]
+        last = len(outputs) - 1
 
-    def work(start: int, group: Group) -> None:
-        shape = group.shape
-        result = merge_group(method, group, surveyed)
-        assert result.shape == shape, f"{group.name}: {tuple(result.shape)} is not {tuple(shape)}"
-        writer.write(group.name, _cast(result, dtypes[group.name], group.name), start)
+        def work(start: int, group: Group) -> None:
+            for number, (output, writer, surveyed) in enumerate(zip(outputs, writers, surveys, strict=True)):
+                own = group.copy() if number < last else group
+                result = merge_group(output.method, own, learnt[number] if surveyed is None else surveyed)
+                assert result.shape == group.shape, f"{group.name}: {tuple(result.shape)}"
+                writer.write(group.name, cast(result, dtypes[number][group.name], group.name), start)
 
-    for _ in passes.run("merging", work):
-        pass
+        for _ in passes.run("merging", work):
+            pass
+        digests = models.digests()
+        for output, writer in zip(outputs, writers, strict=True):
+            writer.describe(output.metadata(digests))
+    warnings = tuple(_foreign_vectors(models, digests))
+    names, parameters = tuple(models.tuned), models.reference.parameters
+    return tuple(
+        Merged(
+            each.target,
+            str(each.recipe.method),
+            names,
+            len(models.reference.entries),
+            parameters,
+            digests,
+            warnings,
+        )
+        for each in outputs
+    )
+
+
+def _surveys(several: Sequence[Method], passes: Passes) -> list[Any]:
+    """What each method's survey found; those that differ in nothing that a survey looks at share one."""
+    found: dict[str, Any] = {}
+    results: list[Any] = []
+    for method in several:
+        key = repr(methods.table_of(method, without=method.late))
+        if key not in found:
+            found[key] = method.survey(passes) if isinstance(method, TwoPass) else None
+        results.append(found[key])
+    return results
 
 
 def _foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:

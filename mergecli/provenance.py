@@ -60,10 +60,10 @@ def recipe_text(recipe: Recipe, method: str | None, settings: Mapping[str, Any])
     """The recipe in effect as TOML: after every change, with the defaults written out."""
     lines = ["schema = 1"]
     if recipe.base:
-        lines.append(f"base = {shown(recipe.base.label)}")
+        lines.append(f"base = {shown(recipe.base.written)}")
     lines += [f"seed = {recipe.seed}", f"dtype = {shown(recipe.dtype)}", "", "[tuned]"]
     lines += [
-        f"{name if '.' not in name and '+' not in name else shown(name)} = {shown(source.label)}"
+        f"{name if '.' not in name and '+' not in name else shown(name)} = {shown(source.written)}"
         for name, source in recipe.tuned.items()
     ]
     if method is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +42,8 @@ class Recipe:
     """The method's settings as written, without defaults."""
     eval_tasks: tuple[str, ...] = ()
     """Names of tasks or of sets of tasks; empty means the tasks of `tuned`."""
+    splits: tuple[str, ...] = ()
+    """Splits of the tasks' data that `fetch` brings besides their own for training and testing."""
     batch_size: int = 128
     tasks: Mapping[str, TaskTable] = field(default_factory=dict[str, TaskTable])
 
@@ -100,7 +102,7 @@ def build(
     for check in checks:
         reader.problems += [problem for problem in check(recipe) if problem.key not in broken]
     if reader.problems:
-        ordered = sorted(set(reader.problems), key=lambda each: line_of(text, each.key) or 0)
+        ordered = sorted(dict.fromkeys(reader.problems), key=lambda each: line_of(text, each.key) or 0)
         lines = [
             f"{reader.overridden.get(each.key) or place_of(path, text, each.key)}: `{each.key}`: {each.what}"
             for each in ordered
@@ -134,7 +136,7 @@ def _recipe(values: dict[str, Any], path: Path | None, read: Reader) -> Recipe:
             read.wrong("method.name", "is missing: expected the name of a method")
         else:
             method = read.text(settings.pop("name"), "method.name") or None
-    evaluation = read.table(top.get("eval", {}), "eval", ("tasks", "batch_size"))
+    evaluation = read.table(top.get("eval", {}), "eval", ("tasks", "batch_size", "splits"))
     wanted = evaluation.get("tasks", ())
     tasks = {
         read.name(name, f"tasks.{name}"): _task(value, f"tasks.{name}", read)
@@ -153,6 +155,7 @@ def _recipe(values: dict[str, Any], path: Path | None, read: Reader) -> Recipe:
         else read.texts(wanted, "eval.tasks")
         if wanted != ()
         else (),
+        splits=read.texts(evaluation["splits"], "eval.splits") if "splits" in evaluation else (),
         batch_size=read.number(evaluation.get("batch_size", 128), "eval.batch_size", 1),
         tasks=tasks,
     )
@@ -160,8 +163,9 @@ def _recipe(values: dict[str, Any], path: Path | None, read: Reader) -> Recipe:
 
 def _task(value: object, key: str, read: Reader) -> TaskTable:
     table = read.table(value, key, ("data", "classes", "templates", "split", "train_split"))
+    data = read.source(table["data"], f"{key}.data") if "data" in table else None
     return TaskTable(
-        data=read.source(table["data"], f"{key}.data") if "data" in table else None,
+        data=replace(data, is_data=True) if data else None,
         classes=read.texts(table["classes"], f"{key}.classes") if "classes" in table else None,
         templates=read.texts(table["templates"], f"{key}.templates") if "templates" in table else None,
         split=read.text(table["split"], f"{key}.split") if "split" in table else None,

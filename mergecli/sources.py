@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -14,6 +14,7 @@ from mergecli.errors import InputError, UsageError, did_you_mean
 Kind = Literal["hf", "ms", "toy", "path"]
 
 HUBS = {"hf": "Hugging Face", "ms": "ModelScope"}
+DEFAULT_BRANCH = {"hf": "main", "ms": "master"}
 TOY_MODELS = Path(__file__).parent / "toy" / "models"
 
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -29,17 +30,48 @@ class Source:
     revision: str | None = None
     path: Path | None = None
     """For `kind == "path"`: the path itself, joined to the folder it is relative to."""
+    inside: str | None = None
+    """A file or folder inside of it, with `/` between names; else the whole."""
+    modelscope: str | None = None
+    """`org/name` on ModelScope, where it is another than on Hugging Face."""
+    dtype: str | None = None
+    """What the weights are rounded to as they are read, where that is not their own dtype."""
+    adapter: Source | None = None
+    """A low-rank adapter that is added to the weights as they are read."""
+    is_data: bool = False
+    """Whether it is a data set; hubs keep those apart from models."""
+    pinned: Source | None = None
+    """What a lock file says it is: the same, or its like on another hub, with a commit as revision."""
 
     def __str__(self) -> str:
+        """As it is written; `parse_source` reads it back, but for `modelscope`, `dtype` and `adapter`."""
+        inside = f"#{self.inside}" if self.inside else ""
         if self.kind == "path":
-            return self.name
-        return f"{self.kind}:{self.name}" + (f"@{self.revision}" if self.revision else "")
+            return self.name + inside
+        return f"{self.kind}:{self.name}" + (f"@{self.revision}" if self.revision else "") + inside
 
     @property
     def label(self) -> str:
         """The source as results record it: without the folders of a path, which differ from machine to machine."""
         label = Path(self.name).name if self.kind == "path" else str(self)
+        if self.kind == "path" and self.inside:
+            label += f"#{self.inside}"
+        if self.dtype:
+            label += f" as {self.dtype}"
+        if self.adapter:
+            label += f" + {self.adapter.label}"
         return label.encode("utf-8", "backslashreplace").decode()
+
+    @property
+    def written(self) -> str | dict[str, str]:
+        """The source as recipes record it: its label, or a table where that says too little."""
+        plain = replace(self, dtype=None, adapter=None)
+        table = {"source": plain.label}
+        if self.dtype:
+            table["dtype"] = self.dtype
+        if self.adapter:
+            table["adapter"] = self.adapter.label
+        return table if len(table) > 1 else plain.label
 
 
 def parse_source(text: str, anchor: Path) -> Source:
@@ -52,17 +84,34 @@ def parse_source(text: str, anchor: Path) -> Source:
     if not text.strip():
         raise UsageError("a source is empty", "write `hf:org/name`, `ms:org/name`, `toy:name` or a path")
     if colon and prefix in (*HUBS, "toy"):
-        name, _, revision = rest.removeprefix("//").partition("@")
-        if not _REPOSITORY.fullmatch(name) or (prefix == "toy" and (revision or "/" in name)):
+        whole, hash_, inside = rest.removeprefix("//").partition("#")
+        name, _, revision = whole.partition("@")
+        if not _REPOSITORY.fullmatch(name) or (prefix == "toy" and (revision or hash_ or "/" in name)):
             form = "toy:name" if prefix == "toy" else f"{prefix}:org/name@revision"
             raise UsageError(f"source `{text}`: expected `{form}`")
-        return Source(cast("Kind", prefix), name, revision or None)
+        return Source(
+            cast("Kind", prefix), name, revision or None, inside=checked_inside(inside) if hash_ else None
+        )
     if colon and prefix.isalpha() and len(prefix) > 1 and not (anchor / text).exists():
         raise UsageError(
             f"source `{text}`: unknown prefix `{prefix}:`{did_you_mean(prefix, (*HUBS, 'toy'))}",
             "the prefixes are `hf:`, `ms:` and `toy:`; anything else is a path",
         )
     return Source("path", text, None, anchor / os.path.expanduser(text))  # noqa: PTH111  leaves an unknown `~user` alone
+
+
+def checked_inside(path: str) -> str:
+    """A path inside a repository, once it is sure that it stays inside.
+
+    Raises:
+        UsageError: it does not.
+    """
+    parts = path.split("/")
+    if not path or any(part in ("", ".", "..") for part in parts) or "\\" in path:
+        raise UsageError(
+            f"`{path}`: expected a file or folder inside the repository, such as `vision/model.safetensors`"
+        )
+    return path
 
 
 def home() -> Path:
@@ -73,12 +122,26 @@ def home() -> Path:
     return Path(cache or os.path.expanduser("~/.cache")) / "mergecli"  # noqa: PTH111
 
 
+def store_folder(source: Source) -> Path:
+    """The folder of the store for all commits of a hub's repository: a folder for each commit, and `refs/<revision>`
+    files that hold the commit which a branch or tag stood for when it was fetched."""
+    return home() / source.kind / ("datasets" if source.is_data else "") / source.name
+
+
 def locate(source: Source) -> Path:
     """The file or folder on disk that holds the source.
 
     Raises:
         InputError: it is not there; the hint says how to get it.
     """
+    root = _located(source)
+    path = root / source.inside if source.inside else root
+    if source.inside and not path.exists():
+        raise InputError(f"{source}: there is no `{source.inside}` in {root}")
+    return path
+
+
+def _located(source: Source) -> Path:
     if source.kind == "path":
         path = source.path or Path(source.name)
         if not os.path.exists(path):  # noqa: PTH110  a name that is too long does not exist either
@@ -95,13 +158,16 @@ def locate(source: Source) -> Path:
                 "the toys are " + ", ".join(f"`toy:{name}`" for name in known),
             )
         return path
-    folder = home() / source.kind / source.name
-    commit = source.revision or ("main" if source.kind == "hf" else "master")
+    pinned = source.pinned or source
+    folder = store_folder(pinned)
+    commit = pinned.revision or DEFAULT_BRANCH[pinned.kind]
     reference = folder / "refs" / commit
     path = folder / (reference.read_text("utf-8").strip() if reference.is_file() else commit)
     if not path.is_dir():
+        which = f"commit {commit[:12]}, which its lock names, " if source.pinned else ""
         raise InputError(
-            f"{source}: has not been fetched", f"run `mergecli fetch {source}` where there is a network"
+            f"{source}: {which}has not been fetched",
+            f"run `mergecli fetch {source}` where there is a network",
         )
     return path
 

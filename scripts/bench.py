@@ -14,11 +14,12 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,14 +39,20 @@ from fusion_bench.modelpool import BaseModelPool
 import fusion_bench.method as m
 folder, count, what, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 load = lambda name: CLIPVisionModel.from_pretrained(f"{folder}/{name}", dtype=torch.float32)
-pool = BaseModelPool({"_pretrained_": load("base"), **{f"t{i}": load(f"t{i}") for i in range(count)}})
+class Pool(BaseModelPool):
+    def load_model(self, name, *args, **kwargs):
+        return load("base" if name == "_pretrained_" else name)
+pool = Pool({"_pretrained_": None, **{f"t{i}": None for i in range(count)}})
 if what == "average": method = m.SimpleAverageAlgorithm()
 elif what == "task_arithmetic": method = m.TaskArithmeticAlgorithm(scaling_factor=0.3)
 elif what == "ties": method = m.TiesMergingAlgorithm(scaling_factor=0.3, threshold=20, remove_keys=[], merge_func="sum")
 elif what == "tsv_m": method = m.TaskSingularVectorMerging(alpha=1, exclude_keys=None, return_single_task_models=False)
 elif what == "iso_c": method = m.ISO_C_Merge(scaling_factor=1.0, exclude_keys=None)
+elif what == "cos-sim":
+    from fusion_bench.method.analysis.task_vector_cos_similarity import TaskVectorCosSimilarity
+    method = TaskVectorCosSimilarity(plot_heatmap=False, trainable_only=True, max_points_per_model=None, output_path=out)
 model = method.run(pool)
-model.save_pretrained(out)
+if what != "cos-sim": model.save_pretrained(out)
 """
 MERGEKIT = {"average": "linear", "task_arithmetic": "task_arithmetic", "ties": "ties"}
 
@@ -158,17 +165,14 @@ def ours(what: str, place: Path, count: int, output: Path) -> list[str]:
     return [*program, "merge", *models, *MERGES[what], "-o", str(output)]
 
 
-def theirs(what: str, place: Path, count: int, output: Path, peers: str) -> list[tuple[str, list[str]]]:
-    """The command lines of the other programs for the same merge."""
-    commands = (
-        [("FusionBench", [peers, "-c", FUSION_BENCH, str(place), str(count), what, str(output)])]
-        if what in MERGES
-        else []
-    )
+def theirs(what: str, place: Path, count: int, folder: Path, peers: str) -> list[tuple[str, list[str]]]:
+    """The command lines of the other programs for the same work; each writes into `folder`."""
+    output = folder / "fusion-bench"
+    commands = [("FusionBench", [peers, "-c", FUSION_BENCH, str(place), str(count), what, str(output)])]
     if what in MERGEKIT:
-        recipe = output.with_suffix(".yaml")
+        recipe = folder / "mergekit.yaml"
         models = [
-            {"model": str(place / f"t{i}"), "parameters": {"weight": 1.0, "density": 0.2}}
+            {"model": str(place / f"t{i}/model.safetensors"), "parameters": {"weight": 1.0, "density": 0.2}}
             for i in range(count)
         ]
         text = {
@@ -178,20 +182,34 @@ def theirs(what: str, place: Path, count: int, output: Path, peers: str) -> list
             "parameters": {"normalize": what == "average", "lambda": 0.3},
         }
         if what != "average":
-            text["base_model"] = str(place / "base")
+            text["base_model"] = str(place / "base/model.safetensors")
         recipe.write_text(json.dumps(text))
-        commands.append(
-            (
-                "mergekit",
-                [
-                    str(Path(peers).parent / "mergekit-yaml"),
-                    str(recipe),
-                    str(output) + "-mergekit",
-                    "--allow-crimes",
-                ],
-            )
-        )
+        program = str(Path(peers).parent / "mergekit-pytorch")
+        commands.append(("mergekit", [program, str(recipe), str(folder / "mergekit")]))
     return commands
+
+
+def fresh(folder: Path, keep: str = "") -> Path:
+    """The folder, without anything in it but files that end in `keep`."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not keep or path.suffix != keep:
+            path.unlink()
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def compared(what: str, program: str, command: list[str], folder: Path, least: int, most: int) -> Measured:
+    """Another program's measurement; failed if it ends well but wrote no weights."""
+    row = measured(what, program, command, most)
+    written = sum(
+        file.stat().st_size for file in folder.rglob("*") if file.suffix in (".safetensors", ".csv")
+    )
+    if not row.status and written < least:
+        print(f"{program} {what}: wrote {written} bytes, at least {least} were expected", file=sys.stderr)
+        return replace(row, status=1)
+    return row
 
 
 def compare(
@@ -202,14 +220,14 @@ def compare(
     files = [place / name / "model.safetensors" for name in ("base", *(f"t{i}" for i in range(count)))]
     output = folder / "out.safetensors"
     rows = [measured("read all, write one", "system calls", floor(files, output)) for _ in range(2)][1:]
+    most = int(0.92 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     rows.append(measured("import torch", "python", [sys.executable, "-c", "import torch"]))
     for what in names:
         rows.append(measured(what, "mergecli", ours(what, place, count, output)))
         if peers:
-            rows += [
-                measured(what, name, command)
-                for name, command in theirs(what, place, count, folder / "peer", peers)
-            ]
+            least = 1 if what == "cos-sim" else files[0].stat().st_size * 9 // 10
+            for name, command in theirs(what, place, count, fresh(folder / "peer"), peers):
+                rows.append(compared(what, name, command, fresh(folder / "peer", keep=".yaml"), least, most))
     return rows
 
 
@@ -246,6 +264,7 @@ def main() -> None:
     parser.add_argument(
         "--only", default="average,task_arithmetic,ties,cos-sim,tsv_m,iso_c", help="what to measure"
     )
+    parser.add_argument("--count", type=int, default=8, help="how many fine-tuned models")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
@@ -262,7 +281,7 @@ def main() -> None:
         elif given.large:
             rows = large(folder)
         else:
-            rows = compare(folder, given.peers, given.only.split(","))
+            rows = compare(folder, given.peers, given.only.split(","), count=given.count)
     least = next((row.seconds for row in rows if row.program == "system calls"), None)
     own = {row.what: row.seconds for row in rows if row.program == "mergecli"}
     print(

@@ -29,6 +29,13 @@ def merge(
     shard_size: Annotated[
         str | None, typer.Option("--shard-size", metavar="SIZE", help="Split a folder's weights, such as 2GB.")
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep", metavar="KEY=VALUES",
+            help="A checkpoint for each value: method.density=0.1,0.2 or method.scaling_factor=0.1:1.0:0.1. Repeatable.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written and its digests as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Merge fine-tuned models into one checkpoint; prints its path.
@@ -36,6 +43,8 @@ def merge(
     mergecli merge recipe.toml --method ties --set method.density=0.1 -o out/ties.safetensors
 
     mergecli merge --base toy:base toy:digits toy:letters --method task_arithmetic -o merged.safetensors
+
+    mergecli merge recipe.toml --method ties --sweep method.scaling_factor=0.1:0.5:0.1 -o swept/
     """
     from mergecli import engine
     from mergecli.sources import named_sources
@@ -44,32 +53,38 @@ def merge(
         if base is not None:
             raise UsageError("--base: a recipe names its base itself", "use `--set base=...` to change it")
         what: Path | dict[str, str] = Path(models[0])
-        settings_go_to = method
     else:
-        if method is None and not any(change.startswith("method.name") for change in changes or []):
+        if method is None and not any(
+            change.startswith("method.name") for change in [*(changes or []), *(sweep or [])]
+        ):
             raise UsageError("no method is named", "`--method NAME`; `mergecli methods` lists them")
-        what, settings_go_to = named_sources(models), method
+        what = named_sources(models)
     with show.progress() as progress:
-        merged = engine.merge(
-            what,
-            output=output,
-            base=base,
-            method=settings_go_to,
-            changes=changes or [],
-            device=device,
-            shard_size=shard_size,
-            progress=progress,
-        )
-    for text in merged.warnings:
+        if sweep:
+            from mergecli import sweeping
+
+            if shard_size is not None:
+                raise UsageError("--shard-size: a sweep writes single files")
+            points = sweeping.points_of(what, sweep, base=base, method=method, changes=changes or [])
+            written = sweeping.merge_sweep(points, output, device=device, progress=progress)
+        else:
+            written = [
+                engine.merge(
+                    what, output=output, base=base, method=method, changes=changes or [], device=device,
+                    shard_size=shard_size, progress=progress,
+                )
+            ]  # fmt: skip
+    for text in dict.fromkeys(text for each in written for text in each.warnings):
         show.warning(text)
+    described = [
+        {"path": str(each.path), "method": each.method, "tasks": each.tasks, "tensors": each.tensors,
+         "parameters": each.parameters, "inputs": each.inputs}
+        for each in written
+    ]  # fmt: skip
     if as_json:
         import json
 
-        show.line(
-            json.dumps(
-                {"path": str(merged.path), "method": merged.method, "tasks": merged.tasks, "tensors": merged.tensors,
-                 "parameters": merged.parameters, "inputs": merged.inputs}, indent=2,
-            )
-        )  # fmt: skip
-    else:
-        show.line(str(merged.path))
+        show.line(json.dumps(described if sweep else described[0], indent=2))
+        return
+    for each in written:
+        show.line(str(each.path))

@@ -219,7 +219,7 @@ def _built_in(name: str) -> Task:
     return Task(
         name=name,
         description=row["description"],
-        data=parse_source(row["data"], file.parent),
+        data=replace(parse_source(row["data"], file.parent), is_data=True),
         config=row.get("config"),
         split=row["split"],
         train_split=row["train_split"],

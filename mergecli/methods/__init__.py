@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from mergecli.errors import UsageError, did_you_mean
-from mergecli.methods._kinds import Method, Modifier, PerTensor, TwoPass
+from mergecli.methods._kinds import Looking, Method, PerTensor, TwoPass
+from mergecli.methods._modifier import Modifier
 from mergecli.methods._settings import Setting, frozen, setting_problems, settings_of
 
 __all__ = [
-    "Method", "Modifier", "PerTensor", "Setting", "TwoPass", "create", "find", "name_of", "names", "problems", "settings", "table_of",
+    "Looking", "Method", "Modifier", "PerTensor", "Setting", "TwoPass", "create", "find", "name_of", "names", "problems", "settings", "table_of",
 ]  # fmt: skip
 
 
@@ -82,11 +83,13 @@ def name_of(method: Method) -> str:
     return type(method).__module__.rsplit(".", 1)[1]
 
 
-def table_of(method: Method) -> dict[str, Any]:
-    """The method's settings, defaults included, as a recipe writes them: other methods as tables with their name."""
-    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+def table_of(method: Method, without: Collection[str] = ()) -> dict[str, Any]:
+    """The method's settings, defaults included, as a recipe writes them, but for those of some names: other methods as
+    tables with their name."""
+    fields = [field.name for field in dataclasses.fields(method) if field.name not in without]
+    values = {name: getattr(method, name) for name in fields}
     return {
-        key: {"name": name_of(value), **table_of(value)} if isinstance(value, Method) else value
+        key: {"name": name_of(value), **table_of(value, without)} if isinstance(value, Method) else value
         for key, value in values.items()
         if value is not None
     }

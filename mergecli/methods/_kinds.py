@@ -139,6 +139,8 @@ class Method:
     """Whether an entry of the result depends on the same entry of the models only: then blocks of entries do."""
     passes: ClassVar[int] = 1
     """How often every model is read from disk."""
+    late: ClassVar[frozenset[str]] = frozenset({"scaling_factor"})
+    """Settings that `survey` does not look at: merges that differ in nothing else share one survey."""
 
     @property
     def by_blocks(self) -> bool:
@@ -182,61 +184,18 @@ class TwoPass(Method):
 
 
 @dataclass(frozen=True)
-class Modifier(TwoPass):
-    """Methods that change what another method sees (`before`) or gives (`after`); the other is the setting `of`."""
+class Looking(Method):
+    """Methods that look at images before they merge, and keep what they learnt as files; see `_calibrated` and
+    `_adapted`."""
 
-    passes: ClassVar[int] = 1
-    keeps_group: ClassVar[bool] = False
-    """Whether `after` looks at the group, which the other method may have overwritten: then it gets a copy."""
-
-    of: Method
-
-    @property
-    def by_blocks(self) -> bool:
-        return self.elementwise and self.of.by_blocks
-
-    @property
-    def reads(self) -> int:
-        return self.of.reads
-
-    def survey(self, groups: Groups, /) -> Any:
-        return self.of.survey(_Changed(groups, self)) if isinstance(self.of, TwoPass) else None
-
-    def merge(self, group: Group, surveyed: Any, /) -> Tensor:
-        seen = self.before(group.copy() if self.keeps_group else group)
-        merged = merge_group(self.of, seen, surveyed)
-        return self.after(group, merged, surveyed)
-
-    def before(self, group: Group, /) -> Group:
-        """The group that the other method sees."""
-        return group
-
-    def after(self, group: Group, merged: Tensor, surveyed: Any, /) -> Tensor:
-        """(...) the merged weights, made of those that the other method gave."""
-        del group, surveyed
-        return merged
-
-
-class _Changed:
-    """Passes over groups as a modifier shows them."""
-
-    def __init__(self, groups: Groups, modifier: Modifier) -> None:
-        self._groups, self._modifier = groups, modifier
-
-    @property
-    def tensors(self) -> Sequence[str]:
-        return self._groups.tensors
-
-    def __call__(self, sample: int = 1) -> Iterator[Group]:
-        return map(self._modifier.before, self._groups(sample))
-
-    def map(self, look: Callable[[Group], Result], sample: int = 1) -> Iterator[Result]:
-        return self._groups.map(lambda group: look(self._modifier.before(group)), sample)
+    def merge(self, group: Group, learnt: Any, /) -> Tensor:
+        """(...) the merged weights of the group's tensor, float32."""
+        raise NotImplementedError
 
 
 def merge_group(method: Method, group: Group, surveyed: Any) -> Tensor:
     """(...) the merged weights of one group by a method of any kind."""
-    if isinstance(method, TwoPass):
+    if isinstance(method, TwoPass | Looking):
         return method.merge(group, surveyed)
     assert isinstance(method, PerTensor)
     return method.merge(group)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from mergecli.methods._kinds import Group, Method, Modifier
+from mergecli.methods._kinds import Group, Method
+from mergecli.methods._modifier import Modifier
 from mergecli.methods._settings import Range
 from mergecli.methods._spectra import PositionEmbedding, decompose, is_matrix
 from mergecli.methods.task_arithmetic import TaskArithmetic

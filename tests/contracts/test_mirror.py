@@ -13,7 +13,7 @@ PAIRS = {
     "merge": merge.merge, "evaluate": evaluate.evaluate, "cos_sim": cos_sim.cos_sim, "report": report.report,
     "taskvector": taskvector.taskvector, "finetune": finetune.finetune, "fetch": fetch.fetch,
 }  # fmt: skip
-ONLY_IN_THE_PROGRAM = {"as_json", "form", "min_average"}
+ONLY_IN_THE_PROGRAM = {"as_json", "form", "min_average", "sweep"}
 ONLY_IN_PYTHON = {"progress", "settings", "format", "data"}
 SAME = {"models": "recipe"}
 

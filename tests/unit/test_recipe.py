@@ -72,7 +72,7 @@ def test_a_bare_word_in_a_change_is_a_string(file: Path, change: str, value: str
 def test_all_problems_come_at_once_with_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text(
-        'shcema = 1\nbase = 3\nseed = -1\ndtype = "float61"\n\n[tuned]\n_pretrained_ = "x"\n\n[method]\nname = "ties"\n'
+        'shcema = 1\nbase = 3\nseed = -1\ndtype = "float61"\n\n[tuned]\n_x_ = "x"\n\n[method]\nname = "ties"\n'
         'density = 1.5\nagregate = "sum"\n\n[eval]\nbatch_size = 0\ntasks = ["mnits"]\n'
     )
     with pytest.raises(UsageError) as error:
@@ -84,7 +84,7 @@ def test_all_problems_come_at_once_with_their_lines(tmp_path: Path) -> None:
         "2: `base`: expected a string, got 3",
         "3: `seed`: expected a whole number, at least 0, got -1",
         "4: `dtype`: expected one of same, float32, float16, bfloat16, got 'float61' (did you mean `float16`?)",
-        "7: `tuned._pretrained_`: names that begin with an underscore are reserved: expected letters, digits, `-`, `_`, "
+        "7: `tuned._x_`: names that begin with an underscore are reserved: expected letters, digits, `-`, `_`, "
         "`.` or `+`, beginning with a letter or digit",
         "11: `method.density`: expected a number in (0, 1], got 1.5",
         "12: `method.agregate`: unknown setting (did you mean `aggregate`?); there are `scaling_factor`, `density`, "
@@ -173,3 +173,51 @@ def test_an_unknown_method_on_the_command_line_is_blamed_on_its_option(file: Pat
         UsageError, match=r"^--method: `method.name`: unknown method `teis` \(did you mean `ties`"
     ):
         read_recipe(file, method="teis")
+
+
+def test_a_source_may_be_a_table_that_says_more(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(
+        'base = { source = "hf:openai/clip", modelscope = "openai-mirror/clip", revision = "v1" }\n[tuned]\n'
+        'a = { source = "hf:org/a", subfolder = "vision", file = "m.safetensors", dtype = "float16" }\n'
+        'b = { source = "weights/b", adapter = "hf:org/lora@v2" }\n'
+    )
+    recipe = read_recipe(file)
+    base, a, b = recipe.base, recipe.tuned["a"], recipe.tuned["b"]
+    assert base is not None
+    assert (str(base), base.modelscope) == ("hf:openai/clip@v1", "openai-mirror/clip")
+    assert (str(a), a.dtype, a.label) == (
+        "hf:org/a#vision/m.safetensors",
+        "float16",
+        "hf:org/a#vision/m.safetensors as float16",
+    )
+    assert b.path == tmp_path / "weights/b"
+    assert (str(b.adapter), b.label) == ("hf:org/lora@v2", "b + hf:org/lora@v2")
+    assert a.written == {"source": "hf:org/a#vision/m.safetensors", "dtype": "float16"}
+
+
+def test_every_mistake_in_the_table_of_a_source_is_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(
+        'base = { revision = "x" }\n[tuned]\na = { source = "hf:org/a@v1", revision = "v2", dtype = "int8" }\n'
+        'b = { source = "p", subfolder = "../up", modelscope = "org/b", sorce = 1 }\nc = { source = 3 }\n'
+    )
+    with pytest.raises(UsageError) as caught:
+        read_recipe(file)
+    assert [line.strip().replace(f"{file}:", "") for line in caught.value.message.splitlines()[1:]] == [
+        "1: `base.source`: is missing: expected a source such as `hf:org/name`, or a path",
+        "3: `tuned.a.revision`: the source has one already",
+        "3: `tuned.a.dtype`: expected one of float32, float16, bfloat16, got 'int8'",
+        "4: `tuned.b.sorce`: unknown key (did you mean `source`?)",
+        "4: `tuned.b.modelscope`: expected `org/name` beside an `hf:` source, got 'org/b'",
+        "4: `tuned.b.subfolder`: `../up`: expected a file or folder inside the repository, such as "
+        "`vision/model.safetensors`",
+        "5: `tuned.c.source`: expected a string, got 3",
+    ]
+
+
+def test_the_name_that_other_programs_give_the_base_is_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text('[tuned]\n_pretrained_ = "x"\n')
+    with pytest.raises(UsageError, match="the pre-trained model is called `base` here"):
+        read_recipe(file)

@@ -1,0 +1,81 @@
+"""Vision towers by themselves, as `transformers.CLIPVisionModel`: made of checkpoints, and written as such."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mergecli.checkpoint import VISION, Checkpoint
+from mergecli.errors import InputError, listed
+from mergecli.output import check_target, write_text
+from mergecli.provenance import about
+
+
+def load_tower(folder: Path, checkpoint: Checkpoint, base: Checkpoint | None = None) -> Any:
+    """The checkpoint's vision tower in float32, in evaluation mode, with the configuration in `folder`; a task vector
+    is added to the `base`.
+
+    Raises:
+        InputError: the tensors are not those that the configuration asks for.
+    """
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        expected = {
+            VISION + key: tuple(each.shape) for key, each in CLIPVisionModel(config).state_dict().items()
+        }
+    found = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    wrong = [f"lacks tensor `{name}`" for name in sorted(expected.keys() - found.keys())]
+    wrong += [f"has an extra tensor `{name}`" for name in sorted(found.keys() - expected.keys())]
+    wrong += [
+        f"`{name}` has shape {found[name]}, the configuration asks for {expected[name]}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name] != found[name]
+    ]
+    if wrong:
+        raise InputError(f"{checkpoint.path}: does not fit {folder / 'config.json'}:\n{listed(wrong)}")
+    model: Any = CLIPVisionModel(config)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            tensor.copy_(checkpoint.read(VISION + key))
+            if base is not None:
+                tensor.add_(base.read(VISION + key).float())
+    return model.eval()
+
+
+def load_processor(folder: Path) -> Any:
+    """The `transformers.CLIPProcessor` of a model's folder; its image processor is the one of PIL."""
+    from transformers import CLIPProcessor, CLIPTokenizer
+
+    from mergecli.clip.model import pil_processor
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        images = pil_processor().from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder}: has no processor: {str(error).splitlines()[0]}") from error
+    return CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+
+
+def save_module(model: Any, path: Path) -> Path:
+    """Writes a module's weights as a checkpoint: a `.safetensors` file, or a folder with the module's configuration.
+
+    A vision tower's keys begin with `vision_model.`; other modules' stay as they are.
+    """
+    from mergecli.checkpoint import canonical_names
+    from mergecli.clip.model import save_tensors
+
+    check_target(path, folder=not path.suffix)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    named = {ours: state[theirs].clone() for theirs, ours in canonical_names(state).items()}
+    if path.suffix:
+        save_tensors(named, path, about("checkpoint"))
+        return path
+    save_tensors(named, path / "model.safetensors", about("checkpoint"))
+    config = getattr(model, "config", None)
+    if config is not None:
+        write_text(path / "config.json", json.dumps(config.to_diff_dict(), indent=2, sort_keys=True) + "\n")
+    return path

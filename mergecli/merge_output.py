@@ -1,0 +1,103 @@
+"""One result of a merge: what is written, and what it says about itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergecli import methods
+from mergecli.errors import InputError, UsageError
+from mergecli.layout import TORCH_NAMES
+from mergecli.methods._kinds import Method
+from mergecli.models import Models
+from mergecli.output import SafetensorsWriter, check_target, whole_folder
+from mergecli.provenance import UNKNOWN_DIGEST, about, model_folder_files
+from mergecli.recipe import Recipe
+from mergecli.shards import ShardedWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SAFETENSORS = {name: dtype for dtype, name in TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Output:
+    """The method, the recipe with its settings, and the file or folder."""
+
+    method: Method
+    recipe: Recipe
+    target: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe, target: Path) -> Output:
+        """Raises UsageError if the recipe has no method, or the target's name does not say what it is."""
+        if recipe.method is None:
+            raise UsageError(
+                "no method is named",
+                "name one in `[method]` or with `--method`; `mergecli methods` lists them",
+            )
+        method = methods.create(recipe.method, recipe.settings)
+        if target.suffix not in ("", ".safetensors"):
+            raise UsageError(f"{target}: expected a `.safetensors` file, or a folder's name without suffix")
+        check_target(target, folder=not target.suffix)
+        return cls(method, recipe, target)
+
+    def layout(self, models: Models) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> dtype and shape of what is written."""
+        wanted = _SAFETENSORS.get(self.recipe.dtype)
+        return {
+            name: (wanted if wanted and entry.is_float else entry.dtype, entry.shape)
+            for name, entry in models.reference.entries.items()
+        }
+
+    def metadata(self, digests: Mapping[str, str]) -> dict[str, str]:
+        settings = methods.table_of(self.method)
+        return about(
+            "checkpoint",
+            method=str(self.recipe.method),
+            recipe=self.recipe,
+            settings=settings,
+            inputs=digests,
+        )
+
+    def open(self, models: Models, size: int | None, stack: ExitStack) -> SafetensorsWriter | ShardedWriter:
+        """The writer, with everything in it that is copied; whole when `stack` ends."""
+        layout, placeholder = self.layout(models), self.metadata(dict.fromkeys(models.read, UNKNOWN_DIGEST))
+        if self.target.suffix:
+            writer = SafetensorsWriter(self.target, layout, placeholder)
+        else:
+            folder = stack.enter_context(whole_folder(self.target))
+            for name, text in model_folder_files(models.reference.path).items():
+                (folder / name).write_text(text, encoding="utf-8")
+            whole = folder / "model.safetensors"
+            writer = (
+                ShardedWriter(folder, layout, placeholder, size)
+                if size
+                else SafetensorsWriter(whole, layout, placeholder)
+            )
+        stack.enter_context(writer)
+        for name in models.others:
+            writer.write(name, models.reference.read(name))
+        return writer
+
+
+def cast(result: Tensor, dtype: str, name: str) -> Tensor:
+    """The tensor in a safetensors dtype, on the CPU.
+
+    Raises:
+        InputError: a value does not fit.
+    """
+    import torch
+
+    cast = result.to("cpu", getattr(torch, TORCH_NAMES[dtype]))
+    if not math.isfinite(float(cast.sum(dtype=torch.float32))) and not bool(cast.isfinite().all()):
+        raise InputError(
+            f"`{name}`: the merged values do not fit {TORCH_NAMES[dtype]}",
+            "use smaller settings, or dtype float32",
+        )
+    return cast
