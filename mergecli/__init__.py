@@ -11,22 +11,24 @@ if TYPE_CHECKING:
     from mergecli.errors import MergecliError as MergecliError
     from mergecli.evaluation import Evaluation as Evaluation
     from mergecli.evaluation import evaluate as evaluate
+    from mergecli.extraction import Extracted as Extracted
+    from mergecli.extraction import extract as extract
     from mergecli.fetching import fetch as fetch
     from mergecli.finetuning import Finetuned as Finetuned
     from mergecli.finetuning import finetune as finetune
     from mergecli.inspection import info as info
     from mergecli.pool import ModelPool as ModelPool
     from mergecli.recipe import Recipe as Recipe
+    from mergecli.reporting import report as report
     from mergecli.similarity import Similarities as Similarities
     from mergecli.similarity import cos_sim as cos_sim
-    from mergecli.tables import report as report
     from mergecli.vectors import taskvector as taskvector
 
 _HOMES = {
     "merge": "engine", "Merged": "engine", "MergecliError": "errors", "evaluate": "evaluation",
-    "Evaluation": "evaluation", "fetch": "fetching", "finetune": "finetuning", "Finetuned": "finetuning",
+    "Evaluation": "evaluation", "Extracted": "extraction", "extract": "extraction", "fetch": "fetching", "finetune": "finetuning", "Finetuned": "finetuning",
     "info": "inspection", "ModelPool": "pool", "Recipe": "recipe", "cos_sim": "similarity", "Similarities": "similarity",
-    "report": "tables", "taskvector": "vectors",
+    "report": "reporting", "taskvector": "vectors",
 }  # fmt: skip
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -204,7 +204,7 @@ def _files(path: Path) -> list[Path]:
         if (path / "adapter_config.json").exists():
             raise InputError(
                 f"{path}: is an adapter, not a checkpoint",
-                "merge it into its base with peft (`merge_and_unload`) and save that as safetensors",
+                "an adapter is read together with its base: name that with `--base`, or with `base = ...` in the recipe",
             )
         if len(alone) == 1:
             return alone
@@ -213,7 +213,7 @@ def _files(path: Path) -> list[Path]:
                 f"{path}: has {len(alone)} safetensors files and no `{index.name}`", "name one of them"
             )
         if list(path.glob("*.bin")) or list(path.glob("*.pt")):
-            raise InputError(f"{path}: has only pickled weights, which mergecli never opens", PICKLE_HINT)
+            raise InputError(f"{path}: has only pickled weights, which is not opened as it is", PICKLE_HINT)
         raise InputError(f"{path}: has no `model.safetensors`")
     if path.name.endswith(".index.json"):
         try:

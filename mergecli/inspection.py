@@ -1,12 +1,13 @@
-"""`info`: what a checkpoint is, from its header alone, and its digest."""
+"""`info`: what a checkpoint or an adapter is, from its header alone, and its digest."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mergecli.checkpoint import open_checkpoint
+from mergecli.adapter_files import Adapter, is_adapter, open_adapter
+from mergecli.checkpoint import Checkpoint, open_checkpoint
 from mergecli.provenance import inputs_of
 from mergecli.sources import locate, parse_source
 
@@ -17,7 +18,7 @@ class Info:
 
     path: str
     kind: str
-    """`checkpoint`, `task vector`, or what else its metadata says."""
+    """`checkpoint`, `task vector`, `adapter`, or what else its metadata says."""
     parameters: int
     """Entries of all floating point tensors; of a whole CLIP, of its vision tower."""
     whole_clip: bool
@@ -30,6 +31,8 @@ class Info:
     """Bytes on disk."""
     digest: str
     metadata: Mapping[str, str]
+    adapter: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of an adapter: its method, rank, scaling, modules and base."""
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -39,20 +42,55 @@ class Info:
 
 def info(checkpoint: str | Path) -> Info:
     """What the checkpoint is, how large, with which tensors, and where it says it comes from."""
-    with open_checkpoint(locate(parse_source(str(checkpoint), Path()))) as whole:
-        each = whole.vision()
-        dtypes: dict[str, int] = {}
-        for entry in each.entries.values():
-            dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.size
-        return Info(
-            path=str(checkpoint),
-            kind=each.metadata.get("kind", "checkpoint"),
-            parameters=sum(entry.size for entry in each.entries.values() if entry.is_float),
-            whole_clip=whole.is_whole_clip,
-            tensors={name: (entry.dtype, entry.shape) for name, entry in each.entries.items()},
-            dtypes=dtypes,
-            files=len(each.files),
-            size=sum(file.stat().st_size for file in each.files),
-            digest=each.digest(),
-            metadata=each.metadata,
-        )
+    path = locate(parse_source(str(checkpoint), Path()))
+    if is_adapter(path):
+        adapter = open_adapter(path)
+        with adapter.stored as stored:
+            return replace(_info(str(checkpoint), stored), kind="adapter", adapter=_about(adapter))
+    with open_checkpoint(path) as whole:
+        return _info(str(checkpoint), whole)
+
+
+def _info(path: str, whole: Checkpoint) -> Info:
+    each = whole.vision()
+    dtypes: dict[str, int] = {}
+    for entry in each.entries.values():
+        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.size
+    return Info(
+        path=path,
+        kind=each.metadata.get("kind", "checkpoint"),
+        parameters=sum(entry.size for entry in each.entries.values() if entry.is_float),
+        whole_clip=whole.is_whole_clip,
+        tensors={name: (entry.dtype, entry.shape) for name, entry in each.entries.items()},
+        dtypes=dtypes,
+        files=len(each.files),
+        size=sum(file.stat().st_size for file in each.files),
+        digest=each.digest(),
+        metadata=each.metadata,
+    )
+
+
+def _about(adapter: Adapter) -> dict[str, str]:
+    """What an adapter's configuration says, in a word each."""
+    config = adapter.config
+    ranks = [config.rank_of(module) for module in adapter.modules]
+    scalings = [config.scaling(module) for module in adapter.modules]
+    ends = sorted({module.rpartition(".")[2] for module in adapter.modules})
+    about = {
+        "adapter": adapter.kind + (" with rank-stabilized scaling" if config.use_rslora else ""),
+        "rank": _span(ranks),
+        "scaling": _span(scalings),
+        "modules": f"{len(adapter.modules)} ({', '.join(ends)})",
+    }
+    if adapter.whole:
+        about["whole tensors"] = str(len(adapter.whole))
+    if config.base:
+        about["trained on"] = config.base
+    return about
+
+
+def _span(values: Sequence[float]) -> str:
+    """The value that all have, or the least and the largest."""
+    return " to ".join(
+        f"{each:g}" for each in dict.fromkeys((min(values, default=0), max(values, default=0)))
+    )

@@ -35,7 +35,10 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format."""
 
-PICKLE_HINT = "a pickle may run any code when opened: ask its author for safetensors"
+PICKLE_HINT = (
+    "a pickle may run any code when opened: `mergecli fetch --allow-pickle PATH` takes only the tensors out of it, into "
+    "safetensors"
+)
 _AGAIN = "the copy or download did not finish: fetch it again"
 
 
@@ -72,7 +75,7 @@ def read_header(
     size = os.fstat(descriptor).st_size
     start = os.pread(descriptor, 64, 0)
     if start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise InputError(f"{file}: is a pickle, which mergecli never opens", PICKLE_HINT)
+        raise InputError(f"{file}: is a pickle, which is not opened as it is", PICKLE_HINT)
     if start.startswith(b"version https://git-lfs"):
         raise InputError(
             f"{file}: is a Git LFS pointer, not the weights", "run `git lfs pull` in that repository"

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mergecli import interrupts
-from mergecli.checkpoint import Checkpoint, open_checkpoint
+from mergecli.checkpoint import Checkpoint
 from mergecli.devices import usable_device
 from mergecli.errors import InputError, UsageError, listed
 from mergecli.methods._kinds import Group
+from mergecli.opening import open_source
 from mergecli.recipe import Recipe
 from mergecli.sources import locate
 
@@ -175,10 +176,13 @@ def open_models(
     """
     if not recipe.tuned:
         raise UsageError("there are no fine-tuned models to merge", "name them in `[tuned]` or as arguments")
-    paths = {name: locate(source) for name, source in recipe.tuned.items()}
-    root = locate(recipe.base) if recipe.base else None
-    base = stack.enter_context(open_checkpoint(root)).vision() if root else None
-    tuned = {name: stack.enter_context(open_checkpoint(path)).vision() for name, path in paths.items()}
+    for source in (*recipe.tuned.values(), *([recipe.base] if recipe.base else [])):
+        locate(source)
+    base = stack.enter_context(open_source(recipe.base)).vision() if recipe.base else None
+    tuned = {
+        name: stack.enter_context(open_source(source, recipe.base)).vision()
+        for name, source in recipe.tuned.items()
+    }
     vectors = [name for name, each in tuned.items() if each.is_task_vector]
     weights = [name for name in tuned if name not in vectors]
     if base is None and (needs == "base" or (vectors if needs == "weights" else weights)):

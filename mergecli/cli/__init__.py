@@ -16,6 +16,7 @@ from mergecli import interrupts
 from mergecli.cli import (
     cos_sim,
     evaluate,
+    extract,
     fetch,
     finetune,
     info,
@@ -42,6 +43,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("cos-sim")(cos_sim.cos_sim)
 app.command("report")(report.report)
 app.command("finetune")(finetune.finetune)
+app.command("extract")(extract.extract)
 app.command("info")(info.info)
 app.command("methods")(methods.methods)
 app.command("tasks")(tasks.tasks)

@@ -53,6 +53,7 @@ def info(
         "size": f"{found.size:,} bytes in {found.files} file{'s' if found.files > 1 else ''}",
         "digest": found.digest,
     }
+    facts |= found.adapter
     if "mergecli" in found.metadata:
         facts["written by"] = f"mergecli {found.metadata['mergecli']}"
     facts |= {key: found.metadata[key] for key in ("method", "task") if key in found.metadata}

@@ -7,11 +7,12 @@ import inspect
 import pytest
 
 import mergecli
-from mergecli.cli import cos_sim, evaluate, fetch, finetune, merge, report, taskvector
+from mergecli.cli import cos_sim, evaluate, extract, fetch, finetune, merge, report, taskvector
 
 PAIRS = {
     "merge": merge.merge, "evaluate": evaluate.evaluate, "cos_sim": cos_sim.cos_sim, "report": report.report,
     "taskvector": taskvector.taskvector, "finetune": finetune.finetune, "fetch": fetch.fetch,
+    "extract": extract.extract,
 }  # fmt: skip
 ONLY_IN_THE_PROGRAM = {"as_json", "form", "min_average", "sweep"}
 ONLY_IN_PYTHON = {"progress", "settings", "format", "data"}

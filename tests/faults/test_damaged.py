@@ -65,7 +65,7 @@ DAMAGED: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: header(b'{"x": [1]}', bytes(8)),
         "is not a safetensors file: its header cannot be read",
     ),
-    "pickle": (lambda: pickle.dumps({"x": [1.0]}), "is a pickle, which mergecli never opens"),
+    "pickle": (lambda: pickle.dumps({"x": [1.0]}), "is a pickle, which is not opened as it is"),
     "git lfs": (
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
         "is a Git LFS pointer, not the weights",
@@ -89,12 +89,12 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
 
     torch.save({"x": Boom()}, tmp_path / "x.pt")
     with pytest.raises(
-        InputError, match="is a pickle, which mergecli never opens\nhint: a pickle may run any code"
+        InputError, match="is a pickle, which is not opened as it is\nhint: a pickle may run any code"
     ):
         open_checkpoint(tmp_path / "x.pt")
     (tmp_path / "folder").mkdir()
     (tmp_path / "x.pt").rename(tmp_path / "folder" / "pytorch_model.bin")
-    with pytest.raises(InputError, match="folder: has only pickled weights, which mergecli never opens"):
+    with pytest.raises(InputError, match="folder: has only pickled weights, which is not opened as it is"):
         open_checkpoint(tmp_path / "folder")
     assert not (tmp_path / "boom").exists()
 

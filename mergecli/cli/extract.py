@@ -1,0 +1,61 @@
+"""`mergecli extract`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergecli.cli import options, show
+
+
+def extract(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A task vector; or a fine-tuned model, with --base.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The adapter's folder.")],
+    base: options.Base = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Of every module.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option("--energy", help="Or the share of each change's squared norm to keep, in (0, 1]."),
+    ] = None,
+    modules: Annotated[
+        str | None,
+        typer.Option(
+            "--modules", metavar="NAMES", help="Such as q_proj,v_proj. Default: the encoder's linear layers."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = "float32",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print ranks, errors and sizes as JSON instead.")
+    ] = False,
+) -> None:
+    """Take a low-rank adapter out of a task vector or a fine-tuned model; prints its folder.
+
+    mergecli extract merged.safetensors --base toy:base --rank 8 -o merged-lora/
+
+    mergecli extract vectors/digits.safetensors --energy 0.9 --modules q_proj,v_proj -o digits-lora/
+    """
+    from mergecli import extraction
+
+    with show.progress() as progress:
+        found = extraction.extract(
+            source,
+            output=output,
+            base=base,
+            rank=rank,
+            energy=energy,
+            modules=[name.strip() for name in modules.split(",")] if modules is not None else (),
+            dtype=dtype,
+            progress=progress,
+        )
+    if found.dropped:
+        show.warning(
+            f"{len(found.dropped)} tensors changed and are not in the adapter: it is {found.error:.1%} of the whole "
+            f"change away from the model, in its own modules {found.error_of_modules:.1%}"
+        )
+    show.line(json.dumps(asdict(found) | {"path": str(found.path)}, indent=2) if as_json else str(found.path))

@@ -1,0 +1,53 @@
+"""A source opened as a checkpoint, whatever it is: weights, an adapter on its base, or either rounded to a dtype."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from mergecli.adapter_files import is_adapter, open_adapter
+from mergecli.adapters import adapted
+from mergecli.checkpoint import Checkpoint, open_checkpoint
+from mergecli.errors import InputError
+from mergecli.sources import Source, locate
+from mergecli.views import rounded
+
+
+def open_source(source: Source, base: Source | None = None) -> Checkpoint:
+    """The checkpoint that a source means, with its adapter added and rounded to its dtype as it is read.
+
+    Args:
+        base: what the source is added to if it is an adapter itself, and not used otherwise.
+
+    Raises:
+        InputError: it is missing or damaged, or the adapter does not fit the base, or there is none.
+    """
+    path = locate(source)
+    added = locate(source.adapter) if source.adapter else None
+    with ExitStack() as stack:
+        if is_adapter(path):
+            if source.adapter:
+                raise InputError(f"{source}: is an adapter itself, and has `adapter` too")
+            opened = stack.enter_context(_base_of(source, path, base))
+            added = path
+        else:
+            opened = stack.enter_context(open_checkpoint(path))
+        if added:
+            adapter = open_adapter(added)
+            stack.callback(adapter.stored.close)
+            opened = adapted(opened, adapter, path=path, dtype=source.dtype)
+        elif source.dtype:
+            opened = rounded(opened, source.dtype)
+        stack.pop_all()
+        return opened
+
+
+def _base_of(source: Source, path: Path, base: Source | None) -> Checkpoint:
+    if base is None:
+        raise InputError(
+            f"{source}: is an adapter, and there is no base to add it to",
+            "name its base with `--base`, or with `base = ...` in the recipe",
+        )
+    if is_adapter(locate(base)):
+        raise InputError(f"{base}: is an adapter, weights were expected as base of {path}")
+    return open_source(base)
