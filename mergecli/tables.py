@@ -1,34 +1,44 @@
-"""`report`: result files to one table, in the formats that people and programs read."""
+"""One table, in the formats that people and programs read."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 from mergecli.errors import UsageError
-from mergecli.output import check_targets, write_text
-from mergecli.references import published_averages
-from mergecli.scores import Evaluation, read_result
 
-Format = Literal["table", "tsv", "csv", "json", "md", "latex"]
+Format = Literal["table", "tsv", "csv", "json", "md", "latex", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
-
-Unit = Literal["text", "count", "percent", "points", "number"]
-Cell = str | int | float | None
-
-_SUFFIXES = {".md": "md", ".tex": "latex", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
-_PUBLISHED = {
-    "pretrained": "Pre-trained", "fine-tuned": "Fine-tuned (STL)", "average": "Simple Averaging", "task_arithmetic": "Task Arithmetic",
-    "ties": "Ties-Merging", "fisher": "Fisher Merging", "reg_mean": "RegMean", "reg_mean_plus_plus": "RegMean++",
-    "concrete_task_arithmetic": "Concrete Task Arithmetic", "weight_ensembling_moe": "Weight-Ensembling MoE",
-    "efficient_weight_ensembling_moe": "Efficient Weight-Ensembling MoE (90%)",
+SUFFIXES = {
+    ".md": "md", ".tex": "latex", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".html": "html",
 }  # fmt: skip
-"""Our method -> the row of the published tables."""
+"""The suffix of a file -> the format that it asks for."""
+
+Unit = Literal["text", "count", "percent", "points", "number", "mixed"]
+
+
+class Estimate(NamedTuple):
+    """A number, its interval, and whether chance alone would hardly give it (None where nobody asked)."""
+
+    value: float
+    low: float
+    high: float
+    significant: bool | None = None
+
+
+class Quantity(NamedTuple):
+    """A cell of a `mixed` column, which says itself what it is."""
+
+    value: str | float | Estimate | None
+    unit: Unit
+
+
+Cell = str | float | Estimate | Quantity | None
+Plain = str | float | bool | None
 
 
 @dataclass(frozen=True)
@@ -39,20 +49,22 @@ class Column:
     unit: Unit = "text"
 
     def shown(self, value: Cell) -> str:
-        """The cell for people: fractions as percent with one decimal."""
+        """The cell for people: fractions as percent with one decimal, an interval as its longer side."""
+        if isinstance(value, Quantity):
+            return Column(self.name, value.unit).shown(value.value)
+        if isinstance(value, Estimate):
+            side = Column("", "percent" if self.unit == "points" else self.unit).shown(
+                max(value.high - value.value, value.value - value.low)
+            )
+            return f"{self.shown(value.value)} ±{side}" + (" n.s." if value.significant is False else "")
         if value is None:
             return "-"
         if self.unit in ("percent", "points"):
-            return f"{100 * float(value):+.1f}" if self.unit == "points" else f"{100 * float(value):.1f}"
+            rounded = round(100 * float(value), 1) + 0.0  # no -0.0
+            return f"{rounded:+.1f}" if self.unit == "points" else f"{rounded:.1f}"
         if self.unit == "number":
             return f"{float(value):.4f}"
         return f"{value:,}" if self.unit == "count" else str(value)
-
-    def plain(self, value: Cell) -> str:
-        """The cell for programs: fractions stay fractions; empty where there is no value."""
-        if value is None:
-            return ""
-        return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -62,109 +74,117 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
     title: str = ""
+    notes: tuple[str, ...] = ()
+    """Footnotes: how to read the numbers."""
+    warnings: tuple[str, ...] = ()
+    """Footnotes: why some numbers may not be compared."""
+    page: tuple[str, ...] = ()
+    """HTML that follows the table in its page, such as pictures."""
 
     def text(self, form: str) -> str:
-        """The table as `tsv`, `csv`, `json`, `md` or `latex`; ends with a newline."""
-        if form == "json":
-            keys = [column.name for column in self.columns]
-            return json.dumps([dict(zip(keys, row, strict=True)) for row in self.rows], indent=2) + "\n"
-        heads = [column.name for column in self.columns]
-        if form in ("tsv", "csv"):
-            plain = [[c.plain(v) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
+        """The table as `tsv`, `csv`, `json`, `md`, `latex` or `html`; ends with a newline."""
+        if form == "html":
+            from mergecli.webpage import page
+
+            return page(self)
+        if form in ("tsv", "csv", "json"):
+            heads, *rows = self._plain()
+            if form == "json":
+                return json.dumps([dict(zip(heads, row, strict=True)) for row in rows], indent=2) + "\n"
             text = io.StringIO()
-            csv.writer(text, delimiter="\t" if form == "tsv" else ",", lineterminator="\n").writerows(
-                [heads, *plain]
-            )
+            writer = csv.writer(text, delimiter="\t" if form == "tsv" else ",", lineterminator="\n")
+            writer.writerows([heads, *([_digits(value) for value in row] for row in rows)])
             return text.getvalue()
+        heads = [column.name for column in self.columns]
         shown = [[c.shown(v) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
         right = [column.unit != "text" for column in self.columns]
         if form == "md":
             rule = ["--:" if each else ":--" for each in right]
             cells = [[_one_line(cell).replace("|", "\\|") for cell in row] for row in [heads, rule, *shown]]
-            return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+            return "".join(f"| {' | '.join(row)} |\n" for row in cells) + self._footnotes("- ")
         if form == "latex":
             lines = [f"{' & '.join(map(_latex, row))} \\\\" for row in [heads, *shown]]
             lines.insert(1, "\\midrule")
             align = "".join("r" if each else "l" for each in right)
             inner = "\n".join(["\\toprule", *lines, "\\bottomrule"])
-            return f"\\begin{{tabular}}{{{align}}}\n{inner}\n\\end{{tabular}}\n"
+            return f"\\begin{{tabular}}{{{align}}}\n{inner}\n\\end{{tabular}}\n{self._footnotes('% ')}"
         raise UsageError(f"format: expected one of {', '.join(FORMATS)}, got `{form}`")
+
+    def transposed(self) -> Table:
+        """Rows for columns: the cells of the first column become the headings."""
+        heads: list[str] = []
+        for row in self.rows:
+            name = self.columns[0].shown(row[0])
+            same = sum(head == name or head.startswith(f"{name} (") for head in heads)
+            heads.append(f"{name} ({same + 1})" if name in heads else name)
+        rows = [
+            (column.name, *(Quantity(_bare(row[place]), column.unit) for row in self.rows))
+            for place, column in enumerate(self.columns)
+            if place
+        ]
+        return replace(
+            self, columns=(Column(""), *(Column(name, "mixed") for name in heads)), rows=tuple(rows)
+        )
+
+    def _plain(self) -> Iterator[list[Plain]]:
+        """Headings, then rows, as programs want them: fractions, and the ends of an interval in columns of their own."""
+        cells = [[_bare(value) for value in row] for row in self.rows]
+        columns = [[row[place] for row in cells] for place in range(len(self.columns))]
+        extras = [_extras(column) for column in columns]
+        yield [
+            head
+            for column, extra in zip(self.columns, extras, strict=True)
+            for head in (column.name, *(f"{column.name} {part}" for part in extra))
+        ]
+        for row in cells:
+            plain: list[Plain] = []
+            for value, extra in zip(row, extras, strict=True):
+                plain.append(value.value if isinstance(value, Estimate) else value)
+                plain += [getattr(value, part, None) for part in extra]
+            yield plain
+
+    def _footnotes(self, bullet: str) -> str:
+        lines = [*(f"warning: {each}" for each in self.warnings), *self.notes]
+        return "\n" * bool(lines) + "".join(f"{bullet}{_one_line(line)}\n" for line in lines)
+
+
+def _bare(value: Cell) -> str | float | Estimate | None:
+    return value.value if isinstance(value, Quantity) else value
+
+
+def _extras(cells: Sequence[str | float | Estimate | None]) -> tuple[str, ...]:
+    """The parts of estimates that need columns of their own."""
+    estimates = [cell for cell in cells if isinstance(cell, Estimate)]
+    if any(each.significant is not None for each in estimates):
+        return ("low", "high", "significant")
+    return ("low", "high") if estimates else ()
+
+
+def _digits(value: Plain) -> str:
+    """A value in a cell of a text file; empty where there is none."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
+_LATEX = {
+    **{character: "\\" + character for character in "&%$#_{}"},
+    "\\": "\\textbackslash ", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$",
+}  # fmt: skip
+
+
 def _latex(text: str) -> str:
-    for character in "\\&%$#_{}":
-        text = text.replace(character, "\\textbackslash " if character == "\\" else "\\" + character)
-    return text
+    return "".join(_LATEX.get(character, character) for character in _one_line(text))
 
 
-def report(
-    results: Sequence[str | Path | Evaluation],
-    *,
-    reference: str | None = None,
-    output: str | Path | None = None,
-    format: Format | None = None,
-    plot: str | Path | None = None,
-) -> Table:
-    """One row a result: accuracy on every task and their average; `-` where a result lacks a task.
+def __getattr__(name: str) -> Any:
+    """`report` and `accuracy_table`, which have moved to `mergecli.reporting`."""
+    from mergecli import reporting
 
-    Args:
-        results: files of `evaluate`, in the order of the rows.
-        reference: the name of a published table, such as `clip-vit-base-patch32-ta8`: adds its average for the same
-            method and the difference.
-        output: a file for the table, in `format` (by default what its suffix says).
-        plot: a bar chart (PNG, SVG or PDF).
-    """
-    if not results:
-        raise UsageError(
-            "there are no results to report", "name the JSON files that `mergecli eval -o` wrote"
-        )
-    files = {str(each): Path(each) for each in results if not isinstance(each, Evaluation)}
-    targets: dict[Path, Sequence[str]] = {}
-    if output:
-        targets[Path(output)] = tuple(_SUFFIXES) if format in (None, "table") else ()
-    if plot:
-        from mergecli.plots import require_matplotlib
-
-        require_matplotlib(Path(plot))
-        targets[Path(plot)] = ()
-    check_targets(targets, files)
-    table = accuracy_table(
-        [each if isinstance(each, Evaluation) else read_result(each) for each in results], reference
-    )
-    if output:
-        form = _SUFFIXES[Path(output).suffix] if format in (None, "table") else str(format)
-        write_text(Path(output), table.text(form))
-    if plot:
-        from mergecli.plots import bars
-
-        bars(table, Path(plot))
-    return table
-
-
-def accuracy_table(evaluations: Sequence[Evaluation], reference: str | None = None) -> Table:
-    """The table of `report`: model, method, one column a task, average and, with a reference, two more."""
-    tasks = list(dict.fromkeys(task for each in evaluations for task in each.tasks))
-    columns = [Column("model"), Column("method"), *(Column(task, "percent") for task in tasks)]
-    columns.append(Column("average", "percent"))
-    published = published_averages(reference) if reference else {}
-    if reference:
-        columns += [Column("reference", "percent"), Column("difference", "points")]
-    rows: list[tuple[Cell, ...]] = []
-    for each in evaluations:
-        method = each.checkpoint.get("method")
-        scores = [each.tasks[task].accuracy if task in each.tasks else None for task in tasks]
-        row: list[Cell] = [
-            each.name,
-            None if method is None else str(method),
-            *scores,
-            each.average.accuracy,
-        ]
-        if reference:
-            theirs = published.get(_PUBLISHED.get(str(method), ""))
-            row += [theirs, None if theirs is None else each.average.accuracy - theirs]
-        rows.append(tuple(row))
-    return Table(tuple(columns), tuple(rows))
+    if name in ("report", "accuracy_table"):
+        return getattr(reporting, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,7 +40,7 @@ Format = Annotated[
     str | None,
     typer.Option(
         "--format", metavar="FORMAT", autocompletion=complete_formats,
-        help="table, tsv, csv, json, md or latex. Default: table on a terminal, tsv in a pipe.",
+        help="table, tsv, csv, json, md, latex or html. Default: table on a terminal, tsv in a pipe.",
     ),
 ]  # fmt: skip
 Base = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +17,38 @@ def _complete_references(incomplete: str) -> list[str]:
     return [name for name in names() if name.startswith(incomplete)]
 
 
+def _complete_kinds(incomplete: str) -> list[str]:
+    from mergecli.plots import KINDS
+
+    return [name for name in KINDS if name.startswith(incomplete)]
+
+
 def report(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="What `mergecli eval -o` wrote.")],
+    sort: Annotated[
+        str | None,
+        typer.Option("--sort", metavar="average|name|TASK", help="Largest first; names from A to Z. Default: as given."),
+    ] = None,
+    ascending: Annotated[bool, typer.Option("--ascending", help="With --sort: smallest first.")] = False,
+    metric: Annotated[str, typer.Option("--metric", metavar="accuracy|loss", help="What the cells are.")] = "accuracy",
+    seen: Annotated[
+        str, typer.Option("--seen", metavar="TASK,...", help="Tasks whose models were merged: averages of these and of the others.")
+    ] = "",
+    normalized: Annotated[
+        bool, typer.Option("--normalized", help="Add accuracies divided by those of the fine-tuned models.")
+    ] = False,
+    fine_tuned: Annotated[
+        Path | None, typer.Option("--fine-tuned", metavar="FILE", help="Their result; default: the one called fine-tuned.")
+    ] = None,
+    intervals: Annotated[bool, typer.Option("--intervals", help="Give each number its 95 % interval.")] = False,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="NAME|FILE", help="Add differences to this result; `n.s.` where chance may make them."),
+    ] = None,
+    predictions: Annotated[
+        list[Path] | None,
+        typer.Option("--predictions", metavar="FILE", help="With --against: what `eval --predictions` wrote, for paired tests. Repeatable."),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -25,20 +56,41 @@ def report(
             help="Compare with a published table, such as clip-vit-base-patch32-ta8.",
         ),
     ] = None,
-    form: options.Format = None,
+    reference_rows: Annotated[bool, typer.Option("--reference-rows", help="Add the rows of that table too.")] = False,
+    transpose: Annotated[bool, typer.Option("--transpose", help="A row for each task, a column for each model.")] = False,
     plot: options.Plot = None,
+    plot_kind: Annotated[
+        str | None,
+        typer.Option(
+            "--plot-kind", metavar="KIND", autocompletion=_complete_kinds,
+            help="bars (default), radar, heatmap or sweep (results named like ties-0.3, or with SETTING=VALUE).",
+        ),
+    ] = None,
+    form: options.Format = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write the table too; .md, .tex, .csv, .json or .tsv.")
+        Path | None, typer.Option("-o", "--output", help="Write the table too; .html, .md, .tex, .csv, .json or .tsv.")
     ] = None,
 ) -> None:  # fmt: skip
     """Put results side by side: one row a model, one column a task.
 
-    Accuracies are percent where people read (table, md, latex) and fractions where programs do (tsv, csv, json).
+    Accuracies are percent where people read (table, md, latex, html) and fractions where programs do (tsv, csv, json).
 
     mergecli report out/*.json --reference clip-vit-base-patch32-ta8
+
+    mergecli report out/*.json --against base --intervals -o report.html
     """
-    from mergecli import tables
+    from mergecli import reporting
 
     chosen: Any = show.check_format(form)
-    table = tables.report(results, reference=reference, format=chosen, plot=plot, output=output)
+    measure: Any = metric
+    table = reporting.report(
+        results, sort=sort, ascending=ascending, metric=measure, seen=seen, normalized=normalized,
+        fine_tuned=fine_tuned, intervals=intervals, against=against, predictions=predictions or (),
+        reference=reference, reference_rows=reference_rows, transpose=transpose, plot=plot, plot_kind=plot_kind,
+        output=output, format=chosen,
+    )  # fmt: skip
     show.table(table, form)
+    for line in table.warnings:
+        show.warning(line)
+    for line in table.notes:
+        print(f"note: {line}", file=sys.stderr)

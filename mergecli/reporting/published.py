@@ -1,0 +1,162 @@
+"""Published numbers beside ours, and in what ours are not like them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mergecli.errors import quoted
+from mergecli.references import IMAGES, Reference
+from mergecli.references import Row as PublishedRow
+from mergecli.reporting.rows import Block, Row
+from mergecli.scores import Evaluation, TaskScore
+from mergecli.tables import Cell, Column
+
+_METHODS = {
+    "pretrained": "Pre-trained", "fine-tuned": "Fine-tuned (STL)", "average": "Simple Averaging", "task_arithmetic": "Task Arithmetic",
+    "ties": "Ties-Merging", "fisher": "Fisher Merging", "reg_mean": "RegMean", "reg_mean_plus_plus": "RegMean++",
+    "concrete_task_arithmetic": "Concrete Task Arithmetic", "ada_merging": "Layer-wise AdaMerging",
+    "concrete_ada_merging": "Concrete Layer-wise AdaMerging", "weight_ensembling_moe": "Weight-Ensembling MoE",
+    "efficient_weight_ensembling_moe": "Efficient Weight-Ensembling MoE (90%)",
+}  # fmt: skip
+"""Our method -> the row of the published tables."""
+_MODELS = {"base": "Pre-trained", "stanford-cars": "Cars"}
+"""Our model -> the row of the tables of single models, where that is not the task in capitals."""
+_PARAMETERS = {
+    "clip-vit-base-patch32": 87_456_000,
+    "clip-vit-base-patch16": 85_799_424,
+    "clip-vit-large-patch14": 303_179_776,
+}
+
+
+def columns(rows: Sequence[Row], reference: Reference) -> Block:
+    """What the paper has for the same method and the same tasks, and by how much ours is better."""
+    parts = ("seen", "unseen") if reference.seen else ("all",)
+    found: list[tuple[Column, list[Cell]]] = []
+    for part in parts:
+        suffix = "" if part == "all" else f" ({part})"
+        pairs = [_pair(row, reference, part) for row in rows]
+        theirs: list[Cell] = [pair[1] for pair in pairs]
+        differences: list[Cell] = [None if b is None or a is None else a - b for a, b in pairs]
+        found += [
+            (Column(f"reference{suffix}", "percent"), theirs),
+            (Column(f"difference{suffix}", "points"), differences),
+        ]
+    notes = [
+        f"reference: the published table `{reference.name}`, the row of the same method, whatever its settings."
+    ]
+    return Block(found, notes, departures([row.result for row in rows if row.result], reference))
+
+
+def _pair(row: Row, reference: Reference, part: str) -> tuple[float | None, float | None]:
+    """Our average and the published one, over the tasks that both have."""
+    theirs = _counterpart(row, reference)
+    if theirs is None or row.result is None:
+        return None, None
+    shared = [task for task in _part(reference, part) if task in row.values]
+    if not shared:
+        return None, None
+    return sum(row.values[task] for task in shared) / len(shared), _average(theirs, reference, part, shared)
+
+
+def _counterpart(row: Row, reference: Reference) -> PublishedRow | None:
+    names = {name.lower(): name for name in reference.rows}
+    method = _METHODS.get(row.method or "", "")
+    if row.result and row.result.checkpoint.get("method.granularity") == "task":
+        method = method.replace("Layer-wise", "Task-wise")
+    for name in (method, _MODELS.get(row.name, row.name)):
+        if name and name.lower() in names:
+            return reference.rows[names[name.lower()]]
+    return None
+
+
+def _part(reference: Reference, part: str) -> list[str]:
+    if part == "all":
+        return list(reference.tasks)
+    return [task for task in reference.tasks if (task in reference.seen) == (part == "seen")]
+
+
+def _average(row: PublishedRow, reference: Reference, part: str, shared: Sequence[str]) -> float:
+    """As printed where the tasks are the same, else the mean of the printed accuracies."""
+    if part in row.averages and list(shared) == _part(reference, part):
+        return row.averages[part]
+    return sum(row.accuracies[task] for task in shared) / len(shared)
+
+
+def rows(reference: Reference, tasks: Sequence[str]) -> list[Row]:
+    """The published rows, for those of our tasks that the table has."""
+    shared = {part: [t for t in _part(reference, part) if t in tasks] for part in ("all", "seen", "unseen")}
+    if not shared["all"]:
+        return []
+    parts = ("seen", "unseen") if reference.seen else ()
+    return [
+        Row(
+            name=row.name,
+            method="published",
+            values={task: row.accuracies[task] for task in shared["all"]},
+            average=_average(row, reference, "all", shared["all"]),
+            seen=reference.seen,
+            averages={part: _average(row, reference, part, shared[part]) for part in parts if shared[part]},
+        )
+        for row in reference.rows.values()
+    ]
+
+
+def departures(evaluations: Sequence[Evaluation], reference: Reference) -> list[str]:
+    """A line for everything in which the results are known not to be like the reference."""
+    found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for each in evaluations:
+        for problem, task in _problems(each, reference):
+            tasks, models = found.setdefault(problem, ({}, {}))
+            models[each.name] = None
+            if task:
+                tasks[task] = None
+    lines = [f"`{reference.name}`: {reference.caveat}"] if reference.caveat else []
+    for problem, (tasks, models) in found.items():
+        where = f"{quoted(tasks)}: " if tasks else ""
+        who = "" if len(models) == len(evaluations) else f" ({quoted(models)})"
+        lines.append(f"not as in `{reference.name}`: {where}{problem}{who}")
+    lines.append(
+        f"whether the merged models are those of `{reference.name}` cannot be seen from a result: "
+        "`mergecli info CHECKPOINT` lists what it was made of"
+    )
+    return lines
+
+
+def _problems(result: Evaluation, reference: Reference) -> Iterator[tuple[str, str]]:
+    """(problem, task); the task is empty where it is none's."""
+    clip = result.clip.get("path") or "unknown"
+    if clip.partition("@")[0].rpartition("/")[2].rpartition(":")[2] != reference.backbone:
+        yield f"the CLIP is `{clip}`, not `{reference.backbone}`", ""
+    if 1 < result.parameters < _PARAMETERS[reference.backbone]:
+        yield (
+            f"the vision tower has {result.parameters:,} parameters, not {_PARAMETERS[reference.backbone]:,}",
+            "",
+        )
+    if result.dtype != "float32":
+        yield f"computed in {result.dtype}, not float32", ""
+    if lacking := [task for task in reference.tasks if task not in result.tasks]:
+        yield f"lacks {quoted(lacking)}: compared over the tasks that are there", ""
+    if more := [task for task in result.tasks if task not in reference.tasks]:
+        yield f"has {quoted(more)} too: not compared", ""
+    for task, score in result.tasks.items():
+        if task in reference.tasks:
+            for problem in _task_problems(task, score, reference):
+                yield problem, task
+
+
+def _task_problems(task: str, score: TaskScore, reference: Reference) -> Iterator[str]:
+    from mergecli.clip import tasks as catalogue
+
+    published = catalogue.find(task)
+    if score.classes != catalogue.digest(published.classes or ()):
+        yield "other class names"
+    if score.templates != catalogue.digest(published.templates):
+        yield "other templates"
+    source = score.data.get("source", "unknown")
+    if source.partition("@")[0].rpartition("/")[2] != published.data.label.rpartition("/")[2]:
+        yield "data that are not known to be the published ones"
+    split = reference.split or published.split
+    if score.split != split:
+        yield f"split `{score.split}`, not `{split}`"
+    elif reference.split is None and score.images != IMAGES[task]:
+        yield f"{score.images:,} images, not {IMAGES[task]:,}"

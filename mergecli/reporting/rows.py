@@ -1,0 +1,214 @@
+"""The rows of a report, and the columns that say how well each did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from mergecli.errors import UsageError, did_you_mean, quoted
+from mergecli.scores import Evaluation
+from mergecli.statistics import Count, mean_interval, wilson
+from mergecli.tables import Cell, Column, Estimate
+
+Metric = Literal["accuracy", "loss"]
+METRICS: tuple[Metric, ...] = ("accuracy", "loss")
+FINE_TUNED = "fine-tuned"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model, ours or published."""
+
+    name: str
+    method: str | None
+    values: Mapping[str, float]
+    """Task -> accuracy (a fraction) or loss."""
+    average: float
+    result: Evaluation | None = None
+    """None for a published row."""
+    seen: tuple[str, ...] = ()
+    """Of the tasks, those whose models were merged; empty where nobody said."""
+    averages: Mapping[str, float] | None = None
+    """Averages over the `seen` and `unseen` tasks where a table prints them."""
+
+    def mean(self, part: str) -> float | None:
+        """The average over its `seen` or `unseen` tasks; None where there are none."""
+        if self.averages is not None and part in self.averages:
+            return self.averages[part]
+        chosen = [self.values[task] for task in self.tasks(part)]
+        return sum(chosen) / len(chosen) if chosen else None
+
+    def tasks(self, part: str) -> list[str]:
+        """Its `seen` or `unseen` tasks."""
+        return [task for task in self.values if self.seen and (task in self.seen) == (part == "seen")]
+
+    def counts(self, tasks: Iterable[str]) -> list[Count]:
+        """Right answers and images of those tasks."""
+        scores = self.result.tasks if self.result else {}
+        return [Count(scores[task].correct, scores[task].images) for task in tasks]
+
+
+class Block(NamedTuple):
+    """Neighbouring columns, each with a cell a row, and their footnotes."""
+
+    columns: Sequence[tuple[Column, list[Cell]]] = ()
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
+def rows_of(
+    evaluations: Sequence[Evaluation], metric: Metric = "accuracy", seen: Sequence[str] = ()
+) -> list[Row]:
+    """A row for each result, in order; `seen` for those that do not say it themselves."""
+    rows: list[Row] = []
+    for each in evaluations:
+        values = {task: float(getattr(score, metric)) for task, score in each.tasks.items()}
+        recorded: tuple[str, ...] = tuple(getattr(each, "seen", None) or ())
+        method = each.checkpoint.get("method")
+        average = float(getattr(each.average, metric))
+        rows.append(Row(each.name, method, values, average, each, tuple(seen) or recorded))
+    return rows
+
+
+def tasks_of(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Every task, in the order of their first appearance."""
+    return list(dict.fromkeys(task for each in evaluations for task in each.tasks))
+
+
+def chosen_tasks(written: Sequence[str], tasks: Sequence[str], option: str) -> tuple[str, ...]:
+    """The tasks that a list of tasks stands for, whichever way their names are spelled.
+
+    Raises:
+        UsageError: one of them is in no result.
+    """
+    spelled = {_plain(task): task for task in tasks}
+    for name in written:
+        if _plain(name) not in spelled:
+            raise UsageError(
+                f"{option}: no result has a task `{name}`{did_you_mean(name, tasks)}",
+                f"the tasks are {quoted(tasks, 30)}",
+            )
+    return tuple(dict.fromkeys(spelled[_plain(name)] for name in written))
+
+
+def _plain(name: str) -> str:
+    return name.strip().replace("_", "-").lower()
+
+
+def ordered(rows: Sequence[Row], by: str | None, ascending: bool, tasks: Sequence[str]) -> list[Row]:
+    """The rows sorted by `average` or a task, largest first unless `ascending`; or by `name`. Rows without that
+    number come last, and equal ones stay in order.
+
+    Raises:
+        UsageError: there is nothing of that name to sort by.
+    """
+    if by is None:
+        if ascending:
+            raise UsageError("--ascending: needs `--sort`, which says by what")
+        return list(rows)
+    if by == "name":
+        return sorted(rows, key=lambda row: row.name, reverse=False)
+    if by not in ("average", *tasks):
+        known = ("average", "name", *tasks)
+        raise UsageError(f"--sort: expected one of {', '.join(known)}, got `{by}`{did_you_mean(by, known)}")
+    sign = 1 if ascending else -1
+
+    def key(row: Row) -> tuple[bool, float]:
+        value = row.average if by == "average" else row.values.get(by)
+        return value is None, sign * (value or 0.0)
+
+    return sorted(rows, key=key)
+
+
+INTERVALS = (
+    "±: the longer side of the 95 % interval. Of an accuracy: Wilson's score interval. Of an average of T tasks: square "
+    "root of the sum of the tasks' squared sides, divided by T (variance of a mean of independent binomials; the tasks "
+    "are taken as given)."
+)
+
+
+def scores(rows: Sequence[Row], tasks: Sequence[str], metric: Metric, intervals: bool) -> Block:
+    """A column for each task, the average, and the averages of seen and unseen tasks where those are known."""
+    unit = "percent" if metric == "accuracy" else "number"
+
+    def task_cell(row: Row, task: str) -> Cell:
+        value = row.values.get(task)
+        if value is None or not intervals or row.result is None:
+            return value
+        return Estimate(value, *wilson(*row.counts([task])[0]))
+
+    def mean_cell(row: Row, value: float | None, counted: Sequence[str]) -> Cell:
+        if value is None or not intervals or row.result is None:
+            return value
+        return Estimate(value, *mean_interval(row.counts(counted)))
+
+    columns = [(Column(task, unit), [task_cell(row, task) for row in rows]) for task in tasks]
+    columns.append((Column("average", unit), [mean_cell(row, row.average, list(row.values)) for row in rows]))
+    notes = [INTERVALS] if intervals else []
+    if any(row.seen for row in rows):
+        for part in ("seen", "unseen"):
+            cells = [mean_cell(row, row.mean(part), row.tasks(part)) for row in rows]
+            columns.append((Column(f"average ({part})", unit), cells))
+        sets = {row.seen: row for row in rows if row.seen}
+        if len(sets) == 1:
+            notes.append(f"seen: {', '.join(next(iter(sets)))}.")
+    return Block(columns, notes, list(_uneven(rows, tasks)))
+
+
+def _uneven(rows: Sequence[Row], tasks: Sequence[str]) -> Iterable[str]:
+    """Who lacks a task, so that its average is of others."""
+    for row in rows:
+        lacking = [task for task in tasks if task not in row.values]
+        if lacking:
+            yield f"`{row.name}` lacks {quoted(lacking)}: its average is of other tasks than the others'"
+
+
+def normalized(rows: Sequence[Row], tasks: Sequence[str], fine_tuned: Evaluation) -> Block:
+    """Each accuracy divided by the fine-tuned models', and the mean of these ratios."""
+
+    def ratio(row: Row, task: str) -> float | None:
+        own = fine_tuned.tasks.get(task)
+        return row.values[task] / own.accuracy if task in row.values and own and own.accuracy else None
+
+    def mean(row: Row) -> float | None:
+        ratios = [ratio(row, task) for task in row.values]
+        known = [each for each in ratios if each is not None]
+        return sum(known) / len(known) if ratios and len(known) == len(ratios) else None
+
+    columns: list[tuple[Column, list[Cell]]] = [
+        (Column(f"{task} (norm.)", "percent"), [ratio(row, task) for row in rows]) for task in tasks
+    ]
+    columns.append((Column("average (norm.)", "percent"), [mean(row) for row in rows]))
+    lacking = [task for task in tasks if task not in fine_tuned.tasks]
+    return Block(
+        columns,
+        [f"(norm.): divided by the accuracy of `{fine_tuned.name}` on the same task; its average is the mean of these."],
+        [f"`{fine_tuned.name}` lacks {quoted(lacking)}: not normalized"] if lacking else [],
+    )  # fmt: skip
+
+
+def same_images(evaluations: Sequence[Evaluation]) -> list[str]:
+    """A line for everything about a task in which the results differ, so that they cannot be compared."""
+    parts: Sequence[tuple[str, Callable[[Evaluation, str], object]]] = (
+        ("images", lambda each, task: (each.tasks[task].images, each.tasks[task].data.get("fingerprint"))),
+        ("splits", lambda each, task: each.tasks[task].split),
+        ("class names", lambda each, task: each.tasks[task].classes),
+        ("templates", lambda each, task: each.tasks[task].templates),
+    )
+    lines: list[str] = []
+    for what, part in parts:
+        differing = [
+            task
+            for task in tasks_of(evaluations)
+            if len({part(each, task) for each in evaluations if task in each.tasks}) > 1
+        ]
+        if differing:
+            lines.append(f"the results are of different {what}: {quoted(differing)}")
+    for what in ("path", "digest"):
+        known = {each.clip.get(what) for each in evaluations} - {None}
+        if what == "digest" and len(known) > 1:
+            lines.append("the results are of different CLIPs")
+    if len({each.dtype for each in evaluations}) > 1:
+        lines.append("the results were computed in different dtypes")
+    return lines
