@@ -9,14 +9,16 @@ from typing import Any
 
 from mergecli import methods, recipe
 from mergecli.errors import UsageError, did_you_mean
+from mergecli.lock import pin
 from mergecli.recipe import Recipe
 from mergecli.sources import Source, parse_source
 from mergecli.toml_reader import Problem
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = (), method: str | None = None) -> Recipe:
-    """The recipe in the file, with every problem of form, method, settings and tasks in one error."""
-    return recipe.read(Path(path), changes, method, (_method_problems, _task_problems))
+    """The recipe in the file, as the lock beside it has it, with every problem of form, method, settings and tasks in
+    one error."""
+    return pin(recipe.read(Path(path), changes, method, (_method_problems, _task_problems)))
 
 
 def recipe_from(

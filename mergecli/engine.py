@@ -17,12 +17,12 @@ from typing import Any
 from mergecli import methods
 from mergecli.catalogue import read_recipe, recipe_from, with_method
 from mergecli.errors import UsageError, shown
+from mergecli.learning import Learning, Lesson
 from mergecli.merge_output import Output, cast
-from mergecli.methods._adapted import Adapted
-from mergecli.methods._calibrated import Calibrated
 from mergecli.methods._kinds import Group, Method, TwoPass, merge_group
 from mergecli.models import Models, open_models
 from mergecli.output import refuse_inputs
+from mergecli.parallel import is_first
 from mergecli.passes import Passes
 from mergecli.progress import Progress
 from mergecli.provenance import inputs_of
@@ -54,6 +54,11 @@ def merge(
     changes: Sequence[str] = (),
     device: str = "cpu",
     shard_size: str | None = None,
+    statistics: str | Path | None = None,
+    coefficients: str | Path | None = None,
+    save_coefficients: str | Path | None = None,
+    trace: str | Path | None = None,
+    plot: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Merged:
     """Merges fine-tuned models into one checkpoint at `output`, never holding more than a block of each.
@@ -67,6 +72,12 @@ def merge(
         changes: further changes to the recipe, each `key=value` as for `--set`.
         device: where the method computes; files are read and written by the CPU.
         shard_size: of the files of a folder, such as `2GB`; by default there is one file.
+        statistics: a folder for what a method measures on images, a file a task; by default the store, where it is
+            found again by content.
+        coefficients: a file with what a method learnt before, to apply without images.
+        save_coefficients: a file for what the method learns.
+        trace: a CSV file with a row for each step in which the method learns.
+        plot: a picture (PNG, SVG or PDF) of that.
 
     Raises:
         UsageError: the recipe is wrong. InputError: a model is missing, damaged, or does not fit the others.
@@ -78,7 +89,10 @@ def merge(
     else:
         more = [f"method.{key}={shown(value)}" for key, value in (settings or {}).items()]
         recipe = read_recipe(recipe, [*more, *changes], method)
-    return merge_points({Path(output): recipe}, device=device, shard_size=shard_size, progress=progress)[0]
+    given = (statistics, coefficients, save_coefficients, trace, plot)
+    learning = Learning(*(None if each is None else Path(each) for each in given))
+    points = {Path(output): recipe}
+    return merge_points(points, device=device, shard_size=shard_size, learning=learning, progress=progress)[0]
 
 
 def merge_points(
@@ -86,6 +100,7 @@ def merge_points(
     *,
     device: str = "cpu",
     shard_size: str | None = None,
+    learning: Learning | None = None,
     progress: Progress | None = None,
 ) -> tuple[Merged, ...]:
     """Merges the same models once for each output; the recipes differ in the method and its settings only.
@@ -99,6 +114,9 @@ def merge_points(
             raise UsageError(
                 f"{each.target}: one file has no shards", "name a folder, without suffix, with `--shard-size`"
             )
+    learning = learning or Learning()
+    for each in outputs:
+        learning.check(each)
     needs_base = any(each.method.needs_base for each in outputs)
     with ExitStack() as stack:
         models = open_models(
@@ -106,67 +124,47 @@ def merge_points(
         )
         for each in outputs:
             refuse_inputs(each.target, models.paths)
-        learnt = [_learnt(models, each.method, each.recipe, stack, progress) for each in outputs]
-        return _stream(models, outputs, size, progress, learnt)
-
-
-def _learnt(
-    models: Models, method: Method, recipe: Recipe, stack: ExitStack, progress: Progress | None
-) -> Any:
-    """What the method learns of images before it merges; None for those that look at weights only."""
-    if isinstance(method, Calibrated):
-        from mergecli.measured import statistics
-
-        return statistics(models, method, recipe, stack, progress)
-    if isinstance(method, Adapted):
-        from mergecli.adapting import coefficients
-
-        return coefficients(models, method, recipe, stack, progress)
-    return None
+        lessons = [learning.learn(models, each, stack, progress) for each in outputs]
+        return _stream(models, lessons, size, progress)
 
 
 def _stream(
-    models: Models,
-    outputs: Sequence[Output],
-    size: int | None,
-    progress: Progress | None,
-    learnt: Sequence[Any],
+    models: Models, lessons: Sequence[Lesson], size: int | None, progress: Progress | None
 ) -> tuple[Merged, ...]:
     """Merges every block, or every tensor, once for each output, and writes it where it belongs; one pass for all."""
-    by_blocks = all(each.method.by_blocks for each in outputs)
-    passes = Passes(models, by_blocks, progress)
+    if not is_first():  # the first of several processes writes
+        return tuple(_merged(models, each.output, {}) for each in lessons)
+    outputs = [each.output for each in lessons]
+    passes = Passes(models, all(each.method.by_blocks for each in outputs), progress)
     surveys = _surveys([each.method for each in outputs], passes)
+    learnt = [each.learnt if found is None else found for each, found in zip(lessons, surveys, strict=True)]
     with ExitStack() as stack:
-        writers = [each.open(models, size, stack) for each in outputs]
+        writers = [
+            each.output.open(models, size, stack, [*models.read, *each.files], each.about) for each in lessons
+        ]
         dtypes = [{name: dtype for name, (dtype, _) in each.layout(models).items()} for each in outputs]
-        last = len(outputs) - 1
 
         def work(start: int, group: Group) -> None:
-            for number, (output, writer, surveyed) in enumerate(zip(outputs, writers, surveys, strict=True)):
-                own = group.copy() if number < last else group
-                result = merge_group(output.method, own, learnt[number] if surveyed is None else surveyed)
+            for number, output in enumerate(outputs):
+                own = group.copy() if number + 1 < len(outputs) else group
+                result = merge_group(output.method, own, learnt[number])
                 assert result.shape == group.shape, f"{group.name}: {tuple(result.shape)}"
-                writer.write(group.name, cast(result, dtypes[number][group.name], group.name), start)
+                writers[number].write(group.name, cast(result, dtypes[number][group.name], group.name), start)
 
         for _ in passes.run("merging", work):
             pass
         digests = models.digests()
-        for output, writer in zip(outputs, writers, strict=True):
-            writer.describe(output.metadata(digests))
-    warnings = tuple(_foreign_vectors(models, digests))
-    names, parameters = tuple(models.tuned), models.reference.parameters
-    return tuple(
-        Merged(
-            each.target,
-            str(each.recipe.method),
-            names,
-            len(models.reference.entries),
-            parameters,
-            digests,
-            warnings,
-        )
-        for each in outputs
-    )
+        inputs = [digests | {name: file.digest() for name, file in each.files.items()} for each in lessons]
+        for lesson, own, writer in zip(lessons, inputs, writers, strict=True):
+            writer.describe(lesson.output.metadata(own, lesson.about))
+    return tuple(_merged(models, output, own) for output, own in zip(outputs, inputs, strict=True))
+
+
+def _merged(models: Models, output: Output, inputs: Mapping[str, str]) -> Merged:
+    return Merged(
+        output.target, str(output.recipe.method), tuple(models.tuned), len(models.reference.entries),
+        models.reference.parameters, inputs, tuple(_foreign_vectors(models, inputs)) if inputs else (),
+    )  # fmt: skip
 
 
 def _surveys(several: Sequence[Method], passes: Passes) -> list[Any]:

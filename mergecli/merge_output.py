@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,8 @@ class Output:
             for name, entry in models.reference.entries.items()
         }
 
-    def metadata(self, digests: Mapping[str, str]) -> dict[str, str]:
+    def metadata(self, digests: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
+        """What the file says about itself."""
         settings = methods.table_of(self.method)
         return about(
             "checkpoint",
@@ -65,9 +66,16 @@ class Output:
             inputs=digests,
         )
 
-    def open(self, models: Models, size: int | None, stack: ExitStack) -> SafetensorsWriter | ShardedWriter:
+    def open(
+        self,
+        models: Models,
+        size: int | None,
+        stack: ExitStack,
+        inputs: Iterable[str],
+        more: Mapping[str, str],
+    ) -> SafetensorsWriter | ShardedWriter:
         """The writer, with everything in it that is copied; whole when `stack` ends."""
-        layout, placeholder = self.layout(models), self.metadata(dict.fromkeys(models.read, UNKNOWN_DIGEST))
+        layout, placeholder = self.layout(models), self.metadata(dict.fromkeys(inputs, UNKNOWN_DIGEST), more)
         if self.target.suffix:
             writer = SafetensorsWriter(self.target, layout, placeholder)
         else:

@@ -46,6 +46,12 @@ class Recipe:
     """Splits of the tasks' data that `fetch` brings besides their own for training and testing."""
     batch_size: int = 128
     tasks: Mapping[str, TaskTable] = field(default_factory=dict[str, TaskTable])
+    pins: Mapping[tuple[bool, str], Source] = field(default_factory=dict[tuple[bool, str], Source])
+    """What the lock beside the recipe says: (whether it is a data set, a source as it is written) -> that at a commit."""
+
+    def pinned(self, source: Source) -> Source:
+        """The source as the lock has it."""
+        return replace(source, pinned=self.pins.get((source.is_data, str(source)), source.pinned))
 
 
 Check = Callable[[Recipe], Iterable[Problem]]

@@ -36,6 +36,18 @@ def merge(
             help="A checkpoint for each value: method.density=0.1,0.2 or method.scaling_factor=0.1:1.0:0.1. Repeatable.",
         ),
     ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option("--statistics", metavar="DIR", help="Of Fisher, RegMean: where measurements are kept, a file a task."),
+    ] = None,
+    coefficients: Annotated[
+        Path | None, typer.Option("--coefficients", help="Apply what a method learnt before; needs no images.")
+    ] = None,
+    save_coefficients: Annotated[
+        Path | None, typer.Option("--save-coefficients", help="Write what the method learns (.safetensors).")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Write a row for each step of learning (.csv).")] = None,
+    plot: options.Plot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written and its digests as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Merge fine-tuned models into one checkpoint; prints its path.
@@ -46,7 +58,7 @@ def merge(
 
     mergecli merge recipe.toml --method ties --sweep method.scaling_factor=0.1:0.5:0.1 -o swept/
     """
-    from mergecli import engine
+    from mergecli import engine, parallel
     from mergecli.sources import named_sources
 
     if options.is_recipe(models):
@@ -65,17 +77,22 @@ def merge(
 
             if shard_size is not None:
                 raise UsageError("--shard-size: a sweep writes single files")
+            if coefficients or save_coefficients or trace or plot:
+                raise UsageError("a sweep has no single file of coefficients, trace or plot")
             points = sweeping.points_of(what, sweep, base=base, method=method, changes=changes or [])
             written = sweeping.merge_sweep(points, output, device=device, progress=progress)
         else:
             written = [
                 engine.merge(
                     what, output=output, base=base, method=method, changes=changes or [], device=device,
-                    shard_size=shard_size, progress=progress,
+                    shard_size=shard_size, statistics=statistics, coefficients=coefficients,
+                    save_coefficients=save_coefficients, trace=trace, plot=plot, progress=progress,
                 )
             ]  # fmt: skip
     for text in dict.fromkeys(text for each in written for text in each.warnings):
         show.warning(text)
+    if not parallel.is_first():
+        return
     described = [
         {"path": str(each.path), "method": each.method, "tasks": each.tasks, "tensors": each.tensors,
          "parameters": each.parameters, "inputs": each.inputs}

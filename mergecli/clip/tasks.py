@@ -70,6 +70,7 @@ def find(name: str, recipe: Recipe | None = None) -> Task:
     table = _table(known, recipe)
     if known in names():
         task = _built_in(known)
+        task = replace(task, data=recipe.pinned(task.data)) if recipe else task
         return task if table is None else _changed(task, table)
     if table is None:
         raise UsageError(
