@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mergecli.evaluation import evaluate as evaluate
     from mergecli.extraction import Extracted as Extracted
     from mergecli.extraction import extract as extract
+    from mergecli.fetching import Fetched as Fetched
     from mergecli.fetching import fetch as fetch
     from mergecli.finetuning import Finetuned as Finetuned
     from mergecli.finetuning import finetune as finetune
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
     from mergecli.reporting import report as report
     from mergecli.similarity import Similarities as Similarities
     from mergecli.similarity import cos_sim as cos_sim
+    from mergecli.sweep_scores import Swept as Swept
+    from mergecli.sweep_scores import sweep as sweep
     from mergecli.vectors import taskvector as taskvector
 
 _HOMES = {
     "merge": "engine", "Merged": "engine", "MergecliError": "errors", "evaluate": "evaluation",
-    "Evaluation": "evaluation", "Extracted": "extraction", "extract": "extraction", "fetch": "fetching", "finetune": "finetuning", "Finetuned": "finetuning",
+    "Evaluation": "evaluation", "Extracted": "extraction", "extract": "extraction", "fetch": "fetching", "Fetched": "fetching", "finetune": "finetuning", "Finetuned": "finetuning",
     "info": "inspection", "ModelPool": "pool", "Recipe": "recipe", "cos_sim": "similarity", "Similarities": "similarity",
-    "report": "reporting", "taskvector": "vectors",
+    "report": "reporting", "sweep": "sweep_scores", "Swept": "sweep_scores", "taskvector": "vectors",
 }  # fmt: skip
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -57,13 +57,13 @@ class Output:
 
     def metadata(self, digests: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
         """What the file says about itself."""
-        settings = methods.table_of(self.method)
         return about(
             "checkpoint",
             method=str(self.recipe.method),
             recipe=self.recipe,
-            settings=settings,
+            settings=methods.table_of(self.method),
             inputs=digests,
+            **more,
         )
 
     def open(

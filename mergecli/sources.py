@@ -17,7 +17,7 @@ HUBS = {"hf": "Hugging Face", "ms": "ModelScope"}
 DEFAULT_BRANCH = {"hf": "main", "ms": "master"}
 TOY_MODELS = Path(__file__).parent / "toy" / "models"
 
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_REPOSITORY = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,8 @@ def locate(source: Source) -> Path:
     """
     root = _located(source)
     path = root / source.inside if source.inside else root
+    if path.suffix in (".bin", ".pt", ".pth") and path.with_suffix(".safetensors").is_file():
+        return path.with_suffix(".safetensors")  # `fetch` converted it
     if source.inside and not path.exists():
         raise InputError(f"{source}: there is no `{source.inside}` in {root}")
     return path
@@ -164,10 +166,11 @@ def _located(source: Source) -> Path:
     reference = folder / "refs" / commit
     path = folder / (reference.read_text("utf-8").strip() if reference.is_file() else commit)
     if not path.is_dir():
+        name = str(source).replace(":", ":datasets/", 1) if source.is_data else str(source)
         which = f"commit {commit[:12]}, which its lock names, " if source.pinned else ""
         raise InputError(
             f"{source}: {which}has not been fetched",
-            f"run `mergecli fetch {source}` where there is a network",
+            f"run `mergecli fetch {name}`, or with the recipe, where there is a network",
         )
     return path
 

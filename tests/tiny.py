@@ -13,16 +13,22 @@ from PIL import Image
 CLASSES = ("red", "green", "blue")
 
 
-def make_tiny_clip(folder: Path, seed: int = 0, side: int = 16) -> Path:
+def make_tiny_clip(folder: Path, seed: int = 0, side: int = 16, tokens: int = 77) -> Path:
     """The folder, in which there is now a random CLIP as `save_pretrained` writes it: about 40 k parameters."""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
     from transformers.utils import logging
 
     vocabulary = _byte_tokens()
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=tokens)
     start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
     layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": len(vocabulary), "bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+    text = {
+        "max_position_embeddings": tokens,
+        "vocab_size": len(vocabulary),
+        "bos_token_id": start,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
     torch.manual_seed(seed)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -2,24 +2,93 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergecli.cli import options, show
 
+if TYPE_CHECKING:
+    from mergecli.fetching import Fetched
+
 
 def fetch(
     sources: Annotated[
-        list[str], typer.Argument(metavar="RECIPE|SOURCE...", help="Recipes, or sources by name.")
+        list[str],
+        typer.Argument(
+            metavar="RECIPE|SOURCE...", help="Recipes, or sources: hf:org/model, hf:datasets/org/name, ms:..."
+        ),
     ],
+    into: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The store, instead of MERGECLI_HOME or the cache folder."),
+    ] = None,
+    only: Annotated[str | None, typer.Option(metavar="KINDS", help="models, data, or models,data.")] = None,
+    locked: Annotated[bool, typer.Option("--locked", help="Exactly what the recipe's lock says.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Use no network; list what is not in the store.")
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Only read the store's files again; name each damaged or missing one."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be fetched; write nothing.")
+    ] = False,
+    platform: Annotated[
+        str | None, typer.Option(metavar="hf|ms", help="Seek hf: sources on Hugging Face, or on ModelScope.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", metavar="N", help="Files at a time.")] = 4,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Convert pickled weights where there are no others.")
+    ] = False,
+    token_to_endpoint: Annotated[
+        bool,
+        typer.Option(
+            "--token-to-endpoint", help="Send the token to an HF_ENDPOINT that is not the hub itself, too."
+        ),
+    ] = False,
     changes: options.Set = None,
 ) -> None:
-    """Bring models to this machine; prints one local path a line. The only command that may use the network.
+    """Bring models and data to this machine; prints one local path a line. The only command that uses the network.
+
+    Beside each recipe it writes a lock (recipe.lock) with commits, sizes and SHA-256, from which --locked repeats it.
+    Ctrl-C loses nothing that has arrived: fetch again to go on.
 
     mergecli fetch recipe.toml
     """
     from mergecli import fetching
 
-    for path in fetching.fetch(sources, changes=changes or []):
+    with show.progress() as progress:
+        done = fetching.fetch(
+            sources, into=into, only=[kind for kind in (only or "").split(",") if kind], locked=locked,
+            offline=offline, verify=verify, dry_run=dry_run, platform=platform, jobs=jobs,
+            allow_pickle=allow_pickle, token_to_endpoint=token_to_endpoint, changes=changes or [], progress=progress,
+        )  # fmt: skip
+    if dry_run:
+        _show_plan(done)
+        return
+    if done.downloads:
+        print(f"fetched {_sum(done)}", file=sys.stderr)
+    for lock in done.locks:
+        print(f"wrote {lock}", file=sys.stderr)
+    for path in done.paths:
         show.line(str(path))
+
+
+def _show_plan(done: Fetched) -> None:
+    from mergecli.tables import Column, Table
+
+    columns = (Column("source"), Column("file"), Column("bytes", "count"), Column("host"))
+    rows = tuple((each.source, each.path, each.size, each.host) for each in done.downloads)
+    show.table(Table(columns, rows), None)
+    print(f"would fetch {_sum(done)}" if rows else "nothing is missing", file=sys.stderr)
+
+
+def _sum(done: Fetched) -> str:
+    hosts = sorted({each.host for each in done.downloads})
+    count = len(done.downloads)
+    total = sum(each.size for each in done.downloads)
+    return f"{count} file{'s' if count > 1 else ''}, {total:,} bytes, from {' and '.join(hosts)}"

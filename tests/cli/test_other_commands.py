@@ -94,7 +94,7 @@ def test_fetch_prints_where_toys_and_files_lie(world: World, run: Run) -> None:
 
 
 def test_what_is_not_in_the_store_is_a_hub_error(run: Run, tmp_path: Path) -> None:
-    ended = run("fetch", "hf:org/name", MERGECLI_HOME=str(tmp_path))
+    ended = run("fetch", "--offline", "hf:org/name", MERGECLI_HOME=str(tmp_path))
     assert (ended.status, ended.out) == (4, "")
     assert ended.err.startswith("error: hf:org/name: is not in the store")
 

@@ -46,6 +46,7 @@ RANKS = [
         "pool",
         "reporting",
         "similarity",
+        "sweep_scores",
         "sweeping",
         "tables",
         "vectors",

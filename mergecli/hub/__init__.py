@@ -1,0 +1,1 @@
+"""Hubs: what they have, which of it is used, and the store that it is kept in; the only room that opens a socket."""

@@ -1,0 +1,244 @@
+"""Hugging Face, through `huggingface_hub`.
+
+`HF_ENDPOINT`, `HF_TOKEN` (and `hf auth login`), `HF_HUB_DOWNLOAD_TIMEOUT`, `HF_HUB_ETAG_TIMEOUT`, the proxy and the
+certificate variables mean what they mean to that library, whose client makes every request here. Tries are repeated by
+`hub.patience` and not by the library's `http_backoff`, which sleeps as long as a server says, however long that is, and
+takes 23 s to tell that a connection is refused. Xet is never used, with whatever endpoint: all files come by HTTP, which
+is what can be resumed. Pages of a list are followed here, since the library's own paging waits for a silent server
+for ever.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from mergecli.errors import HubError, did_you_mean, quoted
+from mergecli.hub.contract import Body, RemoteFile, TransientError
+from mergecli.hub.patience import Patience, retried
+from mergecli.sources import DEFAULT_BRANCH, Source
+
+OWN = ("https://huggingface.co", "https://hf.co", "https://hub-ci.huggingface.co")
+"""The hub's own endpoints, which the token is for."""
+CONVERTED = "refs/convert/parquet"
+"""The branch in which the hub keeps a data set's images as Parquet files."""
+
+
+class HuggingFace:
+    """The hub at `HF_ENDPOINT`, or huggingface.co. A token goes to another endpoint only with `token_to_endpoint`."""
+
+    def __init__(self, stop: threading.Event, patience: Patience, *, token_to_endpoint: bool = False) -> None:
+        import huggingface_hub
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_token_to_send, logging
+
+        from mergecli.provenance import version
+
+        if not os.environ.get("HF_HUB_VERBOSITY") and not constants.HF_DEBUG:
+            logging.set_verbosity_error()
+        self._endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self._trusted = token_to_endpoint or self._endpoint in OWN
+        # not `build_hf_headers`: it asks the endpoint for a list of other programs, to name the one that started this
+        self._headers = {"user-agent": f"mergecli/{version()}; hf_hub/{huggingface_hub.__version__}"}
+        if self._trusted and (token := get_token_to_send(None)):
+            self._headers["authorization"] = f"Bearer {token}"
+        self._stop, self._patience = stop, patience
+        self._unreachable: HubError | None = None
+        self._timeouts = constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self._endpoint).netloc
+
+    def resolve(self, source: Source) -> str:
+        if self._unreachable:
+            raise self._unreachable
+        revision = source.revision or DEFAULT_BRANCH["hf"]
+        answer: Any = self._get(
+            source, f"{self._api(source)}/revision/{quote(revision, safe='')}", True
+        ).json()
+        commit: Any = answer.get("sha") if isinstance(answer, dict) else None
+        if not isinstance(commit, str) or not set(commit) <= set("0123456789abcdef") or len(commit) < 7:
+            raise HubError(
+                f"{source}: {self._endpoint} does not answer as Hugging Face does", "check HF_ENDPOINT"
+            )
+        return commit
+
+    def files(self, source: Source, commit: str) -> tuple[RemoteFile, ...]:
+        found: list[RemoteFile] = []
+        url: str | None = f"{self._api(source)}/tree/{commit}?recursive=true&expand=false"
+        while url:
+            response = self._get(source, url)
+            with self._told(source, None):
+                found += [_remote(each) for each in response.json() if each["type"] == "file"]
+            url = response.links.get("next", {}).get("url")
+        return tuple(found)
+
+    def open(self, source: Source, commit: str, path: str, start: int) -> AbstractContextManager[Body]:
+        return self._opened(source, commit, path, start)
+
+    @contextmanager
+    def _opened(self, source: Source, commit: str, path: str, start: int) -> Generator[Body]:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import get_session, hf_raise_for_status
+
+        kind = "dataset" if source.is_data else "model"
+        url = hf_hub_url(source.name, path, repo_type=kind, revision=commit, endpoint=self._endpoint)
+        headers = {**self._headers, "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        with (
+            self._told(source, path),
+            get_session().stream("GET", url, headers=headers, timeout=self._timeouts[1]) as response,
+        ):
+            hf_raise_for_status(response)
+            begins = start if response.status_code == 206 else 0
+            if begins and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                raise TransientError(f"`{path}`: the hub sent another part of it than was asked for")
+            yield Body(begins, self._blocks(source, path, response))
+
+    def _blocks(self, source: Source, path: str, response: Any) -> Iterator[bytes]:
+        with self._told(source, path):
+            yield from response.iter_bytes()
+
+    def _api(self, source: Source) -> str:
+        return f"{self._endpoint}/api/{'datasets' if source.is_data else 'models'}/{source.name}"
+
+    def _get(self, source: Source, url: str, first: bool = False) -> Any:
+        from huggingface_hub.utils import get_session, hf_raise_for_status
+
+        def get() -> Any:
+            with self._told(source, None, first):
+                response = get_session().get(url, headers=self._headers, timeout=self._timeouts[0])
+                hf_raise_for_status(response)
+                response.json()
+                return response
+
+        return retried(get, self._stop, self._patience)
+
+    @contextmanager
+    def _told(self, source: Source, path: str | None, first: bool = False) -> Generator[None]:
+        """Says in our words what went wrong, and whether another try may help."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        http: Any = importlib.import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
+        where = f"{source}" + (f": `{path}`" if path else "")
+        try:
+            yield
+        except HfHubHTTPError as error:
+            raise self._refused(source, where, path, error) from error
+        except (http.ConnectError, http.ConnectTimeout, http.ProxyError) as error:
+            reason = f"cannot reach {self.host}: {_root(error)}"
+            if first:
+                hint = "check the network, HF_ENDPOINT, and the proxy and certificate variables"
+                self._unreachable = HubError(reason, hint)
+                raise self._unreachable from error
+            raise TransientError(reason) from error
+        except http.TimeoutException as error:
+            raise TransientError(f"{self.host} was silent for too long") from error
+        except (http.NetworkError, http.RemoteProtocolError) as error:
+            raise TransientError(f"{self.host} broke off the connection") from error
+        except (http.HTTPError, http.InvalidURL, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise HubError(
+                f"{where}: {self.host} does not answer as Hugging Face does: {error}", "check HF_ENDPOINT"
+            ) from error
+
+    def _refused(self, source: Source, where: str, path: str | None, error: Any) -> Exception:
+        response = error.response
+        status, code = int(response.status_code), str(response.headers.get("X-Error-Code") or "")
+        if status in (408, 429) or status >= 500:
+            words = {408: "was too slow", 429: "asks for fewer requests"}
+            reason = words.get(status, f"answered with status {status}")
+            return TransientError(f"{self.host} {reason}", _wait(response.headers))
+        token = "set HF_TOKEN, or run `hf auth login`"
+        if not self._trusted:
+            token = f"set HF_TOKEN, and `--token-to-endpoint` so that {self.host} gets it"
+        if code == "GatedRepo" or status == 403:
+            page = f"https://huggingface.co/{'datasets/' if source.is_data else ''}{source.name}"
+            return HubError(f"{where}: access is not granted", f"accept its terms at {page}; {token}")
+        if code == "RevisionNotFound":
+            return HubError(
+                f"{where}: there is no branch, tag or commit `{source.revision or 'main'}`"
+                + self._near(source, "refs"),
+            )
+        if code == "EntryNotFound" or (path and status == 404):
+            return HubError(f"{where}: there is no such file")
+        sent = "authorization" in self._headers
+        if status == 401 and "credentials" in str(response.headers.get("X-Error-Message") or "").lower():
+            return HubError(f"{where}: {self.host} does not accept the token", "check HF_TOKEN, or unset it")
+        if status in (401, 404):
+            kind = "data set" if source.is_data else "model"
+            near = self._near(source, "names")
+            if status == 401 and not sent and code != "RepoNotFound":
+                reason = f"{self.host} shows no such {kind} without a token{near}"
+            else:
+                reason = f"{self.host} has no such {kind}{near}"
+            other = "" if source.is_data else "; data sets are written `hf:datasets/org/name`"
+            return HubError(f"{where}: {reason}", f"check the spelling; if it is private, {token}{other}")
+        return HubError(f"{where}: {self.host} answered with status {status}")
+
+    def _near(self, source: Source, what: str) -> str:
+        """What may have been meant, as far as the hub tells."""
+        kind = "datasets" if source.is_data else "models"
+        if what == "names":
+            owner = source.name.partition("/")[0]
+            known = self._plain(f"{self._endpoint}/api/{kind}?author={quote(owner)}&limit=1000")
+            return did_you_mean(source.name, [str(each.get("id")) for each in known or []])
+        known = self._plain(f"{self._api(source)}/refs") or {}
+        names = [str(each["name"]) for part in ("branches", "tags") for each in known.get(part, [])]
+        near = did_you_mean(source.revision or "main", names)
+        return near or (f"; it has {quoted(names)}" if names else "")
+
+    def _plain(self, url: str) -> Any:
+        """What a URL answers; None if it does not."""
+        from huggingface_hub.utils import get_session
+
+        try:
+            response = get_session().get(url, headers=self._headers, timeout=self._timeouts[0])
+            return response.json() if response.status_code == 200 else None
+        except Exception:  # noqa: BLE001  only a suggestion is lost
+            return None
+
+
+def _remote(entry: Any) -> RemoteFile:
+    """A file of a list, whose own digest is that of the git blob: of a large file, only a pointer's."""
+    if large := entry.get("lfs"):
+        return RemoteFile(str(entry["path"]), int(large["size"]), str(large["oid"]))
+    return RemoteFile(str(entry["path"]), int(entry["size"]), git=str(entry["oid"]))
+
+
+def _wait(headers: Any) -> float | None:
+    """The seconds that `Retry-After` (a number or a date), or the hub's own `ratelimit`, asks for."""
+    from datetime import UTC, datetime
+
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    value = str(headers.get("Retry-After") or "").strip()
+    if value.isdigit():
+        return float(value)
+    if value:
+        try:
+            return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+        except (ValueError, TypeError):
+            return None
+    limit = parse_ratelimit_headers(headers)
+    return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
+
+
+def _root(error: BaseException) -> str:
+    """The reason at the bottom of an error, in words."""
+    reason: BaseException = error
+    while (deeper := reason.__cause__ or reason.__context__) is not None:
+        reason = deeper
+    if isinstance(reason, socket.gaierror):
+        return "its name is not known"
+    if isinstance(reason, OSError) and reason.strerror:
+        return reason.strerror.lower()
+    return str(reason) or type(reason).__name__

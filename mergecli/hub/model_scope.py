@@ -1,0 +1,201 @@
+"""ModelScope, through `modelscope_hub`, the client on which the `modelscope` package rests.
+
+`MODELSCOPE_ENDPOINT`, its predecessor `MODELSCOPE_DOMAIN`, `MODELSCOPE_API_TOKEN` (and `modelscope login`),
+`MODELSCOPE_DOWNLOAD_TIMEOUT`, the proxy and the certificate variables mean what they mean to that library, whose
+sessions make every request here, and whose own repeated tries serve the lists. Its downloader is not used:
+`hub.transfer` says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from mergecli.errors import HubError, did_you_mean, quoted
+from mergecli.hub.contract import Body, RemoteFile, TransientError
+from mergecli.hub.patience import Patience, retried
+from mergecli.sources import DEFAULT_BRANCH, Source
+
+OWN = tuple(f"https://{www}modelscope.{land}" for www in ("", "www.") for land in ("cn", "ai"))
+"""The hub's own endpoints, which the token is for."""
+
+_BLOCK = 1 << 16
+
+
+class ModelScope:
+    """The hub at `MODELSCOPE_ENDPOINT`, or modelscope.cn. A token goes to another endpoint only with
+    `token_to_endpoint`."""
+
+    def __init__(self, stop: threading.Event, patience: Patience, *, token_to_endpoint: bool = False) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # MODELSCOPE_DOMAIN still works, which is what counts
+            from modelscope_hub.api import HubApi
+            from modelscope_hub.config import HubConfig
+
+            config = HubConfig()
+            self._endpoint = str(config.endpoint)
+            self._trusted = token_to_endpoint or self._endpoint in OWN
+            self._api = HubApi(
+                config if self._trusted else HubConfig(endpoint=self._endpoint, token="")
+            ).legacy
+        if not os.environ.get("MODELSCOPE_LOG_LEVEL"):
+            logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
+        self._stop, self._patience = stop, patience
+        self._unreachable: HubError | None = None
+        self._lists: dict[tuple[Source, str], list[dict[str, Any]]] = {}
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self._endpoint).netloc
+
+    def resolve(self, source: Source) -> str:
+        """The commit of the newest change to any file: ModelScope's lists name it for each file, and no request asks
+        for a branch's own. What the branch has, that commit has with the same content."""
+        if self._unreachable:
+            raise self._unreachable
+        revision = source.revision or DEFAULT_BRANCH["ms"]
+        files = self._list(source, revision)
+        if not files:
+            known = [str(each.get("Revision")) for each in self._revisions(source)]
+            if revision in known:
+                raise HubError(f"{source}: has no files")
+            near = did_you_mean(revision, known) or (f"; it has {quoted(known)}" if known else "")
+            raise HubError(f"{source}: there is no branch or tag `{revision}`{near}")
+        with self._told(source, None):
+            newest = max(int(each["CommittedDate"]) for each in files)
+            commits = sorted(
+                {str(each["Revision"]) for each in files if int(each["CommittedDate"]) == newest}
+            )
+        content = {(each["Path"], each.get("Sha256")) for each in files}
+        for commit in commits:
+            if len(commits) == 1 or content <= {
+                (e["Path"], e.get("Sha256")) for e in self._list(source, commit)
+            }:
+                self._lists[source, commit] = files
+                return commit
+        raise HubError(
+            f"{source}: {self.host} does not tell which commit `{revision}` is", "name a commit after `@`"
+        )
+
+    def files(self, source: Source, commit: str) -> tuple[RemoteFile, ...]:
+        found = self._lists.get((source, commit)) or self._list(source, commit)
+        with self._told(source, None):
+            return tuple(
+                RemoteFile(str(each["Path"]), int(each["Size"]), str(each.get("Sha256") or "") or None)
+                for each in found
+            )
+
+    def open(self, source: Source, commit: str, path: str, start: int) -> AbstractContextManager[Body]:
+        return self._opened(source, commit, path, start)
+
+    @contextmanager
+    def _opened(self, source: Source, commit: str, path: str, start: int) -> Generator[Body]:
+        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
+        with (
+            self._told(source, path),
+            self._api.download_stream(source.name, _kind(source), path, commit, headers=headers) as response,
+        ):
+            begins = start if response.status_code == 206 else 0
+            if begins and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                raise TransientError(f"`{path}`: the hub sent another part of it than was asked for")
+            yield Body(begins, self._blocks(source, path, response))
+
+    def _blocks(self, source: Source, path: str, response: Any) -> Iterator[bytes]:
+        with self._told(source, path):
+            yield from response.iter_content(_BLOCK)
+
+    def _list(self, source: Source, revision: str) -> list[dict[str, Any]]:
+        def ask() -> list[dict[str, Any]]:
+            with self._told(source, None, first=True):
+                found = self._api.list_repo_files(source.name, _kind(source), revision)
+                return [each for each in found if each.get("Type") != "tree"]
+
+        return retried(ask, self._stop, self._patience)
+
+    def _revisions(self, source: Source) -> list[dict[str, Any]]:
+        def ask() -> list[dict[str, Any]]:
+            with self._told(source, None, first=True):
+                return self._api.list_revisions(source.name, _kind(source))
+
+        return retried(ask, self._stop, self._patience)
+
+    @contextmanager
+    def _told(self, source: Source, path: str | None, first: bool = False) -> Generator[None]:
+        """Says in our words what went wrong, and whether another try may help."""
+        import requests
+        from modelscope_hub import errors
+        from urllib3.exceptions import HTTPError
+
+        where = f"{source}" + (f": `{path}`" if path else "")
+        token = "set MODELSCOPE_API_TOKEN, or run `modelscope login`"
+        if not self._trusted:
+            token = f"set MODELSCOPE_API_TOKEN, and `--token-to-endpoint` so that {self.host} gets it"
+        try:
+            yield
+        except errors.RateLimitError as error:
+            raise TransientError(f"{self.host} asks for fewer requests", error.retry_after) from error
+        except errors.ServerError as error:
+            raise TransientError(f"{self.host} answered with status {error.status_code}") from error
+        except errors.AuthenticationError as error:
+            raise HubError(f"{where}: {self.host} asks for a token", token) from error
+        except errors.PermissionDeniedError as error:
+            raise HubError(
+                f"{where}: access is not granted", f"ask for it on the repository's page; {token}"
+            ) from error
+        except errors.NotExistError as error:
+            if path:
+                raise HubError(f"{where}: there is no such file") from error
+            kind = "data set" if source.is_data else "model"
+            raise HubError(
+                f"{where}: {self.host} has no such {kind}",
+                'ids may differ from Hugging Face\'s: a recipe gives them as `modelscope = "org/name"` beside '
+                f"`source`; if it is private, {token}",
+            ) from error
+        except (errors.RequestTimeoutError, requests.Timeout) as error:
+            silent = f"{self.host} was silent for too long"
+            if first:  # the library has tried this several times
+                self._unreachable = HubError(silent, "try again later")
+                raise self._unreachable from error
+            raise TransientError(silent) from error
+        except (
+            errors.NetworkError, requests.ConnectionError, requests.exceptions.ChunkedEncodingError, HTTPError
+        ) as error:  # fmt: skip
+            if first:
+                hint = "check the network, MODELSCOPE_ENDPOINT, and the proxy and certificate variables"
+                self._unreachable = HubError(f"cannot reach {self.host}: {_root(error)}", hint)
+                raise self._unreachable from error
+            raise TransientError(f"{self.host} broke off the connection") from error
+        except (
+            errors.HubError,
+            requests.RequestException,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
+            raise HubError(
+                f"{where}: {self.host} does not answer as ModelScope does: {str(error).splitlines()[0]}",
+                "check MODELSCOPE_ENDPOINT",
+            ) from error
+
+
+def _kind(source: Source) -> str:
+    return "dataset" if source.is_data else "model"
+
+
+def _root(error: BaseException) -> str:
+    """The reason at the bottom of an error, in words."""
+    reason: BaseException = error
+    while (deeper := reason.__cause__ or reason.__context__) is not None:
+        reason = deeper
+    if type(reason).__name__ == "gaierror":
+        return "its name is not known"
+    return (reason.strerror or str(reason)).lower() if isinstance(reason, OSError) else str(reason)
