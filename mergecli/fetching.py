@@ -19,7 +19,7 @@ from mergecli.hub.work import carry_out, checked
 from mergecli.lock import Key, Lock, key_of, lock_path, write_lock
 from mergecli.progress import Progress
 from mergecli.recipe import Recipe
-from mergecli.sources import home, locate
+from mergecli.sources import Source, home, locate
 
 KINDS = ("models", "data")
 
@@ -140,7 +140,9 @@ def fetch(
     if not (dry_run or offline or locked):
         written = _write_locks(wishes, parts, store)
     paths = [
-        parts[key].path(store) if (key := key_of(need.source)) in parts else locate(need.source)
+        parts[key].path(store)
+        if (key := key_of(need.source)) in parts
+        else _here(need.source, store, allow_pickle)
         for wish in wishes.each
         for need in wish.needs
     ]
@@ -167,6 +169,16 @@ def _settled(
     if entry and locked:
         return settle_locked(need, entry, store, allow_pickle)
     return settle(need, source, store, hubs, allow_pickle)
+
+
+def _here(source: Source, store: Store, allow_pickle: bool) -> Path:
+    """Where something lies that no hub has: a toy, or a path, converted if it is in an old format."""
+    path = locate(source)
+    if source.kind != "path" or source.is_data:
+        return path
+    from mergecli.hub.local import readable
+
+    return readable(path, store.root, allow_pickle=allow_pickle)
 
 
 def _offline_by_environment() -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mergecli.errors import HubError
 from mergecli.fetching import fetch
@@ -123,3 +125,30 @@ def test_a_model_is_no_data_set(hubs: Hubs) -> None:
     with pytest.raises(HubError, match="data sets are written `hf:datasets/org/name`"):
         fetch("hf:org/birds")
     assert (fetch("hf:datasets/org/birds").paths[0]).parent == hubs.store / "hf/datasets/org/birds"
+
+
+def test_a_pickle_on_this_machine_is_converted_into_the_store(tmp_path: Path, run: Run) -> None:
+    weights = {"a": torch.randn(3, 4), "steps": torch.arange(3)}
+    torch.save({"state_dict": weights}, tmp_path / "old.pt")
+    refused = run("fetch", "old.pt", MERGECLI_HOME="store")
+    assert (refused.status, refused.out) == (2, "")
+    assert "--allow-pickle" in refused.err
+    done = run("fetch", "--allow-pickle", "old.pt", MERGECLI_HOME="store")
+    assert (done.status, done.err) == (0, "")
+    converted = Path(done.out.strip())
+    assert {name: each.tolist() for name, each in load_file(tmp_path / converted).items()} == {
+        name: each.tolist() for name, each in weights.items()
+    }
+    assert run("fetch", "--allow-pickle", "old.pt", MERGECLI_HOME="store").out == done.out
+    assert run("info", str(converted)).status == 0
+
+
+def test_a_folder_with_a_pickle_is_converted_with_its_configuration(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "model").mkdir()
+    torch.save({"a": torch.randn(2)}, tmp_path / "model" / "pytorch_model.bin")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    done = run("fetch", "--allow-pickle", "model", MERGECLI_HOME="store")
+    assert (done.status, done.err) == (0, "")
+    folder = tmp_path / done.out.strip()
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert run("fetch", "--allow-pickle", "model", MERGECLI_HOME="store").out == done.out
