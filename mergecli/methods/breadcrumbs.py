@@ -17,7 +17,8 @@ class Breadcrumbs(PerTensor):
     """theta = theta_0 + lambda sum_i t_i,  t_i = tau_i without its smallest and its largest entries, tensor by tensor
 
     Of n entries the int(drop_smallest n) of smallest and the int(drop_largest n) of largest magnitude are dropped;
-    entries that tie with a kept one are kept.
+    entries that tie with a kept one are kept. mergekit rounds down how many are kept, and so keeps up to two fewer of a
+    tensor; the authors' program ranks every row, along the last dimension, by itself.
     """
 
     title: ClassVar[str] = "the smallest and the largest entries of each tensor dropped, the rest added"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 from mergecli.methods._kinds import Group, Method
 from mergecli.methods._modifier import Modifier
@@ -16,7 +17,8 @@ class Dare(Modifier):
     """theta = what `of` makes of the task vectors  t_i = m_i tau_i / (1 - p),  m_i = 1 with probability 1 - p, else 0
 
     Every entry of every task is drawn by itself; the numbers depend on the recipe's seed, and on the names of tensor
-    and task. Without `rescale` the kept entries are not divided by 1 - p.
+    and task. Without `rescale` the kept entries are not divided by 1 - p. PEFT and FusionBench do the same; mergekit
+    scales each tensor back to its L1 norm in place of dividing by 1 - p.
     """
 
     title: ClassVar[str] = (
@@ -27,11 +29,22 @@ class Dare(Modifier):
     )
 
     of: Method = TaskArithmetic()  # noqa: RUF009
-    """The method that merges the thinned task vectors."""
+    """The method that merges the thinned task vectors; not one that drops entries at random itself."""
     drop_rate: Annotated[float, Range(0, 1, open_high=True)] = 0.5
     """p, the probability that an entry is dropped; 0 drops none."""
     rescale: bool = True
     """Whether kept entries are divided by 1 - p, so that each task vector keeps its expected value."""
+
+    @classmethod
+    def check(cls, tasks: int, settings: dict[str, Any]) -> list[tuple[str, str]]:
+        del tasks
+        inner = settings.get("of")
+        while isinstance(inner, Mapping):
+            table = cast("Mapping[str, Any]", inner)
+            if (name := table.get("name")) in ("dare", "della"):
+                return [("of", f"`{name}` drops entries by the same random numbers: drop them once")]
+            inner = table.get("of")
+        return []
 
     def before(self, group: Group, /) -> Group:
         if self.drop_rate == 0:

@@ -22,8 +22,9 @@ class Della(PerTensor):
     fuse   tau = mean or sum of the t_i that are not 0 and whose sign is s
 
     A row is what belongs to one index of the first dimension; a vector is one row. Entries of equal magnitude are
-    ranked in their order. This is the paper's MagPrune; mergekit spans twice the window, evenly from the smallest to
-    the largest, and scales the row back to its norm in place of dividing by 1 - p.
+    ranked in their order. This is the paper's MagPrune. The authors' program and mergekit take r / (n - 1). mergekit's
+    `epsilon` is half a window; it ranks convolutions along the second dimension alone, and scales each tensor back to
+    its L1 norm in place of dividing by 1 - p.
     """
 
     title: ClassVar[str] = (
@@ -35,7 +36,7 @@ class Della(PerTensor):
     scaling_factor: Annotated[float, Range()] = 1.0
     """lambda; 0 gives the base back."""
     drop_rate: Annotated[float, Range(0, 1, open_high=True)] = 0.3
-    """The mean probability that an entry is dropped; 0, with a window of 0, drops none."""
+    """The mean probability that an entry is dropped, less half a window / n; 0, with a window of 0, drops none."""
     window: Annotated[float, Range(0, 1)] = 0.14
     """How much more likely the smallest entry of a row is dropped than the largest; 0 makes it DARE's drop. Half of it
     may be added to and taken from the drop rate without leaving [0, 1)."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from mergecli.methods._geometry import cosines, inner_products
-from mergecli.methods._kinds import Group, PerTensor, total
+from mergecli.methods._kinds import Group, PerTensor
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 _SMALL = 1e-12
 _NEAR = 1e-6
+_DEPENDENT = 1e-13
+"""Eigenvalues of the cosines up to this share of the largest are rounding errors: the vectors are dependent."""
+_CANCELLED = 1e-4
+"""Unit vectors whose mean is shorter, and angles that lack less to a half turn, are taken to cancel: what is left of
+them is mostly rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,9 @@ class Karcher(PerTensor):
     u = the point of the unit sphere whose summed squared angles to the theta_i / |theta_i| are least
 
     u is found by steps u <- exp_u((1 / T) sum_i log_u(theta_i / |theta_i|)) from the normalised mean, or from the
-    first model where that mean is 0. Tensors that are 0 have no direction, but count in the mean norm; of a point
-    opposite to u no direction is taken. The base is not needed; the order of tasks matters only to the last bits.
+    first model where that mean is 0 (shorter than 1e-4). Tensors that are 0 have no direction, but count in the mean
+    norm; of a point opposite to u (to 1e-4) no direction is taken. The base is not needed; the order of tasks matters
+    only to the last bits.
     """
 
     title: ClassVar[str] = "the mean direction on the sphere, with the mean norm, tensor by tensor"
@@ -40,25 +46,34 @@ class Karcher(PerTensor):
     """The most steps taken; they end when u no longer moves. 0 is the normalised mean of the directions."""
 
     def merge(self, group: Group, /) -> Tensor:
+        import torch
+
         tuned = group.tuned
         products = inner_products(tuned)
         norms = products.diagonal().sqrt()
         direct = norms > 0
         if not bool(direct.any()):
-            return total(tuned).zero_()
+            return torch.zeros_like(tuned[0])
         weights = self._weights(cosines(products), direct) * (norms.mean() / norms).masked_fill_(~direct, 0)
+        # in float64, since the weights of directions that nearly cancel are large
+        mean = torch.zeros_like(tuned[0], dtype=torch.float64)
         for row, weight in zip(tuned, weights.tolist(), strict=True):
-            row.mul_(weight)
-        return total(tuned)
+            mean.add_(row, alpha=weight)
+        return mean.float()
 
     def _weights(self, cosine: Tensor, direct: Tensor) -> Tensor:
-        """(T,) weights of the unit vectors in the mean, which is a combination of them: only their cosines matter."""
+        """(T,) weights of the unit vectors in the mean, which is a combination of them: only their cosines matter.
+
+        Of vectors that depend on each other many combinations are the same; without taking the one of smallest weights
+        the others would grow from step to step.
+        """
         import torch
 
         count = direct.sum()
+        smallest = torch.linalg.pinv(cosine, rtol=_DEPENDENT, hermitian=True) @ cosine
         weights = direct.double() / count
         norm = (weights @ cosine @ weights).clamp(min=0).sqrt()
-        if norm < _SMALL:
+        if norm < _CANCELLED:
             weights = torch.zeros_like(weights)
             weights[int(direct.int().argmax())] = 1
         else:
@@ -67,11 +82,11 @@ class Karcher(PerTensor):
             near = (cosine @ weights).clamp(-1, 1)
             angle = near.acos()
             stretch = torch.where(angle < _NEAR, 1, angle / angle.sin())
-            stretch = stretch.masked_fill(~direct | (angle > torch.pi - _NEAR), 0) / count
+            stretch = stretch.masked_fill(~direct | (angle > torch.pi - _CANCELLED), 0) / count
             tangent = stretch - (stretch * near).sum() * weights
             length = (tangent @ cosine @ tangent).clamp(min=0).sqrt()
             if length < _SMALL:
                 break
-            weights = length.cos() * weights + length.sin() * tangent / length
+            weights = smallest @ (length.cos() * weights + length.sin() * tangent / length)
             weights /= (weights @ cosine @ weights).sqrt()
         return weights

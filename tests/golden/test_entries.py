@@ -40,6 +40,16 @@ def test_dare_that_drops_nothing_is_the_other_method_and_one_that_drops_all_is_r
         merged(world, "dare", drop_rate=1)
 
 
+@pytest.mark.parametrize(
+    "of", [{"name": "dare"}, {"name": "della"}, {"name": "lines", "of": {"name": "della"}}]
+)
+def test_entries_are_not_dropped_twice_by_the_same_numbers(world: World, of: dict[str, object]) -> None:
+    with pytest.raises(
+        UsageError, match=r"`method\.of`: `(dare|della)` drops entries by the same random numbers"
+    ):
+        merged(world, "dare", of=of)
+
+
 def test_dare_drops_the_stated_share_and_keeps_the_mean(world: World) -> None:
     base = {"w": torch.zeros(200_000)}
     other = with_models(world, base, {"w": torch.ones(200_000)})

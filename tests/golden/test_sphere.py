@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -78,6 +80,24 @@ def test_karcher_where_there_is_no_direction(world: World) -> None:
     ):
         other = with_models(world, {"w": one}, *[{"w": model} for model in models])
         assert_same(merged(other, "karcher"), {"w": torch.tensor(want)}, atol=1e-6)
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 9])
+def test_karcher_of_directions_that_cancel_has_the_mean_norm(world: World, tasks: int) -> None:
+    """Where rounding decides whether the mean direction is 0, and where each is a combination of the others."""
+    models: list[Weights] = [{} for _ in range(tasks)]
+    for seed, size in itertools.product(range(20), (1, 2, 50)):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(tasks, size, generator=generator)
+        turns = torch.arange(tasks) * (2 * torch.pi / tasks)
+        circle = turns.cos().outer(rows[0]) + turns.sin().outer(rows[1])
+        rows[-1] = -rows[:-1].sum(0)
+        for kind, points in (("cancel", rows), ("circle", circle)):
+            for model, row in zip(models, points, strict=True):
+                model[f"{kind} {size} {seed}"] = row.clone()
+    for name, value in merged(with_models(world, models[0], *models), "karcher").items():
+        norm = sum(float(model[name].norm()) for model in models) / tasks
+        assert abs(float(value.norm()) / norm - 1) < 1e-6, name
 
 
 @pytest.mark.parametrize("tasks", [["t1", "t2"], ["t1", "t2", "t3"]])
