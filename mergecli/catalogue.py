@@ -92,7 +92,7 @@ def named_models(
 
 def _method_problems(each: Recipe) -> Iterable[Problem]:
     if each.method is not None:
-        tasks = len(each.tuned) or None
+        tasks = tuple(each.tuned) or None
         found = methods.problems(each.method, each.settings, tasks)
         return [Problem(f"method.{key}", what) for key, what in found]
     return []

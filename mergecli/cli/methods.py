@@ -41,10 +41,10 @@ def methods(
     show.line(f"{name}: {described['title']}\n")
     show.line(f"{described['equation']}\n")
     for setting in described["settings"]:
-        default = "required" if setting["required"] else f"default {shown(setting['default'])}"
+        default = "required" if setting["required"] else f"default {_written(setting['default'])}"
         show.line(f"method.{setting['name']}  {setting['expected']}; {default}")
         show.line(f"    {' '.join(setting['documentation'].split())}")
-    show.line(f"\ncost   {described['cost']}")
+    show.line(f"{chr(10) if described['settings'] else ''}cost   {described['cost']}")
     show.line(f"paper  {described['paper']}")
 
 
@@ -62,9 +62,27 @@ def _described(name: str) -> dict[str, Any]:
         "title": method.title,
         "equation": inspect.getdoc(method),
         "settings": settings,
-        "cost": f"{_reads(method.passes)}; no images; {'needs a base' if method.needs_base else 'needs no base'}",
+        "cost": "; ".join(
+            part
+            for part in (
+                _reads(method.passes),
+                method.work,
+                method.looks_at,
+                "needs a base" if method.needs_base else "needs no base",
+            )
+            if part
+        ),
         "paper": method.paper,
     }
+
+
+def _written(default: object) -> str:
+    """A default as TOML; other methods as tables."""
+    from mergecli import methods as registry
+
+    if isinstance(default, registry.Method):
+        return shown({"name": registry.name_of(default), **registry.table_of(default)})
+    return shown(default)
 
 
 def _reads(passes: int) -> str:

@@ -48,10 +48,12 @@ def settings(name: str) -> dict[str, Setting]:
     return settings_of(find(name))
 
 
-def problems(name: str, values: Mapping[str, Any], tasks: int | None = None) -> list[tuple[str, str]]:
+def problems(
+    name: str, values: Mapping[str, Any], tasks: tuple[str, ...] | None = None
+) -> list[tuple[str, str]]:
     """(key, what is wrong) for a method's name and settings, everything at once; empty if all is well.
 
-    `tasks` is the number of models to merge, where it is known.
+    `tasks` are the names of the models to merge, where they are known.
     """
     try:
         method = find(name)

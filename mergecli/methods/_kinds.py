@@ -54,6 +54,11 @@ class Group:
         return self._rows.shape[1:]
 
     @property
+    def start(self) -> int:
+        """Which entry of the flattened tensor the block begins with; 0 where the group is the whole tensor."""
+        return self._start
+
+    @property
     def base(self) -> Tensor:
         """(...) the base's weights."""
         if self._base is None:
@@ -90,19 +95,28 @@ class Group:
         They depend on the recipe's seed, the tensor's name, the task's name and the entry only, so that order of the
         tasks, block size, device and threads change nothing.
         """
-        import hashlib
+        return self.drawn(self.names[task], self._seed)
 
-        import torch
-
+    def drawn(self, label: str, seed: int) -> Tensor:
+        """(...) random numbers in [0, 1) that depend on seed, tensor's name, label and entry only."""
         stop = self._start + self.shape.numel()
-        first = self._start // RUN
-        runs: list[Tensor] = []
-        for run in range(first, -(-stop // RUN)):
-            key = f"{self._seed} {self.name} {self.names[task]} {run}".encode()
-            number = int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
-            runs.append(torch.rand(RUN, generator=torch.Generator().manual_seed(number)))
-        drawn = torch.cat(runs) if runs else torch.empty(0)
-        return drawn[self._start - first * RUN : stop - first * RUN].view(self.shape).to(self._rows.device)
+        return uniform(seed, self.name, label, self._start, stop).view(self.shape).to(self._rows.device)
+
+
+def uniform(seed: int, name: str, label: str, start: int, stop: int) -> Tensor:
+    """(stop - start,) random numbers in [0, 1) for entries of a named tensor, drawn by the CPU."""
+    import hashlib
+
+    import torch
+
+    runs: list[Tensor] = []
+    first = start // RUN
+    for run in range(first, -(-stop // RUN)):
+        key = f"{seed} {name} {label} {run}".encode()
+        number = int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
+        runs.append(torch.rand(RUN, generator=torch.Generator().manual_seed(number)))
+    drawn = torch.cat(runs) if runs else torch.empty(0)
+    return drawn[start - first * RUN : stop - first * RUN]
 
 
 class Groups(Protocol):
@@ -139,6 +153,10 @@ class Method:
     """Whether an entry of the result depends on the same entry of the models only: then blocks of entries do."""
     passes: ClassVar[int] = 1
     """How often every model is read from disk."""
+    work: ClassVar[str] = ""
+    """What costs more than reading the models, if anything does."""
+    looks_at: ClassVar[str] = "no images"
+    """Which images must be there."""
     late: ClassVar[frozenset[str]] = frozenset({"scaling_factor"})
     """Settings that `survey` does not look at: merges that differ in nothing else share one survey."""
 
@@ -153,8 +171,8 @@ class Method:
         return self.passes
 
     @classmethod
-    def check(cls, tasks: int, settings: dict[str, Any]) -> list[tuple[str, str]]:
-        """(setting, problem) pairs of settings that are each valid but do not fit `tasks` models."""
+    def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
+        """(setting, problem) pairs of settings that are each valid but do not fit the models of these `tasks`."""
         del tasks, settings
         return []
 

@@ -36,6 +36,9 @@ class Range:
         return f"in {left}{self.low:g}, {self.high:g}{right}"
 
 
+MOST = 1e30
+"""The largest number a setting may be: weights are float32."""
+
 Fraction = Annotated[float, Range(0, 1, open_low=True)]
 """A share of the entries: above 0, at most 1."""
 
@@ -133,7 +136,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if bare is bool or isinstance(value, bool):
         return bare is bool and isinstance(value, bool)
     if bare is float:
-        return isinstance(value, int | float) and abs(value) < 1e300 and (limits is None or value in limits)
+        return isinstance(value, int | float) and abs(value) <= MOST and (limits is None or value in limits)
     if bare is int:
         return isinstance(value, int) and (limits is None or value in limits)
     return isinstance(value, bare)

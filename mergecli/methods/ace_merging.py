@@ -28,11 +28,13 @@ class AceMerging(PerTensor):
     M + sum_i tau_i (C_i - (1 / T) sum_j (C_j + e_j I)),  s the mean of S,  r the smaller side.
 
     Other tensors: theta = theta_0 + lambda (1 / T) sum_i tau_i. This is what the authors' program computes.
-    Task vectors that are 0 are left out; there they outweigh all others, since e is divided by their trace.
+    Task vectors that are 0 are left out; in the authors' program they outweigh all others, since e is divided by their
+    trace. Where the matrix cannot be inverted its pseudo-inverse takes its place, as there.
     """
 
     title: ClassVar[str] = "matrices averaged by input covariances estimated from the task vectors"
     paper: ClassVar[str] = "Xu et al., ACE-Merging, CVPR 2026, arXiv 2603.02945"
+    work: ClassVar[str] = "a linear system for each matrix, in float64"
     elementwise: ClassVar[bool] = False
 
     scaling_factor: Annotated[float, Range()] = 1.0
@@ -79,7 +81,9 @@ class AceMerging(PerTensor):
             weighted += centred @ covariance
             weights += covariance
         shared = bare.mean(dim=0) / (float(squares.mean()) + _TINY if refine else 1.0)
-        merged = torch.linalg.solve(weights + shared, weighted, left=False)
+        merged, singular = torch.linalg.solve_ex(weights + shared, weighted, left=False)
+        if int(singular):
+            merged = weighted @ torch.linalg.pinv(weights + shared)
         count = int(min(merged.shape) * self.spectral_share)
         if refine and count:
             left, values, right = decompose(merged + residual - total(deltas) @ weights / len(deltas), count)

@@ -33,7 +33,7 @@ class Breadcrumbs(PerTensor):
     """Fraction dropped from above (1 - the paper's gamma); 0 drops none. Both together are at most 1."""
 
     @classmethod
-    def check(cls, tasks: int, settings: dict[str, Any]) -> list[tuple[str, str]]:
+    def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
         del tasks
         small = settings.get("drop_smallest", cls.drop_smallest)
         large = settings.get("drop_largest", cls.drop_largest)

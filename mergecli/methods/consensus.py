@@ -32,10 +32,10 @@ class Consensus(PerTensor):
     """How much larger than the other tasks' sum an entry must be to matter to its task; 0 is any entry that is not 0."""
 
     @classmethod
-    def check(cls, tasks: int, settings: dict[str, Any]) -> list[tuple[str, str]]:
+    def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
         wanted = settings.get("agreeing_tasks", cls.agreeing_tasks)
-        if wanted > tasks:
-            return [("agreeing_tasks", f"expected at most the number of tasks, {tasks}, got {wanted}")]
+        if wanted > len(tasks):
+            return [("agreeing_tasks", f"expected at most the number of tasks, {len(tasks)}, got {wanted}")]
         return []
 
     def merge(self, group: Group, /) -> Tensor:

@@ -36,7 +36,7 @@ class Dare(Modifier):
     """Whether kept entries are divided by 1 - p, so that each task vector keeps its expected value."""
 
     @classmethod
-    def check(cls, tasks: int, settings: dict[str, Any]) -> list[tuple[str, str]]:
+    def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
         del tasks
         inner = settings.get("of")
         while isinstance(inner, Mapping):

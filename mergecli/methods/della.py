@@ -46,7 +46,7 @@ class Della(PerTensor):
     """Whether a sign is elected; otherwise all entries that were not dropped are fused."""
 
     @classmethod
-    def check(cls, tasks: int, settings: dict[str, Any]) -> list[tuple[str, str]]:
+    def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
         del tasks
         rate, half = settings.get("drop_rate", cls.drop_rate), settings.get("window", cls.window) / 2
         if rate - half < 0 or rate + half >= 1:

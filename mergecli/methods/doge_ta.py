@@ -34,6 +34,7 @@ class DogeTa(TwoPass):
         "task arithmetic on trimmed task vectors, with a shared correction found by descent"
     )
     paper: ClassVar[str] = "Wei et al., Adaptive projective gradient descent, ICML 2025, arXiv 2501.01230"
+    work: ClassVar[str] = "`steps` products for each matrix"
     elementwise: ClassVar[bool] = False
 
     scaling_factor: Annotated[float, Range()] = 0.07

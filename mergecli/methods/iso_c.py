@@ -23,6 +23,7 @@ class IsoC(PerTensor):
 
     title: ClassVar[str] = "the summed task vector with all its singular values made equal"
     paper: ClassVar[str] = "Marczak et al., No task left behind, ICML 2025, arXiv 2502.04959, algorithm 1"
+    work: ClassVar[str] = "a singular value decomposition of each matrix"
     elementwise: ClassVar[bool] = False
 
     scaling_factor: Annotated[float, Range()] = 1.0

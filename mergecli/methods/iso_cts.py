@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class IsoCts(PerTensor):
     """theta = theta_0 + lambda s P(U) P(V)^T,  matrix by matrix, r the smaller side:
 
-    common  U_c, S_c, V_c: the r - T n largest singular triplets of sum_i tau_i,  n = round((1 - common_space) r / T)
+    common  U_c, S_c, V_c: the r - T n largest singular triplets of sum_i tau_i,  n = round((r - int(common_space r)) / T)
     task i  U_i, S_i, V_i: the n largest of tau_i - U_c U_c^T tau_i
     U = [U_1 ... U_T U_c], V = [V_1 ... V_T V_c],  s the mean of all S,  P(X) = X (X^T X)^(-1/2)
 
@@ -27,6 +27,9 @@ class IsoCts(PerTensor):
 
     title: ClassVar[str] = "common and task-specific directions with equal singular values"
     paper: ClassVar[str] = "Marczak et al., No task left behind, ICML 2025, arXiv 2502.04959, algorithm 2"
+    work: ClassVar[str] = (
+        "a singular value decomposition of each matrix of each model, and three of what they make"
+    )
     elementwise: ClassVar[bool] = False
 
     scaling_factor: Annotated[float, Range()] = 1.0

@@ -39,6 +39,7 @@ class Karcher(PerTensor):
         "Karcher, Riemannian center of mass, CPAM 1977; for models: Goddard et al., MergeKit, EMNLP 2024, "
         "arXiv 2403.13257"
     )
+    work: ClassVar[str] = "up to `steps` rounds over each tensor"
     needs_base: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
 

@@ -29,9 +29,9 @@ class Linear(PerTensor):
     """Where on the line: 0 is the first model, 1 the second; values outside of [0, 1] go beyond them."""
 
     @classmethod
-    def check(cls, tasks: int, settings: dict[str, Any]) -> list[tuple[str, str]]:
+    def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
         del settings
-        return [] if tasks == 2 else [("name", f"`linear` merges exactly 2 models, got {tasks}")]
+        return [] if len(tasks) == 2 else [("name", f"`linear` merges exactly 2 models, got {len(tasks)}")]
 
     def merge(self, group: Group, /) -> Tensor:
         first, second = group.tuned

@@ -20,7 +20,8 @@ class Lines(Modifier):
     """theta = theta_0 + (alpha + beta d) (theta' - theta_0),  theta' what `of` merges,  d the depth of the tensor
 
     d = l / (L - 1) in layer l = 0 ... L - 1, read from the tensor's name; 0 before the layers (embeddings and the norm
-    after them), 1 behind them (post-layernorm, projection, head). Both settings are tuned in the paper.
+    after them), 1 behind them (post-layernorm, projection, head). The defaults are ours; the paper chooses both by
+    the number of tasks and on validation images.
     """
 
     title: ClassVar[str] = "deeper layers keep more of what another method merges"

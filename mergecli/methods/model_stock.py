@@ -30,9 +30,11 @@ class ModelStock(PerTensor):
     elementwise: ClassVar[bool] = False
 
     @classmethod
-    def check(cls, tasks: int, settings: dict[str, Any]) -> list[tuple[str, str]]:
+    def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
         del settings
-        return [] if tasks >= 2 else [("name", f"`model_stock` merges at least 2 models, got {tasks}")]
+        return (
+            [] if len(tasks) >= 2 else [("name", f"`model_stock` merges at least 2 models, got {len(tasks)}")]
+        )
 
     def merge(self, group: Group, /) -> Tensor:
         count = group.tasks

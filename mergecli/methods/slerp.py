@@ -37,9 +37,9 @@ class Slerp(PerTensor):
     """Where on the arc: 0 is the first model, 1 the second."""
 
     @classmethod
-    def check(cls, tasks: int, settings: dict[str, Any]) -> list[tuple[str, str]]:
+    def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
         del settings
-        return [] if tasks == 2 else [("name", f"`slerp` merges exactly 2 models, got {tasks}")]
+        return [] if len(tasks) == 2 else [("name", f"`slerp` merges exactly 2 models, got {len(tasks)}")]
 
     def merge(self, group: Group, /) -> Tensor:
         first, second = group.tuned

@@ -28,6 +28,7 @@ class Svc(Modifier):
 
     title: ClassVar[str] = "singular values of what another method merges lowered where tasks overlap"
     paper: ClassVar[str] = "Singular value calibration, 2026, arXiv 2602.05536"
+    work: ClassVar[str] = "a singular value decomposition of each matrix, in float64"
     elementwise: ClassVar[bool] = False
     keeps_group: ClassVar[bool] = True
 

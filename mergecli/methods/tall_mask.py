@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from mergecli.errors import UsageError, did_you_mean
+from mergecli.errors import did_you_mean
 from mergecli.methods._kinds import Group, PerTensor, total
 from mergecli.methods._settings import Range
 
@@ -29,12 +29,16 @@ class TallMask(PerTensor):
     mask_threshold: Annotated[float, Range(0)] = 0.6
     """How much larger than the other tasks' sum an entry must be to be kept; 0 keeps all where tau_t is not 0."""
 
+    @classmethod
+    def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
+        name = settings["task"]
+        if name in tasks:
+            return []
+        return [
+            ("task", f"there is no model `{name}`{did_you_mean(name, tasks)}; there are {', '.join(tasks)}")
+        ]
+
     def merge(self, group: Group, /) -> Tensor:
-        if self.task not in group.names:
-            raise UsageError(
-                f"`method.task`: there is no task `{self.task}`{did_you_mean(self.task, group.names)}",
-                f"the tasks are {', '.join(group.names)}",
-            )
         deltas = group.deltas
         merged = total(deltas)
         own = deltas[group.names.index(self.task)]

@@ -32,7 +32,7 @@ class Ties(TwoPass):
 
     Entries that tie with the smallest kept magnitude are kept. The published tables used `trim = "fusion_bench"`
     and `zero_sign = "majority"`; the difference is one entry a task vector, and entries that cancel exactly.
-    The paper takes the mean: `aggregate = "mean"`, with a scaling factor about 1.
+    With `trim = "tensor"` a tensor of few entries may lose all of them. The paper takes the mean: `aggregate = "mean"`, with a scaling factor about 1.
     """
 
     title: ClassVar[str] = "task vectors trimmed, a sign elected for each entry, the agreeing ones added"

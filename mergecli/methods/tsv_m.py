@@ -28,6 +28,9 @@ class TsvM(PerTensor):
 
     title: ClassVar[str] = "the leading singular vectors of all tasks, made orthogonal to each other"
     paper: ClassVar[str] = "Gargiulo et al., Task singular vectors, CVPR 2025, arXiv 2412.00081, algorithm 1"
+    work: ClassVar[str] = (
+        "a singular value decomposition of each matrix of each model, and two of what they make"
+    )
     elementwise: ClassVar[bool] = False
 
     scaling_factor: Annotated[float, Range()] = 1.0

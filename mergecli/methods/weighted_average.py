@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,11 +28,11 @@ class WeightedAverage(PerTensor):
     """Whether the weights are divided by their sum, which then may not be 0."""
 
     @classmethod
-    def check(cls, tasks: int, settings: dict[str, Any]) -> list[tuple[str, str]]:
+    def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
         weights = settings["weights"]
-        if isinstance(weights, Mapping) or len(weights) != tasks:
-            return [("weights", f"expected {tasks} numbers, one a task, got {len(weights)}")]
-        if settings.get("normalize", True) and sum(weights) == 0:
+        if len(weights) != len(tasks):
+            return [("weights", f"expected one number for each of {len(tasks)} models, got {len(weights)}")]
+        if settings.get("normalize", True) and abs(sum(weights)) <= 1e-9 * max(map(abs, weights)):
             return [("weights", "the weights add up to 0 and cannot be normalized; set `normalize = false`")]
         return []
 

@@ -29,6 +29,7 @@ class Wudi(PerTensor):
     paper: ClassVar[str] = (
         "Cheng et al., Whoever started the interference should end it, ICML 2025, arXiv 2503.08099"
     )
+    work: ClassVar[str] = "`steps` products of square matrices for each matrix"
     elementwise: ClassVar[bool] = False
 
     steps: Annotated[int, Range(0)] = 400

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -179,7 +180,10 @@ def test_consensus_of_no_task_is_task_arithmetic_and_a_tall_mask_of_one_task_is_
         UsageError, match=r"`method.agreeing_tasks`: expected at most the number of tasks, 1, got 2"
     ):
         merged(world, "consensus", ["t1"])
-    with pytest.raises(UsageError, match=r"`method.task`: there is no task `t11` \(did you mean `t1`\?\)"):
+    with pytest.raises(
+        UsageError,
+        match=r"`method.task`: there is no model `t11` \(did you mean `t1`\?\); there are t1, t2, t3",
+    ):
         merged(world, "tall_mask", task="t11")
 
 
@@ -214,3 +218,26 @@ def test_linear_at_the_middle_is_the_average_and_takes_two_models(world: World) 
     for method in ("linear", "slerp"):
         with pytest.raises(UsageError, match=f"`{method}` merges exactly 2 models, got 3"):
             merged(world, method)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("weighted_average", {"weights": [0.1, 0.2, -0.3]}, "add up to 0"),
+        ("weighted_average", {"weights": [1, 2]}, "expected one number for each of 3 models, got 2"),
+        ("linear", {"t": 4e38}, "expected a number"),
+        ("wudi", {"learning_rate": 1e299}, "expected a number at least 0, got 1e\\+299"),
+    ],
+)
+def test_settings_that_would_leave_float32_are_refused(
+    world: World, method: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        merged(world, method, **settings)
+
+
+def test_a_matrix_that_cannot_be_inverted_gives_ace_merging_a_pseudo_inverse(world: World) -> None:
+    base, one = torch.zeros(4, 3), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    one[:, 1] = one[:, 0]
+    other = with_models(world, {"w.weight": base}, {"w.weight": one}, {"w.weight": one * 2})
+    assert bool(merged(other, "ace_merging", ridge=1e-300)["w.weight"].isfinite().all())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mergecli import methods, models
-from mergecli.methods._kinds import Group, Method, TwoPass, merge_group
+from mergecli.methods._kinds import Group, Looking, Method, TwoPass, merge_group
 from tests.conftest import Weights, World, assert_same
 from tests.golden.bench import merged, with_models
 from tests.golden.layers import layered_world
@@ -25,7 +25,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 TWO = ("linear", "slerp")
 AT_LEAST = {"linear": 2, "slerp": 2, "model_stock": 2, "consensus": 2, "tall_mask": 2}
 ORDERED = ("linear", "slerp", "weighted_average")
-NAMES = methods.names()
+NAMES = [name for name in methods.names() if not issubclass(methods.find(name), Looking)]
+"""All but those that look at images, which have tests of their own."""
 
 
 def settings_for(method: str, tasks: int) -> dict[str, Any]:
