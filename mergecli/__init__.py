@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mergecli.finetuning import Finetuned as Finetuned
     from mergecli.finetuning import finetune as finetune
     from mergecli.inspection import info as info
+    from mergecli.measuring import Measured as Measured
+    from mergecli.measuring import measure as measure
     from mergecli.pool import ModelPool as ModelPool
     from mergecli.recipe import Recipe as Recipe
     from mergecli.reporting import report as report
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "merge": "engine", "Merged": "engine", "MergecliError": "errors", "evaluate": "evaluation",
     "Evaluation": "evaluation", "Extracted": "extraction", "extract": "extraction", "fetch": "fetching", "Fetched": "fetching", "finetune": "finetuning", "Finetuned": "finetuning",
-    "info": "inspection", "ModelPool": "pool", "Recipe": "recipe", "cos_sim": "similarity", "Similarities": "similarity",
+    "info": "inspection", "measure": "measuring", "Measured": "measuring", "ModelPool": "pool", "Recipe": "recipe", "cos_sim": "similarity", "Similarities": "similarity",
     "report": "reporting", "sweep": "sweep_scores", "Swept": "sweep_scores", "taskvector": "vectors",
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mergecli.catalogue import read_recipe, recipe_from, with_method
 from mergecli.errors import UsageError, shown
 from mergecli.learning import Learning, Lesson
 from mergecli.merge_output import Output, cast
+from mergecli.methods._adapted import Adapted
 from mergecli.methods._kinds import Group, Method, TwoPass, merge_group
 from mergecli.models import Models, open_models
 from mergecli.output import refuse_inputs
@@ -124,8 +125,19 @@ def merge_points(
         )
         for each in outputs:
             refuse_inputs(each.target, models.paths)
-        lessons = [learning.learn(models, each, stack, progress) for each in outputs]
+        learnt: dict[str, Lesson] = {}
+        for each in outputs:
+            if _key(each.method) not in learnt:
+                learnt[_key(each.method)] = learning.learn(models, each, stack, progress)
+        lessons = [_taught(each, learnt[_key(each.method)]) for each in outputs]
         return _stream(models, lessons, size, progress)
+
+
+def _taught(output: Output, lesson: Lesson) -> Lesson:
+    """The lesson for an output whose method may differ in late settings from the one it was learnt for."""
+    learnt_with = lesson.output.method
+    method = learnt_with if isinstance(learnt_with, Adapted) else output.method
+    return replace(lesson, output=replace(output, method=method))
 
 
 def _stream(
@@ -167,12 +179,17 @@ def _merged(models: Models, output: Output, inputs: Mapping[str, str]) -> Merged
     )  # fmt: skip
 
 
+def _key(method: Method) -> str:
+    """The same for methods that differ only in what neither surveys nor images are looked at for."""
+    return f"{methods.name_of(method)} {methods.table_of(method, without=method.late)}"
+
+
 def _surveys(several: Sequence[Method], passes: Passes) -> list[Any]:
     """What each method's survey found; those that differ in nothing that a survey looks at share one."""
     found: dict[str, Any] = {}
     results: list[Any] = []
     for method in several:
-        key = repr(methods.table_of(method, without=method.late))
+        key = _key(method)
         if key not in found:
             found[key] = method.survey(passes) if isinstance(method, TwoPass) else None
         results.append(found[key])

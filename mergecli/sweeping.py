@@ -15,6 +15,7 @@ import tomli
 from mergecli.catalogue import read_recipe, recipe_from
 from mergecli.engine import Merged, merge_points
 from mergecli.errors import UsageError, shown
+from mergecli.learning import Learning
 from mergecli.progress import Progress
 from mergecli.recipe import Recipe
 
@@ -100,14 +101,19 @@ def points_of(
 
 
 def merge_sweep(
-    points: Sequence[Point], output: str | Path, *, device: str = "cpu", progress: Progress | None = None
+    points: Sequence[Point],
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    statistics: Path | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Merged, ...]:
     """Writes one checkpoint a point into the folder `output`, each called after its point."""
     target = Path(output)
     if target.suffix == ".safetensors":
         raise UsageError(f"{target}: a sweep writes several files, so the output is a folder")
     files = {target / f"{point.name}.safetensors": point.recipe for point in points}
-    return merge_points(files, device=device, progress=progress)
+    return merge_points(files, device=device, learning=Learning(statistics), progress=progress)
 
 
 def _range(written: str, text: str) -> tuple[Any, ...]:

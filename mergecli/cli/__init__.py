@@ -20,6 +20,7 @@ from mergecli.cli import (
     fetch,
     finetune,
     info,
+    measure,
     merge,
     methods,
     report,
@@ -40,6 +41,7 @@ app.command("fetch")(fetch.fetch)
 app.command("taskvector")(taskvector.taskvector)
 app.command("merge")(merge.merge)
 app.command("eval")(evaluate.evaluate)
+app.command("measure")(measure.measure)
 app.command("cos-sim")(cos_sim.cos_sim)
 app.command("report")(report.report)
 app.command("finetune")(finetune.finetune)

@@ -80,7 +80,9 @@ def merge(
             if coefficients or save_coefficients or trace or plot:
                 raise UsageError("a sweep has no single file of coefficients, trace or plot")
             points = sweeping.points_of(what, sweep, base=base, method=method, changes=changes or [])
-            written = sweeping.merge_sweep(points, output, device=device, progress=progress)
+            written = sweeping.merge_sweep(
+                points, output, device=device, statistics=statistics, progress=progress
+            )
         else:
             written = [
                 engine.merge(

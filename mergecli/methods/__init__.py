@@ -61,6 +61,10 @@ def problems(
         return [("name", error.message)]
     found = setting_problems(method, values)
     for key, inner in _inner(method, values).items():
+        if inner["name"] in names() and issubclass(find(inner["name"]), Looking):
+            found.append(
+                (f"{key}.name", f"`{inner['name']}` looks at images, and cannot be changed by another method")
+            )
         found += [(f"{key}.{each}", what) for each, what in problems(inner.pop("name"), inner, tasks)]
     if not found and tasks is not None:
         found = method.check(tasks, dict(values))

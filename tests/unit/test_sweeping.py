@@ -84,3 +84,12 @@ def test_a_value_that_does_not_fit_writes_nothing(world: World, run: Run) -> Non
     assert (ended.status, ended.out) == (2, "")
     assert ended.err == "error: --set: `method.density`: expected a number in (0, 1], got 1.5\n"
     assert not (world.folder / "swept").exists()
+
+
+def test_a_method_that_looks_at_images_cannot_be_changed_by_another(world: World, run: Run) -> None:
+    ended = run(
+        "merge", "--base", "base.safetensors", "t1.safetensors", "t2.safetensors", "--method", "lines", "--set",
+        'method.of={ name = "fisher" }', "-o", "m.safetensors",
+    )  # fmt: skip
+    assert (ended.status, ended.out) == (2, "")
+    assert "`method.of.name`: `fisher` looks at images, and cannot be changed by another method" in ended.err

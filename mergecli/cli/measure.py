@@ -1,0 +1,46 @@
+"""`mergecli measure`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergecli.cli import options, show
+
+
+def measure(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Names base, models and tasks.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder; files that are there and fit are kept.")],
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method", metavar="NAME", autocompletion=options.complete_methods,
+            help="Replaces the recipe's [method]; one that looks at images.",
+        ),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="TASK,...", help="Which of the recipe's tasks; none: all.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    changes: options.Set = None,
+) -> None:  # fmt: skip
+    """Measure what a method needs to know of each model before it merges; prints one path a line.
+
+    Different tasks may be measured by different processes or machines at one time: the files are all that a merge
+    needs of the images. Interrupted, the same command measures what is still missing.
+
+    mergecli measure recipe.toml --method fisher -o stats/
+
+    mergecli merge recipe.toml --method fisher --statistics stats/ -o fisher.safetensors
+    """
+    from mergecli import measuring
+
+    with show.progress() as progress:
+        done = measuring.measure(
+            recipe, output=output, method=method, only=only.split(",") if only else (), device=device,
+            changes=changes or [], progress=progress,
+        )  # fmt: skip
+    for path in done.paths.values():
+        show.line(str(path))

@@ -1,0 +1,159 @@
+"""Methods that measure each model on images of its own task before they merge: Fisher, RegMean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+
+from mergecli.methods._kinds import Group, Looking, total
+from mergecli.methods._settings import Range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor -> shape, of every tensor that is merged."""
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+"""Tensor -> dtype (as safetensors call it) and shape, of everything that is measured."""
+
+
+class States(Protocol):
+    """The activations of all images of a task between two layers, (B, S, D) a batch; kept on disk."""
+
+    def look(self, layer: Module, /) -> None:
+        """Lets them go through the layer, and forgets what comes out."""
+        ...
+
+    def step(self, layer: Module, /) -> None:
+        """Puts what comes out of the layer in their place."""
+        ...
+
+
+class Probe(Protocol):
+    """One task's model and images, as a method sees them; there is no way to ask for labels."""
+
+    @property
+    def model(self) -> Module:
+        """The vision tower with the task's weights; its parameters have the names that groups have."""
+        ...
+
+    def batches(self, size: int, /) -> Iterator[Tensor]:
+        """(B, 3, H, W) the task's images, `size` at a time, where the model is."""
+        ...
+
+    def logits(self, pixel_values: Tensor, /) -> Tensor:
+        """(B, C) logits of the task's zero-shot head."""
+        ...
+
+    def layers(self) -> Iterator[tuple[str, Module]]:
+        """Name and module of each transformer layer, from the first to the last."""
+        ...
+
+    def states(self, size: int, /) -> States:
+        """What goes into the first layer, `size` images at a time."""
+        ...
+
+
+class JointProbe(Protocol):
+    """The images of all tasks, one tower to put merged weights into, and the weights of every model."""
+
+    @property
+    def tasks(self) -> int:
+        """T."""
+        ...
+
+    @property
+    def model(self) -> Module:
+        """The vision tower; its parameters have the names that groups have."""
+        ...
+
+    def tuned(self, task: int, name: str, /) -> Tensor:
+        """(...) float32 weights of a task's model."""
+        ...
+
+    def base(self, name: str, /) -> Tensor:
+        """(...) float32 weights of the base."""
+        ...
+
+    def layers(self) -> Iterator[tuple[str, Module]]:
+        """Name and module of each transformer layer, from the first to the last."""
+        ...
+
+    def states(self, task: int, size: int, /) -> States:
+        """What goes into the first layer for the images of a task, with the model's weights of now."""
+        ...
+
+
+class Statistics(Protocol):
+    """What was measured, read piece by piece; one file a task, or one for all where they are measured together."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of a file's tensors."""
+        ...
+
+    def read(self, file: int, name: str, start: int = 0, stop: int | None = None, /) -> Tensor:
+        """(stop - start,) entries of a flattened tensor of the file of that number."""
+        ...
+
+
+@dataclass(frozen=True)
+class Calibrated(Looking):
+    """What methods share that measure first; statistics are measured once a task and kept as files."""
+
+    looks_at: ClassVar[str] = "training images of every task, unlabelled"
+    joint: ClassVar[bool] = False
+    """Whether all tasks are measured together, so that there is one file of statistics."""
+    needs_head: ClassVar[bool] = False
+    """Whether logits are looked at, so that class names and prompts matter."""
+    late: ClassVar[frozenset[str]] = frozenset({"exclude"})
+    """Settings that the statistics do not depend on: they can be changed without measuring again."""
+
+    examples: Annotated[int, Range(1)] = 256
+    """Images of each task that are looked at, without labels; all where a task has fewer."""
+    batch_size: Annotated[int, Range(1)] = 32
+    """Images at a time."""
+    split: str = "train"
+    """The split that the images are taken from: `train`, `validation`, `test`, or another that the data have."""
+    shuffle: bool = True
+    """Whether the images are drawn by the recipe's seed, or the first ones as they are stored."""
+    exclude: tuple[str, ...] = ()
+    """Tensors that keep the base's values: regular expressions that match the beginning of their names."""
+
+    @classmethod
+    def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
+        del tasks
+        found: list[tuple[str, str]] = []
+        for pattern in settings.get("exclude", ()):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                found.append(("exclude", f"`{pattern}` is not a regular expression: {error}"))
+        return found
+
+    def excludes(self, name: str) -> bool:
+        """Whether a tensor keeps the base's values."""
+        return any(re.match(pattern, name) for pattern in self.exclude)
+
+    def layout(self, shapes: Shapes, /) -> Layout:
+        """What is measured of a model with these tensors."""
+        raise NotImplementedError
+
+    def measure(self, probe: Probe, /) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor of the layout, of one task."""
+        raise NotImplementedError
+
+    def measure_jointly(self, probe: JointProbe, /) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor of the layout, of all tasks together; for those that are `joint`."""
+        raise NotImplementedError
+
+    def merge(self, group: Group, learnt: Statistics, /) -> Tensor:
+        raise NotImplementedError
+
+
+def mean(group: Group) -> Tensor:
+    """(...) the plain mean of the fine-tuned weights, as `average` has it."""
+    return total(group.tuned).div_(group.tasks)

@@ -1,0 +1,133 @@
+"""AdaMerging: coefficients that make the merged model sure of its predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from mergecli.methods._adapted import Adapted, Change, Learnt, State, Trial, combine, inner
+from mergecli.methods._descent import adam_step
+from mergecli.methods._kinds import Group, Groups, total
+from mergecli.methods._select import keep_largest, magnitude_thresholds
+from mergecli.methods._settings import Fraction, Range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdaMerging(Adapted):
+    """theta = theta_0 + sum_i c_i tau_i,  the c_i minimising  sum_t mean_x H(softmax(logits_t(x; theta)))
+
+    by `steps` steps of Adam from `start`, H the entropy, x images of task t without labels; with
+    `granularity = "layer"` one coefficient for each task and tensor. With `preprocess = "ties"` (AdaMerging++) the tau_i
+    are those entries that survive TIES's trimming and agree with its elected sign.
+
+    The published tables took batches of the test images; `split` takes others.
+    """
+
+    title: ClassVar[str] = "coefficients learnt by making predictions on unlabelled images sure"
+    paper: ClassVar[str] = "Yang et al., AdaMerging, ICLR 2024, arXiv 2310.02575, equations 4 to 6"
+
+    granularity: Literal["task", "layer"] = "layer"
+    """One coefficient a task, or one for each task and tensor."""
+    steps: Annotated[int, Range(0)] = 1000
+    """Steps of Adam; 0 is task arithmetic with the scaling factor `start`."""
+    start: Annotated[float, Range()] = 0.3
+    """Every coefficient before the first step."""
+    clamp: bool = False
+    """Whether coefficients are kept in [0, 1]."""
+    preprocess: Literal["none", "ties"] = "none"
+    """Whether the task vectors are first trimmed and freed of disagreeing entries as TIES does."""
+    density: Fraction = 0.2
+    """With `preprocess = "ties"`: the fraction of entries kept of each task vector."""
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps
+
+    def survey(self, groups: Groups, /) -> State:
+        if self.preprocess == "none":
+            return {}
+        import torch
+
+        thresholds = magnitude_thresholds(groups, self.density)[""]  # infinity where nothing is kept
+        return {"thresholds": thresholds.clamp_(max=torch.finfo(torch.float32).max)}
+
+    def prepared(self, group: Group, surveyed: Mapping[str, Tensor], /) -> Tensor:
+        if self.preprocess == "none":
+            return group.deltas
+        trimmed = keep_largest(group.deltas, surveyed["thresholds"].to(group.deltas.device))
+        sign = total(trimmed).sign_()
+        return trimmed.mul_((trimmed * sign) > 0)
+
+    def begin(self, trial: Trial, /) -> State:
+        import torch
+
+        columns = len(trial.weights) if self.granularity == "layer" else 1
+        device = next(iter(trial.weights.values())).device
+        start = torch.full((len(trial.tasks), columns), self.start, device=device)
+        return {"coefficients": start, "mean": torch.zeros_like(start), "square": torch.zeros_like(start)}
+
+    def step(self, trial: Trial, state: State, number: int, /) -> tuple[Tensor, Change]:
+        used = self._used(state)  # (T, P) or (T, 1)
+        for name, own in columns(trial, used):
+            combine(trial.deltas[name], own, trial.weights[name]).add_(trial.base[name])
+        losses, slopes = trial.slopes(number)
+        slope = slopes_of(trial, slopes.items(), used.shape[1])
+        if self.clamp:
+            slope *= (state["coefficients"] >= 0) & (state["coefficients"] <= 1)
+        return losses, lambda: adam_step(
+            state["coefficients"], slope, state["mean"], state["square"], self.learning_rate, number + 1
+        )
+
+    def finish(self, trial: Trial, state: State, /) -> State:
+        del trial
+        return {"coefficients": self._used(state).clone()}
+
+    def shapes(self, tasks: int, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {
+            "coefficients": (tasks, len(tensors) if self.granularity == "layer" else 1)
+        }
+        return found | ({"thresholds": (tasks,)} if self.preprocess == "ties" else {})
+
+    def shown(self, state: State, /) -> Tensor:
+        return self._used(state).mean(1)
+
+    def _used(self, state: State) -> Tensor:
+        return state["coefficients"].clamp(0, 1) if self.clamp else state["coefficients"]
+
+    def merge(self, group: Group, learnt: Any, /) -> Tensor:
+        vectors = self.prepared(group, learnt.tensors)
+        return weighted(group, vectors, coefficients_of(learnt, group.name))
+
+
+def columns(trial: Trial, coefficients: Tensor) -> Iterable[tuple[str, Tensor]]:
+    """Each tensor's name and its (T,) coefficients, of (T, P) or (T, 1)."""
+    last = coefficients.shape[1] - 1
+    return ((name, coefficients[:, min(column, last)]) for column, name in enumerate(trial.weights))
+
+
+def slopes_of(trial: Trial, slopes: Iterable[tuple[str, Tensor]], count: int) -> Tensor:
+    """(T, P) gradients with respect to the coefficients from those with respect to each tensor's merged task vector,
+    or if `count` is 1 (T, 1) their sums over the tensors."""
+    import torch
+
+    each = torch.stack([inner(slope, trial.deltas[name]) for name, slope in slopes], dim=1)
+    return trial.total(each if count > 1 else each.sum(1, keepdim=True))
+
+
+def coefficients_of(learnt: Learnt, name: str) -> list[float]:
+    """The T coefficients of one tensor."""
+    table = learnt.tensors["coefficients"]
+    column = learnt.names.index(name) if table.shape[1] > 1 else 0
+    return table[:, column].tolist()
+
+
+def weighted(group: Group, vectors: Tensor, coefficients: list[float]) -> Tensor:
+    """(...) base + sum_i c_i vector_i, added from the first to the last."""
+    result = group.base.clone()
+    for vector, coefficient in zip(vectors, coefficients, strict=True):
+        result.add_(vector, alpha=coefficient)
+    return result

@@ -1,0 +1,98 @@
+"""Concrete task arithmetic: task arithmetic on the entries that a learnt mask leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from mergecli.methods._adapted import Adapted, Change, State, Trial
+from mergecli.methods._kinds import Group, total
+from mergecli.methods._masks import (
+    Kind,
+    begin_masks,
+    final_mask,
+    kept_masks,
+    logits_key,
+    mask_shapes,
+    mask_slope,
+    move_masks,
+    rescaled,
+    sampled,
+)
+from mergecli.methods._settings import Range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ConcreteTaskArithmetic(Adapted):
+    """theta = theta_0 + lambda (m / mean(m)) sum_i tau_i,  m = sigmoid((logit(u) + phi) / temperature),  u uniform
+
+    one phi for each entry of the model, shared by the tasks, minimising  sum_t mean_x H(softmax(logits_t(x; theta)))
+    by `steps` steps of Adam, each with a mask drawn anew; the mean is over a tensor.
+
+    At the end one more mask is drawn (`mask = "sample"`, as published), so the result depends on the seed; `expected`
+    takes sigmoid(phi), `discrete` draws 0 or 1.
+    """
+
+    title: ClassVar[str] = "task arithmetic under a mask learnt on unlabelled images"
+    paper: ClassVar[str] = "Tang et al., Concrete Subspace Learning, arXiv 2312.06173, algorithm 1"
+
+    scaling_factor: Annotated[float, Range()] = 0.3
+    """lambda."""
+    steps: Annotated[int, Range(0)] = 2000
+    """Steps of Adam on the mask."""
+    temperature: Annotated[float, Range(0, open_low=True)] = 0.5
+    """Of the concrete distribution: the lower, the nearer masks are to 0 and 1."""
+    initial_logits: Annotated[float, Range()] = 0.0
+    """phi before the first step; 0 is a chance of a half."""
+    mask: Kind = "sample"
+    """The mask that is kept: one more sample, the chance of each entry, or 0 or 1 drawn with that chance."""
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps
+
+    def prepared(self, group: Group, surveyed: Mapping[str, Tensor], /) -> Tensor:
+        del surveyed
+        return total(group.deltas).mul_(self.scaling_factor)[None]
+
+    def begin(self, trial: Trial, /) -> State:
+        return begin_masks(trial, self.initial_logits)
+
+    def step(self, trial: Trial, state: State, number: int, /) -> tuple[Tensor, Change]:
+        masks: State = {}
+        for name, weight in trial.weights.items():
+            masks[name] = mask = sampled(trial, state, name, f"step {number}", self.temperature)
+            weight.copy_(rescaled(mask).mul_(trial.deltas[name][0]).add_(trial.base[name]))
+        losses, slopes = trial.slopes(number)
+        found = {
+            name: mask_slope(trial, masks.pop(name), slope.mul_(trial.deltas[name][0]), self.temperature)
+            for name, slope in slopes.items()
+        }
+        return losses, lambda: move_masks(state, found, self.learning_rate, number + 1)
+
+    def finish(self, trial: Trial, state: State, /) -> State:
+        return kept_masks(trial, state, self.mask, self.temperature)
+
+    def shown(self, state: State, /) -> Tensor:
+        return mean_chances(state)
+
+    def shapes(self, tasks: int, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        del tasks
+        return mask_shapes(tensors)
+
+    def merge(self, group: Group, learnt: Any, /) -> Tensor:
+        mask = final_mask(learnt, group, self.mask, self.temperature)
+        return total(group.deltas).mul_(mask).mul_(self.scaling_factor).add_(group.base)
+
+
+def mean_chances(state: State) -> Tensor:
+    """(1,) the mean chance of an entry to be kept."""
+    import torch
+
+    logits = [each for key, each in state.items() if key.startswith(logits_key(""))]
+    count = sum(each.numel() for each in logits)
+    return torch.stack([each.sigmoid().sum() for each in logits]).sum()[None] / max(count, 1)

@@ -1,0 +1,77 @@
+"""A tiny zoo with images: a CLIP, three towers made of it, one of them kept as a task vector, and their tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mergecli.clip.images import load_images
+from mergecli.clip.model import Clip, load_clip, pixels
+from mergecli.clip.tasks import find
+from mergecli.recipe import Recipe, TaskTable
+from mergecli.sources import parse_source
+from tests.tiny import make_image_task, make_tiny_clip
+
+TEMPLATES = ("a {} picture", "something {}")
+CLASSES = {"a": ("red", "green", "blue"), "b": ("cold", "warm"), "c": ("one", "two", "three", "four")}
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """Where it lies, its recipe, and the weights of its towers."""
+
+    folder: Path
+    recipe: Recipe
+    base: Mapping[str, Tensor]
+    tuned: Mapping[str, dict[str, Tensor]]
+
+    def clip(self) -> Clip:
+        """The CLIP, loaded anew."""
+        return load_clip(self.folder / "clip")
+
+    def pixels(self, task: str, examples: int, *, shuffle: bool) -> Tensor:
+        """(B, 3, H, W) the training images of a task that a method looks at."""
+        images = load_images(find(task, self.recipe), "train")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.recipe.seed))
+        rows = order.tolist() if shuffle else range(len(images))
+        return pixels(self.clip(), [images[row][0] for row in list(rows)[:examples]])
+
+
+def make_zoo(folder: Path) -> Zoo:
+    """The zoo in `folder`, with a recipe file `zoo.toml`."""
+    make_tiny_clip(folder / "clip")
+    whole = load_file(folder / "clip" / "model.safetensors")
+    base = {name: value for name, value in whole.items() if name.startswith("vision_model.")}
+    tuned: dict[str, dict[str, Tensor]] = {}
+    lines = ['base = "clip"', "[tuned]"]
+    for number, (task, classes) in enumerate(CLASSES.items(), 1):
+        generator = torch.Generator().manual_seed(number)
+        tuned[task] = {
+            name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in base.items()
+        }
+        kept = tuned[task]
+        if task == "b":
+            kept = {name: value - base[name] for name, value in kept.items()}
+            tuned[task] = {name: value + base[name] for name, value in kept.items()}
+        about = {"kind": "task vector"} if task == "b" else {}
+        save_file(kept, folder / f"{task}.safetensors", about)
+        make_image_task(folder / "images" / task, classes, train=24 + 2 * number, test=4, seed=number)
+        lines.append(f'{task} = "{task}.safetensors"')
+    for task in CLASSES:
+        templates = ", ".join(f'"{each}"' for each in TEMPLATES)
+        lines += [f"[tasks.{task}]", f'data = "images/{task}"', f"templates = [{templates}]"]
+    (folder / "zoo.toml").write_text("\n".join(lines) + "\n")
+    source = {task: parse_source(str(folder / f"{task}.safetensors"), Path()) for task in CLASSES}
+    tables = {
+        task: TaskTable(data=parse_source(str(folder / "images" / task), Path()), templates=TEMPLATES)
+        for task in CLASSES
+    }
+    recipe = Recipe(
+        base=parse_source(str(folder / "clip"), Path()), tuned=source, tasks=tables, method="average"
+    )
+    return Zoo(folder, recipe, base, tuned)
