@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import tempfile
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,18 +44,26 @@ class ModelPool:
 
     def __init__(
         self,
-        models: str | Path | Recipe | Mapping[str, Any],
+        models: str | Path | Recipe | Mapping[Any, Any],
         *,
-        tasks: Sequence[str] = (),
+        tasks: Sequence[str] | str = (),
         changes: Sequence[str] = (),
     ) -> None:
         self._loaded: dict[str, Any] = {}
         self._folder: Path | None = None
+        tasks = tasks.split(",") if isinstance(tasks, str) else tasks
         if isinstance(models, Mapping):
+            for name, each in models.items():
+                if not isinstance(name, str) or not (
+                    callable(each) or isinstance(each, str | Path | Mapping)
+                ):
+                    raise UsageError(
+                        f"pool: `{name}`: expected a source, a table, a module or a function, got {each!r}"
+                    )
             self._loaded = {name: each for name, each in models.items() if callable(each)}
             texts = {name: each for name, each in models.items() if name not in self._loaded}
             tuned = {name: texts.get(name, ".") for name in models if name != BASE}
-            evaluation = {"eval": {"tasks": list(tasks)}} if tasks else {}
+            evaluation: dict[str, Any] = {"eval": {"tasks": list(tasks)}} if tasks else {}
             known = recipe_from(texts.get(BASE), tuned, changes, **evaluation)
         else:
             known = models if isinstance(models, Recipe) else read_recipe(models, changes)
@@ -76,7 +84,7 @@ class ModelPool:
     def recipe(self) -> Recipe:
         """The recipe of the pool, for `merge`, `evaluate` and the other verbs.
 
-        Modules are written to temporary files first, which live as long as the pool.
+        Modules are written to temporary files first, which live as long as the program.
         """
         base = self._written(BASE) if self.has_base else None
         return replace(
@@ -103,7 +111,7 @@ class ModelPool:
         from mergecli.clip.towers import load_tower
 
         source = self._source(name)
-        base = self._recipe.base
+        base = self._written(BASE) if self.has_base else None
         with open_source(source, base) as stored:
             tower = stored.vision()
             if not tower.is_task_vector:
@@ -117,6 +125,10 @@ class ModelPool:
         """A whole `transformers.CLIPModel`: the base's text tower and projections, with that model's vision tower."""
         from mergecli.clip.model import load_clip, set_tower
 
+        if BASE in self._loaded:
+            raise UsageError(
+                "the pool's base is a module, a vision tower; a whole CLIP needs a source as base"
+            )
         base = self._source(BASE)
         clip = load_clip(locate(base))
         if name != BASE:
@@ -128,7 +140,11 @@ class ModelPool:
         """The image processor with the tokenizer, a `transformers.CLIPProcessor`; images are resized by PIL."""
         from mergecli.clip.towers import load_processor
 
-        return load_processor(self._configured(self._recipe.base or self._source(self.model_names[0])))
+        if not self.has_base and not self.model_names:
+            raise UsageError("the pool has no models")
+        return load_processor(
+            self._configured(self._source(BASE if self._recipe.base else self.model_names[0]))
+        )
 
     def load_train_dataset(self, task: str) -> Images:
         """The images of a task's training split: `dataset[i]` is the i-th as an RGB image, and its label."""
@@ -175,14 +191,16 @@ class ModelPool:
             return self._source(name)
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="mergecli-pool-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        path = self._folder / f"{name}.safetensors"
+            atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
+        path = self._folder / name
+        if not hasattr(module, "config"):
+            path = path.with_name(f"{name}.safetensors")
         self.save_model(module, path)
         return Source("path", path.name, path=path)
 
     def _configured(self, source: Source) -> Path:
         """The folder that has the configuration of the model: its own, or else the base's."""
-        for each in (source, *([self._recipe.base] if self._recipe.base else [])):
+        for each in (source, *([self._written(BASE)] if self.has_base else [])):
             path = locate(each)
             folder = path if path.is_dir() else path.parent
             if (folder / "config.json").is_file():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
-from mergecli.errors import InputError, UsageError, did_you_mean
+from mergecli.errors import InputError, UsageError, did_you_mean, quoted
 
 Kind = Literal["hf", "ms", "toy", "path"]
 
@@ -85,8 +86,12 @@ def parse_source(text: str, anchor: Path) -> Source:
         raise UsageError("a source is empty", "write `hf:org/name`, `ms:org/name`, `toy:name` or a path")
     if colon and prefix in (*HUBS, "toy"):
         whole, hash_, inside = rest.removeprefix("//").partition("#")
-        name, _, revision = whole.partition("@")
-        if not _REPOSITORY.fullmatch(name) or (prefix == "toy" and (revision or hash_ or "/" in name)):
+        name, at, revision = whole.partition("@")
+        if (
+            (at and not revision)
+            or not _REPOSITORY.fullmatch(name)
+            or (prefix == "toy" and (revision or hash_ or "/" in name))
+        ):
             form = "toy:name" if prefix == "toy" else f"{prefix}:org/name@revision"
             raise UsageError(f"source `{text}`: expected `{form}`")
         return Source(
@@ -163,8 +168,7 @@ def _located(source: Source) -> Path:
     pinned = source.pinned or source
     folder = store_folder(pinned)
     commit = pinned.revision or DEFAULT_BRANCH[pinned.kind]
-    reference = folder / "refs" / commit
-    path = folder / (reference.read_text("utf-8").strip() if reference.is_file() else commit)
+    path = folder / (_referred(folder / "refs" / commit) or commit)
     if not path.is_dir():
         name = str(source).replace(":", ":datasets/", 1) if source.is_data else str(source)
         which = f"commit {commit[:12]}, which its lock names, " if source.pinned else ""
@@ -172,7 +176,37 @@ def _located(source: Source) -> Path:
             f"{source}: {which}has not been fetched",
             f"run `mergecli fetch {name}`, or with the recipe, where there is a network",
         )
+    _check_whole(path, source)
     return path
+
+
+def _referred(reference: Path) -> str:
+    """The commit that a file of `refs/` names; empty if there is none."""
+    try:
+        commit = reference.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return commit if re.fullmatch(r"[0-9a-f]{7,64}", commit) else ""
+
+
+def _check_whole(folder: Path, source: Source) -> None:
+    """Raises InputError unless the files that `fetch` put there are there, each with its size."""
+    manifest = folder / ".mergecli.json"
+    try:
+        files: Any = json.loads(manifest.read_bytes())["files"]
+        sizes = {str(name): int(each["size"]) for name, each in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # put there by hand, or by another version
+    wrong = [
+        name
+        for name, size in sizes.items()
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size
+    ]
+    if wrong:
+        raise InputError(
+            f"{source}: {quoted(wrong)} in {folder} {'is' if len(wrong) == 1 else 'are'} missing or not as fetched",
+            "delete that folder and fetch again",
+        )
 
 
 def named_sources(arguments: Sequence[str]) -> dict[str, str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tomli
 
@@ -16,6 +17,7 @@ from mergecli.catalogue import read_recipe, recipe_from
 from mergecli.engine import Merged, merge_points
 from mergecli.errors import UsageError, shown
 from mergecli.learning import Learning
+from mergecli.output import check_target
 from mergecli.progress import Progress
 from mergecli.recipe import Recipe
 
@@ -42,7 +44,9 @@ class Point:
     def name(self) -> str:
         """What files and results are called by: `ties,scaling_factor-0.3`."""
         parts = [
-            f"{key.rpartition('.')[2]}-{each}" for key, each in self.values.items() if key != "method.name"
+            f"{key.rpartition('.')[2]}-{_short(each)}"
+            for key, each in self.values.items()
+            if key != "method.name"
         ]
         return ",".join([str(self.recipe.method), *parts])
 
@@ -61,6 +65,8 @@ def parse_axis(text: str) -> Axis:
     values = (
         _range(written, text) if written.count(":") == 2 else tuple(_value(each) for each in _split(written))
     )
+    if not values:
+        raise UsageError(f"sweep `{text}`: there are no values")
     if len(set(map(repr, values))) != len(values):
         raise UsageError(f"sweep `{text}`: a value stands there twice")
     return Axis(key, values)
@@ -91,12 +97,18 @@ def points_of(
     for values in itertools.product(*(axis.values for axis in axes)):
         chosen = dict(zip(keys, values, strict=True))
         more = [*changes, *(f"{key}={shown(value)}" for key, value in chosen.items())]
-        known = (
-            recipe_from(base, recipe, more, method)
-            if isinstance(recipe, Mapping)
-            else read_recipe(recipe, more, method)
-        )
+        try:
+            known = (
+                recipe_from(base, recipe, more, method)
+                if isinstance(recipe, Mapping)
+                else read_recipe(recipe, more, method)
+            )
+        except UsageError as error:
+            raise UsageError(error.message.replace("--set: ", "--sweep: "), error.hint) from error
         points.append(Point(chosen, known))
+    names = [point.name for point in points]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"two points of the sweep would be called `{twice[0]}`", "sweep over fewer tables")
     return tuple(points)
 
 
@@ -110,6 +122,7 @@ def merge_sweep(
 ) -> tuple[Merged, ...]:
     """Writes one checkpoint a point into the folder `output`, each called after its point."""
     target = Path(output)
+    check_target(target, folder=True)
     if target.suffix == ".safetensors":
         raise UsageError(f"{target}: a sweep writes several files, so the output is a folder")
     files = {target / f"{point.name}.safetensors": point.recipe for point in points}
@@ -146,6 +159,16 @@ def _split(written: str) -> list[str]:
         else:
             parts[-1] += character
     return [part.strip() for part in parts if part.strip()]
+
+
+def _short(value: Any) -> str:
+    """A value as part of a file's name."""
+    if isinstance(value, Mapping):
+        table = cast("Mapping[str, Any]", value)
+        value = "-".join(
+            [str(table.get("name", "")), *(f"{key}-{each}" for key, each in table.items() if key != "name")]
+        )
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", str(value)).strip("-")
 
 
 def _value(written: str) -> Any:

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from mergecli.errors import UsageError
 
@@ -179,12 +179,3 @@ _LATEX = {
 
 def _latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in _one_line(text))
-
-
-def __getattr__(name: str) -> Any:
-    """`report` and `accuracy_table`, which have moved to `mergecli.reporting`."""
-    from mergecli import reporting
-
-    if name in ("report", "accuracy_table"):
-        return getattr(reporting, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

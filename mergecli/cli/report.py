@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,4 +92,4 @@ def report(
     for line in table.warnings:
         show.warning(line)
     for line in table.notes:
-        print(f"note: {line}", file=sys.stderr)
+        show.note(line)

@@ -25,6 +25,11 @@ def warning(text: str) -> None:
     print(f"{_painted('warning:', '33', sys.stderr)} {text}", file=sys.stderr)
 
 
+def note(text: str) -> None:
+    """What may be concluded, on stderr."""
+    print(f"note: {text}", file=sys.stderr)
+
+
 def error(message: str, hint: str = "") -> None:
     """What went wrong and, after `hint:`, how to mend it, on stderr."""
     try:

@@ -22,7 +22,14 @@ def load_tower(folder: Path, checkpoint: Checkpoint, base: Checkpoint | None = N
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            CLIPVisionModel(config)
+    except Exception as error:
+        raise InputError(
+            f"{folder / 'config.json'}: is no vision tower's configuration: {str(error).splitlines()[0]}"
+        ) from error
     with torch.device("meta"):
         expected = {
             VISION + key: tuple(each.shape) for key, each in CLIPVisionModel(config).state_dict().items()
@@ -69,6 +76,8 @@ def save_module(model: Any, path: Path) -> Path:
     from mergecli.clip.model import save_tensors
 
     check_target(path, folder=not path.suffix)
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise InputError(f"{path.name}: the module is on the meta device and has no weights", "load it first")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     named = {ours: state[theirs].clone() for theirs, ours in canonical_names(state).items()}
     if path.suffix:

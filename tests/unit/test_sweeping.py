@@ -82,7 +82,7 @@ def test_a_value_that_does_not_fit_writes_nothing(world: World, run: Run) -> Non
         "method.density=0.5,1.5", "-o", "swept",
     )  # fmt: skip
     assert (ended.status, ended.out) == (2, "")
-    assert ended.err == "error: --set: `method.density`: expected a number in (0, 1], got 1.5\n"
+    assert ended.err == "error: --sweep: `method.density`: expected a number in (0, 1], got 1.5\n"
     assert not (world.folder / "swept").exists()
 
 
