@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mergecli.caching import cache as cache
     from mergecli.engine import Merged as Merged
     from mergecli.engine import merge as merge
     from mergecli.errors import MergecliError as MergecliError
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from mergecli.vectors import taskvector as taskvector
 
 _HOMES = {
-    "merge": "engine", "Merged": "engine", "MergecliError": "errors", "evaluate": "evaluation",
+    "cache": "caching", "merge": "engine", "Merged": "engine", "MergecliError": "errors", "evaluate": "evaluation",
     "Evaluation": "evaluation", "Extracted": "extraction", "extract": "extraction", "fetch": "fetching", "Fetched": "fetching", "finetune": "finetuning", "Finetuned": "finetuning",
     "info": "inspection", "measure": "measuring", "Measured": "measuring", "ModelPool": "pool", "Recipe": "recipe", "cos_sim": "similarity", "Similarities": "similarity",
     "report": "reporting", "sweep": "sweep_scores", "Swept": "sweep_scores", "taskvector": "vectors",

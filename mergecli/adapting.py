@@ -4,6 +4,7 @@ without images."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +16,7 @@ from mergecli.methods._adapted import UNSAVED, Adapted, Learnt, State
 from mergecli.methods._settings import frozen
 from mergecli.models import Models
 from mergecli.output import whole_file, write_text
-from mergecli.parallel import is_first, wait
+from mergecli.parallel import is_first, is_first_here, join, wait
 from mergecli.passes import Passes
 from mergecli.progress import Progress
 from mergecli.provenance import about
@@ -55,7 +56,7 @@ def coefficients(
     if files.trace is not None and is_first():
         write_text(files.trace, trace_table(learnt).text("csv"))
     if files.plot is not None and is_first():
-        from mergecli.plots import traces
+        from mergecli.plots.traces import traces
 
         traces(trace_table(learnt), files.plot)
     return used, learnt, stored
@@ -67,12 +68,15 @@ def _learn(models: Models, method: Adapted, recipe: Recipe, progress: Progress |
 
     work = Adaptation.of(models, method, recipe)
     path = home() / KIND / methods.name_of(method) / f"{work.key}.safetensors"
-    if not path.exists():
-        surveyed = method.survey(Passes(models, method.by_blocks, progress))
-        state, trace = work.run(surveyed, path.with_suffix(".partial.safetensors"), progress)
-        if is_first():
+    ranks, device = join(models.device)
+    if not ranks.all(path.exists(), device):
+        surveyed = method.survey(Passes(models, method.by_blocks, progress if is_first() else None))
+        partial = path.with_suffix(".partial.safetensors")
+        state, trace = work.run(surveyed, partial, progress, ranks, device)
+        if is_first_here() and not path.exists():
             _write(path, work, {**surveyed, **state}, trace)
-            path.with_suffix(".partial.safetensors").unlink(missing_ok=True)
+        if is_first():
+            partial.unlink(missing_ok=True)
         wait()
     return path
 
@@ -107,7 +111,6 @@ def _write(path: Path, work: Adaptation, state: State, trace: State) -> None:
         settings_table=json.dumps(methods.table_of(method)), seed=str(recipe.seed), adapted_on=json.dumps(work.looked_at),
     )  # fmt: skip
     kept = {key: each.contiguous() for key, each in {**state, **trace}.items() if not key.startswith(UNSAVED)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(kept, path, metadata)
 
 
@@ -121,12 +124,7 @@ def _read(
         raise InputError(f"{path}: holds no coefficients", "expected a file that `--save-coefficients` wrote")
     if metadata.get("method") != name:
         raise UsageError(f"{path}: was learnt by `{metadata.get('method')}`, the recipe's method is `{name}`")
-    try:
-        tasks, tensors = (tuple(json.loads(metadata[key])) for key in ("tasks", "tensors"))
-        settings: dict[str, Any] = json.loads(metadata["settings_table"])
-        seed = int(metadata["seed"])
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: does not say what it was learnt on") from error
+    tasks, tensors, settings, seed = _facts(path, metadata)
     if tasks != tuple(models.tuned):
         raise InputError(
             f"{path}: is for the models {quoted(tasks)}, in this order; these are {quoted(models.tuned)}"
@@ -143,30 +141,50 @@ def _read(
             "leave the setting out, or learn again without `--coefficients`",
         )  # fmt: skip
     used = cast("Adapted", methods.create(name, settings))
-    return used, _learnt(stored, used, tasks, tensors, seed, models.device), stored
+    shapes = {each: models.reference.entries[each].shape for each in tensors}
+    return used, _learnt(stored, used, tasks, shapes, seed, models.device), stored
+
+
+def _facts(
+    path: Path, metadata: Mapping[str, str]
+) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Any], int]:
+    """Tasks, merged tensors, settings and seed, as the file says."""
+    try:
+        tasks, tensors, settings = (
+            json.loads(metadata[key]) for key in ("tasks", "tensors", "settings_table")
+        )
+        json.loads(metadata["adapted_on"])
+        return tuple(map(str, tasks)), tuple(map(str, tensors)), dict(settings), int(metadata["seed"])
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: does not say what it was learnt on") from error
 
 
 def _learnt(
     stored: Checkpoint,
     method: Adapted,
     tasks: tuple[str, ...],
-    names: tuple[str, ...],
+    tensors: Mapping[str, tuple[int, ...]],
     seed: int,
     device: str,
 ) -> Learnt:
-    large = {key: entry for key, entry in stored.entries.items() if key.startswith("logits.")}
-    held = {key: stored.read(key) for key in stored.entries if key not in large}
-    for key, (rows, columns) in method.tables(len(tasks), len(names)).items():
-        have = tuple(held[key].shape) if key in held else None
-        if have != (rows, columns):
-            raise InputError(f"{stored.path}: `{key}` has shape {have}, expected {(rows, columns)}")
-    for key, tensor in held.items():
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{stored.path}: `{key}` has NaN or infinity")
+    """What the file holds, once it is known that nothing is missing; masks are read when they are needed."""
+    for key, shape in method.shapes(len(tasks), tensors).items():
+        have = stored.entries[key].shape if key in stored.entries else None
+        if have != shape:
+            found = "is missing" if have is None else f"has shape {have}"
+            raise InputError(f"{stored.path}: `{key}` {found}, expected shape {shape}")
 
     def read(key: str, start: int, stop: int) -> Tensor:
-        if key not in large or stop > large[key].size:
-            raise InputError(f"{stored.path}: has no fitting `{key}`")
-        return stored.read_entries(key, start, stop).to(device)
+        return _finite(stored, key, stored.read_entries(key, start, stop)).to(device)
 
-    return Learnt(tasks, names, held, seed, read)
+    held = {
+        key: _finite(stored, key, stored.read(key)) for key in stored.entries if not key.startswith("logits.")
+    }
+    return Learnt(tasks, tuple(tensors), held, seed, read)
+
+
+def _finite(stored: Checkpoint, key: str, tensor: Tensor) -> Tensor:
+    """The tensor, if all of it are numbers; else raises InputError."""
+    if not bool(tensor.isfinite().all()):
+        raise InputError(f"{stored.path}: `{key}` has NaN or infinity")
+    return tensor

@@ -16,7 +16,7 @@ from typing import Any
 
 from mergecli import methods
 from mergecli.catalogue import read_recipe, recipe_from, with_method
-from mergecli.errors import UsageError, shown
+from mergecli.errors import UsageError, quoted, shown
 from mergecli.learning import Learning, Lesson
 from mergecli.merge_output import Output, cast
 from mergecli.methods._adapted import Adapted
@@ -169,7 +169,12 @@ def _stream(
         inputs = [digests | {name: file.digest() for name, file in each.files.items()} for each in lessons]
         for lesson, own, writer in zip(lessons, inputs, writers, strict=True):
             writer.describe(lesson.output.metadata(own, lesson.about))
-    return tuple(_merged(models, output, own) for output, own in zip(outputs, inputs, strict=True))
+    return tuple(
+        replace(each, warnings=(*each.warnings, *_foreign_lessons(lesson, digests)))
+        for lesson, each in zip(
+            lessons, (_merged(models, *pair) for pair in zip(outputs, inputs, strict=True)), strict=True
+        )
+    )
 
 
 def _merged(models: Models, output: Output, inputs: Mapping[str, str]) -> Merged:
@@ -194,6 +199,14 @@ def _surveys(several: Sequence[Method], passes: Passes) -> list[Any]:
             found[key] = method.survey(passes) if isinstance(method, TwoPass) else None
         results.append(found[key])
     return results
+
+
+def _foreign_lessons(lesson: Lesson, digests: Mapping[str, str]) -> Iterator[str]:
+    """A warning for each file that was learnt on other models than those that are merged."""
+    for file in lesson.files.values():
+        origin = inputs_of(file.metadata)
+        if other := [name for name, digest in origin.items() if digests.get(name, digest) != digest]:
+            yield f"{file.path}: was learnt on other weights of {quoted(other)}"
 
 
 def _foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from mergecli.errors import UsageError, quoted
-from mergecli.output import check_targets, write_text
-from mergecli.scores import SCHEMA, Average, Evaluation, TaskScore, read_result, write_predictions
+from mergecli.clip.features import feature_file
+from mergecli.clip.scoring import Settings, Tower, score
+from mergecli.errors import UsageError
+from mergecli.output import check_target, check_targets, write_text
+from mergecli.scores import (
+    SCHEMA,
+    Average,
+    Evaluation,
+    TaskScore,
+    read_result,
+    result_files,
+    write_predictions,
+)
 from mergecli.sources import Source, locate, parse_source
 
 if TYPE_CHECKING:
-    from mergecli.checkpoint import Checkpoint
     from mergecli.clip.tasks import Task
     from mergecli.progress import Progress
     from mergecli.recipe import Recipe
 
-__all__ = ["SCHEMA", "Average", "Evaluation", "TaskScore", "evaluate", "read_result"]
-
+__all__ = [
+    "SCHEMA",
+    "Average",
+    "Evaluation",
+    "TaskScore",
+    "evaluate",
+    "evaluate_open",
+    "read_result",
+    "tasks_of",
+]
 
 FINE_TUNED = "fine-tuned"
 """The name of the result in which each model was evaluated on its own task."""
-
-
-class _Model(NamedTuple):
-    name: str
-    source: Source
-    checkpoint: Checkpoint
-    """The vision tower only."""
 
 
 def evaluate(
@@ -42,16 +53,26 @@ def evaluate(
     tasks: Sequence[str] | str | None = None,
     batch_size: int | None = None,
     split: str | None = None,
+    limit: int | None = None,
+    corruption: str | None = None,
+    severity: int = 1,
     device: str = "cpu",
+    dtype: str = "float32",
+    workers: int | None = None,
+    cache: bool = True,
+    cache_size: str | int | None = None,
+    fresh: bool = False,
     output: str | Path | None = None,
     predictions: str | Path | None = None,
+    features: str | Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, ...]:
     """One result for each checkpoint, in order: counts, accuracy and loss on every task.
 
     A checkpoint is a path or a source such as `toy:digits`; a task vector is added to the base first. Text
     tower, projection and image processor are those of `clip`, which is the recipe's base unless it is given.
-    Each image is decoded once, however many checkpoints there are.
+    Each image is decoded once, however many checkpoints there are, and kept in the cache for the next time. An
+    evaluation that is interrupted goes on where it was when the same call is made again.
 
     Args:
         checkpoints: sources, by themselves or under the names that their results get; none stands for all models
@@ -59,31 +80,47 @@ def evaluate(
         only: which models of the recipe, by their names; `base` is its base.
         individual: each model only on the task that it is named after, all in one result called `fine-tuned`.
         tasks: names of tasks or sets, as a list or with commas between; else the recipe's `[eval]`, else the tasks of its `[tuned]`.
+        limit: at most so many images of each task, drawn evenly over the classes, always the same ones.
+        corruption: what is done to every image after it was cropped, see `mergecli.clip.corruptions`; from
+            `severity` 1 to 5.
+        dtype: of the tower's weights and of what it computes: float32, bfloat16 or float16.
+        workers: processes that decode images; by default as many as there are processors, at most eight.
+        cache: whether images, heads and what is unfinished are kept in the cache and taken from there.
+        cache_size: what the cache may grow to, such as `20GB`.
+        fresh: count again what an interrupted evaluation has counted.
         output: a `.json` file; or a folder that gets `<name>.json` for each checkpoint.
         predictions: a Parquet file that gets a row for each image.
+        features: a folder that gets `<task>.safetensors` with the class token after every layer for each image; of
+            several checkpoints in `<name>/<task>.safetensors`.
 
     Raises:
         UsageError: an argument is wrong, or the recipe.
         InputError: a checkpoint or a data set is missing, damaged or does not fit; found before the first image.
     """
-    from mergecli.catalogue import named_models
-    from mergecli.clip import tasks as catalogue
+    from mergecli.caching import allowed_size
+    from mergecli.catalogue import named_models, read_recipe
+    from mergecli.clip.decoding import Corruption
 
-    tasks = tasks.split(",") if isinstance(tasks, str) else tasks
-    known = _recipe(recipe)
+    known = read_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
     base = parse_source(str(clip), Path()) if clip is not None else known.base if known else None
     if base is None:
         raise UsageError("no CLIP to evaluate with", "name a recipe that has a `base`, or the base itself")
-    wanted = tasks or (known.eval_tasks or tuple(known.tuned) if known else ())
-    if not wanted:
-        raise UsageError(
-            "no tasks to evaluate on", "name tasks or a set such as `ta8`; `mergecli tasks` lists them"
-        )
-    chosen = [catalogue.find(name, known) for name in catalogue.expand(wanted, known)]
-    size = batch_size or (known.batch_size if known else 128)
+    chosen = tasks_of(tasks, known)
+    settings = Settings(
+        batch_size=batch_size if batch_size is not None else known.batch_size if known else 128,
+        split=split,
+        limit=limit,
+        corruption=Corruption(corruption, severity) if corruption else None,
+        device=device,
+        dtype=dtype,
+        workers=workers,
+        max_size=allowed_size(cache_size) if cache else 0,
+        fresh=fresh,
+        features=Path(features) if features is not None else None,
+    )
     with contextlib.ExitStack() as files:
         models = [
-            _model(name, source, files)
+            _opened(name, source, base, files)
             for name, source in named_models(checkpoints, known, only, with_base=not individual)
         ]
         if individual:
@@ -91,157 +128,119 @@ def evaluate(
             chosen = [task for task in chosen if task.name in own]
             if not chosen:
                 raise UsageError("no model is named after one of the tasks", "name them: `TASK=PATH`")
-        targets = _targets([FINE_TUNED] if individual else [model.name for model in models], output)
-        inputs = {model.name: file for model in models for file in model.checkpoint.files}
-        check_targets(
-            dict.fromkeys(targets, ()) | ({Path(predictions): (".parquet",)} if predictions else {}), inputs
-        )
-        for task in chosen:
-            for target in [*targets, *([Path(predictions)] if predictions else [])]:
-                if task.data.path and target.absolute().is_relative_to(task.data.path.absolute()):
-                    raise UsageError(
-                        f"{target}: lies in the data of `{task.name}`, which is never written to"
-                    )
-        results, rows = _run(
-            models, base, chosen, size, split, device, progress, predictions is not None, individual
-        )
-    for target, result in zip(targets, results, strict=False):
-        write_text(target, result.to_json())
-    if predictions is not None:
-        write_predictions(Path(predictions), rows)
-    return results
+        return evaluate_open(
+            models, base, chosen, settings, individual=individual, output=output, predictions=predictions, progress=progress
+        )  # fmt: skip
 
 
-def _run(
-    models: Sequence[_Model],
+def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[Task]:
+    """The tasks that a call means: those it names, else the recipe's `[eval]`, else the tasks of its `[tuned]`.
+
+    Raises:
+        UsageError: there are none, or one is unknown.
+    """
+    from mergecli.clip import tasks as catalogue
+
+    named = tasks.split(",") if isinstance(tasks, str) else tasks
+    wanted = named or ((recipe.eval_tasks or tuple(recipe.tuned)) if recipe else ())
+    if not wanted:
+        raise UsageError(
+            "no tasks to evaluate on", "name tasks or a set such as `ta8`; `mergecli tasks` lists them"
+        )
+    return [catalogue.find(name, recipe) for name in catalogue.expand(wanted, recipe)]
+
+
+def evaluate_open(
+    models: Sequence[Tower],
     base: Source,
     tasks: Sequence[Task],
-    size: int,
-    split: str | None,
-    device: str,
-    progress: Progress | None,
-    keep_rows: bool,
-    individual: bool,
-) -> tuple[tuple[Evaluation, ...], dict[str, list[object]]]:
-    """Every model's result, and the columns of the predictions' table."""
-    import torch
+    settings: Settings,
+    *,
+    individual: bool = False,
+    output: str | Path | None = None,
+    predictions: str | Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[Evaluation, ...]:
+    """As `evaluate`, of towers that are open already, such as merges that are computed while they are read."""
+    targets = result_files([FINE_TUNED] if individual else [model.name for model in models], output)
+    _check_targets(models, tasks, settings, targets, predictions, individual)
 
-    from mergecli.checkpoint import open_checkpoint
-    from mergecli.clip.counting import Towers, count
-    from mergecli.clip.heads import zero_shot_head
-    from mergecli.clip.images import load_images
-    from mergecli.clip.model import check_tower, load_clip
-    from mergecli.clip.tasks import digest
-    from mergecli.devices import usable_device
-
-    place = usable_device(device)
-    folder = locate(base)
-    loaded = load_clip(folder)
-    for model in models:
-        check_tower(loaded, model.checkpoint)
-    data = [load_images(task, split) for task in tasks]
-    loaded.model.to(place)
-    scores: list[dict[str, TaskScore]] = [{} for _ in models]
-    rows: dict[str, list[object]] = {
-        name: [] for name in ("checkpoint", "task", "index", "label", "prediction", "probability")
-    }
-    with torch.inference_mode():
-        for task, images in zip(tasks, data, strict=True):
-            classes = task.classes or images.classes or ()
-            head = zero_shot_head(loaded, classes, task.templates)
-            shown = [
-                pair
-                for pair in zip(models, scores, strict=True)
-                if not individual or pair[0].name == task.name
-            ]
-            towers = Towers(loaded, [model.checkpoint for model, _ in shown])
-            tallies = count(towers, head, images, size, task.name, progress)
-            for (model, score), tally in zip(shown, tallies, strict=True):
-                total = len(images)
-                score[task.name] = TaskScore(
-                    accuracy=tally.correct / total,
-                    loss=tally.loss / total,
-                    loss_batch_mean=sum(tally.batch_means) / len(tally.batch_means),
-                    correct=tally.correct,
-                    images=total,
-                    split=images.split,
-                    data={"source": task.data.label, "fingerprint": images.fingerprint},
-                    classes=digest(classes),
-                    templates=digest(task.templates),
-                )
-                if keep_rows:
-                    rows["checkpoint"] += [model.name] * total
-                    rows["task"] += [task.name] * total
-                    rows["index"] += range(total)
-                    rows["label"] += tally.labels
-                    rows["prediction"] += tally.chosen
-                    rows["probability"] += tally.probabilities
-    with open_checkpoint(folder) as whole:
-        own = whole.vision().digest()
-    named = [(_about(model, own), score) for model, score in zip(models, scores, strict=True)]
+    scores = score(
+        models,
+        locate(base),
+        tasks,
+        settings,
+        own_task_only=individual,
+        predictions=predictions is not None,
+        progress=progress,
+    )
+    named = [
+        (_about(model, scores.clip.vision), each) for model, each in zip(models, scores.tasks, strict=True)
+    ]
     if individual:
         about = dict.fromkeys(named[0][0], None) | {
             "name": FINE_TUNED,
             "path": FINE_TUNED,
             "method": FINE_TUNED,
         }
-        named = [
-            (about, {task.name: score[task.name] for task in tasks for score in scores if task.name in score})
-        ]
+        found = {name: each for one in scores.tasks for name, each in one.items()}
+        named = [(about, {task.name: found[task.name] for task in tasks})]
     results = tuple(
         Evaluation(
             checkpoint=about,
-            clip={"path": base.label, "digest": own},
+            clip={"path": base.label, "digest": scores.clip.vision},
             parameters=models[0].checkpoint.parameters,
-            tasks=score,
-            batch_size=size,
-            dtype="float32",
+            tasks=each,
+            batch_size=settings.batch_size,
+            dtype=settings.dtype,
         )
-        for about, score in named
+        for about, each in named
     )
-    return results, rows
+    for target, result in zip(targets, results, strict=False):
+        write_text(target, result.to_json())
+    if predictions is not None:
+        write_predictions(Path(predictions), scores.predictions)
+    for file in scores.unfinished:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+    return results
 
 
-def _model(name: str, source: Source, files: contextlib.ExitStack) -> _Model:
+def _check_targets(
+    models: Sequence[Tower],
+    tasks: Sequence[Task],
+    settings: Settings,
+    results: Sequence[Path],
+    predictions: str | Path | None,
+    individual: bool,
+) -> None:
+    """Raises UsageError unless everything can be written and replaces no input: found before the work, not after it."""
+    suffixes: dict[Path, Sequence[str]] = dict.fromkeys(results, ())
+    if predictions is not None:
+        suffixes[Path(predictions)] = (".parquet",)
+    several = len(models) > 1 and not individual
+    for model, task in itertools.product(models, tasks):
+        if file := feature_file(settings.features, model.name, task.name, several):
+            suffixes[file] = ()
+    check_targets(suffixes, {model.name: file for model in models for file in model.checkpoint.files})
+    if settings.features is not None:
+        check_target(settings.features, folder=True)
+    for task in tasks:
+        for target in suffixes:
+            if task.data.path and target.absolute().is_relative_to(task.data.path.absolute()):
+                raise UsageError(f"{target}: lies in the data of `{task.name}`, which is never written to")
+
+
+def _opened(name: str, source: Source, base: Source, files: contextlib.ExitStack) -> Tower:
     """A checkpoint that is open until `files` close."""
-    from mergecli.checkpoint import open_checkpoint
+    from mergecli.opening import open_source
 
-    return _Model(name, source, files.enter_context(open_checkpoint(locate(source))).vision())
+    return Tower(name, source.label, files.enter_context(open_source(source, base)).vision())
 
 
-def _about(model: _Model, base_digest: str) -> dict[str, str | None]:
+def _about(model: Tower, base_digest: str) -> dict[str, str | None]:
     """What is known about a checkpoint; None where the file does not say."""
     digest, metadata = model.checkpoint.digest(), model.checkpoint.metadata
     method = metadata.get("method") or ("pretrained" if digest == base_digest else None)
-    return {
-        "name": model.name,
-        "path": model.source.label,
-        "digest": digest,
-        "kind": metadata.get("kind", "checkpoint"),
-        "method": method,
-    }
-
-
-def _recipe(recipe: str | Path | Recipe | None) -> Recipe | None:
-    from mergecli.catalogue import read_recipe
-
-    return read_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
-
-
-def _targets(names: Sequence[str], output: str | Path | None) -> list[Path]:
-    """The file of each result; none without an output."""
-    if output is None:
-        return []
-    target = Path(output)
-    if target.suffix == ".json":
-        if len(names) > 1:
-            raise UsageError(f"{target}: one file cannot hold {len(names)} results", "name a folder")
-        return [target]
-    if target.suffix:
-        raise UsageError(f"{target}: expected a `.json` file, or a folder's name without suffix")
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise UsageError(
-            f"{target}: two results would be called {quoted(sorted(twice))}", "evaluate them one by one"
-        )
-    return [target / f"{name}.json" for name in names]
+    kind = metadata.get("kind", "checkpoint")
+    return {"name": model.name, "path": model.label, "digest": digest, "kind": kind, "method": method}

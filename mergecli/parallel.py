@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from mergecli import interrupts
+from mergecli.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,23 +23,48 @@ class Ranks:
     count: int = 1
 
     def total(self, tensor: Tensor) -> Tensor:
-        """(...) the sum over all processes, added in the order of their ranks, the same in each of them."""
-        if self.count == 1:
+        """(...) the sum over all processes, added in the order of their ranks, the same in each of them.
+
+        Raises:
+            InputError: another process has ended.
+        """
+        if self.count == 1 or not tensor.numel():
             return tensor
         import torch
         from torch import distributed
 
         parts = [torch.empty_like(tensor) for _ in range(self.count)]
-        distributed.all_gather(parts, tensor.contiguous())
+        with _together():
+            distributed.all_gather(parts, tensor.contiguous())
         result = parts[0]
         for part in parts[1:]:
             result += part
         return result
 
+    def first(self, tensor: Tensor) -> Tensor:
+        """(...) the first process's tensor, put into this one's; its shape is the same in all."""
+        if self.count > 1 and tensor.numel():
+            from torch import distributed
+
+            with _together():
+                distributed.broadcast(tensor, 0)
+        return tensor
+
+    def all(self, holds: bool, device: str) -> bool:
+        """Whether something holds in every process."""
+        import torch
+
+        return bool(self.total(torch.tensor([float(not holds)], device=device)) == 0)
+
 
 def is_first() -> bool:
     """Whether this is the process that writes files and talks."""
     return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", "1")) < 2
+
+
+def is_first_here() -> bool:
+    """Whether this is the process that fills its machine's store."""
+    return is_first() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def join(device: str) -> tuple[Ranks, str]:
@@ -47,7 +77,11 @@ def join(device: str) -> tuple[Ranks, str]:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        import atexit
+
+        with _together():
+            distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        atexit.register(distributed.destroy_process_group)
     return Ranks(distributed.get_rank(), count), device
 
 
@@ -56,4 +90,19 @@ def wait() -> None:
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
+        with _together():
+            distributed.barrier()
+
+
+@contextmanager
+def _together() -> Generator[None]:
+    """Turns the failure of what all processes do at once into one clear error."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        interrupts.check()
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} lost the others: {reason}",
+            "look at what another of them says",
+        ) from error

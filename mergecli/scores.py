@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mergecli.errors import InputError
+from mergecli.errors import InputError, UsageError, quoted
 from mergecli.output import whole_file
 
 SCHEMA = "mergecli.eval/1"
@@ -33,6 +33,12 @@ class TaskScore:
     """Digest of the class names."""
     templates: str
     """Digest of the prompts."""
+    limit: int | None = None
+    """At most so many images were asked for, which were fewer than the split has; None if all were looked at."""
+    corruption: str | None = None
+    """What was done to the images on the fly."""
+    severity: int | None = None
+    """Of the corruption, from 1 to 5."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Evaluation:
                 "all_params": self.parameters,
                 "trainable_percentage": 1.0,
             },
-            "tasks": {name: asdict(score) for name, score in self.tasks.items()},
+            "tasks": {name: _table(score) for name, score in self.tasks.items()},
             "average": asdict(self.average),
         }
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
@@ -137,15 +143,23 @@ _HINT = "expected a file that `mergecli eval -o` wrote"
 _TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
 
 
+def _table(score: TaskScore) -> dict[str, Any]:
+    """One task's part of the file; what is None is left out."""
+    return {name: value for name, value in asdict(score).items() if value is not None}
+
+
 def _score(task: str, values: Any) -> TaskScore:
     """One task's part of the file."""
     given: dict[str, Any] = {}
     for part in fields(TaskScore):
         key = f"tasks.{task}.{part.name}"
+        kind, _, optional = str(part.type).partition(" | ")
         if part.name not in values:
+            if optional:
+                continue
             raise KeyError(key)
         value = values[part.name]
-        given[part.name] = _strings(value, key) if part.name == "data" else _typed(value, str(part.type), key)
+        given[part.name] = _strings(value, key) if part.name == "data" else _typed(value, kind, key)
     score = TaskScore(**given)
     if (
         score.images < 1
@@ -171,6 +185,29 @@ def _strings(value: Any, key: str) -> dict[str, Any]:
         raise TypeError(f"`{key}`: expected a table of strings")
     "".join(each or "" for each in value.values()).encode()
     return dict(value)
+
+
+def result_files(names: Sequence[str], output: str | Path | None) -> list[Path]:
+    """The file of each result: a `.json` file for one, or files in a folder; none without an output.
+
+    Raises:
+        UsageError: they do not fit into the output, or two have one name.
+    """
+    if output is None:
+        return []
+    target = Path(output)
+    if target.suffix == ".json":
+        if len(names) > 1:
+            raise UsageError(f"{target}: one file cannot hold {len(names)} results", "name a folder")
+        return [target]
+    if target.suffix:
+        raise UsageError(f"{target}: expected a `.json` file, or a folder's name without suffix")
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise UsageError(
+            f"{target}: two results would be called {quoted(sorted(twice))}", "evaluate them one by one"
+        )
+    return [target / f"{name}.json" for name in names]
 
 
 def write_predictions(path: Path, columns: Mapping[str, Sequence[object]]) -> None:

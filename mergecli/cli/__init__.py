@@ -14,6 +14,7 @@ import typer
 
 from mergecli import interrupts
 from mergecli.cli import (
+    cache,
     cos_sim,
     evaluate,
     extract,
@@ -47,6 +48,7 @@ app.command("report")(report.report)
 app.command("finetune")(finetune.finetune)
 app.command("extract")(extract.extract)
 app.command("info")(info.info)
+app.command("cache")(cache.cache)
 app.command("methods")(methods.methods)
 app.command("tasks")(tasks.tasks)
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergecli.cli import options, show
-from mergecli.errors import ThresholdError, UsageError
+from mergecli.errors import ThresholdError, UsageError, did_you_mean, listed
+
+if TYPE_CHECKING:
+    from mergecli.recipe import Recipe
+    from mergecli.scores import Evaluation
+
+
+def _complete_corruptions(incomplete: str) -> list[str]:
+    from mergecli.clip.corruptions import NAMES
+
+    return [name for name in NAMES if name.startswith(incomplete)]
 
 
 def evaluate(
@@ -41,44 +52,174 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option("--predictions", help="Write label and prediction of every image (Parquet).")
     ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option("--features", metavar="DIR", help="Write the class token after every layer (DIR/TASK.safetensors)."),
+    ] = None,
     min_average: Annotated[
         float | None,
         typer.Option("--min-average", metavar="X", help="Exit with status 5 if an average accuracy is below X (0 to 1)."),
     ] = None,
-    split: Annotated[str | None, typer.Option("--split", help="Another split than the task's own, such as train.")] = None,
+    min_task: Annotated[
+        list[str] | None,
+        typer.Option("--min", metavar="TASK=X", help="The same for the accuracy on one task. Repeatable."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Another split than the task's own, such as train or validation.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", min=1, help="At most N images of each task, drawn evenly over the classes."),
+    ] = None,
+    corruption: Annotated[
+        str | None,
+        typer.Option(
+            "--corruption", metavar="NAME", autocompletion=_complete_corruptions,
+            help="Corrupt every image, such as gaussian_noise or motion_blur (after ImageNet-C).",
+        ),
+    ] = None,
+    severity: Annotated[int, typer.Option("--severity", min=1, max=5, help="Of the corruption.")] = 1,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Images at a time.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="DTYPE", help="What the tower computes in: float32, bfloat16 or float16.")
+    ] = "float32",
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", metavar="N", min=1, help="Processes that decode images. Default: one a processor, at most 8."),
+    ] = None,
+    cache: Annotated[
+        bool,
+        typer.Option("--cache/--no-cache", help="Keep images and heads for the next time, and use those kept before."),
+    ] = True,
+    cache_size: Annotated[
+        str | None,
+        typer.Option("--cache-size", metavar="SIZE", help="What the cache may grow to, such as 20GB."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin anew where an interrupted evaluation would go on.")
+    ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep", metavar="KEY=VALUES",
+            help="Merge the recipe's models for each value, such as method.scaling_factor=0.1:1.0:0.1, and evaluate each merge. Repeatable.",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method", metavar="NAME", autocompletion=options.complete_methods, help="With --sweep: replaces the recipe's [method].",
+        ),
+    ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option("--select", metavar="SPLIT", help="With --sweep: choose the best on this split, such as validation."),
+    ] = None,
+    keep: Annotated[Path | None, typer.Option("--keep", metavar="DIR", help="With --sweep: keep the checkpoints.")] = None,
+    plot: options.Plot = None,
     form: options.Format = None,
     changes: options.Set = None,
 ) -> None:  # fmt: skip
     """Evaluate vision towers zero-shot: the share of each task's images that they classify rightly.
+
+    Processed images and heads are kept for the next evaluation. One that was interrupted goes on where it was when
+    the same command is given again.
 
     mergecli eval out/ties.safetensors --recipe recipe.toml -o out/ties.json
 
     mergecli eval --individual --recipe recipe.toml -o out/fine-tuned.json
 
     mergecli eval toy:base toy:digits --clip toy:base --tasks toy8
+
+    mergecli eval --recipe recipe.toml --method ties --sweep method.scaling_factor=0.1:1.0:0.1 --select validation
     """
     if min_average is not None and not 0 <= min_average <= 1:
         raise UsageError(f"--min-average: expected a fraction from 0 to 1, got {min_average:g}")
     show.check_format(form)
     from mergecli import evaluation
     from mergecli.catalogue import read_recipe
+    from mergecli.reporting import accuracy_table
     from mergecli.sources import named_sources
-    from mergecli.tables import accuracy_table
 
     if changes and recipe is None:
         raise UsageError("--set: there is no recipe to change", "name one with `--recipe`")
     known = read_recipe(recipe, changes or []) if recipe else None
+    named = tasks.split(",") if tasks else None
+    floors = _floors(min_task or [], named, known) if min_task else {}
+    swept = {"--method": method, "--select": select, "--keep": keep, "--plot": plot}
+    if sweep:
+        from mergecli import sweep_scores
+
+        whole = {"a checkpoint": checkpoints, "--only": only, "--individual": individual, "--predictions": predictions,
+                 "--features": features, "--clip": clip}  # fmt: skip
+        if (other := next((name for name, value in whole.items() if value), None)) is not None:
+            raise UsageError(
+                f"--sweep: evaluates merges of the recipe's models, and does not go with {other}"
+            )
+        if recipe is None:
+            raise UsageError("--sweep: there is nothing to merge", "name a recipe with `--recipe`")
+        with show.progress() as progress:
+            found = sweep_scores.sweep(
+                recipe, sweep, method=method, changes=changes or [], select=select, keep=keep, output=output, plot=plot,
+                device=device, progress=progress, tasks=named, batch_size=batch_size, split=split, limit=limit,
+                corruption=corruption, severity=severity, dtype=dtype, workers=workers, cache=cache, cache_size=cache_size,
+                fresh=fresh,
+            )  # fmt: skip
+        show.table(found.table, form)
+        show.note(found.note)
+        _check_floors([found.confirmed or found.results[found.best]], floors, min_average)
+        return
+    if (other := next((name for name, value in swept.items() if value), None)) is not None:
+        raise UsageError(f"{other}: belongs to a sweep", "say over what with `--sweep KEY=VALUES`")
     with show.progress() as progress:
         results = evaluation.evaluate(
-            named_sources(checkpoints or []) or (), recipe=known, only=only.split(",") if only else (), individual=individual, clip=clip, tasks=tasks.split(",") if tasks else None, batch_size=batch_size,
-            split=split, device=device, output=output, predictions=predictions, progress=progress,
+            named_sources(checkpoints or []) or (), recipe=known, only=only.split(",") if only else (),
+            individual=individual, clip=clip, tasks=named, batch_size=batch_size, split=split, limit=limit,
+            corruption=corruption, severity=severity, device=device, dtype=dtype, workers=workers, cache=cache,
+            cache_size=cache_size, fresh=fresh, output=output, predictions=predictions, features=features,
+            progress=progress,
         )  # fmt: skip
-    table = accuracy_table(results)
-    show.table(table, form)
+    show.table(accuracy_table(results), form)
+    _check_floors(results, floors, min_average)
+
+
+def _check_floors(results: Sequence[Evaluation], floors: dict[str, float], min_average: float | None) -> None:
+    """Raises ThresholdError if a result is below what was asked for."""
+    below = [
+        f"{each.checkpoint['path']}: {task}: {each.tasks[task].accuracy:.4f}, below {least:g}"
+        for task, least in floors.items()
+        for each in results
+        if task in each.tasks and each.tasks[task].accuracy < least
+    ]
     if min_average is not None:
-        below = [result for result in results if result.average.accuracy < min_average]
-        if below:
-            lines = [f"{each.checkpoint['path']}: {each.average.accuracy:.4f}" for each in below]
-            raise ThresholdError(f"average accuracy below {min_average:g}: {'; '.join(lines)}")
+        lines = [
+            f"{each.checkpoint['path']}: {each.average.accuracy:.4f}"
+            for each in results
+            if each.average.accuracy < min_average
+        ]
+        below += [f"average accuracy below {min_average:g}: {'; '.join(lines)}"] if lines else []
+    if below:
+        raise ThresholdError(below[0] if len(below) == 1 else f"accuracies too low:\n{listed(below, 20)}")
+
+
+def _floors(texts: list[str], tasks: list[str] | None, recipe: Recipe | None) -> dict[str, float]:
+    """Task -> the least accuracy, as `--min TASK=X` says."""
+    from mergecli.clip.tasks import find
+    from mergecli.evaluation import tasks_of
+
+    known = [task.name for task in tasks_of(tasks, recipe)]
+    floors: dict[str, float] = {}
+    for text in texts:
+        written, equals, number = text.partition("=")
+        try:
+            least = float(number)
+        except ValueError:
+            least = -1.0
+        if not equals or not 0 <= least <= 1:
+            raise UsageError(f"--min {text}: expected `TASK=X` with a fraction X from 0 to 1")
+        name = find(written, recipe).name
+        if name not in known:
+            raise UsageError(f"--min {text}: `{name}` is not among the tasks{did_you_mean(name, known)}")
+        floors[name] = least
+    return floors

@@ -2,136 +2,174 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mergecli import interrupts
+from mergecli.checkpoint import open_checkpoint
 from mergecli.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergecli.checkpoint import Checkpoint
-    from mergecli.clip.images import Images
+    from mergecli.clip.features import LayerFeatures
     from mergecli.clip.model import Clip
-    from mergecli.progress import Progress
-
-PIXEL_BYTES = 1 << 30
-"""Of one task's processed images, so many bytes are kept while the towers take turns."""
+    from mergecli.clip.pixels import Pixels
 
 
 @dataclass
 class Tally:
     """What one tower has got so far on one task."""
 
-    correct: int = 0
-    loss: float = 0.0
-    batch_means: list[float] = field(default_factory=list[float])
     labels: list[int] = field(default_factory=list[int])
     chosen: list[int] = field(default_factory=list[int])
     probabilities: list[float] = field(default_factory=list[float])
+    """Of the chosen class."""
+    batch_losses: list[float] = field(default_factory=list[float])
+    """Sum of the losses of each batch."""
+    batch_means: list[float] = field(default_factory=list[float])
+
+    @property
+    def correct(self) -> int:
+        """How many of the chosen classes are the labels."""
+        return sum(label == chosen for label, chosen in zip(self.labels, self.chosen, strict=True))
+
+    @property
+    def loss(self) -> float:
+        """Mean over the images."""
+        return sum(self.batch_losses) / len(self.labels)
+
+    @property
+    def loss_batch_mean(self) -> float:
+        """Mean over the batches of their means."""
+        return sum(self.batch_means) / len(self.batch_means)
+
+    def add(self, scores: Tensor, labels: Tensor) -> bool:
+        """Takes in (B, C) logits and (B,) labels of one batch; False if a loss is no number."""
+        import torch
+
+        losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none").double()
+        self.labels += labels.tolist()
+        self.chosen += scores.argmax(dim=1).tolist()
+        self.probabilities += torch.softmax(scores, dim=1).amax(dim=1).tolist()
+        self.batch_losses.append(float(losses.sum()))
+        self.batch_means.append(float(losses.mean()))
+        return bool(losses.isfinite().all())
 
 
-class Towers:
-    """A CLIP whose vision tower is any of the checkpoints, one at a time."""
+class Seat:
+    """A CLIP with room for one vision tower at a time."""
 
-    def __init__(self, clip: Clip, checkpoints: Sequence[Checkpoint]) -> None:
-        self.clip, self.checkpoints, self._current = clip, checkpoints, -1
+    def __init__(self, clip: Clip) -> None:
+        self.clip = clip
+        self._taken: Checkpoint | None = None
 
-    def use(self, number: int) -> None:
+    def take(self, checkpoint: Checkpoint) -> None:
         """Puts a checkpoint's weights in, unless they are there already."""
         from mergecli.clip.model import set_tower
 
-        if number != self._current:
-            set_tower(self.clip, self.checkpoints[number])
-            self._current = number
+        if checkpoint is not self._taken:
+            self._taken = None
+            set_tower(self.clip, checkpoint)
+            self._taken = checkpoint
 
 
 def count(
-    towers: Towers, head: Tensor, images: Images, size: int, task: str, progress: Progress | None
+    seat: Seat,
+    checkpoints: Sequence[Checkpoint],
+    head: Tensor,
+    parts: Iterable[Pixels],
+    size: int,
+    task: str,
+    features: Sequence[LayerFeatures | None],
+    tell: Callable[[int, Tally, int], None],
 ) -> list[Tally]:
-    """What each tower gets on the images; chunks of them are processed once and shown to every tower."""
-    import torch
-    from torch.nn.functional import cross_entropy
+    """What each tower gets on the images, which come in parts that are shown to every tower.
 
-    from mergecli.clip.heads import logits
+    `tell` is called with a tower's number, its tally so far, and how many images were added just now. While a device beside the processor computes on one batch, the one before is counted.
+    """
+    from mergecli.clip.processing import Normalisation
 
-    tallies = [Tally() for _ in towers.checkpoints]
-    done, total = 0, len(images) * len(tallies)
-    for chunk in _chunks(towers.clip, images, size, PIXEL_BYTES if len(tallies) > 1 else 0):
+    tallies = [Tally() for _ in checkpoints]
+    forward = _Forward(seat.clip, head)
+    normalise = Normalisation(seat.clip)
+
+    def settle(number: int, scores: Tensor, labels: Tensor) -> None:
+        if not tallies[number].add(scores.cpu(), labels):
+            raise InputError(
+                f"{checkpoints[number].path}: gives NaN or infinite logits on task `{task}`",
+                "look at the weights with `mergecli info`",
+            )
+        tell(number, tallies[number], len(labels))
+
+    for part in parts:
         for number, tally in enumerate(tallies):
-            towers.use(number)
-            for pixel_values, labels in chunk:
+            seat.take(checkpoints[number])
+            seen = len(tally.labels)
+            waiting: tuple[Tensor, Tensor] | None = None
+            for start in range(0, len(part), size):
                 interrupts.check()
-                got = logits(towers.clip, head, pixel_values.to(head.device)).float().cpu()
-                losses = cross_entropy(got, labels, reduction="none").double()
-                if not bool(losses.isfinite().all()):
-                    raise InputError(
-                        f"{towers.checkpoints[number].path}: gives NaN or infinite logits on task `{task}`",
-                        "look at the weights with `mergecli info`",
-                    )
-                chosen = got.argmax(dim=1)
-                tally.correct += int((chosen == labels).sum())
-                tally.loss += float(losses.sum())
-                tally.batch_means.append(float(losses.mean()))
-                tally.labels += labels.tolist()
-                tally.chosen += chosen.tolist()
-                tally.probabilities += torch.softmax(got, dim=1).amax(dim=1).tolist()
-                done += len(labels)
-                if progress is not None:
-                    progress(task, done, total)
+                stop = min(start + size, len(part))
+                batch = part.batch(start, stop)
+                batch = batch.pin_memory() if head.is_cuda else batch
+                scores = forward(normalise(batch), features[number], seen + start)
+                if waiting is not None:
+                    settle(number, *waiting)
+                waiting = (scores, part.labels[start:stop])
+            if waiting is not None:
+                settle(number, *waiting)
     return tallies
 
 
-def _chunks(clip: Clip, images: Images, size: int, room: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Lists of batches ((B, 3, H, W) pixels, (B,) labels) of about `room` bytes of pixels, at least one batch."""
-    chunk: list[tuple[Tensor, Tensor]] = []
-    held = 0
-    for batch, labels in _batches(clip, images, size, workers_for(clip)):
-        chunk.append((batch, labels))
-        held += batch.nbytes
-        if held + batch.nbytes > room:
-            yield chunk
-            chunk, held = [], 0
-    if chunk:
-        yield chunk
+class _Forward:
+    """Logits of a batch, computed in as many pieces as the device needs."""
+
+    def __init__(self, clip: Clip, head: Tensor) -> None:
+        self._clip, self._head = clip, head
+        self._most: int | None = None
+
+    def __call__(self, pixel_values: Tensor, features: LayerFeatures | None, row: int) -> Tensor:
+        """(B, C); `row` is the number of the batch's first image."""
+        import torch
+
+        from mergecli.clip.heads import logits
+
+        while True:
+            pieces = pixel_values.split(self._most or len(pixel_values))
+            try:
+                with features.of_images_from(row) if features else nullcontext():
+                    return torch.cat([logits(self._clip, self._head, piece) for piece in pieces])
+            except torch.cuda.OutOfMemoryError as error:
+                if len(pieces[0]) == 1:
+                    raise InputError("the device has too little memory for one image") from error
+                self._most = (len(pieces[0]) + 1) // 2
+                torch.cuda.empty_cache()
 
 
-def workers_for(clip: Clip) -> int:
-    """Threads that process images while the model computes; none where both would want the same processors."""
-    return 0 if clip.device.type == "cpu" else min(8, os.cpu_count() or 1)
-
-
-def _batches(clip: Clip, images: Images, size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """((B, 3, H, W) pixels, (B,) labels) in order; with workers the next batch is processed meanwhile."""
+def keep(tally: Tally, path: Path, what: str) -> None:
+    """Writes a tally, so that an evaluation that is interrupted need not count again."""
     import torch
 
-    from mergecli.clip.model import pixels
+    from mergecli.clip.model import save_tensors
 
-    def process(rows: range) -> tuple[Tensor, list[int]]:
-        pairs = [images[row] for row in rows]
-        return pixels(clip, [image for image, _ in pairs]), [label for _, label in pairs]
+    columns: dict[str, Any] = {each.name: getattr(tally, each.name) for each in fields(Tally)}
+    kinds = {name: torch.int64 if name in ("labels", "chosen") else torch.float64 for name in columns}
+    save_tensors(
+        {name: torch.tensor(values, dtype=kinds[name]) for name, values in columns.items()},
+        path,
+        {"what": what},
+    )
 
-    every = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
-    if not workers:
-        for rows in every:
-            batch, labels = process(rows)
-            yield batch, torch.tensor(labels)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        part = -(-size // workers)
 
-        def begin(rows: range) -> list[Future[tuple[Tensor, list[int]]]]:
-            return [pool.submit(process, rows[start : start + part]) for start in range(0, len(rows), part)]
-
-        coming = begin(every[0])
-        for number in range(len(every)):
-            parts = [each.result() for each in coming]
-            coming = begin(every[number + 1]) if number + 1 < len(every) else []
-            yield (
-                torch.cat([batch for batch, _ in parts]),
-                torch.tensor([x for _, labels in parts for x in labels]),
-            )
+def kept(path: Path, labels: Sequence[int]) -> Tally | None:
+    """The tally in the file, if there is one and its labels are these."""
+    try:
+        with open_checkpoint(path) as stored:
+            tally = Tally(**{each.name: stored.read(each.name).tolist() for each in fields(Tally)})
+    except (InputError, KeyError):
+        return None
+    return tally if tally.labels == list(labels) and len(tally.chosen) == len(labels) else None

@@ -2,13 +2,86 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mergecli.clip.model import Clip, features
+from mergecli import caching
+from mergecli.checkpoint import VISION, Checkpoint, open_checkpoint
+from mergecli.chunks import ChunkHashes
+from mergecli.clip.model import Clip, features, save_tensors
 from mergecli.errors import InputError
+
+_TEXT = ("text_model.", "text_projection.")
+_TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+               "vocab.json", "merges.txt")  # fmt: skip
+
+
+class ClipDigests(NamedTuple):
+    """Digests of a CLIP's parts; together they tell two CLIPs apart."""
+
+    vision: str
+    text: str
+    """Of the text tower, its projection, the tokenizer and the configuration: all that a head depends on."""
+    rest: str
+    """The visual projection and the logit scale."""
+
+
+def clip_digests(folder: Path) -> ClipDigests:
+    """The digests of the CLIP in a folder."""
+    with open_checkpoint(folder) as stored:
+        text = [name for name in stored.entries if name.startswith(_TEXT)]
+        rest = [name for name in stored.entries if name not in text and not name.startswith(VISION)]
+        parts = [_part(stored, text).digest()]
+        for name in _TEXT_FILES:
+            with contextlib.suppress(OSError):
+                parts.append(f"{name} {sha256((folder / name).read_bytes()).hexdigest()}")
+        return ClipDigests(
+            stored.vision().digest(),
+            sha256("\n".join(parts).encode()).hexdigest(),
+            _part(stored, rest).digest(),
+        )
+
+
+def head_key(clip: Clip, text: str, classes: Sequence[str], templates: Sequence[str]) -> str:
+    """32 hex digits of all that the head depends on; `text` is `ClipDigests.text`.
+
+    The kind of device and the version of torch are in it, because they round otherwise.
+    """
+    about = [text, list(classes), list(templates), clip.device.type, torch.__version__]
+    return sha256(json.dumps(about).encode()).hexdigest()[:32]
+
+
+def cached_head(
+    clip: Clip, classes: Sequence[str], templates: Sequence[str], text: str, max_size: int
+) -> Tensor:
+    """(C, D) `zero_shot_head`, out of the cache if it is there, which it is from then on.
+
+    Args:
+        text: `ClipDigests.text` of the CLIP.
+        max_size: bytes that the cache may take; 0 does without it.
+    """
+    path = caching.place("heads", head_key(clip, text, classes, templates))
+    if max_size:
+        with contextlib.suppress(InputError, KeyError), open_checkpoint(path) as stored:
+            head = stored.read("head")
+            if head.shape[0] == len(classes):
+                caching.touch(path)
+                return head.to(clip.device)
+    head = zero_shot_head(clip, classes, templates)
+    if caching.make_room(head.nbytes, max_size):
+        named = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+        what = f"{len(classes)} classes ({named}), {len(templates)} prompts each, {clip.path.name}"
+        with contextlib.suppress(InputError):
+            save_tensors({"head": head.cpu()}, path, {"what": what})
+    return head
 
 
 @torch.no_grad()
@@ -44,6 +117,11 @@ def zero_shot_head(clip: Clip, classes: Sequence[str], templates: Sequence[str])
 
 
 def logits(clip: Clip, head: Tensor, pixel_values: Tensor) -> Tensor:
-    """(B, C) exp(logit_scale) * cosine of each image with each class."""
-    image = features(clip, pixel_values)
+    """(B, C) exp(logit_scale) * cosine of each image with each class; in float32, whatever the tower's dtype."""
+    image = features(clip, pixel_values).float()
     return clip.model.logit_scale.exp() * (image / image.norm(dim=-1, keepdim=True)) @ head.T
+
+
+def _part(stored: Checkpoint, names: Sequence[str]) -> Checkpoint:
+    """Only these tensors of a checkpoint."""
+    return replace(stored, entries={name: stored.entries[name] for name in names}, hashes=ChunkHashes())

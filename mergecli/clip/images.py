@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
-from mergecli.clip.splits import (
-    VALIDATION_NAMES,
-    digest,
-    fingerprint,
-    folder_splits,
-    parquet_splits,
-    read_parquet,
-    read_pictures,
-)
+from mergecli.clip.decoding import Encoded, decoded, unreadable
+from mergecli.clip.rows import Rows, parquet_rows, picture_rows
+from mergecli.clip.splits import VALIDATION_NAMES, digest, fingerprint, folder_splits, parquet_splits
 from mergecli.errors import InputError, UsageError, quoted
 from mergecli.sources import locate
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mergecli.clip.tasks import Task
 
 VALIDATION = "validation"
 REMAINDER = "train-without-validation"
 """The nine tenths of the training images that are left where `validation` is the tenth."""
-
-_UNREADABLE = (
-    UnidentifiedImageError,
-    OSError,
-    TypeError,
-    ValueError,
-    SyntaxError,
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True)
@@ -48,18 +34,49 @@ class Images:
     """The class names that the data itself gives, or None."""
     fingerprint: str
     """`xxh3:` and 32 hex digits of the content; the same wherever the data lie."""
-    count: int
-    read: Callable[[int], tuple[Image.Image, int]] = field(repr=False)
+    where: str
+    """What messages call it."""
+    columns: tuple[str, str]
+    """Where images and labels come from; the same content may have several."""
+    every_label: Sequence[int] = field(repr=False)
+    """The labels of all rows, chosen or not."""
+    encoded: Callable[[int], Encoded] = field(repr=False)
+    """The image of a row, not decoded."""
     rows: Sequence[int] | None = field(default=None, repr=False)
-    """The chosen ones of the `count`; None is all, in order."""
+    """The chosen rows; None is all, in order."""
 
     def __len__(self) -> int:
-        return self.count if self.rows is None else len(self.rows)
+        return len(self.every_label if self.rows is None else self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image, int]:
+        row = self.row(index)
+        try:
+            return decoded(self.encoded(row)), self.every_label[row]
+        except unreadable() as error:
+            raise self.cannot_read(row, str(error)) from error
+
+    def __iter__(self) -> Iterator[tuple[Image, int]]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def labels(self) -> list[int]:
+        """The label of each image."""
+        rows = range(len(self.every_label)) if self.rows is None else self.rows
+        return [self.every_label[row] for row in rows]
+
+    def row(self, index: int) -> int:
+        """The row in the data of the image number `index`."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.read(index if self.rows is None else self.rows[index])
+        return index if self.rows is None else self.rows[index]
+
+    def chosen(self, numbers: Sequence[int]) -> Images:
+        """Only the images of these numbers, in this order."""
+        return replace(self, rows=[self.row(number) for number in numbers])
+
+    def cannot_read(self, row: int, reason: str) -> InputError:
+        """The error that says so of a row."""
+        return InputError(f"{self.where}, image {row}: cannot be read: {reason}")
 
 
 def load_images(task: Task, split: str | None = None) -> Images:
@@ -116,17 +133,16 @@ def _toy(task: Task) -> Loader:
     def load(split: str) -> Images:
         count = toy.train if split == "train" else toy.test
         code = sorted(Path(draw.__code__.co_filename).parent.glob("*.py"))
-        return _checked(
-            task,
-            Images(
-                split=split,
-                classes=tuple(toy.classes),
-                fingerprint=digest(f"{name} {split} {count}\n", *(file.read_text("utf-8") for file in code)),
-                count=count,
-                read=lambda index: draw(name, split, index),
-            ),
-            range(len(toy.classes)),
+        found = Images(
+            split=split,
+            classes=tuple(toy.classes),
+            fingerprint=digest(f"{name} {split} {count}\n", *(file.read_text("utf-8") for file in code)),
+            where=f"{_where(task)}: split `{split}`",
+            columns=("image", "label"),
+            every_label=[index % len(toy.classes) for index in range(count)],
+            encoded=lambda row: Encoded((name, split, row)),
         )
+        return _checked(task, found)
 
     return load, ("train", "test")
 
@@ -148,65 +164,48 @@ def _on_disk(task: Task) -> Loader:
 
     def load(split: str) -> Images:
         content = fingerprint(files[split], with_names=not tables)
-        if tables:
-            data = read_parquet(files[split], content, f"{_where(task)}: split `{split}`")
-        else:
-            data = read_pictures(files[split], classes)
-        return _images(task, split, data, content)
+        where = f"{_where(task)}: split `{split}`"
+        rows = parquet_rows(files[split], where) if tables else picture_rows(files[split], classes)
+        return _images(task, split, rows, content)
 
     return load, tuple(files)
 
 
-def _images(task: Task, split: str, data: Any, content: str) -> Images:
-    """The rows of a `datasets.Dataset` as images, once the columns and labels are known to fit the task."""
-    import datasets
-
+def _images(task: Task, split: str, data: Rows, content: str) -> Images:
+    """The rows as images, once the columns and labels are known to fit the task."""
     columns = {
-        use: next((name for name in (own, use) if name in data.column_names), None)
+        use: next((name for name in (own, use) if name in data.columns), None)
         for use, own in (("image", task.image_column), ("label", task.label_column))
     }
     image, label = columns["image"], columns["label"]
     where = f"{_where(task)}: split `{split}`"
     if image is None or label is None:
         lacking = quoted(use for use, name in columns.items() if name is None)
-        raise InputError(f"{where} has no column {lacking}", f"it has {quoted(data.column_names)}")
-    kind = data.features[label]
-    names = tuple(map(str, kind.names)) if isinstance(kind, datasets.ClassLabel) else None
+        raise InputError(f"{where} has no column {lacking}", f"it has {quoted(data.columns)}")
     try:
-        raw = data.cast_column(image, datasets.Image(decode=False))
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{where}: column `{image}` does not hold images, but {data.features[image]}"
-        ) from error
-    values: list[Any] = raw.data.column(label).to_pylist()
+        encoded = data.images(image)
+    except TypeError as error:
+        raise InputError(f"{where}: column `{image}` does not hold images, but {error}") from error
+    values: Sequence[Any] = data.labels(label)
     for row, value in enumerate(values):
         if not isinstance(value, int):
             raise InputError(f"{where}, row {row}: expected a whole number as label, got {value!r}")
-    labels = [int(value) for value in values]
-
-    def read(row: int) -> tuple[Image.Image, int]:
-        stored: Any = raw[row][image] or {}
-        try:
-            if stored.get("bytes") is None and not Path(stored.get("path") or "").is_file():
-                raise OSError("there is none")
-            return datasets.Image().decode_example(stored).convert("RGB"), labels[row]
-        except _UNREADABLE as error:
-            raise InputError(f"{where}, image {row}: cannot be read: {error}") from error
-
     found = Images(
         split=split,
-        classes=names,
+        classes=data.classes(label),
         fingerprint=content,
-        count=len(raw),
-        read=read,
+        where=where,
+        columns=(image, label),
+        every_label=[int(value) for value in values],
+        encoded=encoded,
     )
-    return _checked(task, found, labels)
+    return _checked(task, found)
 
 
-def _checked(task: Task, images: Images, labels: Sequence[int]) -> Images:
+def _checked(task: Task, images: Images) -> Images:
     """The images, once it is sure that there are some and that their labels fit the task's classes."""
-    where = f"{_where(task)}: split `{images.split}`"
-    if not len(images):
+    where, labels = images.where, images.every_label
+    if not labels:
         raise InputError(f"{where}: has no images")
     classes = task.classes or images.classes
     if classes is None:

@@ -73,7 +73,7 @@ def load_clip(path: Path) -> Clip:
                 output_loading_info=True,
             )
             tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
-            processor = _pil_processor().from_pretrained(path, local_files_only=True)
+            processor = pil_processor().from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise InputError(f"{path}: cannot be loaded as a CLIP: {str(error).splitlines()[0]}") from error
     wrong = [f"lacks tensor `{name}`" for name in sorted(info["missing_keys"])]
@@ -170,7 +170,7 @@ def _expect(folder: Path, *names: str) -> None:
         raise InputError(f"{folder}: has no `{names[0]}`", "fetch or copy the whole repository of the base")
 
 
-def _pil_processor() -> Any:
+def pil_processor() -> Any:
     """The image processor class that works with PIL, under whichever name this transformers has it."""
     import transformers
 

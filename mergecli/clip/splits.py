@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from mergecli.errors import InputError, quoted
-from mergecli.sources import home
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
@@ -64,49 +59,6 @@ def folder_splits(root: Path) -> dict[str, list[Path]]:
 
 def _pictures(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*/*") if file.suffix.lower() in _SUFFIXES)
-
-
-def read_parquet(files: Sequence[Path], content: str, where: str) -> Any:
-    """The Parquet files as a `datasets.Dataset`; nothing is printed, or written beside them.
-
-    Its converted copy lies in our own cache under the content's digest, so a file that changed is never taken
-    for the old one; where that cannot be written, in a folder that vanishes with the program.
-    """
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import parquet
-
-    cache = home() / "cache" / content.partition(":")[2]
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        cache = Path(tempfile.mkdtemp(prefix="mergecli-"))
-        atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    silent = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        if not sum(parquet.read_metadata(file).num_rows for file in files):
-            raise InputError(f"{where}: has no images")
-        return datasets.load_dataset(
-            "parquet", data_files={"rows": [str(file) for file in files]}, split="rows", cache_dir=str(cache)
-        )
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise InputError(f"{where}: cannot be read: {reason}") from error
-    finally:
-        if not silent:
-            datasets.enable_progress_bars()
-
-
-def read_pictures(files: Sequence[Path], names: Sequence[str]) -> Any:
-    """Image files as a `datasets.Dataset`: the folder's name is the class."""
-    import datasets
-
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(names)))
-    labels = [names.index(file.parent.name) for file in files]
-    return datasets.Dataset.from_dict(
-        {"image": [str(file) for file in files], "label": labels}, features=features
-    )
 
 
 def fingerprint(files: Sequence[Path], with_names: bool) -> str:

@@ -43,7 +43,7 @@ class ConcreteAdaMerging(Adapted):
     to the c of the step before, which Adam of rate `inner_rate`, never set back, applies to `start`.
     """
 
-    title: ClassVar[str] = "AdaMerging under a mask learnt on unlabelled images"
+    title: ClassVar[str] = "coefficients, and before them a mask, learnt on unlabelled images"
     paper: ClassVar[str] = "Tang et al., Concrete Subspace Learning, arXiv 2312.06173, algorithm 2"
 
     granularity: Literal["task", "layer"] = "layer"

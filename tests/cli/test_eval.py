@@ -1,6 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +89,73 @@ def test_a_threshold_that_is_not_met_has_status_5_and_the_result_is_written(plac
     assert (place / "r.json").exists()
 
 
+def test_a_task_below_its_threshold_is_named(place: Path, run: Run) -> None:
+    arguments = ["eval", "warm.safetensors", "--recipe", "r.toml", "-o", "r.json", "--min-average", "0"]
+    assert run(*arguments, "--min", "warm=0", "--min", "cold=0").status == 0
+    ended = run(*arguments, "--min", "warm=0", "--min", "cold=1")
+    assert ended.status == 5
+    assert re.fullmatch(r"error: warm\.safetensors: cold: 0\.\d{4}, below 1\n", ended.err)
+    ended = run("eval", "--recipe", "r.toml", "--min", "warm=1", "--min", "cold=1", "--min-average", "1")
+    assert ended.status == 5
+    lines = ended.err.splitlines()
+    assert lines[0] == "error: accuracies too low:"
+    assert [line.split()[1] for line in lines[1:]] == ["warm:"] * 3 + ["cold:"] * 3 + ["accuracy"]
+    assert len(ended.out.splitlines()) == 4
+
+
+def killed_in_the_middle(place: Path, number: int) -> tuple[int, str]:
+    """Status and stderr of an evaluation that gets the signal when its first task is done."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mergecli", "eval", "warm.safetensors", "--recipe", "r.toml", "-o", "out/r.json"],
+        cwd=place, env={**os.environ, "MERGECLI_HOME": str(place / "home")}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    results = place / "home" / "cache" / "results"
+    while not list(results.glob("*.safetensors")):
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, text = process.communicate(timeout=60)
+    return process.returncode, text
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_evaluation_that_was_stopped_does_only_what_is_left_and_ends_with_the_same_file(
+    place: Path, run: Run, number: int
+) -> None:
+    make_image_task(place / "data" / "cold", test=3000)
+    home = {"MERGECLI_HOME": str(place / "home")}
+    status, text = killed_in_the_middle(place, number)
+    assert (status, text) == ((130, "") if number == signal.SIGINT else (-number, ""))
+    assert not (place / "out").exists()
+    for kind in ("pixels", "heads"):
+        assert len(list((place / "home" / "cache" / kind).glob("*.safetensors"))) <= 2
+        shutil.rmtree(place / "home" / "cache" / kind)
+    assert run("eval", "warm.safetensors", "--recipe", "r.toml", "-o", "out/r.json", **home).status == 0
+    for kind in ("pixels", "heads"):  # only those of the other task were needed
+        assert len(list((place / "home" / "cache" / kind).iterdir())) == 1
+    assert list((place / "home" / "cache" / "results").iterdir()) == []
+    ended = run("eval", "warm.safetensors", "--recipe", "r.toml", "-o", "whole.json", "--no-cache")
+    assert ended.status == 0
+    assert (place / "whole.json").read_bytes() == (place / "out" / "r.json").read_bytes()
+
+
+def test_options_of_an_evaluation_stand_in_its_result(place: Path, run: Run) -> None:
+    ended = run(
+        "eval", "warm.safetensors", "--recipe", "r.toml", "-o", "r.json", "--limit", 6, "--dtype", "bfloat16",
+        "--corruption", "jpeg_compression", "--severity", 3, "--workers", 2, "--cache-size", "1MB", "--fresh",
+        "--features", "features", MERGECLI_HOME=place / "home",
+    )  # fmt: skip
+    assert (ended.status, ended.err) == (0, "")
+    result = json.loads((place / "r.json").read_text())
+    score = result["tasks"]["cold"]
+    assert (result["dtype"], score["images"], score["limit"]) == ("bfloat16", 6, 6)
+    assert (score["corruption"], score["severity"]) == ("jpeg_compression", 3)
+    assert sorted(file.name for file in (place / "features").iterdir()) == [
+        "cold.safetensors",
+        "warm.safetensors",
+    ]
+
+
 def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
     run("eval", "--recipe", "r.toml", "-o", "out/")
     ended = run("report", "out/base.json", "out/warm.json", "--format", "md", "--plot", "bars.png")
@@ -102,6 +176,12 @@ def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
         (["warm.safetensors", "--recipe", "r.toml", "--split", "tset"], 2, "error: "),
         (["warm.safetensors", "--recipe", "r.toml", "--set", "tasks.warm.classes=[\"a\",\"b\"]"], 3, "error: data/warm (task `warm`): split `test`: labels go from 0 to 2, but the task has 2 classes"),
         (["warm.safetensors", "--recipe", "r.toml", "--min-average", "70"], 2, "error: --min-average: expected a fraction"),
+        (["warm.safetensors", "--recipe", "r.toml", "--min", "warm"], 2, "error: --min warm: expected `TASK=X`"),
+        (["warm.safetensors", "--recipe", "r.toml", "--min", "warm=7"], 2, "error: --min warm=7: expected `TASK=X`"),
+        (["warm.safetensors", "--recipe", "r.toml", "--min", "wram=0.5"], 2, "error: unknown task `wram`"),
+        (["warm.safetensors", "--recipe", "r.toml", "--min", "mnist=0.5"], 2, "error: --min mnist=0.5: `mnist` is not among the tasks"),
+        (["warm.safetensors", "--recipe", "r.toml", "--corruption", "fog"], 2, "error: unknown corruption `fog`"),
+        (["warm.safetensors", "--recipe", "r.toml", "--dtype", "float8"], 2, "error: dtype: expected one of float32, bfloat16, float16, got `float8`"),
         (["warm.safetensors", "--recipe", "r.toml", "--device", "cuda:7"], 2, "error: device `cuda:7`: cannot be used here"),
         (["--clip", "base", "--tasks", "mnist"], 2, "error: no checkpoint to evaluate"),
     ],
@@ -132,3 +212,32 @@ def test_finetune_prints_a_path_that_every_other_command_accepts(place: Path, ru
         "m.safetensors",
     )
     assert (ended.status, ended.err) == (0, "")
+
+
+def test_a_sweep_prints_a_row_a_point_and_names_the_best(run: Run) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "toy.toml"
+    ended = run(
+        "eval", "--recipe", recipe, "--method", "ties", "--sweep", "method.scaling_factor=0.0,0.3", "--tasks", "digits",
+        "--limit", 30, "--select", "validation", "-o", "swept", "--plot", "curve.png",
+    )  # fmt: skip
+    lines = ended.out.splitlines()
+    assert ended.status == 0
+    assert lines[0] == "method.scaling_factor\tdigits\taverage\ton validation"
+    assert [line.split("\t")[0] for line in lines[1:]] == ["0", "0.3"]
+    assert ended.err.startswith("note: ties,scaling_factor-")
+    assert "is the best on validation; on the tasks' own split it has" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plot", "c.png"], "--plot: belongs to a sweep"),
+        (["toy:digits", "--sweep", "method.density=0.1,0.2"], "does not go with a checkpoint"),
+        (["--sweep", "method.density=0.1", "--individual"], "does not go with --individual"),
+    ],
+)
+def test_options_of_a_sweep_are_refused_elsewhere(run: Run, arguments: list[str], message: str) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "toy.toml"
+    ended = run("eval", *arguments, "--recipe", recipe)
+    assert (ended.status, ended.out) == (2, "")
+    assert message in ended.err

@@ -11,7 +11,7 @@ from mergecli import methods
 
 TESTS = Path(__file__).parents[1] / "golden"
 REQUIRED: dict[str, dict[str, object]] = {"weighted_average": {"weights": [1.0]}, "tall_mask": {"task": "t1"}}
-REFERENCES = ("naive", "naive_more", "naive_spectral", "naive_calibrated")
+REFERENCES = ("naive", "naive_more", "naive_spectral", "naive_calibrated", "naive_adapted")
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -7,12 +7,23 @@ import inspect
 import pytest
 
 import mergecli
-from mergecli.cli import cos_sim, evaluate, extract, fetch, finetune, measure, merge, report, taskvector
+from mergecli.cli import (
+    cache,
+    cos_sim,
+    evaluate,
+    extract,
+    fetch,
+    finetune,
+    measure,
+    merge,
+    report,
+    taskvector,
+)
 
 PAIRS = {
     "merge": merge.merge, "evaluate": evaluate.evaluate, "cos_sim": cos_sim.cos_sim, "report": report.report,
     "taskvector": taskvector.taskvector, "finetune": finetune.finetune, "fetch": fetch.fetch,
-    "extract": extract.extract, "measure": measure.measure,
+    "cache": cache.cache, "extract": extract.extract, "measure": measure.measure,
 }  # fmt: skip
 ONLY_IN_THE_PROGRAM = {"as_json", "form", "min_average", "min_task", "sweep"}
 ONLY_IN_PYTHON = {"progress", "settings", "format", "data"}
@@ -26,7 +37,9 @@ def test_a_command_and_its_function_have_the_same_parameters(name: str) -> None:
     } - ONLY_IN_THE_PROGRAM
     python = set(inspect.signature(getattr(mergecli, name)).parameters) - ONLY_IN_PYTHON
     if name == "evaluate":
-        program -= set(inspect.signature(mergecli.sweep).parameters) - python  # `--sweep` makes it `mergecli.sweep`
+        program -= (
+            set(inspect.signature(mergecli.sweep).parameters) - python
+        )  # `--sweep` makes it `mergecli.sweep`
     if name in ("evaluate", "finetune"):
         program -= {"changes"}  # the recipe is read by the command
     assert program == python

@@ -5,10 +5,12 @@ import shutil
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mergecli.clip import rows
 from mergecli.clip.images import load_images
 from mergecli.clip.tasks import Task, find
 from mergecli.errors import InputError, UsageError
@@ -190,6 +192,56 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     image = png(tinted(0, (1,)).convert(mode), tmp_path / "a.png")
     images = load_images(task(parquet(tmp_path / "d", image=[image], label=[0]), classes=("a",)))
     assert images[0][0].mode == "RGB"
+
+
+def test_pixels_that_are_stored_as_numbers_are_images(tmp_path):
+    image = tinted(0, (1,))
+    rows = [np.asarray(image).tolist(), np.asarray(tinted(1, (2,))).tolist()]
+    images = load_images(task(parquet(tmp_path / "d", image=rows, label=[0, 0]), classes=("a",)))
+    assert images[0][0].tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("column", [[1, 2], [0.5, 1.0], [{"width": 3}, {"width": 4}]])
+def test_a_column_that_holds_no_images_is_refused(tmp_path, column):
+    folder = parquet(tmp_path / "d", image=column, label=[0, 0])
+    with pytest.raises(InputError, match="column `image` does not hold images, but"):
+        load_images(task(folder, classes=("a",)))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "path", "binary", "string"])
+def test_files_and_their_paths_are_images(tmp_path, kind):
+    stored = png(tinted(0, (1,)), tmp_path / "a.png")
+    row = {
+        "bytes": stored,
+        "path": {"bytes": None, "path": str(tmp_path / "a.png")},
+        "binary": stored["bytes"],
+        "string": str(tmp_path / "a.png"),
+    }[kind]
+    images = load_images(task(parquet(tmp_path / "d", image=[row], label=[0]), classes=("a",)))
+    assert images[0][0].tobytes() == tinted(0, (1,)).tobytes()
+
+
+def test_row_groups_are_read_one_by_one_in_any_order_and_forgotten(data, tmp_path, monkeypatch):
+    from pyarrow import parquet as pq
+
+    table = pq.read_table(data / "train-00000-of-00001.parquet")
+    for number, part in enumerate((table.slice(0, 17), table.slice(17))):
+        pq.write_table(part, tmp_path / f"train-0000{number}-of-00002.parquet", row_group_size=4)
+    whole, parts = load_images(task(data), "train"), load_images(task(tmp_path), "train")
+    monkeypatch.setattr(rows, "HELD", 1)
+    for number in (29, 0, 16, 17, 3, 29):
+        assert parts[number][0].tobytes() == whole[number][0].tobytes()
+        assert parts[number][1] == whole[number][1]
+    assert len(rows._held.groups) == 1
+
+
+def test_the_labels_of_all_images_are_known_without_decoding_one(data):
+    for images in (
+        load_images(task(data)),
+        load_images(find("digits")),
+        load_images(task(data), "validation"),
+    ):
+        assert images.labels == [label for _, label in images]
 
 
 def test_columns_of_other_names_are_found(tmp_path):

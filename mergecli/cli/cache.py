@@ -1,0 +1,52 @@
+"""`mergecli cache`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mergecli.cli import options, show
+
+
+def _complete_kinds(incomplete: str) -> list[str]:
+    from mergecli.caching import KINDS
+
+    return [kind for kind in KINDS if kind.startswith(incomplete)]
+
+
+def cache(
+    kinds: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KIND...]", autocompletion=_complete_kinds, show_default=False,
+            help="pixels, heads, results or data. Default: all.",
+        ),
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove these kinds.")] = False,
+    max_size: Annotated[
+        str | None,
+        typer.Option("--max-size", metavar="SIZE", help="Remove what was used longest ago, until SIZE is left, such as 5GB."),
+    ] = None,
+    form: options.Format = None,
+) -> None:  # fmt: skip
+    """Show what evaluations have kept for later ones, and remove it.
+
+    It is kept in `$MERGECLI_HOME/cache`, and grows to 20 GB, or to half of what the disk has room for if that is less;
+    `MERGECLI_CACHE_SIZE` and `--cache-size` of `eval` say otherwise. Nothing is lost with it but time.
+
+    mergecli cache
+
+    mergecli cache pixels --clear
+    """
+    from mergecli import caching
+    from mergecli.tables import Column, Table
+
+    show.check_format(form)
+    found = caching.cache(kinds or [], clear=clear, max_size=max_size)
+    if found.removed:
+        size = sum(each.size for each in found.removed)
+        show.note(f"removed {size / 1e6:,.1f} MB in {len(found.removed)} entries")
+    columns = (Column("kind"), Column("what"), Column("bytes", "count"), Column("last used"))
+    rows = tuple((each.kind, each.what, each.size, each.last_used) for each in found.entries)
+    show.table(Table(columns, rows), form)

@@ -1,0 +1,140 @@
+"""How far an adaptation has come, kept in a file so that an interrupted one goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergecli.checkpoint import open_checkpoint
+from mergecli.errors import InputError
+from mergecli.methods._adapted import UNSAVED, State
+from mergecli.parallel import Ranks, is_first
+from mergecli.provenance import about
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAVE_EVERY = 60.0
+"""Seconds, at least, between two states that are saved: a run that is killed does about so many again."""
+
+
+@dataclass
+class Run:
+    """The state after the steps so far, and the trace of them."""
+
+    path: Path
+    """Where the state is kept."""
+    key: str
+    """The work that it belongs to."""
+    state: State
+    entropies: list[Tensor] = field(default_factory=list["Tensor"])
+    """(T,) of each step."""
+    coefficients: list[Tensor] = field(default_factory=list["Tensor"])
+    """(T,) or (1,) of each step."""
+    _saved: int = 0
+    """The step whose state stands in the file."""
+    _due: float = field(default_factory=lambda: time.monotonic() + SAVE_EVERY)
+
+    @property
+    def step(self) -> int:
+        """How many steps have been done."""
+        return len(self.entropies)
+
+    def add(self, losses: Tensor, shown: Tensor) -> None:
+        """Counts a step, whose change is in the state by now."""
+        self.coefficients.append(shown.cpu())
+        self.entropies.append(losses.cpu())
+
+    def stands_still(self, patience: int) -> bool:
+        """Whether the last `patience` steps were on average no better than as many before."""
+        if not patience or self.step < 2 * patience:
+            return False
+        sums = [float(each.sum()) for each in self.entropies[-2 * patience :]]
+        return sum(sums[patience:]) >= sum(sums[:patience])
+
+    def trace(self, tasks: int) -> State:
+        """The trace as tensors: (steps, T) and (steps, T or 1)."""
+        import torch
+
+        empty = torch.zeros(0, tasks)
+        return {
+            "trace.entropies": torch.stack(self.entropies) if self.entropies else empty,
+            "trace.coefficients": torch.stack(self.coefficients) if self.coefficients else empty,
+        }
+
+    def save_sometimes(self) -> None:
+        """Saves if it is time; no more than a twentieth of all time goes into it."""
+        now = time.monotonic()
+        if now >= self._due:
+            self.save()
+            self._due = time.monotonic() + max(SAVE_EVERY, 20 * (time.monotonic() - now))
+
+    def save(self) -> None:
+        """Writes everything that the next step needs, if there is something new."""
+        from mergecli.clip.model import save_tensors
+
+        if not is_first() or self.step == self._saved:
+            return
+        tensors = {f"state.{name}": each for name, each in self.state.items() if not name.startswith(UNSAVED)}
+        tensors = {name: each.cpu().contiguous() for name, each in {**tensors, **self.trace(1)}.items()}
+        save_tensors(tensors, self.path, about("adaptation state", key=self.key))
+        self._saved = self.step
+
+    def load(self, ranks: Ranks, tasks: int, shown: int) -> None:
+        """Goes on from the file, if it is of the same work; all processes go on where the first one does.
+
+        `tasks` and `shown` are the lengths of what is added at each step.
+        """
+        import torch
+
+        device = next(iter(self.state.values())).device
+        if is_first() and (found := self._stored()):
+            self._take(found.pop("trace.entropies"), found.pop("trace.coefficients"))
+            self.state = {name: found[f"state.{name}"].to(device) for name in self.state}
+        steps = int(ranks.first(torch.tensor([self.step], device=device)))
+        if ranks.count > 1 and steps:
+            for each in self.state.values():
+                ranks.first(each)
+            trace = [torch.zeros(steps, width, device=device) for width in (tasks, shown)]
+            if is_first():
+                trace = [each.to(device) for each in self.trace(tasks).values()]
+            self._take(*(ranks.first(each).cpu() for each in trace))
+
+    def _take(self, entropies: Tensor, coefficients: Tensor) -> None:
+        self.entropies, self.coefficients = list(entropies), list(coefficients)
+        self._saved = self.step
+
+    def _stored(self) -> State | None:
+        """What stands in the file; None if there is none that is whole and of the same work."""
+        wanted = {f"state.{name}" for name in self.state} | self.trace(1).keys()
+        try:
+            with open_checkpoint(self.path) as stored:
+                if stored.metadata.get("key") != self.key or set(stored.entries) != wanted:
+                    return None
+                return {name: stored.read(name) for name in stored.entries}
+        except InputError:
+            return None
+
+
+@contextmanager
+def undisturbed() -> Generator[None]:
+    """Lets Ctrl-C, and termination, wait until the block has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        for number in came:
+            signal.raise_signal(number)

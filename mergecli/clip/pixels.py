@@ -1,0 +1,250 @@
+"""Processed images: decoded, resized and cropped once, kept as bytes in a memory-mapped file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from mergecli import caching, interrupts
+from mergecli.clip.decoding import Corruption, Decoders, Job, Unreadable, frames, workers_for
+from mergecli.clip.processing import frame_of
+from mergecli.errors import InputError
+from mergecli.output import SafetensorsWriter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from mergecli.clip.images import Images
+    from mergecli.clip.model import Clip
+
+BLOCK = 32
+"""Images that one worker decodes at a time, at most."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images as the model gets them, but for the normalisation."""
+
+    labels: Tensor
+    """(N,) int64."""
+    stored: Tensor | None
+    """(N, 3, H, W) uint8, in a memory-mapped file or in memory; None if only `read` gives them."""
+    read: Callable[[Sequence[int]], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, start: int, stop: int) -> Tensor:
+        """(stop - start, 3, H, W) uint8: neighbouring images."""
+        return self.stored[start:stop] if self.stored is not None else self.read(range(start, stop))
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8: the images of these numbers, in this order."""
+        return self.stored[numbers] if self.stored is not None else self.read(numbers.tolist())
+
+
+@dataclass(frozen=True)
+class Processing:
+    """How images are processed and kept; none of it but the corruption changes them."""
+
+    corruption: Corruption | None = None
+    workers: int | None = None
+    """Processes that decode; None takes as many as seem good."""
+    max_size: int = 0
+    """Bytes that the cache may grow to; 0 does without it."""
+    ahead: int = 0
+    """Batches that are decoded while the model computes on the one before."""
+
+
+def cached_pixels(clip: Clip, images: Images, processing: Processing | None = None) -> Pixels:
+    """All images, from the cache; if they are not there, they are decoded and put there first.
+
+    Where they cannot be kept (they are larger than the cache may be, the disk is full or read-only) they are decoded
+    at every use.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
+    how = processing or Processing(max_size=caching.allowed_size())
+    found = stored_pixels(clip, images, how)
+    if found is None and caching.make_room(_size(clip, images), how.max_size):
+        for _ in decoded_batches(clip, images, how, 8 * BLOCK):
+            interrupts.check()
+        found = stored_pixels(clip, images, how)
+    return found or _decoded_each_time(clip, images, how)
+
+
+def spans(clip: Clip, images: Images, how: Processing, size: int, room: int) -> Generator[Pixels]:
+    """All images in order: in one piece if they are in the cache, else in pieces of whole batches of `size` images and
+    at most `room` bytes, or one batch; they are put into the cache on the way."""
+    import torch
+
+    found = stored_pixels(clip, images, how)
+    if found is not None:
+        yield found
+        return
+    labels = torch.tensor(images.labels)
+    batches = decoded_batches(clip, images, how, size)
+    with contextlib.closing(batches):
+        done = 0
+        for first in batches:
+            count = min(size * max(room // first.nbytes, 1), len(images) - done)
+            piece = first if count <= len(first) else first.new_empty((count, *first.shape[1:]))
+            filled = len(first)
+            piece[:filled] = first
+            for batch in islice(batches, -(-(count - filled) // size)):
+                piece[filled : filled + len(batch)] = batch
+                filled += len(batch)
+            yield _in_memory(piece, labels[done : done + count])
+            done += count
+
+
+def stored_pixels(clip: Clip, images: Images, how: Processing) -> Pixels | None:
+    """The images as the cache has them, among others of their split perhaps; None if it has not."""
+    import torch
+
+    if not how.max_size:
+        return None
+    shape = frame_of(clip)[1]
+    labels = torch.tensor(images.labels)
+    found = _opened(_place(clip, images, how), (len(images), 3, *shape))
+    if found is not None:
+        return _in_memory(found, labels)
+    if images.rows is None:
+        return None
+    rows = torch.tensor(images.rows)
+    every = replace(images, rows=None)
+    whole = _opened(_place(clip, every, how), (len(every), 3, *shape))
+    return None if whole is None else Pixels(labels, None, lambda numbers: whole[rows[torch.tensor(numbers)]])
+
+
+def decoded_batches(clip: Clip, images: Images, how: Processing, size: int) -> Generator[Tensor]:
+    """(B, 3, H, W) uint8 batches of `size` images, in order; when the last has been taken, all are in the cache.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
+    import numpy as np
+    import torch
+
+    count, shape = len(images), frame_of(clip)[1]
+    workers = workers_for(count, how.workers)
+    block = min(BLOCK, -(-size // workers))
+    what = f"{count} images of {images.where}" + (f", {how.corruption.name}" if how.corruption else "")
+    layout = {"pixels": ("U8", (count, 3, *shape)), "labels": ("I64", (count,))}
+    every = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    coming: deque[list[tuple[range, Any]]] = deque()
+    with (
+        _Store(_place(clip, images, how), layout, what, _size(clip, images), how.max_size) as store,
+        Decoders(workers) as decoders,
+    ):
+        store.write("labels", torch.tensor(images.labels))
+        ahead = iter(every)
+        for numbers in every:
+            for later in islice(ahead, how.ahead + 1 - len(coming)):
+                parts = [later[start : start + block] for start in range(0, len(later), block)]
+                coming.append([(part, decoders.submit(_job(clip, images, how, part))) for part in parts])
+            arrays = [_readable(images, part, future.result()) for part, future in coming.popleft()]
+            batch = torch.from_numpy(np.concatenate(arrays))
+            store.write("pixels", batch, numbers.start * batch[0].numel())
+            yield batch
+
+
+def _job(clip: Clip, images: Images, how: Processing, numbers: range) -> Callable[[], Job]:
+    rows = [images.row(number) for number in numbers]
+    seeds = [f"{images.fingerprint} {images.split} {row}" for row in rows]
+    return lambda: Job([images.encoded(row) for row in rows], frame_of(clip)[0], how.corruption, seeds)
+
+
+def _readable(images: Images, numbers: range, found: Any) -> Any:
+    if isinstance(found, Unreadable):
+        raise images.cannot_read(images.row(numbers[found.number]), found.reason)
+    return found
+
+
+def _decoded_each_time(clip: Clip, images: Images, how: Processing) -> Pixels:
+    import torch
+
+    def read(numbers: Sequence[int]) -> Tensor:
+        parts = [range(number, number + 1) for number in numbers]
+        arrays = [_readable(images, part, frames(_job(clip, images, how, part)())) for part in parts]
+        return torch.cat([torch.from_numpy(array) for array in arrays])
+
+    return Pixels(torch.tensor(images.labels), None, read)
+
+
+def _in_memory(stored: Tensor, labels: Tensor) -> Pixels:
+    import torch
+
+    return Pixels(labels, stored, lambda numbers: stored[torch.tensor(numbers)])
+
+
+def _size(clip: Clip, images: Images) -> int:
+    """Bytes of all images."""
+    height, width = frame_of(clip)[1]
+    return len(images) * 3 * height * width
+
+
+def _place(clip: Clip, images: Images, how: Processing) -> Path:
+    """The file in the cache for these images, so processed."""
+    import PIL
+
+    about = {
+        "data": images.fingerprint,
+        "columns": images.columns,
+        "rows": None if images.rows is None else list(images.rows),
+        "framing": asdict(frame_of(clip)[0]),
+        "corruption": [*how.corruption, images.split] if how.corruption else None,
+        "pillow": PIL.__version__,
+    }
+    return caching.place("pixels", sha256(json.dumps(about).encode()).hexdigest()[:32])
+
+
+def _opened(path: Path, shape: tuple[int, ...]) -> Tensor | None:
+    """The images in a file of the cache, mapped into memory; None if there is no such file, or not a whole one."""
+    import numpy as np
+    import torch
+
+    from mergecli.checkpoint import open_checkpoint
+
+    with contextlib.suppress(InputError, OSError, KeyError), open_checkpoint(path) as stored:
+        entry = stored.entries["pixels"]
+        if entry.shape == shape and entry.dtype == "U8":
+            mapped = np.memmap(path, np.uint8, mode="c", offset=entry.start, shape=shape)
+            caching.touch(path)
+            return torch.from_numpy(mapped)
+    return None
+
+
+class _Store:
+    """The file of the cache that images are put into as they are decoded; if it cannot be written, it is left out."""
+
+    def __init__(self, path: Path, layout: Any, what: str, size: int, max_size: int) -> None:
+        self._writer: SafetensorsWriter | None = None
+        if caching.make_room(size, max_size):
+            with contextlib.suppress(InputError, OSError):
+                self._writer = SafetensorsWriter(path, layout, {"what": what}).__enter__()
+
+    def write(self, name: str, data: Tensor, start: int = 0) -> None:
+        if self._writer is not None:
+            try:
+                self._writer.write(name, data, start)
+            except (InputError, OSError) as error:
+                self.__exit__(type(error), error, None)
+
+    def __enter__(self) -> _Store:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(InputError, OSError):
+                writer.__exit__(kind, error, trace)
