@@ -82,12 +82,12 @@ def finetune(
     import torch
 
     from mergecli.catalogue import read_recipe
-    from mergecli.checkpoint import open_checkpoint
     from mergecli.clip.heads import zero_shot_head
     from mergecli.clip.images import load_images
     from mergecli.clip.model import load_clip, save_tower
     from mergecli.clip.tasks import digest, find
     from mergecli.devices import usable_device
+    from mergecli.opening import open_source
 
     settings: dict[str, Any] = {
         "steps": steps,
@@ -107,7 +107,7 @@ def finetune(
     if source is None:
         raise UsageError("no base to fine-tune", "name a recipe that has a `base`, or the base itself")
     target, place = Path(output), usable_device(device)
-    with open_checkpoint(locate(source)) as stored:
+    with open_source(source) as stored:
         refuse_inputs(target, {"the base": stored.files[0]})
         base_digest = stored.vision().digest()
     clip = load_clip(locate(source))

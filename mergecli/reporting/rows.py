@@ -193,10 +193,18 @@ def same_images(evaluations: Sequence[Evaluation]) -> list[str]:
     parts: Sequence[tuple[str, Callable[[Evaluation, str], object]]] = (
         ("images", lambda each, task: (each.tasks[task].images, each.tasks[task].data.get("fingerprint"))),
         ("splits", lambda each, task: each.tasks[task].split),
+        ("corruptions", lambda each, task: (each.tasks[task].corruption, each.tasks[task].severity)),
         ("class names", lambda each, task: each.tasks[task].classes),
         ("templates", lambda each, task: each.tasks[task].templates),
     )
     lines: list[str] = []
+    every = {name: each.tasks[name] for each in evaluations for name in each.tasks}
+    if limits := sorted({score.limit for score in every.values() if score.limit}):
+        lines.append(f"at most {limits[-1]} images of each task were looked at")
+    if corrupted := sorted(
+        {f"{score.corruption} {score.severity}" for score in every.values() if score.corruption}
+    ):
+        lines.append(f"the images were corrupted: {quoted(corrupted)}")
     for what, part in parts:
         differing = [
             task

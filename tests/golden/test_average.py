@@ -43,7 +43,7 @@ def test_a_weight_of_one_and_zeros_gives_that_model(world: World) -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1, 2], r"`method.weights`: expected 3 numbers, one a task, got 2"),
+        ([1, 2], r"`method.weights`: expected one number for each of 3 models, got 2"),
         ([1, -2, 1], r"`method.weights`: the weights add up to 0"),
         ([1, "a", 1], r"`method.weights`: expected a list, each a number, got \[1, \"a\", 1\]"),
     ],
