@@ -6,18 +6,9 @@ import subprocess
 import sys
 import time
 
-COMMANDS = [
-    "fetch",
-    "taskvector",
-    "merge",
-    "eval",
-    "cos-sim",
-    "report",
-    "finetune",
-    "info",
-    "methods",
-    "tasks",
-]
+from mergecli.cli import app
+
+COMMANDS = sorted(str(command.name) for command in app.registered_commands)
 BUDGET = 150
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mergecli.cli import app
+
 HEAVY = {
     "torch",
     "transformers",
@@ -21,18 +23,7 @@ HEAVY = {
     "matplotlib",
     "click",
 }
-COMMANDS = [
-    "fetch",
-    "taskvector",
-    "merge",
-    "eval",
-    "cos-sim",
-    "report",
-    "finetune",
-    "info",
-    "methods",
-    "tasks",
-]
+COMMANDS = sorted(str(command.name) for command in app.registered_commands)
 
 
 def imported(*arguments: str, folder: Path) -> tuple[int, set[str]]:
