@@ -5,30 +5,30 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from mergecli.errors import HubError, InputError, MergecliError, UsageError, did_you_mean, listed
-from mergecli.hub.needs import of_recipe, platform_of, sought
+from mergecli.errors import InputError, MergecliError, UsageError, did_you_mean, listed
+from mergecli.hub.local import make, place
+from mergecli.hub.needs import KINDS, named, platform_of, sought
+from mergecli.hub.outcome import check_locks, raise_failures, write_locks
 from mergecli.hub.patience import Patience, in_threads
-from mergecli.hub.plan import Hubs, Part, entry_of, settle, settle_locked, settle_offline
+from mergecli.hub.plan import Hubs, Part, settle, settle_locked, settle_offline
 from mergecli.hub.store import Store
 from mergecli.hub.wishes import Wishes, gathered
-from mergecli.hub.work import carry_out, checked
-from mergecli.lock import Key, Lock, key_of, lock_path, write_lock
+from mergecli.hub.work import carry_out, checked, place_of
+from mergecli.lock import Key, key_of
 from mergecli.progress import Progress
 from mergecli.recipe import Recipe
-from mergecli.sources import Source, home, locate
-
-KINDS = ("models", "data")
+from mergecli.sources import HUBS, home, locate
 
 Failures = dict[Key, MergecliError]
 
 
 @dataclass(frozen=True)
 class Download:
-    """A file that was not in the store."""
+    """A file that was not in the store, and that this process brought there."""
 
     source: str
     path: str
@@ -48,6 +48,14 @@ class Fetched:
     downloads: tuple[Download, ...] = ()
     locks: tuple[Path, ...] = ()
     """The lock files that were written."""
+
+
+class LockNotWrittenError(InputError):
+    """Everything was fetched, and only a lock could not be written; `done` is what was fetched."""
+
+    def __init__(self, message: str, hint: str, done: Fetched) -> None:
+        super().__init__(message, hint)
+        self.done = done
 
 
 def fetch(
@@ -85,7 +93,8 @@ def fetch(
 
     Raises:
         HubError: something could not be fetched, or is not in the store and `offline` is set; all that failed is told.
-        InputError: with `verify`, files are missing or damaged; or something cannot be written.
+        InputError: with `verify`, files are missing or damaged; or something cannot be written: a LockNotWrittenError
+            if it is only a lock.
         UsageError: an argument is wrong, or `locked` is set and a lock is missing or lacks a source.
     """
     for name in only:
@@ -95,14 +104,21 @@ def fetch(
             )
     if jobs < 1:
         raise UsageError(f"--jobs: expected at least 1, got {jobs}")
+    if into is not None and not str(into).strip():
+        raise UsageError("--into: expected a folder, got nothing")
     where = platform_of(platform)
     given = [sources] if isinstance(sources, str | Path | Recipe) else list(sources)
     wishes = gathered(given, changes, tuple(only) or KINDS, locked, where)
     store = Store(Path(into) if into is not None else home())
-    for need in wishes.needs.values():
-        store.check(sought(need.source, where))
     offline = offline or verify or _offline_by_environment()
-    stop, patience, failures = threading.Event(), Patience(), Failures()
+    fetches = not (dry_run or offline)
+    for need in wishes.needs.values():
+        store.check(sought(need.source, where), to_write=fetches and not locked)
+    if fetches and not locked:
+        check_locks(wishes)
+    here = _found_here(wishes, store, allow_pickle)
+    stop, failures = threading.Event(), Failures()
+    patience = Patience(note=(lambda text: progress(text, 0, 1)) if progress else None)
     hubs = Hubs(stop, patience, token_to_endpoint)
     actions = [
         partial(_settled, wishes, key, where, store, hubs, locked, offline, verify, allow_pickle)
@@ -125,28 +141,55 @@ def fetch(
             f"{len(lines)} of the files that were fetched are not as they were:\n{listed(lines, 50)}",
             "delete what is damaged and fetch again",
         )
-    downloads = tuple(
-        Download(str(part.need.source), file.path, file.size, hubs.of(part.source).host)
-        for part in ordered
-        for file in part.missing
-    )
-    written: tuple[Path, ...] = ()
-    if not (dry_run or offline):
-        failures |= carry_out(ordered, store, hubs, jobs, stop, patience, progress)
+    files = {
+        (place_of(part), file.path): Download(
+            named(part.need.source), file.path, file.size, hubs.of(part.source).host
+        )
+        for part in reversed(ordered)
+        for file in reversed(part.missing)
+    }
+    if fetches:
+        outcome = carry_out(ordered, store, hubs, jobs, stop, patience, progress)
+        failures |= outcome.failures
+        files = {key: file for key, file in files.items() if key in outcome.arrived}
         for key, part in parts.items():
             if key not in failures and not part.pinned:
                 store.refer(part.source, part.commit)
-    _raise(failures, wishes, offline)
-    if not (dry_run or offline or locked):
-        written = _write_locks(wishes, parts, store)
-    paths = [
-        parts[key].path(store)
-        if (key := key_of(need.source)) in parts
-        else _here(need.source, store, allow_pickle)
-        for wish in wishes.each
-        for need in wish.needs
-    ]
-    return Fetched(tuple(dict.fromkeys(paths)), downloads, written)
+    raise_failures(failures, wishes, offline)
+    paths = {key: part.path(store) for key, part in parts.items()}
+    for key, (path, target) in here.items():
+        if not (dry_run or verify):
+            make(path, target)
+        paths[key] = target if os.path.exists(target) else path  # noqa: PTH110  a long name
+    for key, path in paths.items():
+        if not (dry_run or path.exists()):
+            name = named(wishes.needs[key].source)
+            raise InputError(f"{name}: there is no {path}", "fetch again without `--locked` and `--offline`")
+    every = [paths[key_of(need.source)] for wish in wishes.each for need in wish.needs]
+    done = Fetched(tuple(dict.fromkeys(every)), tuple(reversed(files.values())))
+    if not fetches or locked:
+        return done
+    try:
+        return replace(done, locks=write_locks(wishes, parts, store))
+    except InputError as error:
+        raise LockNotWrittenError(error.message, error.hint, done) from error
+
+
+def _found_here(wishes: Wishes, store: Store, allow_pickle: bool) -> dict[Key, tuple[Path, Path]]:
+    """Where everything lies that no hub has, toys and paths, and where it can be read: elsewhere if its format is old.
+
+    Raises:
+        InputError: it is not there, or damaged. UsageError: it is a pickle, and may not be opened.
+    """
+    found: dict[Key, tuple[Path, Path]] = {}
+    for source in (need.source for wish in wishes.each for need in wish.needs):
+        if source.kind in HUBS:
+            continue
+        path = target = locate(source)
+        if source.kind == "path" and not source.is_data:
+            target = place(path, store.root, allow_pickle=allow_pickle)
+        found[key_of(source)] = path, target
+    return found
 
 
 def _settled(
@@ -171,58 +214,7 @@ def _settled(
     return settle(need, source, store, hubs, allow_pickle)
 
 
-def _here(source: Source, store: Store, allow_pickle: bool) -> Path:
-    """Where something lies that no hub has: a toy, or a path, converted if it is in an old format."""
-    path = locate(source)
-    if source.kind != "path" or source.is_data:
-        return path
-    from mergecli.hub.local import readable
-
-    return readable(path, store.root, allow_pickle=allow_pickle)
-
-
 def _offline_by_environment() -> bool:
     """Whether the variables that keep `huggingface_hub` from the network are set; here they keep all from it."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")
-
-
-def _raise(failures: Failures, wishes: Wishes, offline: bool) -> None:
-    """Raises what went wrong, if anything did: a line for each reason."""
-    if not failures:
-        return
-    worst = next((error for error in failures.values() if not isinstance(error, HubError)), None)
-    if worst:
-        raise worst
-    reasons: dict[str, list[str]] = {}
-    for key, error in ((key, failures[key]) for key in wishes.needs if key in failures):
-        name = str(wishes.needs[key].source)
-        reasons.setdefault(error.message.removeprefix(f"{name}: "), []).append(name)
-    lines = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {reason}"
-             for reason, names in reasons.items()]  # fmt: skip
-    hints = "; ".join(list(dict.fromkeys(error.hint for error in failures.values() if error.hint))[:2])
-    if offline:
-        hints = "run `mergecli fetch` where there is a network, without `--offline` and HF_HUB_OFFLINE"
-    if len(lines) == 1:
-        raise HubError(lines[0], hints)
-    raise HubError(f"{len(failures)} of {len(wishes.needs)} sources failed:\n{listed(lines, 50)}", hints)
-
-
-def _write_locks(wishes: Wishes, parts: dict[Key, Part], store: Store) -> tuple[Path, ...]:
-    """The locks of the recipes: what was fetched now, and of what they had before what their recipe still names."""
-    written: list[Path] = []
-    for wish in wishes.each:
-        if not wish.recipe or not wish.recipe.path:
-            continue
-        entries = [
-            entry_of(part, store.manifest(part.source, part.commit).files)
-            for need in wish.needs
-            if (part := parts.get(key_of(need.source)))
-        ]
-        named = {key_of(need.source) for need in of_recipe(wish.recipe, KINDS)}
-        before = Lock({key: entry for key, entry in (wish.lock or Lock()).entries.items() if key in named})
-        lock = before.merged(entries)
-        if lock.entries and lock != wish.lock:
-            write_lock(lock_path(wish.recipe.path), lock)
-            written.append(lock_path(wish.recipe.path))
-    return tuple(written)

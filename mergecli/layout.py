@@ -74,7 +74,13 @@ def read_header(
     """Tensors (dtype, shape, first byte in the file) and metadata of one safetensors file, checked against its size."""
     size = os.fstat(descriptor).st_size
     start = os.pread(descriptor, 64, 0)
-    if start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    pickled = start[:2] in (
+        b"\x80\x02",
+        b"\x80\x03",
+        b"\x80\x04",
+        b"\x80\x05",
+    )  # or a header of 640 bytes, ...
+    if start[:4] == b"PK\x03\x04" or (pickled and start[8:9] != b"{"):
         raise InputError(f"{file}: is a pickle, which is not opened as it is", PICKLE_HINT)
     if start.startswith(b"version https://git-lfs"):
         raise InputError(

@@ -100,7 +100,7 @@ def read_lock(path: Path) -> Lock:
         InputError: it cannot be read, or is not a lock of this version.
     """
     try:
-        values = tomli.loads(path.read_bytes().decode("utf-8"))
+        values = tomli.loads(path.read_bytes().decode("utf-8-sig"))
         if values.get("schema") != SCHEMA or set(values) - {"schema", "source"}:
             raise ValueError(f"expected `schema = {SCHEMA}` and [[source]] tables")
         entries = [_entry(each) for each in values.get("source", [])]
@@ -166,6 +166,11 @@ def pin(recipe: Recipe) -> Recipe:
     )
 
 
+def is_commit(text: str) -> bool:
+    """Whether a text is a commit's hexadecimal digits, or the first of them."""
+    return bool(_COMMIT.fullmatch(text))
+
+
 def is_safe(path: str) -> bool:
     """Whether a path inside a repository stays inside, on every system, when it is joined to a folder."""
     parts = path.split("/")
@@ -178,9 +183,14 @@ def _entry(value: Any) -> Entry:
     origin = parse_source(fetched, Path())
     if origin.kind not in HUBS or origin.revision or origin.inside:
         raise ValueError(f"`fetched`: expected `hf:org/name` or `ms:org/name`, got `{fetched}`")
-    if not _COMMIT.fullmatch(commit):
+    if not is_commit(commit):
         raise ValueError(f"`commit`: expected a commit's hexadecimal digits, got `{commit}`")
     files = [_file(each) for each in table["files"]]
+    if not files:
+        raise ValueError(f"`files` of `{source}`: expected at least one")
+    known = {file.path for file in files}
+    if lost := [file.made_from for file in files if file.made_from and file.made_from not in known]:
+        raise ValueError(f"`made_from`: expected one of the files of `{source}`, got `{lost[0]}`")
     return Entry(source, table.get("data") is True, fetched, commit, tuple(files))
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from mergecli.adapter_files import is_adapter, open_adapter
 from mergecli.adapters import adapted
 from mergecli.checkpoint import Checkpoint, open_checkpoint
-from mergecli.errors import InputError
-from mergecli.sources import Source, locate
+from mergecli.errors import InputError, UsageError
+from mergecli.sources import Source, home, locate
 from mergecli.views import rounded
 
 
@@ -22,7 +22,7 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
     Raises:
         InputError: it is missing or damaged, or the adapter does not fit the base, or there is none.
     """
-    path = locate(source)
+    path = _converted(locate(source))
     added = locate(source.adapter) if source.adapter else None
     with ExitStack() as stack:
         if is_adapter(path):
@@ -40,6 +40,20 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             opened = rounded(opened, source.dtype)
         stack.pop_all()
         return opened
+
+
+def _converted(path: Path) -> Path:
+    """The conversion of a pickle on this machine, if `fetch --allow-pickle` has made it; else the path itself."""
+    weights = path.glob("*.safetensors*") if path.is_dir() else [path] if ".safetensors" in path.name else []
+    if any(weights):
+        return path
+    from mergecli.hub.local import place
+
+    try:
+        found = place(path, home(), allow_pickle=False)
+    except (InputError, UsageError):
+        return path  # whoever opens it says what is wrong with it
+    return found if found.exists() else path
 
 
 def _base_of(source: Source, path: Path, base: Source | None) -> Checkpoint:

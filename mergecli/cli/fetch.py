@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +11,7 @@ from mergecli.cli import options, show
 
 if TYPE_CHECKING:
     from mergecli.fetching import Fetched
+    from mergecli.progress import Progress
 
 
 def fetch(
@@ -22,10 +22,12 @@ def fetch(
         ),
     ],
     into: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="DIR", help="The store, instead of MERGECLI_HOME or the cache folder."),
     ] = None,
-    only: Annotated[str | None, typer.Option(metavar="KINDS", help="models, data, or models,data.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="KINDS", help="models, data, or models,data. Repeatable.")
+    ] = None,
     locked: Annotated[bool, typer.Option("--locked", help="Exactly what the recipe's lock says.")] = False,
     offline: Annotated[
         bool, typer.Option("--offline", help="Use no network; list what is not in the store.")
@@ -62,11 +64,17 @@ def fetch(
     from mergecli import fetching
 
     with show.progress() as progress:
-        done = fetching.fetch(
-            sources, into=into, only=[kind for kind in (only or "").split(",") if kind], locked=locked,
-            offline=offline, verify=verify, dry_run=dry_run, platform=platform, jobs=jobs,
-            allow_pickle=allow_pickle, token_to_endpoint=token_to_endpoint, changes=changes or [], progress=progress,
-        )  # fmt: skip
+        try:
+            done = fetching.fetch(
+                sources, into=into, only=[kind.strip() for kinds in only or [] for kind in kinds.split(",")],
+                locked=locked, offline=offline, verify=verify, dry_run=dry_run, platform=platform, jobs=jobs,
+                allow_pickle=allow_pickle, token_to_endpoint=token_to_endpoint, changes=changes or [],
+                progress=_telling(progress),
+            )  # fmt: skip
+        except fetching.LockNotWrittenError as error:
+            for path in error.done.paths:
+                show.line(str(path))
+            raise
     if dry_run:
         _show_plan(done)
         return
@@ -76,6 +84,19 @@ def fetch(
         print(f"wrote {lock}", file=sys.stderr)
     for path in done.paths:
         show.line(str(path))
+
+
+def _telling(progress: Progress | None) -> Progress:
+    """Draws progress, where it is drawn; that somebody else is waited for is told everywhere."""
+
+    def tell(description: str, done: int, total: int) -> None:
+        if description.startswith("waiting "):
+            if not done:
+                show.note(description)
+        elif progress:
+            progress(description, done, total)
+
+    return tell
 
 
 def _show_plan(done: Fetched) -> None:

@@ -74,7 +74,7 @@ def load_clip(path: Path) -> Clip:
             )
             tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
             processor = pil_processor().from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except Exception as error:
             raise InputError(f"{path}: cannot be loaded as a CLIP: {str(error).splitlines()[0]}") from error
     wrong = [f"lacks tensor `{name}`" for name in sorted(info["missing_keys"])]
     wrong += [f"`{name}` has another shape than its config says" for name, *_ in info["mismatched_keys"]]

@@ -80,7 +80,9 @@ def _shards(index: Path) -> list[Path]:
 
 def _starts_as_pickle(file: Path) -> bool:
     start = _first_bytes(file)
-    if start.startswith((_ZIP, *_PICKLES)):
+    if (
+        start.startswith((_ZIP, *_PICKLES)) and start[8:9] != b"{"
+    ):  # a header of 640 bytes begins as a pickle does
         return True
     if not start:
         raise InputError(f"{file}: is empty", _AGAIN)

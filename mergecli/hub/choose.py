@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
+from typing import Any
 
-from mergecli.errors import HubError, quoted
+from mergecli.errors import HubError, UsageError, quoted
 from mergecli.hub.contract import RemoteFile
 
 LISTED_SUFFIXES = (
@@ -44,17 +46,22 @@ class NoParquetError(HubError):
 
 
 def model_files(
-    files: Sequence[RemoteFile], inside: str | None, allow_pickle: bool, where: str
+    files: Sequence[RemoteFile],
+    inside: str | None,
+    allow_pickle: bool,
+    where: str,
+    read: Callable[[RemoteFile], bytes],
 ) -> tuple[RemoteFile, ...]:
     """The weights of one model or adapter, as `open_checkpoint` would choose them, and the configuration, tokenizer and
     processor beside them. `inside` names a file or a folder of the repository, else it is the repository's top.
 
     Safetensors are taken where there are any; pickles only if they may be, and there is nothing else or `inside`
-    names one.
+    names one. Shards are those that their index names, for which it is `read`.
 
     Raises:
         OnlyPickledError: the weights are pickles, and `allow_pickle` is not set.
-        HubError: there are no weights, or no such file or folder.
+        HubError: there are no weights, or no such file or folder; a file is empty, or a shard is missing.
+        UsageError: `inside` is a file that has no weights.
     """
     named = next((file for file in files if file.path == inside), None)
     folder = (PurePosixPath(inside).parent if named and inside else PurePosixPath(inside or ".")).as_posix()
@@ -69,40 +76,67 @@ def model_files(
             f"{where}: there is no `{inside}`",
             f"its folders are {quoted(sorted(folders))}" if folders else "",
         )
+    if named and not named.path.removesuffix(".index.json").endswith((".safetensors", *PICKLED)):
+        raise UsageError(
+            f"{where}: `{named.path}` is no file of weights",
+            "name one, or a folder, or leave out what follows `#`",
+        )
     beside = [file for name, file in here.items() if any(fnmatchcase(name, pattern) for pattern in _BESIDE)]
     beside = [file for file in beside if not file.path.endswith(".index.json")]
     weights = _weights(list(here), PurePosixPath(named.path).name if named else None, where)
-    if any(name.endswith(PICKLED) for name in weights) and not allow_pickle:
+    if not allow_pickle:
+        _refuse_pickles(weights, where)
+    for index in [name for name in weights if name.endswith(".index.json")]:
+        weights += _shards(read(here[index]), index, here, where)
+    if not allow_pickle:
+        _refuse_pickles(weights, where)
+    if empty := [name for name in weights if not here[name].size]:
+        raise HubError(f"{where}: `{empty[0]}` is empty", "name a revision that has the weights")
+    return tuple(sorted({*beside, *(here[name] for name in weights)}, key=lambda file: file.path))
+
+
+def _refuse_pickles(weights: Sequence[str], where: str) -> None:
+    if any(name.removesuffix(".index.json").endswith(PICKLED) for name in weights):
         raise OnlyPickledError(
             f"{where}: has its weights only as {quoted(weights, 3)}: pickles, which may start any program when opened",
             "`--allow-pickle` fetches and converts them with torch's restricted reader; or name a revision that has "
             "safetensors, such as `@refs/pr/1`",
         )
-    return tuple(sorted({*beside, *(here[name] for name in weights)}, key=lambda file: file.path))
+
+
+def _shards(content: bytes, index: str, known: Collection[str], where: str) -> list[str]:
+    """The files that an index of shards names, all of them beside it."""
+    try:
+        names: set[Any] = set(json.loads(content)["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise HubError(f"{where}: `{index}` is not an index of shards: no readable `weight_map`") from error
+    if not names or not all(
+        isinstance(name, str) and name.endswith((".safetensors", *PICKLED)) for name in names
+    ):
+        raise HubError(
+            f"{where}: `{index}` is not an index of shards: `weight_map` does not name files of weights"
+        )
+    if missing := sorted(names - set(known)):
+        raise HubError(f"{where}: `{index}` names {quoted(missing)}, which the hub does not have beside it")
+    return sorted(names)
 
 
 def _weights(names: list[str], named: str | None, where: str) -> list[str]:
-    """The names of the weights among the files of one folder."""
+    """The names of the weights among the files of one folder; of shards, that of their index."""
     if named:
-        stem = named.removesuffix(".index.json").rpartition(".")[0]
-        shards = [name for name in names if named.endswith(".index.json") and name.startswith(f"{stem}-")]
-        return [named, *shards]
+        return [named]
     tensors = [name for name in names if name.endswith(".safetensors")]
     adapters = [name for name in names if name in _ADAPTERS]
     if "model.safetensors" in names:
         return ["model.safetensors", *adapters]
     if "model.safetensors.index.json" in names:
-        shards = [name for name in tensors if name.startswith("model-")]
-        return ["model.safetensors.index.json", *shards, *adapters]
+        return ["model.safetensors.index.json", *adapters]
     if tensors:
         return tensors
     if "pytorch_model.bin" in names:
         return ["pytorch_model.bin"]
     if "pytorch_model.bin.index.json" in names:
-        return [
-            "pytorch_model.bin.index.json",
-            *(each for each in names if each.startswith("pytorch_model-")),
-        ]
+        return ["pytorch_model.bin.index.json"]
     pickled = [
         name
         for name in names

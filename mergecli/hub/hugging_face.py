@@ -10,19 +10,21 @@ for ever.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-import socket
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from mergecli.errors import HubError, did_you_mean, quoted
 from mergecli.hub.contract import Body, RemoteFile, TransientError
+from mergecli.hub.needs import named
+from mergecli.hub.network import check_variables, host_of, reason_of, wait_of, without_password
 from mergecli.hub.patience import Patience, retried
+from mergecli.lock import is_commit
 from mergecli.sources import DEFAULT_BRANCH, Source
 
 OWN = ("https://huggingface.co", "https://hf.co", "https://hub-ci.huggingface.co")
@@ -35,6 +37,11 @@ class HuggingFace:
     """The hub at `HF_ENDPOINT`, or huggingface.co. A token goes to another endpoint only with `token_to_endpoint`."""
 
     def __init__(self, stop: threading.Event, patience: Patience, *, token_to_endpoint: bool = False) -> None:
+        check_variables(
+            certificates=("SSL_CERT_FILE",), seconds=("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
+        )
+        if own := os.environ.get("HF_ENDPOINT"):
+            host_of(own, "HF_ENDPOINT")
         import huggingface_hub
         from huggingface_hub import constants
         from huggingface_hub.utils import get_token_to_send, logging
@@ -44,6 +51,7 @@ class HuggingFace:
         if not os.environ.get("HF_HUB_VERBOSITY") and not constants.HF_DEBUG:
             logging.set_verbosity_error()
         self._endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self._host = host_of(self._endpoint, "HF_ENDPOINT")
         self._trusted = token_to_endpoint or self._endpoint in OWN
         # not `build_hf_headers`: it asks the endpoint for a list of other programs, to name the one that started this
         self._headers = {"user-agent": f"mergecli/{version()}; hf_hub/{huggingface_hub.__version__}"}
@@ -55,7 +63,7 @@ class HuggingFace:
 
     @property
     def host(self) -> str:
-        return urlsplit(self._endpoint).netloc
+        return self._host
 
     def resolve(self, source: Source) -> str:
         if self._unreachable:
@@ -65,9 +73,9 @@ class HuggingFace:
             source, f"{self._api(source)}/revision/{quote(revision, safe='')}", True
         ).json()
         commit: Any = answer.get("sha") if isinstance(answer, dict) else None
-        if not isinstance(commit, str) or not set(commit) <= set("0123456789abcdef") or len(commit) < 7:
+        if not isinstance(commit, str) or not is_commit(commit):
             raise HubError(
-                f"{source}: {self._endpoint} does not answer as Hugging Face does", "check HF_ENDPOINT"
+                f"{named(source)}: {self.host} does not answer as Hugging Face does", "check HF_ENDPOINT"
             )
         return commit
 
@@ -129,13 +137,13 @@ class HuggingFace:
         from huggingface_hub.errors import HfHubHTTPError
 
         http: Any = importlib.import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
-        where = f"{source}" + (f": `{path}`" if path else "")
+        where = named(source) + (f": `{path}`" if path else "")
         try:
             yield
         except HfHubHTTPError as error:
             raise self._refused(source, where, path, error) from error
         except (http.ConnectError, http.ConnectTimeout, http.ProxyError) as error:
-            reason = f"cannot reach {self.host}: {_root(error)}"
+            reason = f"cannot reach {self.host}: {reason_of(error)}"
             if first:
                 hint = "check the network, HF_ENDPOINT, and the proxy and certificate variables"
                 self._unreachable = HubError(reason, hint)
@@ -145,9 +153,14 @@ class HuggingFace:
             raise TransientError(f"{self.host} was silent for too long") from error
         except (http.NetworkError, http.RemoteProtocolError) as error:
             raise TransientError(f"{self.host} broke off the connection") from error
-        except (http.HTTPError, http.InvalidURL, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            http.HTTPError, http.InvalidURL, ImportError, ValueError, KeyError, TypeError, AttributeError,
+            OverflowError, RecursionError,
+        ) as error:  # fmt: skip
+            reason = without_password(str(error)).partition("\n")[0]
             raise HubError(
-                f"{where}: {self.host} does not answer as Hugging Face does: {error}", "check HF_ENDPOINT"
+                f"{where}: {self.host} does not answer as Hugging Face does: {reason}",
+                "check HF_ENDPOINT and the proxy variables",
             ) from error
 
     def _refused(self, source: Source, where: str, path: str | None, error: Any) -> Exception:
@@ -209,36 +222,23 @@ class HuggingFace:
 
 def _remote(entry: Any) -> RemoteFile:
     """A file of a list, whose own digest is that of the git blob: of a large file, only a pointer's."""
-    if large := entry.get("lfs"):
-        return RemoteFile(str(entry["path"]), int(large["size"]), str(large["oid"]))
-    return RemoteFile(str(entry["path"]), int(entry["size"]), git=str(entry["oid"]))
+    large = entry.get("lfs")
+    if (size := int((large or entry)["size"])) < 0:
+        raise ValueError(f"a size of {size} bytes")
+    path = str(entry["path"])
+    return (
+        RemoteFile(path, size, str(large["oid"])) if large else RemoteFile(path, size, git=str(entry["oid"]))
+    )
 
 
 def _wait(headers: Any) -> float | None:
-    """The seconds that `Retry-After` (a number or a date), or the hub's own `ratelimit`, asks for."""
-    from datetime import UTC, datetime
-
+    """The seconds that `Retry-After`, or the hub's own `ratelimit`, asks for."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
-    value = str(headers.get("Retry-After") or "").strip()
-    if value.isdigit():
-        return float(value)
-    if value:
-        try:
-            return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-        except (ValueError, TypeError):
-            return None
-    limit = parse_ratelimit_headers(headers)
-    return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
-
-
-def _root(error: BaseException) -> str:
-    """The reason at the bottom of an error, in words."""
-    reason: BaseException = error
-    while (deeper := reason.__cause__ or reason.__context__) is not None:
-        reason = deeper
-    if isinstance(reason, socket.gaierror):
-        return "its name is not known"
-    if isinstance(reason, OSError) and reason.strerror:
-        return reason.strerror.lower()
-    return str(reason) or type(reason).__name__
+    wait = wait_of(headers)
+    if wait is not None or headers.get("Retry-After"):
+        return wait
+    with contextlib.suppress(ValueError):
+        limit = parse_ratelimit_headers(headers)
+        return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
+    return None

@@ -2,8 +2,8 @@
 
 `MODELSCOPE_ENDPOINT`, its predecessor `MODELSCOPE_DOMAIN`, `MODELSCOPE_API_TOKEN` (and `modelscope login`),
 `MODELSCOPE_DOWNLOAD_TIMEOUT`, the proxy and the certificate variables mean what they mean to that library, whose
-sessions make every request here, and whose own repeated tries serve the lists. Its downloader is not used:
-`hub.transfer` says why.
+sessions make every request here. Its own repeated tries are turned off, since they would multiply with those of
+`hub.patience`; its downloader is not used: `hub.transfer` says why.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import threading
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 from mergecli.errors import HubError, did_you_mean, quoted
 from mergecli.hub.contract import Body, RemoteFile, TransientError
+from mergecli.hub.needs import named
+from mergecli.hub.network import check_variables, host_of, reason_of, was_broken_off, without_password
 from mergecli.hub.patience import Patience, retried
+from mergecli.lock import is_commit
 from mergecli.sources import DEFAULT_BRANCH, Source
 
 OWN = tuple(f"https://{www}modelscope.{land}" for www in ("", "www.") for land in ("cn", "ai"))
@@ -33,6 +36,9 @@ class ModelScope:
     `token_to_endpoint`."""
 
     def __init__(self, stop: threading.Event, patience: Patience, *, token_to_endpoint: bool = False) -> None:
+        check_variables(
+            certificates=("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), seconds=("MODELSCOPE_DOWNLOAD_TIMEOUT",)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", FutureWarning
@@ -42,10 +48,13 @@ class ModelScope:
 
             config = HubConfig()
             self._endpoint = str(config.endpoint)
+            own = os.environ.get("MODELSCOPE_ENDPOINT") or not os.environ.get("MODELSCOPE_DOMAIN")
+            self._host = host_of(self._endpoint, "MODELSCOPE_ENDPOINT" if own else "MODELSCOPE_DOMAIN")
             self._trusted = token_to_endpoint or self._endpoint in OWN
             self._api = HubApi(
                 config if self._trusted else HubConfig(endpoint=self._endpoint, token="")
             ).legacy
+        _make_impatient(self._api)
         if not os.environ.get("MODELSCOPE_LOG_LEVEL"):
             logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
         self._stop, self._patience = stop, patience
@@ -54,7 +63,7 @@ class ModelScope:
 
     @property
     def host(self) -> str:
-        return urlsplit(self._endpoint).netloc
+        return self._host
 
     def resolve(self, source: Source) -> str:
         """The commit of the newest change to any file: ModelScope's lists name it for each file, and no request asks
@@ -66,14 +75,16 @@ class ModelScope:
         if not files:
             known = [str(each.get("Revision")) for each in self._revisions(source)]
             if revision in known:
-                raise HubError(f"{source}: has no files")
+                raise HubError(f"{named(source)}: has no files")
             near = did_you_mean(revision, known) or (f"; it has {quoted(known)}" if known else "")
-            raise HubError(f"{source}: there is no branch or tag `{revision}`{near}")
+            raise HubError(f"{named(source)}: there is no branch or tag `{revision}`{near}")
         with self._told(source, None):
             newest = max(int(each["CommittedDate"]) for each in files)
             commits = sorted(
                 {str(each["Revision"]) for each in files if int(each["CommittedDate"]) == newest}
             )
+            if not all(is_commit(each) for each in commits):
+                raise ValueError(f"{quoted(commits)}: expected a commit's hexadecimal digits")
         content = {(each["Path"], each.get("Sha256")) for each in files}
         for commit in commits:
             if len(commits) == 1 or content <= {
@@ -82,16 +93,14 @@ class ModelScope:
                 self._lists[source, commit] = files
                 return commit
         raise HubError(
-            f"{source}: {self.host} does not tell which commit `{revision}` is", "name a commit after `@`"
+            f"{named(source)}: {self.host} does not tell which commit `{revision}` is",
+            "name a commit after `@`",
         )
 
     def files(self, source: Source, commit: str) -> tuple[RemoteFile, ...]:
         found = self._lists.get((source, commit)) or self._list(source, commit)
         with self._told(source, None):
-            return tuple(
-                RemoteFile(str(each["Path"]), int(each["Size"]), str(each.get("Sha256") or "") or None)
-                for each in found
-            )
+            return tuple(_remote(each) for each in found)
 
     def open(self, source: Source, commit: str, path: str, start: int) -> AbstractContextManager[Body]:
         return self._opened(source, commit, path, start)
@@ -114,7 +123,7 @@ class ModelScope:
 
     def _list(self, source: Source, revision: str) -> list[dict[str, Any]]:
         def ask() -> list[dict[str, Any]]:
-            with self._told(source, None, first=True):
+            with self._told(source, None):
                 found = self._api.list_repo_files(source.name, _kind(source), revision)
                 return [each for each in found if each.get("Type") != "tree"]
 
@@ -122,19 +131,19 @@ class ModelScope:
 
     def _revisions(self, source: Source) -> list[dict[str, Any]]:
         def ask() -> list[dict[str, Any]]:
-            with self._told(source, None, first=True):
+            with self._told(source, None):
                 return self._api.list_revisions(source.name, _kind(source))
 
         return retried(ask, self._stop, self._patience)
 
     @contextmanager
-    def _told(self, source: Source, path: str | None, first: bool = False) -> Generator[None]:
+    def _told(self, source: Source, path: str | None) -> Generator[None]:
         """Says in our words what went wrong, and whether another try may help."""
         import requests
         from modelscope_hub import errors
         from urllib3.exceptions import HTTPError
 
-        where = f"{source}" + (f": `{path}`" if path else "")
+        where = named(source) + (f": `{path}`" if path else "")
         token = "set MODELSCOPE_API_TOKEN, or run `modelscope login`"
         if not self._trusted:
             token = f"set MODELSCOPE_API_TOKEN, and `--token-to-endpoint` so that {self.host} gets it"
@@ -143,7 +152,8 @@ class ModelScope:
         except errors.RateLimitError as error:
             raise TransientError(f"{self.host} asks for fewer requests", error.retry_after) from error
         except errors.ServerError as error:
-            raise TransientError(f"{self.host} answered with status {error.status_code}") from error
+            wait = getattr(error, "retry_after", None)
+            raise TransientError(f"{self.host} answered with status {error.status_code}", wait) from error
         except errors.AuthenticationError as error:
             raise HubError(f"{where}: {self.host} asks for a token", token) from error
         except errors.PermissionDeniedError as error:
@@ -160,17 +170,15 @@ class ModelScope:
                 f"`source`; if it is private, {token}",
             ) from error
         except (errors.RequestTimeoutError, requests.Timeout) as error:
-            silent = f"{self.host} was silent for too long"
-            if first:  # the library has tried this several times
-                self._unreachable = HubError(silent, "try again later")
-                raise self._unreachable from error
-            raise TransientError(silent) from error
+            raise TransientError(f"{self.host} was silent for too long") from error
         except (
             errors.NetworkError, requests.ConnectionError, requests.exceptions.ChunkedEncodingError, HTTPError
         ) as error:  # fmt: skip
-            if first:
+            if isinstance(error.__cause__, errors.PermissionDeniedError):
+                raise TransientError(f"{self.host} denies access") from error
+            if path is None and not was_broken_off(error):
                 hint = "check the network, MODELSCOPE_ENDPOINT, and the proxy and certificate variables"
-                self._unreachable = HubError(f"cannot reach {self.host}: {_root(error)}", hint)
+                self._unreachable = HubError(f"cannot reach {self.host}: {reason_of(error)}", hint)
                 raise self._unreachable from error
             raise TransientError(f"{self.host} broke off the connection") from error
         except (
@@ -180,10 +188,13 @@ class ModelScope:
             KeyError,
             TypeError,
             AttributeError,
+            OverflowError,
+            RecursionError,
         ) as error:
+            reason = without_password(str(error)).partition("\n")[0]
             raise HubError(
-                f"{where}: {self.host} does not answer as ModelScope does: {str(error).splitlines()[0]}",
-                "check MODELSCOPE_ENDPOINT",
+                f"{where}: {self.host} does not answer as ModelScope does: {reason}",
+                "check MODELSCOPE_ENDPOINT and the proxy variables",
             ) from error
 
 
@@ -191,11 +202,14 @@ def _kind(source: Source) -> str:
     return "dataset" if source.is_data else "model"
 
 
-def _root(error: BaseException) -> str:
-    """The reason at the bottom of an error, in words."""
-    reason: BaseException = error
-    while (deeper := reason.__cause__ or reason.__context__) is not None:
-        reason = deeper
-    if type(reason).__name__ == "gaierror":
-        return "its name is not known"
-    return (reason.strerror or str(reason)).lower() if isinstance(reason, OSError) else str(reason)
+def _remote(entry: Any) -> RemoteFile:
+    if (size := int(entry["Size"])) < 0:
+        raise ValueError(f"a size of {size} bytes")
+    return RemoteFile(str(entry["Path"]), size, str(entry.get("Sha256") or "") or None)
+
+
+def _make_impatient(client: Any) -> None:
+    """One try for each request: the library has no setting for it that reaches all of them."""
+    client._request_repo_tree = partial(client._request_repo_tree, max_attempts=1)
+    for adapter in client._session.adapters.values():
+        adapter.max_retries = type(adapter.max_retries)(0, read=False)

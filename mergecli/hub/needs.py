@@ -14,6 +14,8 @@ from mergecli.recipe import Recipe
 from mergecli.sources import HUBS, Source, parse_source
 
 VALIDATION = ("validation", "valid", "val", "dev")
+KINDS = ("models", "data")
+"""What `--only` may be."""
 PLATFORMS = {"hf": "hf", "huggingface": "hf", "ms": "ms", "modelscope": "ms"}
 """What `--platform` may be -> the prefix of its sources."""
 
@@ -30,6 +32,13 @@ class Need:
     """For data sets: splits that must be there."""
     wanted: tuple[str, ...] = ()
     """For data sets: splits that are taken if they are there."""
+
+
+def named(source: Source) -> str:
+    """The source as the command line writes it, where data sets are told by their names."""
+    return (
+        str(source).replace(":", ":datasets/", 1) if source.is_data and source.kind in HUBS else str(source)
+    )
 
 
 def platform_of(name: str | None) -> str | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from mergecli import interrupts
@@ -19,6 +20,16 @@ class StoppedError(Exception):
     """The work was given up from outside."""
 
 
+@dataclass
+class _Waited:
+    """How long a hub was waited for because it asked for it."""
+
+    seconds: float = 0.0
+    until: float = 0.0
+    told: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 @dataclass(frozen=True)
 class Patience:
     """How long to bear with a hub."""
@@ -29,8 +40,11 @@ class Patience:
     """Seconds before the second try; each further pause is twice as long."""
     longest: float = 8.0
     """Seconds of the longest such pause."""
-    asked: float = 600.0
-    """Seconds that are waited at most if the hub itself says how long (`Retry-After`)."""
+    asked: float = 300.0
+    """Seconds that are waited at most, all together, because the hub itself says how long (`Retry-After`)."""
+    note: Callable[[str], None] | None = None
+    """Told the first time that a hub asks for a wait of more than 10 seconds."""
+    _waited: _Waited = field(default_factory=_Waited)
 
     def pause(self, failures: int, reason: TransientError, stop: threading.Event) -> None:
         """Waits after that many failures in a row.
@@ -41,14 +55,27 @@ class Patience:
         """
         if failures >= self.tries:
             raise HubError(f"{reason.reason}, {failures} times", "try again later: what has arrived is kept")
-        if reason.wait is not None and reason.wait > self.asked:
-            raise HubError(
-                f"{reason.reason}, and asks to wait {reason.wait:.0f} s",
-                "try again then: what has arrived is kept",
-            )
+        if reason.wait is not None:
+            self._agree(reason.reason, reason.wait)
         grown = min(self.longest, self.first * 2 ** (failures - 1))
         if stop.wait(grown if reason.wait is None else reason.wait):
             raise StoppedError
+
+    def _agree(self, reason: str, wait: float) -> None:
+        """Counts a wait that the hub asks for; waits at the same time in several threads count once."""
+        with self._waited.lock:
+            now = time.monotonic()
+            more = max(0.0, now + wait - max(now, self._waited.until))
+            if not wait <= self.asked or self._waited.seconds + more > self.asked:
+                raise HubError(
+                    f"{reason}, and asks to wait {wait:.0f} s", "try again then: what has arrived is kept"
+                )
+            self._waited.seconds += more
+            self._waited.until = max(self._waited.until, now + wait)
+            tell = wait > 10 and not self._waited.told
+            self._waited.told |= tell
+        if tell and self.note:
+            self.note(f"waiting {wait:.0f} s: {reason}")
 
 
 def retried(action: Callable[[], T], stop: threading.Event, patience: Patience) -> T:

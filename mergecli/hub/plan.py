@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from mergecli.errors import HubError, UsageError
+from mergecli.errors import HubError
 from mergecli.hub import choose
 from mergecli.hub.contract import Hub, RemoteFile
-from mergecli.hub.needs import Need
+from mergecli.hub.needs import Need, named
 from mergecli.hub.patience import Patience
-from mergecli.hub.store import COMMIT, Manifest, Store
-from mergecli.lock import Entry, LockedFile, is_safe
-from mergecli.sources import DEFAULT_BRANCH, HUBS, Source
+from mergecli.hub.store import COMMIT, Manifest, Store, size_of
+from mergecli.hub.transfer import content
+from mergecli.lock import Entry, is_safe
+from mergecli.sources import DEFAULT_BRANCH, Source
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Part:
         """Where the source lies once it is fetched."""
         folder = store.folder(self.source, self.commit)
         inside = self.source.inside
-        if inside and inside.endswith(choose.PICKLED) and self.converted:
+        if inside and inside == self.pickled:
             inside = self.converted
         return folder / inside if inside else folder
 
@@ -78,6 +79,21 @@ class Hubs:
                     self._stop, self._patience, token_to_endpoint=self._token_to_endpoint
                 )
             return self._known[source.kind]
+
+    def content(self, source: Source, commit: str, file: RemoteFile) -> bytes:
+        """What is in a small file of a repository."""
+        return content(self.of(source), source, commit, file, self._stop, self._patience)
+
+
+def is_converted(part: Part, store: Store) -> bool:
+    """Whether the store has what the part's pickled file becomes; also if it has none."""
+    if part.converted is None:
+        return True
+    known = store.manifest(part.source, part.commit).files
+    return (
+        part.converted in known
+        and size_of(store.folder(part.source, part.commit) / part.converted) is not None
+    )
 
 
 def settle(need: Need, source: Source, store: Store, hubs: Hubs, allow_pickle: bool) -> Part:
@@ -121,9 +137,9 @@ def settle_locked(need: Need, entry: Entry, store: Store, allow_pickle: bool = T
     source = replace(entry.origin, inside=need.source.inside)
     missing = tuple(file for file in files if not store.has(source, entry.commit, file))
     part = Part(need, source, entry.commit, files, missing, store.manifest(source, entry.commit), entry)
-    if part.pickled and not allow_pickle and (missing or part.converted not in part.manifest.files):
+    if part.pickled and not allow_pickle and (missing or not is_converted(part, store)):
         raise choose.OnlyPickledError(
-            f"{need.source}: the lock has its weights only as `{part.pickled}`, a pickle",
+            f"{named(need.source)}: the lock has its weights only as `{part.pickled}`, a pickle",
             "`--allow-pickle` fetches and converts it with torch's restricted reader",
         )
     return part
@@ -141,19 +157,23 @@ def settle_offline(need: Need, source: Source, entry: Entry | None, store: Store
         commit = store.reference(source)
         manifest = store.manifest(source, commit) if commit else Manifest()
         if commit is None or not store.folder(source, commit).is_dir():
-            raise HubError(f"{need.source}: is not in the store")
+            raise HubError(f"{named(need.source)}: is not in the store")
         if not manifest.files:  # put there by hand: whatever is there is taken
             return Part(need, source, commit, (), (), manifest)
         listing = manifest.listing or tuple(
             RemoteFile(f.path, f.size, f.sha256) for f in manifest.files.values()
         )
-        files = _chosen(need, source, listing, True)
+        files = _chosen(need, source, listing, True, _reader(need, source, commit, store, None))
         missing = tuple(file for file in files if not store.has(source, commit, file))
         part = Part(need, source, commit, files, missing, manifest)
     if part.missing and whole:
         folder = store.folder(part.source, part.commit)
         lacking = f"lacks `{part.missing[0].path}`" if folder.is_dir() else f"lacks commit {part.commit[:12]}"
-        raise HubError(f"{need.source}: the store {lacking}")
+        raise HubError(f"{named(need.source)}: the store {lacking}")
+    if whole and not is_converted(part, store):
+        raise HubError(
+            f"{named(need.source)}: the store lacks `{part.converted}`, made from `{part.pickled}`"
+        )
     return part
 
 
@@ -163,52 +183,54 @@ def _part(need: Need, source: Source, commit: str, store: Store, hubs: Hubs, all
         listing = hubs.of(source).files(source, commit)
         for file in listing:
             if not is_safe(file.path):
-                raise HubError(f"{source}: the hub lists a file outside of the repository: `{file.path}`")
+                raise HubError(
+                    f"{named(source)}: the hub lists a file outside of the repository: `{file.path}`"
+                )
         manifest = replace(manifest, listing=listing)
-    files = _chosen(need, source, manifest.listing or (), allow_pickle)
-    return Part(
-        need, source, commit, files,
-        tuple(file for file in files if not store.has(source, commit, file)), manifest,
-    )  # fmt: skip
+    listing, read = manifest.listing or (), _reader(need, source, commit, store, hubs)
+
+    def part_of(files: tuple[RemoteFile, ...]) -> Part:
+        missing = tuple(file for file in files if not store.has(source, commit, file))
+        return Part(need, source, commit, files, missing, manifest)
+
+    try:
+        return part_of(_chosen(need, source, listing, allow_pickle, read))
+    except choose.OnlyPickledError:
+        if not any(file.made_from for file in manifest.files.values()):
+            raise
+        before = part_of(_chosen(need, source, listing, True, read))
+        if before.missing or not is_converted(before, store):
+            raise
+        return before  # nothing has to be opened any more
+
+
+def _reader(
+    need: Need, source: Source, commit: str, store: Store, hubs: Hubs | None
+) -> Callable[[RemoteFile], bytes]:
+    """What reads a small file: from the store if it is there, else from the hub."""
+
+    def read(file: RemoteFile) -> bytes:
+        if store.has(source, commit, file):
+            return (store.folder(source, commit) / file.path).read_bytes()
+        if hubs is None:
+            raise HubError(f"{named(need.source)}: the store lacks `{file.path}`")
+        return hubs.content(source, commit, file)
+
+    return read
 
 
 def _chosen(
-    need: Need, source: Source, listing: Sequence[RemoteFile], allow_pickle: bool
+    need: Need,
+    source: Source,
+    listing: Sequence[RemoteFile],
+    allow_pickle: bool,
+    read: Callable[[RemoteFile], bytes],
 ) -> tuple[RemoteFile, ...]:
-    where = str(need.source) if source.kind == need.source.kind else f"{need.source} ({source})"
+    where = named(source)
     if not source.is_data:
-        return choose.model_files(listing, source.inside, allow_pickle, where)
+        return choose.model_files(listing, source.inside, allow_pickle, where, read)
     inside = source.inside
     files = [
         file for file in listing if not inside or file.path == inside or file.path.startswith(f"{inside}/")
     ]
     return choose.data_files(files, need.config, need.splits, need.wanted, where)
-
-
-def entry_of(part: Part, files: Mapping[str, LockedFile]) -> Entry:
-    """What a lock says of a fetched part."""
-    used = [*(file.path for file in part.files), *([part.converted] if part.converted else [])]
-    return Entry(
-        source=str(part.need.source),
-        is_data=part.need.source.is_data,
-        fetched=f"{part.source.kind}:{part.source.name}",
-        commit=part.commit,
-        files=tuple(sorted((files[path] for path in used), key=lambda file: file.path)),
-    )
-
-
-def locked_entry(need: Need, lock: Mapping[tuple[bool, str], Entry], platform: str | None) -> Entry:
-    """The lock's entry for a need.
-
-    Raises:
-        UsageError: it has none, or one of another platform than the one asked for.
-    """
-    entry = lock.get((need.source.is_data, str(need.source)))
-    if entry is None:
-        raise UsageError(f"{need.source}: is not in the lock", "`mergecli fetch` without `--locked` adds it")
-    if platform and entry.origin.kind != platform and need.source.kind == "hf":
-        raise UsageError(
-            f"{need.source}: the lock has it from {HUBS[entry.origin.kind]}, whose commits {HUBS[platform]} does not know",
-            "leave out `--platform`, or `--locked`",
-        )
-    return entry

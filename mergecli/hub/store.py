@@ -12,12 +12,14 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any
 
-from mergecli.errors import InputError, UsageError
+from mergecli.errors import HubError, InputError, UsageError
 from mergecli.hub.choose import LISTED_SUFFIXES
 from mergecli.hub.contract import RemoteFile
 from mergecli.lock import LockedFile, is_safe
@@ -30,6 +32,16 @@ if TYPE_CHECKING:
 MANIFEST = ".mergecli.json"
 COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 """A whole commit, as git names it."""
+
+
+@contextmanager
+def writing(path: Path, hint: str = "name another store with `--into` or MERGECLI_HOME") -> Generator[None]:
+    """The operating system's refusals as one clear error about `path`, with a hint that fits where no output was named."""
+    try:
+        with write_errors(path):
+            yield
+    except InputError as error:
+        raise InputError(error.message, hint if "`-o`" in error.hint else error.hint) from error
 
 
 @dataclass(frozen=True)
@@ -56,40 +68,67 @@ class Store:
             raise UsageError(f"source `{source}`: expected `{source.kind}:org/name`")
         return self.root / source.kind / ("datasets" if source.is_data else "") / source.name
 
-    def check(self, source: Source) -> None:
-        """Raises UsageError if the source's name or revision would leave the store."""
-        self._reference_path(source, source.revision or DEFAULT_BRANCH[source.kind])
+    def check(self, source: Source, *, to_write: bool = True) -> None:
+        """What can be told of a source before it is looked for.
+
+        Raises:
+            UsageError: its name or revision would leave the store.
+            InputError: no such path can be, or with `to_write` what the revision is cannot be written down.
+        """
+        path = self._reference_path(source, source.revision or DEFAULT_BRANCH[source.kind])
+        try:
+            kind = path.stat().st_mode
+        except FileNotFoundError:
+            return
+        except NotADirectoryError as error:
+            for parent in path.parents:
+                if to_write and parent.is_file() and parent.is_relative_to(self.repository(source)):
+                    raise InputError(f"{parent}: is a file, a folder was expected", "delete it") from error
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise InputError(
+                f"{path}: cannot be used: {reason}", "the store is named by `--into` or MERGECLI_HOME"
+            ) from error
+        else:
+            if to_write and S_ISDIR(kind):
+                raise InputError(f"{path}: is a folder, a file was expected", "delete it")
 
     def folder(self, source: Source, commit: str) -> Path:
         """The folder of a commit; there only if it is whole."""
-        return self.repository(source) / commit
+        return self.repository(source) / _checked(source, commit)
 
     def partial(self, source: Source, commit: str) -> Path:
         """Where the files of a commit arrive."""
-        return self.repository(source) / f"{commit}.partial"
+        return self.repository(source) / f"{_checked(source, commit)}.partial"
 
     def lock(self, source: Source, commit: str) -> BaseFileLock:
         """Whoever holds it may change that commit's folders."""
         from filelock import FileLock
 
         folder = self.repository(source)
-        with write_errors(folder):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder / f".{commit}.lock")
+        return FileLock(folder / f".{_checked(source, commit)}.lock")
 
     def reference(self, source: Source) -> str | None:
         """The commit that the source's revision was when it was last fetched; a commit is itself."""
         revision = source.revision or DEFAULT_BRANCH[source.kind]
         path = self._reference_path(source, revision)
-        if path.is_file():
-            return path.read_text("utf-8").strip()
-        return revision if self.folder(source, revision).is_dir() and is_safe(revision) else None
+        try:
+            written = path.read_text("utf-8").strip()
+        except (OSError, ValueError):
+            written = ""
+        if _is_folder_name(written):
+            return written
+        return revision if _is_folder_name(revision) and self.folder(source, revision).is_dir() else None
 
     def refer(self, source: Source, commit: str) -> None:
         """Writes down what the source's revision is."""
         revision = source.revision or DEFAULT_BRANCH[source.kind]
         if revision != commit and self.reference(source) != commit:
-            write_text(self._reference_path(source, revision), commit + "\n")
+            path = self._reference_path(source, revision)
+            with writing(path):
+                write_text(path, commit + "\n")
 
     def _reference_path(self, source: Source, revision: str) -> Path:
         if not is_safe(revision):
@@ -138,7 +177,7 @@ class Store:
             else [asdict(file) for file in listing if file.path.endswith(LISTED_SUFFIXES)],
         }
         text = json.dumps(content, indent=1) + "\n"
-        with write_errors(folder):
+        with writing(folder):
             if folder.exists():
                 for file in new:
                     target = folder / file.path
@@ -152,6 +191,17 @@ class Store:
                     each.unlink()
             write_text(partial / MANIFEST, text)
             partial.rename(folder)
+
+
+def _is_folder_name(commit: str) -> bool:
+    return is_safe(commit) and "/" not in commit and commit != "refs" and not commit.endswith(".partial")
+
+
+def _checked(source: Source, commit: str) -> str:
+    """The commit, once it is sure that its folder lies in that of its repository."""
+    if not _is_folder_name(commit):
+        raise HubError(f"{source}: `{commit}` cannot be a commit")
+    return commit
 
 
 def _without_path(file: LockedFile) -> dict[str, str | int | None]:

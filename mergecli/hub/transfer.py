@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,12 @@ from pathlib import Path
 from mergecli.errors import HubError
 from mergecli.hub.contract import Hub, RemoteFile, TransientError
 from mergecli.hub.patience import Patience, StoppedError
-from mergecli.hub.store import size_of
+from mergecli.hub.store import size_of, writing
 from mergecli.lock import LockedFile
-from mergecli.output import write_errors
 from mergecli.sources import Source
 
+_SMALL = 1 << 27
+"""Bytes."""
 Tell = Callable[[int], None]
 """Called with how many bytes of the file are here."""
 
@@ -49,7 +51,7 @@ def download(
     """
     target = folder / file.path
     incomplete = target.with_name(target.name + ".incomplete")
-    with write_errors(target):
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_file():
             target.replace(incomplete)
@@ -67,6 +69,17 @@ def download(
                     "fetch again; if that does not help, the hub or something on the way to it changes files",
                 )
             resumed = 0
+
+
+def content(
+    hub: Hub, source: Source, commit: str, file: RemoteFile, stop: threading.Event, patience: Patience
+) -> bytes:
+    """What is in a small file, which is not kept; verified, and errors as with `download`."""
+    if file.size > _SMALL:
+        raise HubError(f"`{file.path}`: expected a small file, and it has {file.size:,} bytes")
+    with tempfile.TemporaryDirectory() as folder:
+        download(hub, source, commit, file, Path(folder), stop, lambda _: None, patience)
+        return (Path(folder) / file.path).read_bytes()
 
 
 class _Digest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from mergecli.catalogue import read_recipe
 from mergecli.errors import UsageError, listed
 from mergecli.hub import needs as wanted_by
 from mergecli.hub.needs import Need
-from mergecli.hub.plan import locked_entry
 from mergecli.lock import Entry, Key, Lock, key_of, lock_of
 from mergecli.recipe import Recipe
 from mergecli.sources import HUBS
@@ -65,7 +64,9 @@ def gathered(
                 problems.append(error)
                 continue
             if entry and locked and entries.get(key, entry).commit != entry.commit:
-                raise UsageError(f"--locked: the recipes' locks have {need.source} at different commits")
+                raise UsageError(
+                    f"--locked: the recipes' locks have {wanted_by.named(need.source)} at different commits"
+                )
             if entry:
                 entries[key] = entry
     if problems:
@@ -91,3 +92,23 @@ def _wish(each: str | Path | Recipe, changes: Sequence[str], only: Sequence[str]
             "`mergecli fetch` without `--locked` writes one",
         )
     return Wish(needs, recipe, lock)
+
+
+def locked_entry(need: Need, lock: Mapping[tuple[bool, str], Entry], platform: str | None) -> Entry:
+    """The lock's entry for a need.
+
+    Raises:
+        UsageError: it has none, or one of another platform than the one asked for.
+    """
+    entry = lock.get((need.source.is_data, str(need.source)))
+    if entry is None:
+        raise UsageError(
+            f"{wanted_by.named(need.source)}: is not in the lock",
+            "`mergecli fetch` without `--locked` adds it",
+        )
+    if platform and entry.origin.kind != platform and need.source.kind == "hf":
+        raise UsageError(
+            f"{wanted_by.named(need.source)}: the lock has it from {HUBS[entry.origin.kind]}, whose commits {HUBS[platform]} does not know",
+            "leave out `--platform`, or `--locked`",
+        )
+    return entry

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergecli.errors import InputError, MergecliError
+from mergecli.errors import HubError, InputError, MergecliError
 from mergecli.hub.contract import RemoteFile
 from mergecli.hub.patience import Patience, in_threads
-from mergecli.hub.plan import Hubs, Part
-from mergecli.hub.store import Store, sha256_of, size_of
+from mergecli.hub.plan import Hubs, Part, is_converted
+from mergecli.hub.store import Store, sha256_of, size_of, writing
 from mergecli.hub.transfer import download
 from mergecli.lock import Key, LockedFile, key_of
-from mergecli.output import write_errors
 from mergecli.progress import Progress
 
 if TYPE_CHECKING:
@@ -28,6 +28,16 @@ Place = tuple[str, str]
 """A repository and a commit."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it."""
+
+    failures: Mapping[Key, MergecliError]
+    """Why sources failed."""
+    arrived: frozenset[tuple[Place, str]]
+    """The files that were downloaded: others may meanwhile have come by another program."""
+
+
 def carry_out(
     parts: Sequence[Part],
     store: Store,
@@ -36,25 +46,25 @@ def carry_out(
     stop: threading.Event,
     patience: Patience,
     progress: Progress | None,
-) -> dict[Key, MergecliError]:
+) -> Outcome:
     """Downloads what is missing, converts what is pickled, and puts each commit in place as soon as it is whole.
 
     Each commit is locked first, so that several programs can fetch the same: the others wait, and find it done. The
     locks are taken in one order by all, and the system gives them back when a program ends in whatever way.
-    Returns why sources failed; the others are not held up by them.
+    A source that fails does not hold up the others.
     """
     groups = _grouped(parts, store)
     failures: dict[Key, MergecliError] = {}
+    arrived: dict[Place, list[LockedFile]] = {key: [] for key in groups}
     with ExitStack() as stack:
         held: dict[Place, BaseFileLock] = {}
         for key, group in sorted(groups.items()):
             held[key] = store.lock(group[0].source, group[0].commit)
-            with write_errors(store.root):
+            with writing(store.root):
                 _acquire(held[key], group[0], progress)
             stack.callback(held[key].release)
         left = {key: _missing(group, store) for key, group in groups.items()}
         _check_space(store, sum(file.size for files in left.values() for file in files))
-        arrived: dict[Place, list[LockedFile]] = {key: [] for key in groups}
         tasks = [(key, file) for key in groups for file in left[key]]
 
         def fail(key: Place, error: MergecliError) -> None:
@@ -85,25 +95,21 @@ def carry_out(
                 fail(key, result)
             else:
                 raise result
-    return failures
+    return Outcome(failures, frozenset((key, file.path) for key in groups for file in arrived[key]))
+
+
+def place_of(part: Part) -> Place:
+    """What parts that share their files have in common."""
+    return f"{part.source.kind}:{part.source.is_data}:{part.source.name}", part.commit
 
 
 def _grouped(parts: Sequence[Part], store: Store) -> dict[Place, list[Part]]:
     """The parts of each commit of each repository, of those that lack anything."""
     found: dict[Place, list[Part]] = {}
     for part in parts:
-        if part.missing or _unconverted(part, store):
-            folder = f"{part.source.kind}:{part.source.is_data}:{part.source.name}"
-            found.setdefault((folder, part.commit), []).append(part)
+        if part.missing or not is_converted(part, store):
+            found.setdefault(place_of(part), []).append(part)
     return found
-
-
-def _unconverted(part: Part, store: Store) -> bool:
-    if part.converted is None:
-        return False
-    known = store.manifest(part.source, part.commit).files
-    there = size_of(store.folder(part.source, part.commit) / part.converted) is not None
-    return part.converted not in known or not there
 
 
 def _acquire(lock: BaseFileLock, part: Part, progress: Progress | None) -> None:
@@ -126,6 +132,8 @@ def _missing(group: Sequence[Part], store: Store) -> list[RemoteFile]:
 
 
 def _check_space(store: Store, needed: int) -> None:
+    if not needed:
+        return
     folder = store.root
     while not folder.exists():
         folder = folder.parent
@@ -152,12 +160,27 @@ def _fetched(
             progress(name, done, file.size)
 
     folder = store.partial(part.source, part.commit)
-    return download(hubs.of(part.source), part.source, part.commit, file, folder, stop, tell, patience)
+    done = download(hubs.of(part.source), part.source, part.commit, file, folder, stop, tell, patience)
+    if file.path.endswith(".safetensors"):
+        _refuse_pickle(folder / file.path, file.path)
+    return done
+
+
+def _refuse_pickle(file: Path, name: str) -> None:
+    """A pickle would be found out only when it is read, and be refused then, whatever it is called."""
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:] != b"{":
+        file.unlink()
+        raise HubError(
+            f"`{name}`: is a pickle, whatever it is called: the file was removed",
+            "name a revision that has safetensors, such as `@refs/pr/1`",
+        )
 
 
 def _complete(group: Sequence[Part], arrived: list[LockedFile], store: Store) -> None:
     source, commit = group[0].source, group[0].commit
-    pickled = {part.converted: part for part in group if _unconverted(part, store)}
+    pickled = {part.converted: part for part in group if not is_converted(part, store)}
     new = [*arrived, *(_convert(part, store) for part in pickled.values())]
     about = next((part.manifest for part in group if part.manifest.listing is not None), group[0].manifest)
     store.complete(source, commit, new, about)
@@ -173,7 +196,12 @@ def _convert(part: Part, store: Store) -> LockedFile:
     origin = partial_folder / pickled if (partial_folder / pickled).is_file() else whole / pickled
     target = partial_folder / converted
     target.parent.mkdir(parents=True, exist_ok=True)
-    convert(origin, target, allow_pickle=True)
+    try:
+        with writing(target):
+            convert(origin, target, allow_pickle=True)
+    except MergecliError as error:
+        message = error.message.replace(f"{partial_folder}/", "").replace(f"{whole}/", "")
+        raise type(error)(message, error.hint) from error
     return LockedFile(converted, size_of(target) or 0, sha256_of(target), pickled)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mergecli.checkpoint import open_checkpoint
 from mergecli.errors import InputError
@@ -155,3 +156,17 @@ def test_the_program_says_the_same_with_status_3_and_leaves_nothing(world: World
     assert ended.err.startswith("error: t2.safetensors: is cut short: 4 of ")
     assert ended.err.endswith("hint: the copy or download did not finish: fetch it again\n")
     assert sorted(world.folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_looks_like_a_pickles_first_bytes_is_read(tmp_path: Path, length: int) -> None:
+    from mergecli.conversion import is_pickled
+
+    file = tmp_path / "m.safetensors"
+    for filler in range(length):
+        save_file({"w": torch.ones(2)}, file, metadata={"note": "x" * filler})
+        if int.from_bytes(file.read_bytes()[:8], "little") == length:
+            break
+    assert file.read_bytes()[:1] == b"\x80"
+    assert open_checkpoint(file).entries["w"].shape == (2,)
+    assert not is_pickled(file)

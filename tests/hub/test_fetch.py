@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -167,8 +168,9 @@ def test_what_lies_inside_a_repository_comes_with_what_lies_beside_it(hubs: Hubs
 
 def test_shards_come_with_their_index(hubs: Hubs) -> None:
     shards = {f"model-0000{n}-of-00002.safetensors": b"shard %d" % n for n in (1, 2)}
+    index = json.dumps({"weight_map": {str(number): name for number, name in enumerate(shards)}}).encode()
     hubs.hf.repositories["org/sharded"] = Repository(
-        {"config.json": b"{}", "model.safetensors.index.json": b"{}", "other.safetensors": b"x", **shards}
+        {"config.json": b"{}", "model.safetensors.index.json": index, "other.safetensors": b"x", **shards}
     )
     names = [each.path for each in fetch("hf:org/sharded").downloads]
     assert names == ["config.json", *sorted(shards), "model.safetensors.index.json"]
@@ -261,8 +263,6 @@ def test_help_imports_neither_hub(tmp_path: Path) -> None:
 
 
 def test_the_store_records_what_was_fetched(hubs: Hubs) -> None:
-    import json
-
     (path,) = fetch("hf:org/tuned").paths
     files = json.loads((path / ".mergecli.json").read_text())["files"]
     assert sorted(files) == USED

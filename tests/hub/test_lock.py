@@ -24,6 +24,7 @@ source = "hf:org/a"
 fetched = "ms:mirror/a"
 commit = "0123456789abcdef0123456789abcdef01234567"
 files = [
+  { path = "b/model.bin", size = 4, sha256 = "{1}" },
   { path = "b/model.safetensors", size = 3, sha256 = "{0}", made_from = "b/model.bin" },
   { path = "config.json", size = 2, sha256 = "{1}" },
 ]
@@ -34,6 +35,7 @@ data = true
 fetched = "hf:org/a"
 commit = "0123456789abcdef0123456789abcdef01234567"
 files = [
+  { path = "test.parquet", size = 5, sha256 = "{1}" },
 ]
 """.replace("{0}", "a" * 64).replace("{1}", "b" * 64)
 
@@ -43,9 +45,10 @@ def test_a_lock_is_read_as_it_was_written(tmp_path: Path) -> None:
     files = (
         LockedFile("config.json", 2, "b" * 64),
         LockedFile("b/model.safetensors", 3, "a" * 64, "b/model.bin"),
+        LockedFile("b/model.bin", 4, "b" * 64),
     )
     model = Entry("hf:org/a", False, "ms:mirror/a", commit, files)
-    data = Entry("hf:org/a", True, "hf:org/a", commit, ())
+    data = Entry("hf:org/a", True, "hf:org/a", commit, (LockedFile("test.parquet", 5, "b" * 64),))
     path = tmp_path / "a.lock"
     write_lock(path, Lock().merged([data, model]))
     assert path.read_text() == TEXT
@@ -62,6 +65,12 @@ def test_a_lock_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("commit = ", "comit = ", "unknown key `comit`"),
         ('commit = "0123', 'commit = "xyz', "`commit`: expected a commit's"),
         ('path = "config.json"', 'path = "../config.json"', "`path`: expected a file inside"),
+        (
+            '  { path = "test.parquet", size = 5, sha256 = "' + "b" * 64 + '" },\n',
+            "",
+            "`files` of `hf:org/a`: expected at least one",
+        ),
+        ('made_from = "b/model.bin"', 'made_from = "../model.bin"', "`made_from`: expected one of the files"),
         ("size = 2", "size = -2", "`size`: expected a number of bytes"),
         ("b" * 64, "b", "`sha256`: expected 64"),
         ("ms:mirror/a", "mirror/a", "`fetched`: expected `hf:org/name`"),
@@ -202,7 +211,7 @@ def test_offline_lists_what_is_missing_and_finds_the_rest(
     ended = run("fetch", *offline, recipe.name, **environment)
     assert (ended.status, ended.out) == (4, "")
     assert "2 of 3 sources failed" not in ended.err
-    assert "hf:org/tuned, hf:org/birds: is not in the store" in ended.err
+    assert "hf:org/tuned, hf:datasets/org/birds: is not in the store" in ended.err
     assert "where there is a network" in ended.err
     fetch(recipe)
     hubs.forget()

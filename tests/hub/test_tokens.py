@@ -184,7 +184,7 @@ def test_the_hub_itself_gets_the_token_by_https_and_its_cdn_does_not(
     assert len(told(hub.requests)) == len(hub.requests) >= len(USED)
     assert hub.cdn_requests
     assert told(hub.cdn_requests) == []
-    known = {"SSL_CERT_FILE": "", "REQUESTS_CA_BUNDLE": "", "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1"}
+    known = {"SSL_CERT_FILE": "", "REQUESTS_CA_BUNDLE": ""}
     ended = run("fetch", f"{prefix}:org/base", **{**environment, **known})
     front.close()
     assert ended.status == 4
