@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,24 @@ def make_world(folder: Path, tasks: int = 3) -> World:
     for name, file in world.files.items():
         save_file(world.tuned[name], file)
     return world
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_store_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests, and the processes they start, keep nothing in the user's own store, and find nothing there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MERGECLI_HOME", str(tmp_path_factory.mktemp("store")))
+        yield
+
+
+@pytest.fixture
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty store for the test alone, and one thread, so that sums are the same on every machine."""
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "home"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

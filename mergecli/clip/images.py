@@ -11,8 +11,9 @@ import torch
 
 from mergecli.clip.decoding import Encoded, decoded, unreadable
 from mergecli.clip.rows import Rows, parquet_rows, picture_rows
-from mergecli.clip.splits import VALIDATION_NAMES, digest, fingerprint, folder_splits, parquet_splits
+from mergecli.clip.splits import digest, fingerprint, folder_splits, parquet_splits
 from mergecli.errors import InputError, UsageError, quoted
+from mergecli.parquet_names import VALIDATION_NAMES
 from mergecli.sources import locate
 
 if TYPE_CHECKING:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from mergecli.errors import InputError, quoted
+from mergecli.parquet_names import split_of
 
-VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-
-_NAMES = ("train", "test", *VALIDATION_NAMES)
-_SHARD = re.compile(r"[-_]?\d+(-of-\d+)?(-[0-9a-f]{16})?$")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
@@ -31,11 +27,9 @@ def parquet_splits(root: Path, config: str | None, where: str) -> dict[str, list
     }
     chosen = {file: path for file, path in paths.items() if config in path.parts}
     found: dict[str, list[Path]] = {}
-    homes: dict[str, set[Path]] = {}
+    homes: dict[str, set[PurePath]] = {}
     for file, path in (chosen or paths).items():
-        split, folder = _SHARD.sub("", path.stem), path.parent
-        if not split or (split not in _NAMES and folder.name in _NAMES):
-            split, folder = folder.name or "test", folder.parent
+        split, folder = split_of(path)
         found.setdefault(split, []).append(file)
         homes.setdefault(split, set()).add(folder)
     for split, folders in homes.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
@@ -11,6 +10,7 @@ from typing import Any
 
 from mergecli.errors import HubError, UsageError, quoted
 from mergecli.hub.contract import RemoteFile
+from mergecli.parquet_names import split_of
 
 LISTED_SUFFIXES = (
     ".json",
@@ -33,8 +33,6 @@ _BESIDE = (
     "open_clip_config.json", "adapter_config.json",
 )  # fmt: skip
 _ADAPTERS = ("adapter_model.safetensors", "linearized_adapter_model.safetensors")
-_SPLITS = ("train", "test", "validation", "valid", "val", "dev")
-_SHARD = re.compile(r"[-_]?\d+(-of-\d+)?(-[0-9a-f]{16})?$")
 
 
 class OnlyPickledError(HubError):
@@ -178,9 +176,9 @@ def data_files(
     found: dict[str, list[RemoteFile]] = {}
     homes: dict[str, set[str]] = {}
     for file in chosen:
-        split, folder = _split(PurePosixPath(file.path))
+        split, folder = split_of(PurePosixPath(file.path))
         found.setdefault(split, []).append(file)
-        homes.setdefault(split, set()).add(folder)
+        homes.setdefault(split, set()).add(folder.as_posix())
     for split in needed:
         if split not in found:
             raise HubError(f"{where}: has no split `{split}`", f"it has {quoted(sorted(found))}")
@@ -192,11 +190,3 @@ def data_files(
                 "they are different configurations: name one after `#`, as in `hf:org/name#folder`",
             )
     return tuple(sorted((file for split in used for file in found[split]), key=lambda file: file.path))
-
-
-def _split(path: PurePosixPath) -> tuple[str, str]:
-    """The split of a Parquet file, and the folder that says which configuration it is of."""
-    split, folder = _SHARD.sub("", path.stem), path.parent
-    if not split or (split not in _SPLITS and folder.name in _SPLITS):
-        split, folder = folder.name or "test", folder.parent
-    return split, folder.as_posix()

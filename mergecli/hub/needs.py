@@ -10,10 +10,10 @@ from pathlib import Path
 from mergecli.clip import tasks
 from mergecli.errors import UsageError, did_you_mean
 from mergecli.lock import Key, key_of
+from mergecli.parquet_names import VALIDATION_NAMES
 from mergecli.recipe import Recipe
 from mergecli.sources import HUBS, Source, parse_source
 
-VALIDATION = ("validation", "valid", "val", "dev")
 KINDS = ("models", "data")
 """What `--only` may be."""
 PLATFORMS = {"hf": "hf", "huggingface": "hf", "ms": "ms", "modelscope": "ms"}
@@ -69,7 +69,7 @@ def parse(text: str) -> Source:
 
 def of_source(source: Source) -> Need:
     """What a source named by itself needs; of a data set all the usual splits."""
-    return Need(source, wanted=("train", "test", *VALIDATION) if source.is_data else ())
+    return Need(source, wanted=("train", "test", *VALIDATION_NAMES) if source.is_data else ())
 
 
 def of_recipe(recipe: Recipe, only: Sequence[str]) -> list[Need]:
@@ -84,7 +84,7 @@ def of_recipe(recipe: Recipe, only: Sequence[str]) -> list[Need]:
             found.append(
                 Need(
                     replace(task.data, is_data=True), task.config, (task.split,),
-                    (task.train_split, *recipe.splits, *VALIDATION),
+                    (task.train_split, *recipe.splits, *VALIDATION_NAMES),
                 )
             )  # fmt: skip
     return merged(found)

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "mergecli"
 RANKS = [
-    {"chunks", "devices", "errors", "interrupts", "parallel", "progress", "layout"},
+    {"chunks", "devices", "errors", "interrupts", "parallel", "parquet_names", "progress", "layout"},
     {"output", "shards", "sources", "scores", "statistics", "toml_reader"},
     {"recipe", "lock", "checkpoint", "references"},
     {"methods"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,14 @@ from tests.conftest import Weights, assert_same
 from tests.golden import naive, naive_adapted
 from tests.golden.naive_adapted import Found, Sight
 
+pytestmark = pytest.mark.usefixtures("own_store")
+
 BATCH, SEED = 3, 0
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> AdaptedWorld:
     return make_adapted_world(tmp_path_factory.mktemp("adapted"))
-
-
-@pytest.fixture(autouse=True)
-def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "home"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from tests.golden import naive, naive_calibrated
 from tests.golden.test_promises import same_bytes
 from tests.looking import CLASSES, TEMPLATES, Zoo, make_zoo
 
+pytestmark = pytest.mark.usefixtures("own_store")
+
 NAMES = ("fisher", "reg_mean", "reg_mean_plus_plus")
 FEW = {"examples": 20, "batch_size": 7}
 LINEAR = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -31,15 +33,6 @@ LINEAR = "vision_model.encoder.layers.0.mlp.fc1.weight"
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     return make_zoo(tmp_path_factory.mktemp("zoo"))
-
-
-@pytest.fixture(autouse=True)
-def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "home"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def merged(zoo: Zoo, method: str, statistics: Path | None = None, **settings: Any) -> Weights:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from mergecli.engine import merge
 from mergecli.errors import InputError, MergecliError, UsageError
 from tests.adapted import AdaptedWorld, make_adapted_world
 
+pytestmark = pytest.mark.usefixtures("own_store")
+
 SHORT: dict[str, Any] = {"batch_size": 3, "steps": 6, "learning_rate": 1e-2}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("ada_merging", {}),
@@ -33,15 +35,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> AdaptedWorld:
     return make_adapted_world(tmp_path_factory.mktemp("adapting"))
-
-
-@pytest.fixture(autouse=True)
-def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "home"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def learn(world: AdaptedWorld, folder: Path, method: str = "ada_merging", **more: Any) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from mergecli.errors import InputError, UsageError
 from mergecli.measuring import measure
 from mergecli.recipe import Recipe
 from tests.looking import Zoo, make_zoo
+
+pytestmark = pytest.mark.usefixtures("own_store")
 
 FEW = {"examples": 8, "batch_size": 4}
 NAMES = ("fisher", "reg_mean", "reg_mean_plus_plus")
@@ -36,15 +37,6 @@ def zoo(made: Zoo, tmp_path: Path) -> Zoo:
     from mergecli.catalogue import read_recipe
 
     return replace(made, folder=tmp_path / "zoo", recipe=read_recipe(tmp_path / "zoo" / "zoo.toml"))
-
-
-@pytest.fixture(autouse=True)
-def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "home"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def merged(zoo: Zoo, method: str, recipe: Recipe | None = None, **more: Any) -> bytes:
