@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
     from mergecli.checkpoint import Checkpoint
     from mergecli.clip.features import LayerFeatures
-    from mergecli.clip.model import Clip
     from mergecli.clip.pixels import Pixels
+    from mergecli.clip.seats import Seat
 
 
 @dataclass
@@ -61,93 +62,118 @@ class Tally:
         return bool(losses.isfinite().all())
 
 
-class Seat:
-    """A CLIP with room for one vision tower at a time."""
+@dataclass(frozen=True)
+class Round:
+    """The towers that are shown one task's images, and what they are shown them with."""
 
-    def __init__(self, clip: Clip) -> None:
-        self.clip = clip
-        self._taken: Checkpoint | None = None
-
-    def take(self, checkpoint: Checkpoint) -> None:
-        """Puts a checkpoint's weights in, unless they are there already."""
-        from mergecli.clip.model import set_tower
-
-        if checkpoint is not self._taken:
-            self._taken = None
-            set_tower(self.clip, checkpoint)
-            self._taken = checkpoint
+    checkpoints: Sequence[Checkpoint]
+    head: Tensor
+    size: int
+    """Images in a batch."""
+    task: str
+    features: Sequence[LayerFeatures | None]
+    tell: Callable[[int, Tally, int], None]
+    """Called with a tower's number, its tally so far, and how many images were added just now."""
 
 
-def count(
-    seat: Seat,
-    checkpoints: Sequence[Checkpoint],
-    head: Tensor,
-    parts: Iterable[Pixels],
-    size: int,
-    task: str,
-    features: Sequence[LayerFeatures | None],
-    tell: Callable[[int, Tally, int], None],
-) -> list[Tally]:
+def count(seats: list[Seat], work: Round, parts: Iterable[Pixels]) -> list[Tally]:
     """What each tower gets on the images, which come in parts that are shown to every tower.
 
-    `tell` is called with a tower's number, its tally so far, and how many images were added just now. While a device beside the processor computes on one batch, the one before is counted.
+    Each seat is a thread; on a processor there is one for each of its cores, as far as there are towers, and torch runs
+    on one thread in each: that is faster than all cores working on one tower. `seats` grows as far as is needed.
     """
-    from mergecli.clip.processing import Normalisation
+    import torch
 
-    tallies = [Tally() for _ in checkpoints]
-    forward = _Forward(seat.clip, head)
-    normalise = Normalisation(seat.clip)
-
-    def settle(number: int, scores: Tensor, labels: Tensor) -> None:
-        if not tallies[number].add(scores.cpu(), labels):
-            raise InputError(
-                f"{checkpoints[number].path}: gives NaN or infinite logits on task `{task}`",
-                "look at the weights with `mergecli info`",
-            )
-        tell(number, tallies[number], len(labels))
-
+    tallies = [Tally() for _ in work.checkpoints]
+    several = seats[0].clip.device.type == "cpu" and not any(work.features)
+    wanted = min(torch.get_num_threads(), len(tallies)) if several else 1
+    while len(seats) < wanted:
+        seats.append(seats[0].another())
+    lock = threading.Lock()
+    turns = [_Turn(seat, work, tallies, lock) for seat in seats[:wanted]]
     for part in parts:
-        for number, tally in enumerate(tallies):
-            seat.take(checkpoints[number])
-            seen = len(tally.labels)
-            waiting: tuple[Tensor, Tensor] | None = None
-            for start in range(0, len(part), size):
-                interrupts.check()
-                stop = min(start + size, len(part))
-                batch = part.batch(start, stop)
-                batch = batch.pin_memory() if head.is_cuda else batch
-                scores = forward(normalise(batch), features[number], seen + start)
-                if waiting is not None:
-                    settle(number, *waiting)
-                waiting = (scores, part.labels[start:stop])
-            if waiting is not None:
-                settle(number, *waiting)
+        if len(turns) == 1:
+            for number in range(len(tallies)):
+                turns[0].show(part, number)
+        else:
+            _show_at_once(turns, part, len(tallies))
     return tallies
 
 
-class _Forward:
-    """Logits of a batch, computed in as many pieces as the device needs."""
+def _show_at_once(turns: Sequence[_Turn], part: Pixels, towers: int) -> None:
+    """Shows a part to all towers; each turn takes the next that waits."""
+    import torch
 
-    def __init__(self, clip: Clip, head: Tensor) -> None:
-        self._clip, self._head = clip, head
-        self._most: int | None = None
+    threads = torch.get_num_threads()
+    waiting = iter(range(towers))
+    lock = threading.Lock()
 
-    def __call__(self, pixel_values: Tensor, features: LayerFeatures | None, row: int) -> Tensor:
-        """(B, C); `row` is the number of the batch's first image."""
-        import torch
+    def work(turn: _Turn) -> None:
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            while True:
+                with lock:
+                    number = next(waiting, None)
+                if number is None:
+                    return
+                turn.show(part, number)
 
-        from mergecli.clip.heads import logits
+    with ThreadPoolExecutor(len(turns)) as pool:
+        running = [pool.submit(work, turn) for turn in turns]
+        try:
+            while any(not each.done() for each in running):
+                wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
+                interrupts.check()
+                if any(each.done() and each.exception() for each in running):
+                    break
+        finally:
+            for turn in turns:
+                turn.stopped = True
+            pool.shutdown()
+            torch.set_num_threads(threads)
+    for each in running:
+        each.result()
 
-        while True:
-            pieces = pixel_values.split(self._most or len(pixel_values))
-            try:
-                with features.of_images_from(row) if features else nullcontext():
-                    return torch.cat([logits(self._clip, self._head, piece) for piece in pieces])
-            except torch.cuda.OutOfMemoryError as error:
-                if len(pieces[0]) == 1:
-                    raise InputError("the device has too little memory for one image") from error
-                self._most = (len(pieces[0]) + 1) // 2
-                torch.cuda.empty_cache()
+
+class _Turn:
+    """A seat at work."""
+
+    def __init__(self, seat: Seat, work: Round, tallies: Sequence[Tally], lock: threading.Lock) -> None:
+        from mergecli.clip.processing import Normalisation
+        from mergecli.clip.seats import Forward
+
+        self._seat, self._work, self._tallies, self._lock = seat, work, tallies, lock
+        self._forward, self._normalise = Forward(seat.clip, work.head), Normalisation(seat.clip)
+        self.stopped = False
+        """Whether it is to end before the next batch."""
+
+    def show(self, part: Pixels, number: int) -> None:
+        """Shows a part to a tower. While a device beside the processor computes on one batch, the one before is counted."""
+        self._seat.take(self._work.checkpoints[number])
+        seen, size = len(self._tallies[number].labels), self._work.size
+        waiting: tuple[Tensor, Tensor] | None = None
+        for start in range(0, len(part), size):
+            interrupts.check()
+            if self.stopped:
+                return
+            stop = min(start + size, len(part))
+            batch = part.batch(start, stop)
+            batch = batch.pin_memory() if self._work.head.is_cuda else batch
+            scores = self._forward(self._normalise(batch), self._work.features[number], seen + start)
+            if waiting is not None:
+                self._settle(number, *waiting)
+            waiting = (scores, part.labels[start:stop])
+        if waiting is not None:
+            self._settle(number, *waiting)
+
+    def _settle(self, number: int, scores: Tensor, labels: Tensor) -> None:
+        with self._lock:
+            if not self._tallies[number].add(scores.cpu(), labels):
+                raise InputError(
+                    f"{self._work.checkpoints[number].path}: gives NaN or infinite logits on task `{self._work.task}`",
+                    "look at the weights with `mergecli info`",
+                )
+            self._work.tell(number, self._tallies[number], len(labels))
 
 
 def keep(tally: Tally, path: Path, what: str) -> None:

@@ -105,10 +105,10 @@ def score(
     """
     import torch
 
-    from mergecli.clip.counting import Seat
     from mergecli.clip.heads import clip_digests
     from mergecli.clip.images import load_images
     from mergecli.clip.model import check_tower, load_clip
+    from mergecli.clip.seats import Seat
     from mergecli.clip.selection import subject_of
     from mergecli.clip.tallies import tallies_of
     from mergecli.devices import usable_device
@@ -122,12 +122,12 @@ def score(
     clip.tower.to(getattr(torch, settings.dtype))
     clip.model.visual_projection.to(getattr(torch, settings.dtype))
     scores = Scores([{} for _ in towers], {}, clip_digests(folder))
-    seat = Seat(clip)
+    seats = [Seat(clip)]
     with torch.inference_mode(), _exact_convolutions(torch.backends.cudnn):
         for subject in subjects:
             name = subject.task.name
             shown = [n for n, tower in enumerate(towers) if not own_task_only or tower.name == name]
-            tallies = tallies_of(seat, [towers[n] for n in shown], subject, settings, scores, progress)
+            tallies = tallies_of(seats, [towers[n] for n in shown], subject, settings, scores, progress)
             for number, tally in zip(shown, tallies, strict=True):
                 scores.tasks[number][name] = _score(subject, tally, settings)
                 if predictions:

@@ -12,10 +12,11 @@ from mergecli import caching
 from mergecli.errors import InputError
 
 if TYPE_CHECKING:
-    from mergecli.clip.counting import Seat, Tally
+    from mergecli.clip.counting import Tally
     from mergecli.clip.heads import ClipDigests
     from mergecli.clip.model import Clip
     from mergecli.clip.scoring import Scores, Settings, Tower
+    from mergecli.clip.seats import Seat
     from mergecli.clip.selection import Subject
     from mergecli.progress import Progress
 
@@ -24,7 +25,7 @@ PIXEL_BYTES = 1 << 30
 
 
 def tallies_of(
-    seat: Seat,
+    seats: list[Seat],
     towers: Sequence[Tower],
     subject: Subject,
     settings: Settings,
@@ -32,12 +33,12 @@ def tallies_of(
     progress: Progress | None,
 ) -> list[Tally]:
     """What each tower gets on the task: as counted before an interruption, or counted now."""
-    from mergecli.clip.counting import count, keep, kept
+    from mergecli.clip.counting import Round, count, keep, kept
     from mergecli.clip.features import LayerFeatures, feature_file, saved_with
     from mergecli.clip.heads import cached_head
     from mergecli.clip.pixels import Processing, spans
 
-    clip, name, images = seat.clip, subject.task.name, subject.images
+    clip, name, images = seats[0].clip, subject.task.name, subject.images
     keys = [_key(clip, tower, subject, settings, scores.clip) for tower in towers]
     places = [caching.place("results", key) for key in keys]
     targets = [feature_file(settings.features, tower.name, name, len(towers) > 1) for tower in towers]
@@ -79,7 +80,8 @@ def tallies_of(
             parts = spans(clip, images, processing, settings.batch_size, room)
             files.callback(parts.close)
             checkpoints = [towers[n].checkpoint for n in missing]
-            counted = count(seat, checkpoints, head, parts, settings.batch_size, name, writers, tell)
+            work = Round(checkpoints, head, settings.batch_size, name, writers, tell)
+            counted = count(seats, work, parts)
         for number, tally in zip(missing, counted, strict=True):
             found[number] = tally
     elif progress is not None:

@@ -355,11 +355,11 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop_at: str | None = None) -> list
     seen: list[str] = []
     real = counting.count
 
-    def count(seat, checkpoints, head, parts, size, task, features, tell):
-        if task == stop_at:
+    def count(seats, work, parts):
+        if work.task == stop_at:
             raise KeyboardInterrupt
-        seen.append(f"{task} {len(checkpoints)}")
-        return real(seat, checkpoints, head, parts, size, task, features, tell)
+        seen.append(f"{work.task} {len(work.checkpoints)}")
+        return real(seats, work, parts)
 
     monkeypatch.setattr(counting, "count", count)
     return seen
