@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 TASK_VECTOR = "task vector"
 """The `kind` in the metadata of a file that holds differences to a base, not weights."""
 
+MIXTURE = "mixture"
+"""The `kind` in the metadata of a file that holds more than one tower; see `mergecli.mixtures`."""
+
 VISION = "vision_model."
 _FLAT_MARKS = ("embeddings.class_embedding", "pre_layrnorm.weight")
 _WHOLE_CLIP_MARKS = (
@@ -80,6 +83,11 @@ class Checkpoint:
     def is_task_vector(self) -> bool:
         """Whether the file says that it holds differences to a base."""
         return self.metadata.get("kind") == TASK_VECTOR
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the file says that it holds more than one tower."""
+        return self.metadata.get("kind") == MIXTURE
 
     @property
     def is_whole_clip(self) -> bool:

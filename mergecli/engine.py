@@ -20,7 +20,8 @@ from mergecli.errors import UsageError, quoted, shown
 from mergecli.learning import Learning, Lesson
 from mergecli.merge_output import Output, cast
 from mergecli.methods._adapted import Adapted
-from mergecli.methods._kinds import Group, Method, TwoPass, merge_group
+from mergecli.methods._kinds import Group, Method, TwoPass
+from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.models import Models, open_models
 from mergecli.output import refuse_inputs
 from mergecli.parallel import is_first
@@ -159,12 +160,14 @@ def _stream(
         def work(start: int, group: Group) -> None:
             for number, output in enumerate(outputs):
                 own = group.copy() if number + 1 < len(outputs) else group
-                result = merge_group(output.method, own, learnt[number])
-                assert result.shape == group.shape, f"{group.name}: {tuple(result.shape)}"
-                writers[number].write(group.name, cast(result, dtypes[number][group.name], group.name), start)
+                for key, result in outcomes(output.method, own, learnt[number]).items():
+                    writers[number].write(key, cast(result, dtypes[number][key], key), start)
 
         for _ in passes.run("merging", work):
             pass
+        for number, output in enumerate(outputs):
+            for key, result in extra_values(output.method, learnt[number]).items():
+                writers[number].write(key, cast(result, dtypes[number][key], key))
         digests = models.digests()
         inputs = [digests | {name: file.digest() for name, file in each.files.items()} for each in lessons]
         for lesson, own, writer in zip(lessons, inputs, writers, strict=True):

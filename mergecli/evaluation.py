@@ -6,11 +6,12 @@ import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mergecli.clip.features import feature_file
 from mergecli.clip.scoring import Settings, Tower, score
 from mergecli.errors import UsageError
+from mergecli.mixtures import mixture_of
 from mergecli.output import check_target, check_targets, write_text
 from mergecli.scores import (
     SCHEMA,
@@ -25,6 +26,7 @@ from mergecli.sources import Source, locate, parse_source
 
 if TYPE_CHECKING:
     from mergecli.clip.tasks import Task
+    from mergecli.methods._mixture import Routing
     from mergecli.progress import Progress
     from mergecli.recipe import Recipe
 
@@ -62,6 +64,7 @@ def evaluate(
     cache: bool = True,
     cache_size: str | int | None = None,
     fresh: bool = False,
+    routing: str = "sample",
     output: str | Path | None = None,
     predictions: str | Path | None = None,
     features: str | Path | None = None,
@@ -88,6 +91,8 @@ def evaluate(
         cache: whether images, heads and what is unfinished are kept in the cache and taken from there.
         cache_size: what the cache may grow to, such as `20GB`.
         fresh: count again what an interrupted evaluation has counted.
+        routing: how towers that route do so: `sample` for each image by itself, or `batch` for the images of a batch as
+            one, as in published tables; then the task leaks, since a batch's images are of one task.
         output: a `.json` file; or a folder that gets `<name>.json` for each checkpoint.
         predictions: a Parquet file that gets a row for each image.
         features: a folder that gets `<task>.safetensors` with the class token after every layer for each image; of
@@ -116,6 +121,7 @@ def evaluate(
         workers=workers,
         max_size=allowed_size(cache_size) if cache else 0,
         fresh=fresh,
+        routing=cast("Routing", routing),
         features=Path(features) if features is not None else None,
     )
     with contextlib.ExitStack() as files:
@@ -175,7 +181,8 @@ def evaluate_open(
         progress=progress,
     )
     named = [
-        (_about(model, scores.clip.vision), each) for model, each in zip(models, scores.tasks, strict=True)
+        (_about(model, scores.clip.vision, settings), each)
+        for model, each in zip(models, scores.tasks, strict=True)
     ]
     if individual:
         about = dict.fromkeys(named[0][0], None) | {
@@ -238,9 +245,12 @@ def _opened(name: str, source: Source, base: Source, files: contextlib.ExitStack
     return Tower(name, source.label, files.enter_context(open_source(source, base)).vision())
 
 
-def _about(model: Tower, base_digest: str) -> dict[str, str | None]:
+def _about(model: Tower, base_digest: str, settings: Settings) -> dict[str, str | None]:
     """What is known about a checkpoint; None where the file does not say."""
     digest, metadata = model.checkpoint.digest(), model.checkpoint.metadata
     method = metadata.get("method") or ("pretrained" if digest == base_digest else None)
     kind = metadata.get("kind", "checkpoint")
-    return {"name": model.name, "path": model.label, "digest": digest, "kind": kind, "method": method}
+    about = {"name": model.name, "path": model.label, "digest": digest, "kind": kind, "method": method}
+    if model.checkpoint.is_mixture:
+        about["routing"] = settings.routing if mixture_of(model.checkpoint).is_routed else "task"
+    return about

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli import methods
+from mergecli.checkpoint import MIXTURE
 from mergecli.errors import InputError, UsageError
 from mergecli.layout import TORCH_NAMES
 from mergecli.methods._kinds import Method
+from mergecli.methods._mixture import SAME, Mixture
 from mergecli.models import Models
 from mergecli.output import SafetensorsWriter, check_target, whole_folder
 from mergecli.provenance import UNKNOWN_DIGEST, about, model_folder_files
@@ -49,19 +52,34 @@ class Output:
 
     def layout(self, models: Models) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> dtype and shape of what is written."""
-        wanted = _SAFETENSORS.get(self.recipe.dtype)
-        return {
-            name: (wanted if wanted and entry.is_float else entry.dtype, entry.shape)
-            for name, entry in models.reference.entries.items()
-        }
+        wanted, entries = _SAFETENSORS.get(self.recipe.dtype), models.reference.entries
+        own = {name: wanted if wanted and entry.is_float else entry.dtype for name, entry in entries.items()}
+        found = {name: (own[name], entry.shape) for name, entry in entries.items()}
+        if not isinstance(self.method, Mixture) or not self.method.is_mixture:
+            return found
+        tasks, shapes = len(models.tuned), {name: entries[name].shape for name in models.floats}
+        for name, shape in shapes.items():
+            for key, part in self.method.parts(name, shape, tasks).items():
+                found[key] = (own[name] if part.dtype == SAME else part.dtype, part.shape)
+        for key, part in self.method.extras(shapes, tasks).items():
+            found[key] = (part.dtype, part.shape)
+        return found
 
     def metadata(self, digests: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
         """What the file says about itself."""
+        kind, settings = "checkpoint", methods.table_of(self.method)
+        if isinstance(self.method, Mixture) and self.method.is_mixture:
+            kind = MIXTURE
+            more = {
+                **more,
+                "tasks": json.dumps(list(self.recipe.tuned)),
+                "settings_table": json.dumps(settings),
+            }
         return about(
-            "checkpoint",
+            kind,
             method=str(self.recipe.method),
             recipe=self.recipe,
-            settings=methods.table_of(self.method),
+            settings=settings,
             inputs=digests,
             **more,
         )

@@ -9,6 +9,7 @@ from mergecli.adapter_files import is_adapter, open_adapter
 from mergecli.adapters import adapted
 from mergecli.checkpoint import Checkpoint, open_checkpoint
 from mergecli.errors import InputError, UsageError
+from mergecli.mixtures import mixture_of
 from mergecli.sources import Source, home, locate
 from mergecli.views import rounded
 
@@ -31,7 +32,7 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             opened = stack.enter_context(_base_of(source, path, base))
             added = path
         else:
-            opened = stack.enter_context(open_checkpoint(path))
+            opened = _of_task(stack.enter_context(open_checkpoint(path)), source)
         if added:
             adapter = open_adapter(added)
             stack.callback(adapter.stored.close)
@@ -40,6 +41,15 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             opened = rounded(opened, source.dtype)
         stack.pop_all()
         return opened
+
+
+def _of_task(opened: Checkpoint, source: Source) -> Checkpoint:
+    """The tower of the task that the source names, of a mixture; else the checkpoint itself."""
+    if source.task is None:
+        return opened
+    if not opened.is_mixture:
+        raise InputError(f"{source}: the file holds one tower, and none of its own for a task")
+    return mixture_of(opened).of_task(source.task)
 
 
 def _converted(path: Path) -> Path:

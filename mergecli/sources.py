@@ -35,6 +35,8 @@ class Source:
     """A file or folder inside of it, with `/` between names; else the whole."""
     modelscope: str | None = None
     """`org/name` on ModelScope, where it is another than on Hugging Face."""
+    task: str | None = None
+    """Of a file that holds towers of several tasks, the task whose tower is meant; written `PATH#TASK`."""
     dtype: str | None = None
     """What the weights are rounded to as they are read, where that is not their own dtype."""
     adapter: Source | None = None
@@ -46,7 +48,7 @@ class Source:
 
     def __str__(self) -> str:
         """As it is written; `parse_source` reads it back, but for `modelscope`, `dtype` and `adapter`."""
-        inside = f"#{self.inside}" if self.inside else ""
+        inside = f"#{self.inside or self.task}" if self.inside or self.task else ""
         if self.kind == "path":
             return self.name + inside
         return f"{self.kind}:{self.name}" + (f"@{self.revision}" if self.revision else "") + inside
@@ -55,8 +57,8 @@ class Source:
     def label(self) -> str:
         """The source as results record it: without the folders of a path, which differ from machine to machine."""
         label = Path(self.name).name if self.kind == "path" else str(self)
-        if self.kind == "path" and self.inside:
-            label += f"#{self.inside}"
+        if self.kind == "path" and (part := self.inside or self.task):
+            label += f"#{part}"
         if self.dtype:
             label += f" as {self.dtype}"
         if self.adapter:
@@ -102,7 +104,13 @@ def parse_source(text: str, anchor: Path) -> Source:
             f"source `{text}`: unknown prefix `{prefix}:`{did_you_mean(prefix, (*HUBS, 'toy'))}",
             "the prefixes are `hf:`, `ms:` and `toy:`; anything else is a path",
         )
-    return Source("path", text, None, anchor / os.path.expanduser(text))  # noqa: PTH111  leaves an unknown `~user` alone
+    path = anchor / os.path.expanduser(text)  # noqa: PTH111  leaves an unknown `~user` alone
+    name, hash_, task = text.rpartition("#")
+    if hash_ and task and not os.path.exists(path):  # noqa: PTH110  a name that is too long does not exist either
+        file = path.with_name(path.name.rpartition("#")[0] or "#")
+        if file.suffix == ".safetensors":
+            return Source("path", name, None, file, task=task)
+    return Source("path", text, None, path)
 
 
 def checked_inside(path: str) -> str:

@@ -99,6 +99,10 @@ def evaluate(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin anew where an interrupted evaluation would go on.")
     ] = False,
+    routing: Annotated[
+        str,
+        typer.Option("--routing", metavar="sample|batch", help="Of towers that route: for each image, or once a batch."),
+    ] = "sample",
     sweep: Annotated[
         list[str] | None,
         typer.Option(
@@ -164,7 +168,7 @@ def evaluate(
                 recipe, sweep, method=method, changes=changes or [], select=select, keep=keep, output=output, plot=plot,
                 device=device, progress=progress, tasks=named, batch_size=batch_size, split=split, limit=limit,
                 corruption=corruption, severity=severity, dtype=dtype, workers=workers, cache=cache, cache_size=cache_size,
-                fresh=fresh,
+                fresh=fresh, routing=routing,
             )  # fmt: skip
         show.table(found.table, form)
         show.note(found.note)
@@ -177,7 +181,7 @@ def evaluate(
             named_sources(checkpoints or []) or (), recipe=known, only=only.split(",") if only else (),
             individual=individual, clip=clip, tasks=named, batch_size=batch_size, split=split, limit=limit,
             corruption=corruption, severity=severity, device=device, dtype=dtype, workers=workers, cache=cache,
-            cache_size=cache_size, fresh=fresh, output=output, predictions=predictions, features=features,
+            cache_size=cache_size, fresh=fresh, routing=routing, output=output, predictions=predictions, features=features,
             progress=progress,
         )  # fmt: skip
     show.table(accuracy_table(results), form)

@@ -143,13 +143,13 @@ class _Turn:
         from mergecli.clip.seats import Forward
 
         self._seat, self._work, self._tallies, self._lock = seat, work, tallies, lock
-        self._forward, self._normalise = Forward(seat.clip, work.head), Normalisation(seat.clip)
+        self._forward, self._normalise = Forward(seat, work.head), Normalisation(seat.clip)
         self.stopped = False
         """Whether it is to end before the next batch."""
 
     def show(self, part: Pixels, number: int) -> None:
         """Shows a part to a tower. While a device beside the processor computes on one batch, the one before is counted."""
-        self._seat.take(self._work.checkpoints[number])
+        self._seat.take(self._work.checkpoints[number], self._work.task)
         seen, size = len(self._tallies[number].labels), self._work.size
         waiting: tuple[Tensor, Tensor] | None = None
         for start in range(0, len(part), size):

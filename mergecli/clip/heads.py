@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -116,10 +116,18 @@ def zero_shot_head(clip: Clip, classes: Sequence[str], templates: Sequence[str])
     return torch.stack(rows)
 
 
-def logits(clip: Clip, head: Tensor, pixel_values: Tensor) -> Tensor:
-    """(B, C) exp(logit_scale) * cosine of each image with each class; in float32, whatever the tower's dtype."""
+def logits(
+    clip: Clip, head: Tensor, pixel_values: Tensor, correction: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """(B, C) exp(logit_scale) * cosine of each image with each class; in float32, whatever the tower's dtype.
+
+    A `correction` changes the (B, D) unit image features first, which are not normalised again.
+    """
     image = features(clip, pixel_values).float()
-    return clip.model.logit_scale.exp() * (image / image.norm(dim=-1, keepdim=True)) @ head.T
+    image = image / image.norm(dim=-1, keepdim=True)
+    if correction is not None:
+        image = correction(image)
+    return clip.model.logit_scale.exp() * image @ head.T
 
 
 def _part(stored: Checkpoint, names: Sequence[str]) -> Checkpoint:

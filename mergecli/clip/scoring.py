@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergecli.clip.decoding import Corruption
 from mergecli.errors import UsageError, did_you_mean
+from mergecli.methods._mixture import Routing
 from mergecli.scores import TaskScore
 
 if TYPE_CHECKING:
     from mergecli.checkpoint import Checkpoint
     from mergecli.clip.counting import Tally
     from mergecli.clip.heads import ClipDigests
+    from mergecli.clip.model import Clip
     from mergecli.clip.selection import Subject
     from mergecli.clip.tasks import Task
     from mergecli.progress import Progress
 
+ROUTINGS = ("sample", "batch")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -41,6 +44,8 @@ class Settings:
     """Bytes that the cache may grow to; 0 does without it."""
     fresh: bool = False
     """Whether what an interrupted evaluation has counted is counted again."""
+    routing: Routing = "sample"
+    """How towers that route do so: for each image by itself, or for all images of a batch as one."""
     features: Path | None = None
     """The folder that gets the features of every layer."""
 
@@ -49,6 +54,9 @@ class Settings:
         if self.dtype not in DTYPES:
             near = did_you_mean(self.dtype, DTYPES)
             raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got `{self.dtype}`{near}")
+        if self.routing not in ROUTINGS:
+            near = did_you_mean(self.routing, ROUTINGS)
+            raise UsageError(f"routing: expected one of {', '.join(ROUTINGS)}, got `{self.routing}`{near}")
         for name in ("batch_size", "limit", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -107,7 +115,7 @@ def score(
 
     from mergecli.clip.heads import clip_digests
     from mergecli.clip.images import load_images
-    from mergecli.clip.model import check_tower, load_clip
+    from mergecli.clip.model import load_clip
     from mergecli.clip.seats import Seat
     from mergecli.clip.selection import subject_of
     from mergecli.clip.tallies import tallies_of
@@ -116,13 +124,13 @@ def score(
     place = usable_device(settings.device)
     clip = load_clip(folder)
     for tower in towers:
-        check_tower(clip, tower.checkpoint)
+        _check(clip, tower, tasks)
     subjects = [subject_of(task, load_images(task, settings.split), settings.limit) for task in tasks]
     clip.model.to(place)
     clip.tower.to(getattr(torch, settings.dtype))
     clip.model.visual_projection.to(getattr(torch, settings.dtype))
     scores = Scores([{} for _ in towers], {}, clip_digests(folder))
-    seats = [Seat(clip)]
+    seats = [Seat(clip, settings.routing)]
     with torch.inference_mode(), _exact_convolutions(torch.backends.cudnn):
         for subject in subjects:
             name = subject.task.name
@@ -133,6 +141,21 @@ def score(
                 if predictions:
                     _add_rows(scores.predictions, towers[number].name, subject, tally)
     return scores
+
+
+def _check(clip: Clip, tower: Tower, tasks: Sequence[Task]) -> None:
+    """Raises InputError if a tower does not fit the CLIP, or has nothing for one of the tasks."""
+    from mergecli.clip.model import check_tower
+    from mergecli.mixtures import mixture_of
+
+    if not tower.checkpoint.is_mixture:
+        check_tower(clip, tower.checkpoint)
+        return
+    mixture = mixture_of(tower.checkpoint)
+    check_tower(clip, mixture.shared)
+    if not mixture.is_routed:
+        for task in tasks:
+            mixture.of_task(task.name)
 
 
 def _score(subject: Subject, tally: Tally, settings: Settings) -> TaskScore:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mergecli.checkpoint import VISION
 from mergecli.errors import InputError
+from mergecli.methods._mixture import Installed, Routed, Routing
+from mergecli.mixtures import mixture_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,50 +27,96 @@ PIECE = 6 << 20
 class Seat:
     """A CLIP with room for one vision tower at a time."""
 
-    def __init__(self, clip: Clip) -> None:
+    def __init__(self, clip: Clip, routing: Routing = "sample") -> None:
         self.clip = clip
-        self._taken: Checkpoint | None = None
+        self.routing: Routing = routing
+        """How towers that route do so."""
+        self.correction: Callable[[Tensor], Tensor] | None = None
+        """What changes the image features of the tower and task."""
+        self.installed: Installed | None = None
+        """The routing layers of the tower that is in."""
+        self._taken: tuple[Checkpoint, str] | None = None
 
-    def take(self, checkpoint: Checkpoint) -> None:
-        """Puts a checkpoint's weights in, unless they are there already."""
+    @property
+    def keeps_batches_whole(self) -> bool:
+        """Whether what is made of an image depends on the others of its batch."""
+        return self.installed is not None and self.routing == "batch"
+
+    def take(self, checkpoint: Checkpoint, task: str) -> None:
+        """Puts a checkpoint's weights in, of a mixture those for the task, unless they are there already."""
         from mergecli.clip.model import set_tower
 
-        if checkpoint is not self._taken:
-            self._taken = None
+        if self._taken == (checkpoint, task) or (
+            self._taken and self._taken[0] is checkpoint and not checkpoint.is_mixture
+        ):
+            return
+        if self.installed and self._taken and self._taken[0] is checkpoint:
+            return  # the tower routes by itself
+        self.release()
+        if not checkpoint.is_mixture:
             set_tower(self.clip, checkpoint)
-            self._taken = checkpoint
+        else:
+            mixture = mixture_of(checkpoint)
+            if isinstance(mixture.method, Routed):
+                set_tower(self.clip, mixture.shared)
+                self.installed = mixture.method.install(
+                    self.clip.tower, checkpoint.read, mixture.tasks, self.routing, VISION
+                )
+            else:
+                set_tower(self.clip, mixture.of_task(task))
+                self.correction = mixture.correction(task, self.clip.device)
+        self._taken = checkpoint, task
+
+    def release(self) -> None:
+        """Leaves a plain tower, whose weights are no longer of use."""
+        if self.installed is not None:
+            self.installed.remove()
+        self._taken = self.installed = self.correction = None
 
     def another(self) -> Seat:
         """A seat that shares everything with this one but the tower's weights."""
+        self.release()
         model = self.clip.model
         shared = {id(part): part for name, part in model.named_children() if name != "vision_model"}
-        return Seat(replace(self.clip, model=copy.deepcopy(model, shared)))
+        return Seat(replace(self.clip, model=copy.deepcopy(model, shared)), self.routing)
 
 
 class Forward:
     """Logits of a batch, computed in as many pieces as the device needs, or as fit into a processor's cache."""
 
-    def __init__(self, clip: Clip, head: Tensor) -> None:
-        self._clip, self._head = clip, head
-        self._most: int | None = _piece(clip) if head.device.type == "cpu" else None
+    def __init__(self, seat: Seat, head: Tensor) -> None:
+        self._seat, self._head = seat, head
+        self.watch: Callable[[Mapping[str, Tensor], int], None] | None = None
+        """Called with the routing weights of every layer, and the number of images."""
+        self._most: int | None = _piece(seat.clip) if head.device.type == "cpu" else None
 
     def __call__(self, pixel_values: Tensor, features: LayerFeatures | None, row: int) -> Tensor:
         """(B, C); `row` is the number of the batch's first image."""
         import torch
 
-        from mergecli.clip.heads import logits
-
         while True:
-            count = -(-len(pixel_values) // (self._most or len(pixel_values)))
+            whole = self._most is None or self._seat.keeps_batches_whole
+            count = 1 if whole else -(-len(pixel_values) // (self._most or 1))
             pieces = pixel_values.tensor_split(count)
             try:
                 with features.of_images_from(row) if features else nullcontext():
-                    return torch.cat([logits(self._clip, self._head, piece) for piece in pieces])
+                    return torch.cat([self._logits(piece) for piece in pieces])
             except torch.cuda.OutOfMemoryError as error:
-                if len(pieces[0]) == 1:
-                    raise InputError("the device has too little memory for one image") from error
+                if len(pieces[0]) == 1 or self._seat.keeps_batches_whole:
+                    raise InputError(
+                        "the device has too little memory for so many images", "use a smaller `--batch-size`"
+                    ) from error
                 self._most = (len(pieces[0]) + 1) // 2
                 torch.cuda.empty_cache()
+
+    def _logits(self, pixel_values: Tensor) -> Tensor:
+        """(B, C) logits of one piece."""
+        from mergecli.clip.heads import logits
+
+        found = logits(self._seat.clip, self._head, pixel_values, self._seat.correction)
+        if self._seat.installed is not None and self.watch is not None:
+            self.watch(self._seat.installed.routes(), len(pixel_values))
+        return found
 
 
 def _piece(clip: Clip) -> int:

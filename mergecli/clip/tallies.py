@@ -12,6 +12,7 @@ from mergecli import caching
 from mergecli.errors import InputError
 
 if TYPE_CHECKING:
+    from mergecli.checkpoint import Checkpoint
     from mergecli.clip.counting import Tally
     from mergecli.clip.heads import ClipDigests
     from mergecli.clip.model import Clip
@@ -98,7 +99,7 @@ def _key(clip: Clip, tower: Tower, subject: Subject, settings: Settings, digests
     images = subject.images
     about = {
         "program": [version(), torch.__version__, clip.device.type, settings.dtype],
-        "tower": [tower.checkpoint.digest(), tower.checkpoint.is_task_vector],
+        "tower": [tower.checkpoint.digest(), _reading(tower.checkpoint, subject, settings)],
         "clip": digests,
         "head": [list(subject.classes), list(subject.task.templates)],
         "data": [
@@ -112,6 +113,14 @@ def _key(clip: Clip, tower: Tower, subject: Subject, settings: Settings, digests
         "batch_size": settings.batch_size,
     }
     return sha256(json.dumps(about).encode()).hexdigest()[:32]
+
+
+def _reading(checkpoint: Checkpoint, subject: Subject, settings: Settings) -> object:
+    """What is made of a checkpoint's tensors."""
+    if not checkpoint.is_mixture:
+        return checkpoint.is_task_vector
+    facts = ("method", "tasks", "settings_table")
+    return [settings.routing, subject.task.name, *(checkpoint.metadata.get(key) for key in facts)]
 
 
 def _feature_facts(tower: Tower, subject: Subject, key: str) -> dict[str, str]:

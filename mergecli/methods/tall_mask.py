@@ -1,12 +1,15 @@
-"""TALL masks: one task's model, cut out of the summed task vector."""
+"""TALL masks: each task's model, cut out of the summed task vector."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from mergecli.errors import did_you_mean
+from mergecli.methods._bits import pack, packed_size, unpack
 from mergecli.methods._kinds import Group, PerTensor, total
+from mergecli.methods._mixture import SAME, Conditioned, Part, Read
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -14,33 +17,64 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TallMask(PerTensor):
-    """theta = theta_0 + m_t tau,  tau = sum_i tau_i,  m_t = 1 where |tau_t| > mask_threshold |tau - tau_t|, else 0
+class TallMask(Conditioned, PerTensor):
+    """theta_t = theta_0 + m_t tau,  tau = sum_i tau_i,  m_t = 1 where |tau_t| > mask_threshold |tau - tau_t|, else 0
 
-    The result is the model of one task, `task`, and worth little on the others; `consensus` merges them into one.
+    The result holds the towers of all tasks: theta_0, tau and masks of one bit an entry. With `task` it is that task's
+    tower alone, a plain model, worth little on the others; `consensus` merges them into one.
     FusionBench compares theta_0 in place of 0 with tau_t, which makes its masks nearly all 1; this is the paper's.
     """
 
-    title: ClassVar[str] = "one task's model, cut out of the summed task vector by that task's mask"
+    title: ClassVar[str] = "each task's model, cut out of the summed task vector by that task's mask"
     paper: ClassVar[str] = "Wang et al., Localizing task information, ICML 2024, arXiv 2405.07813, equation 5"
 
-    task: str
-    """The task whose model is wanted, by its name in `[tuned]`."""
+    task: str | None = None
+    """The one task whose model is wanted, by its name in `[tuned]`; all tasks' are if it is not given."""
     mask_threshold: Annotated[float, Range(0)] = 0.6
     """How much larger than the other tasks' sum an entry must be to be kept; 0 keeps all where tau_t is not 0."""
 
+    @property
+    def is_mixture(self) -> bool:
+        return self.task is None
+
+    @property
+    def by_blocks(self) -> bool:
+        return not self.is_mixture
+
     @classmethod
     def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
-        name = settings["task"]
-        if name in tasks:
+        name = settings.get("task")
+        if name is None or name in tasks:
             return []
         return [
             ("task", f"there is no model `{name}`{did_you_mean(name, tasks)}; there are {', '.join(tasks)}")
         ]
 
     def merge(self, group: Group, /) -> Tensor:
+        assert self.task is not None, "`expand` is for all tasks"
         deltas = group.deltas
         merged = total(deltas)
-        own = deltas[group.names.index(self.task)]
-        others = (merged - own).abs_().mul_(self.mask_threshold)
-        return merged.masked_fill_(own.abs() <= others, 0).add_(group.base)
+        mask = self._mask(deltas[group.names.index(self.task)], merged)
+        return merged.masked_fill_(~mask, 0).add_(group.base)
+
+    def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
+        masks = Part("U8", (tasks, packed_size(prod(shape))))
+        return {name: Part(SAME, shape), f"summed.{name}": Part(SAME, shape), f"masks.{name}": masks}
+
+    def expand(self, group: Group, learnt: Any, /) -> dict[str, Tensor]:
+        import torch
+
+        del learnt
+        deltas = group.deltas
+        summed = total(deltas)
+        masks = torch.cat([pack(self._mask(own, summed)[None]) for own in deltas])
+        return {group.name: group.base.clone(), f"summed.{group.name}": summed, f"masks.{group.name}": masks}
+
+    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
+        summed = read(f"summed.{name}").float()
+        mask = unpack(read(f"masks.{name}")[place], summed.numel()).view(summed.shape)
+        return summed.masked_fill(~mask, 0).add_(read(name))
+
+    def _mask(self, own: Tensor, summed: Tensor) -> Tensor:
+        """(...) bool, the entries of the summed task vector that one task keeps."""
+        return own.abs() > (summed - own).abs_().mul_(self.mask_threshold)

@@ -1,0 +1,90 @@
+"""EMR-merging: one task vector for all tasks, and a mask and a number for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from mergecli.methods._bits import pack, packed_size, unpack
+from mergecli.methods._kinds import Group, Groups, TwoPass, total
+from mergecli.methods._mixture import SAME, Conditioned, Part, Read
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RESCALERS = "rescalers"
+"""(T,) what each task's masked vector is multiplied by."""
+
+
+@dataclass(frozen=True)
+class Emr(Conditioned, TwoPass):
+    """theta_t = theta_0 + r_t m_t tau,  the tower of task t
+
+    elect    s = 1 where sum_i tau_i > 0, else -1;  tau = s max_i |tau_i| over the tasks whose sign is s, else 0
+    mask     m_t = 1 where tau_t has the sign s, else 0
+    rescale  r_t = sum_n mean |tau_t,n| / sum_n mean |m_t,n tau_n|,  n the tensors
+
+    r_t is FusionBench's, where small tensors count as much as large ones; the paper's formula sums over all entries.
+    Entries whose sum is 0 take the sign -1, as there. A task whose masks are all 0 has the base's tower.
+    """
+
+    title: ClassVar[str] = "one task vector for all tasks; each has a mask of its signs, and a rescaler"
+    paper: ClassVar[str] = "Huang et al., EMR-Merging, NeurIPS 2024, arXiv 2405.17461"
+
+    def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
+        from math import prod
+
+        masks = Part("U8", (tasks, packed_size(prod(shape))))
+        return {name: Part(SAME, shape), f"unified.{name}": Part(SAME, shape), f"masks.{name}": masks}
+
+    def extras(self, tensors: Mapping[str, tuple[int, ...]], tasks: int, /) -> dict[str, Part]:
+        del tensors
+        return {RESCALERS: Part("F32", (tasks,))}
+
+    def survey(self, groups: Groups, /) -> Tensor:
+        """(T,) float64 rescalers."""
+        import torch
+
+        sums = torch.zeros(2, 1, dtype=torch.float64)
+        for means in groups.map(_means):
+            sums = sums + torch.tensor(means, dtype=torch.float64)
+        own, kept = sums
+        return torch.where(kept > 0, own / kept, 1.0)
+
+    def expand(self, group: Group, learnt: Tensor, /) -> dict[str, Tensor]:
+        del learnt
+        aligned, sign = _aligned(group)
+        return {
+            group.name: group.base.clone(),
+            f"masks.{group.name}": pack(aligned > 0),
+            f"unified.{group.name}": aligned.amax(0).clamp_(min=0).mul_(sign),
+        }
+
+    def values(self, learnt: Tensor, /) -> dict[str, Tensor]:
+        return {RESCALERS: learnt.float()}
+
+    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
+        unified = read(f"unified.{name}").float()
+        mask = unpack(read(f"masks.{name}")[place], unified.numel()).view(unified.shape)
+        return unified.mul(mask).mul_(read(RESCALERS)[place]).add_(read(name))
+
+
+def _aligned(group: Group) -> tuple[Tensor, Tensor]:
+    """(T, ...) the task vectors times the elected signs, in the group's own rows, and (...) the signs, 1 or -1."""
+    import torch
+
+    deltas = group.deltas
+    sign = torch.where(total(deltas) > 0, 1.0, -1.0)
+    return deltas.mul_(sign), sign
+
+
+def _means(group: Group) -> list[list[float]]:
+    """For each task the mean |tau_t| over a tensor, and the mean |m_t tau|."""
+    import torch
+
+    aligned, _ = _aligned(group)
+    magnitude = aligned.amax(0).clamp_(min=0)
+    entries = max(magnitude.numel(), 1)
+    own = [float(row.abs().sum(dtype=torch.float64)) / entries for row in aligned]
+    return [own, [float((magnitude * (row > 0)).sum(dtype=torch.float64)) / entries for row in aligned]]

@@ -1,0 +1,158 @@
+"""Files that hold more than one tower: what their metadata says they are, checked, and the tower of each task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from mergecli import methods
+from mergecli.checkpoint import Checkpoint
+from mergecli.chunks import ChunkHashes
+from mergecli.errors import InputError, UsageError, did_you_mean, listed
+from mergecli.layout import FLOATS
+from mergecli.methods._mixture import SAME, Conditioned, Mixture, Part, Routed
+from mergecli.views import Fill, view
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_HINT = "it is damaged, or not of this version: merge again"
+
+
+@dataclass(frozen=True)
+class OpenMixture:
+    """A mixture whose tensors are known to be what its method writes."""
+
+    stored: Checkpoint
+    method: Mixture
+    tasks: tuple[str, ...]
+    shared: Checkpoint
+    """The weights that all tasks share, under the tower's own names."""
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether one tower serves all tasks; else each has its own."""
+        return isinstance(self.method, Routed)
+
+    def of_task(self, task: str) -> Checkpoint:
+        """One task's tower, computed as it is read; of a tower that routes, with a routing weight of 1 for that task.
+
+        Raises:
+            InputError: there is none.
+        """
+        if task not in self.tasks:
+            raise InputError(
+                f"{self.stored.path}: has no tower for `{task}`{did_you_mean(task, self.tasks)}",
+                f"it holds towers for {', '.join(self.tasks)}",
+            )
+        place = self.tasks.index(task)
+        fills = {
+            name: _fill(self, name, place) for name, entry in self.shared.entries.items() if entry.is_float
+        }
+        kept = {
+            key: self.stored.metadata[key]
+            for key in ("format", "mergecli", "method")
+            if key in self.stored.metadata
+        }
+        return view(
+            self.shared, fills, dtype="float32", metadata={**kept, "kind": "checkpoint", "task": task}
+        )
+
+    def correction(self, task: str, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+        """What changes the (B, D) unit image features of a task."""
+        if not isinstance(self.method, Conditioned):
+            return None
+        return self.method.correction(self.tasks.index(task), lambda key: self.stored.read(key).to(device))
+
+
+def mixture_of(stored: Checkpoint) -> OpenMixture:
+    """The mixture in an open file.
+
+    Raises:
+        InputError: the metadata is not that of a mixture, or the tensors are not those that it asks for.
+    """
+    try:
+        name, tasks = stored.metadata["method"], json.loads(stored.metadata["tasks"])
+        settings: Any = json.loads(stored.metadata["settings_table"])
+        method = methods.create(name, settings)
+        if not isinstance(method, Mixture) or not method.is_mixture:
+            raise ValueError(name)
+        if not isinstance(tasks, list) or not tasks or len({str(task) for task in tasks}) != len(tasks):
+            raise ValueError(tasks)
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        UsageError,
+    ) as error:
+        why = f": {error.message}" if isinstance(error, UsageError) else ""
+        raise InputError(f"{stored.path}: its metadata is not that of a mixture{why}", _HINT) from error
+    own = _own_names(stored, method, len(tasks))
+    shared = replace(stored, entries={key: stored.entries[key] for key in own}, hashes=ChunkHashes())
+    return OpenMixture(stored, method, tuple(map(str, tasks)), shared)
+
+
+def _own_names(stored: Checkpoint, method: Mixture, tasks: int) -> list[str]:
+    """The names of the shared tensors, once it is known that every tensor of the file is what it should be."""
+    shapes = {name: entry.shape for name, entry in stored.entries.items()}
+    extras = {key for key in shapes if key.startswith(_PREFIXES)}
+    own = [name for name in shapes if name not in extras]
+    floats = {name: shapes[name] for name in own if stored.entries[name].is_float}
+    wanted: dict[str, Part] = {}
+    for name, shape in floats.items():
+        wanted |= method.parts(name, shape, tasks)
+    wanted |= method.extras(floats, tasks)
+    have = {key: stored.entries[key] for key in shapes if key in extras or key in floats}
+    wrong = [f"lacks tensor `{key}`" for key in sorted(wanted.keys() - have.keys())]
+    wrong += [f"has an extra tensor `{key}`" for key in sorted(have.keys() - wanted.keys())]
+    for key in sorted(wanted.keys() & have.keys()):
+        part, entry = wanted[key], have[key]
+        if entry.shape != part.shape:
+            wrong.append(f"`{key}` has shape {entry.shape}, expected {part.shape}")
+        elif entry.dtype != part.dtype and not (part.dtype == SAME and entry.dtype in FLOATS):
+            wrong.append(f"`{key}` has dtype {entry.dtype}, expected {part.dtype.replace(SAME, 'a float')}")
+    if not floats:
+        wrong.append("has no tensors that all tasks share")
+    if wrong:
+        raise InputError(
+            f"{stored.path}: is not what its metadata says, `{methods.name_of(method)}` of {tasks} tasks:\n{listed(wrong)}",
+            _HINT,
+        )
+    return own
+
+
+_PREFIXES = (
+    "experts.",
+    "masks.",
+    "unified.",
+    "summed.",
+    "left.",
+    "right.",
+    "deltas.",
+    "rescalers",
+    "router.",
+    "surgery.",
+)
+"""What keys begin with that are no names of a tower's tensors."""
+
+
+def _fill(mixture: OpenMixture, name: str, place: int) -> Fill:
+    """Computes the tensor when a part of it is asked for, and keeps it until all of it has been."""
+
+    @lru_cache(maxsize=1)
+    def whole() -> Tensor:
+        return mixture.method.weights(name, place, mixture.stored.read).reshape(-1)
+
+    def fill(start: int, stop: int, into: Tensor) -> None:
+        values = whole()
+        into.copy_(values[start:stop])
+        if stop == len(values):
+            whole.cache_clear()
+
+    return fill
