@@ -1,35 +1,29 @@
-"""`finetune`: trains a CLIP's vision tower on one task against the fixed zero-shot head."""
+"""`finetune`: trains a CLIP's vision tower, or a low-rank adapter for it, against the fixed zero-shot heads."""
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mergecli import interrupts
-from mergecli.errors import InputError, UsageError, listed
+from mergecli.errors import UsageError
 from mergecli.output import refuse_inputs
+from mergecli.parallel import is_first, join, wait
 from mergecli.provenance import about
-from mergecli.sources import locate, parse_source
-from mergecli.training_state import TrainingState
+from mergecli.sources import Source, locate, parse_source
+from mergecli.training.results import Records, trace_table
+from mergecli.training.settings import LowRank, Settings, check_output, modules_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mergecli.clip.images import Images
-    from mergecli.clip.model import Clip
     from mergecli.progress import Progress
     from mergecli.recipe import Recipe
+    from mergecli.training.lessons import Lesson
 
-PIXEL_BYTES = 1 << 30
-"""Training images that take no more than this once processed are kept; others are processed at every use."""
-
-SCHEDULES = ("cosine", "constant")
-DTYPES = ("float32", "float16", "bfloat16")
+_LAST = 100
+"""Steps over which the loss is averaged that `finetune` tells."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +35,19 @@ class Finetuned:
     resumed_from: int
     """The step at which an interrupted run was taken up; 0 if there was none."""
     loss: float
-    """Mean of the last steps' losses, of at most 100."""
+    """Mean of the last steps' losses, of at most 100; a loss is the sum over the tasks."""
     images_per_second: float
     """Of this run alone."""
+    best_step: int
+    """The step whose weights were written: the last one, unless there were validations."""
+    validation: Mapping[int, Mapping[str, float]] = field(default_factory=dict[int, Mapping[str, float]])
+    """Step -> task -> accuracy, a fraction."""
 
 
 def finetune(
     recipe: str | Path | Recipe | None = None,
     *,
-    task: str,
+    task: str | Sequence[str],
     output: str | Path,
     base: str | Path | None = None,
     data: str | Path | None = None,
@@ -58,191 +56,166 @@ def finetune(
     batch_size: int = 32,
     weight_decay: float = 0.0,
     schedule: str = "cosine",
+    accumulate: int = 1,
+    precision: str = "float32",
     seed: int = 0,
+    lora: bool = False,
+    l_lora: bool = False,
+    rank: int | None = None,
+    alpha: float | None = None,
+    target_modules: str | Sequence[str] | None = None,
+    lora_dropout: float | None = None,
+    validate_every: int = 0,
+    validation_split: str | None = None,
+    trace: str | Path | None = None,
+    tensorboard: str | Path | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     save_every: int = 500,
     progress: Progress | None = None,
 ) -> Finetuned:
-    """What was written to `output`: the base's vision tower, trained on the task's training images.
+    """What was written to `output`: the base's vision tower, or an adapter for it, trained on training images.
 
-    Loss: cross-entropy of exp(logit_scale) * cosine(image, class), mean over the batch. Adam in float32, no
-    augmentation, no dropout; each epoch is a new order of all images. Text tower, projections and logit scale
-    stay as they are. The state is kept beside the output every `save_every` steps and on Ctrl-C: the same
-    call takes it up, and ends with the same bytes as if it had never stopped.
+    Loss: cross-entropy of exp(logit_scale) * cosine(image, class), mean over the images of a step; with several tasks
+    the sum over them, each with as many images (traditional multi-task learning). Adam in float32, no augmentation, no
+    dropout but that of adapters; each epoch is a new order of all images of a task, the same that it has alone. Text
+    tower, projections and logit scale stay as they are. The state is kept beside the output every `save_every` steps
+    and on Ctrl-C: the same call takes it up, and ends with the same bytes as if it had never stopped.
+
+    In several processes, as `torchrun` starts them, a step has `batch_size` images of each task in each process; two
+    of them train what one does with twice the `batch_size`, but for rounding and dropout.
 
     Args:
+        task: one, several, or the name of a set of them.
         schedule: `cosine` lets the learning rate fall to 0 over the steps; `constant` keeps it.
+        accumulate: batches that make a step, one after another: as one batch of so many times the size.
+        precision: what the tower computes in; float32 weights are trained in any case.
+        lora: train an adapter, and write the folder of it that peft reads (arXiv 2106.09685).
+        l_lora: the same in its tangent space (arXiv 2310.04742): A stays as it was drawn, B is trained.
+        rank, alpha, target_modules, lora_dropout: of the adapter; 16, 32, q_proj and v_proj, 0.1.
+        validate_every: steps between validations; the weights with the best mean accuracy are written.
+        validation_split: by default the split for validation, or else a tenth of the training images, held out.
+        trace, tensorboard: a CSV file, and a folder, for losses and accuracies of each step.
         dtype: of the weights that are written.
 
     Raises:
-        UsageError: an argument is wrong, or the recipe.
+        UsageError: an argument is wrong, or the recipe; or the tower has not the layers for the adapter.
         InputError: the base or the data do not fit; or the loss is no longer a number.
     """
+    low_rank = LowRank.of(
+        lora, l_lora, rank=rank, alpha=alpha, target_modules=modules_of(target_modules), dropout=lora_dropout
+    )
+    settings = Settings(
+        steps, learning_rate, batch_size, weight_decay, schedule, seed, dtype,
+        accumulate, precision, low_rank, validate_every,
+    )  # fmt: skip
+    settings.check(save_every, device)
+    target = Path(output)
+    check_output(target, low_rank)
+    if validation_split is not None and not validate_every:
+        raise UsageError(
+            "`validation_split`: nothing is validated", "give `validate_every` (`--validate-every`) too"
+        )
+    records = Records(Path(trace) if trace else None, Path(tensorboard) if tensorboard else None)
+    records.check(target)
     import torch
 
-    from mergecli.catalogue import read_recipe
-    from mergecli.clip.heads import zero_shot_head
-    from mergecli.clip.images import load_images
+    from mergecli.clip.adaptation_run import undisturbed
+    from mergecli.clip.heads import clip_digests
     from mergecli.clip.model import load_clip, save_tower
-    from mergecli.clip.tasks import digest, find
     from mergecli.devices import usable_device
     from mergecli.opening import open_source
+    from mergecli.training.lessons import told_of
+    from mergecli.training.low_rank import add_adapter, save_adapter
+    from mergecli.training.state import TrainingState
+    from mergecli.training.steps import Training
 
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-        "weight_decay": weight_decay,
-        "schedule": schedule,
-        "seed": seed,
-        "dtype": dtype,
-    }
-    _check({**settings, "save_every": save_every})
-    known = read_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
-    chosen = find(task, known)
-    if data is not None:
-        chosen = replace(chosen, data=parse_source(str(data), Path()), config=None)
-    source = parse_source(str(base), Path()) if base is not None else known.base if known else None
-    if source is None:
-        raise UsageError("no base to fine-tune", "name a recipe that has a `base`, or the base itself")
-    target, place = Path(output), usable_device(device)
+    source, lessons = _subjects(recipe, task, base, data, bool(validate_every), validation_split)
     with open_source(source) as stored:
         refuse_inputs(target, {"the base": stored.files[0]})
         base_digest = stored.vision().digest()
+    ranks, place = join(device)
+    settings = replace(settings, processes=ranks.count)
     clip = load_clip(locate(source))
-    images = load_images(chosen, chosen.train_split)
-    classes = chosen.classes or images.classes or ()
-    clip.model.to(place)
-    head = zero_shot_head(clip, classes, chosen.templates)
-    work = {"base": base_digest, "data": images.fingerprint, "split": images.split, "task": chosen.name}
-    work |= {"classes": digest(classes), "templates": digest(chosen.templates)}
-    state = TrainingState(clip, target, {**settings, **work})
+    adapter = add_adapter(clip, low_rank, seed) if low_rank else None
+    if adapter is None:
+        clip.tower.requires_grad_(True)
+    clip.model.to(usable_device(place))
+    text = clip_digests(locate(source)).text
+    ready = [each.ready(clip, text, steps * settings.images_a_step) for each in lessons]
+    del clip.model.text_model  # no longer used, and as large as a tower
+    names = [each.name for each in ready]
+    work = {"base": base_digest, **told_of(lessons)}
+    trained = {name: each for name, each in clip.tower.named_parameters() if each.requires_grad}
+    state = TrainingState(target, trained, {**settings.told, **work}, len(lessons), ranks)
     began, first, seen = time.perf_counter(), state.step, 0
 
-    def report(loss: float, batch: int) -> None:
+    def report(loss: float, images: int) -> None:
         nonlocal seen
-        seen += batch
-        if progress is not None:
+        seen += images
+        if progress is not None and is_first():
             speed = seen / (time.perf_counter() - began)
-            progress(f"{chosen.name}: loss {loss:.3f}, {speed:.0f} images/s", state.step, steps)
+            progress(f"{work['task']}: loss {loss:.3f}, {speed:.0f} images/s", state.step, steps)
 
-    _train(clip, head, images, state, settings, save_every, report)
+    Training(clip, ready, state, settings, ranks).run(save_every, report)
     seconds = time.perf_counter() - began
-    written = about("checkpoint", method="finetune", inputs={"base": base_digest}, task=chosen.name)
-    written["settings"] = json.dumps({**settings, **work})
-    save_tower(clip, target, written, getattr(torch, dtype))
-    state.path.unlink(missing_ok=True)
+    if is_first():
+        method, kind = (
+            ("finetune", "checkpoint") if low_rank is None else (f"finetune {low_rank.option}", "adapter")
+        )
+        written = about(kind, method=method, inputs={"base": base_digest}, task=work["task"])
+        written["settings"] = json.dumps({**settings.told, **work})
+        if state.best_step:
+            written["best_step"] = str(state.best_step)
+        label = source.name if source.kind == "hf" else source.label
+        try:
+            state.take_best()
+            if low_rank is None:
+                save_tower(clip, target, written, getattr(torch, dtype))
+            else:
+                written["adapter"] = low_rank.kind
+                save_adapter(adapter, label, target, written, getattr(torch, dtype))
+            records.write(trace_table(names, settings, state.losses, state.validation))
+        except BaseException:
+            with undisturbed():
+                state.save()  # nothing is trained again, only written
+            raise
+        state.path.unlink(missing_ok=True)
+    wait()
+    totals = [sum(losses) for losses in state.losses[-_LAST:]]
     return Finetuned(
         path=target,
         steps=steps,
         resumed_from=first,
-        loss=sum(state.losses) / len(state.losses),
+        loss=sum(totals) / len(totals),
         images_per_second=seen / seconds,
+        best_step=state.best_step or steps,
+        validation={step: dict(zip(names, row, strict=True)) for step, row in state.validation.items()},
     )
 
 
-def _train(
-    clip: Clip,
-    head: Tensor,
-    images: Images,
-    state: TrainingState,
-    settings: Mapping[str, Any],
-    save_every: int,
-    report: Callable[[float, int], None],
-) -> None:
-    """Steps until there have been enough; the state is saved on the way, and on Ctrl-C."""
-    from torch.nn.functional import cross_entropy
+def _subjects(
+    recipe: str | Path | Recipe | None,
+    task: str | Sequence[str],
+    base: str | Path | None,
+    data: str | Path | None,
+    validates: bool,
+    split: str | None,
+) -> tuple[Source, list[Lesson]]:
+    """The base, and what it is to learn."""
+    from mergecli.catalogue import read_recipe
+    from mergecli.clip.tasks import expand, find
+    from mergecli.training.lessons import Lesson
 
-    from mergecli.clip.heads import logits
-
-    read = _reader(clip, images)
-    steps: int = settings["steps"]
-    whole = True
-    try:
-        for rows in _batches(len(images), settings["batch_size"], settings["seed"], state.step):
-            if state.step >= steps:
-                break
-            interrupts.check()
-            pixel_values, labels = read(rows)
-            loss = cross_entropy(logits(clip, head, pixel_values.to(head.device)), labels.to(head.device))
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                kept = f"; the state of step {state.saved} is kept in {state.path}" if state.saved else ""
-                raise InputError(
-                    f"{state.path.parent}: the loss of `{state.settings['task']}` is {value} at step {state.step + 1}",
-                    f"lower `learning_rate` (it is {settings['learning_rate']}){kept}",
-                )
-            state.optimizer.zero_grad()
-            loss.backward()
-            for group in state.optimizer.param_groups:
-                group["lr"] = _rate(state.step, settings)
-            whole = False
-            state.optimizer.step()
-            state.step += 1
-            state.losses.append(value)
-            whole = True
-            report(value, len(rows))
-            if state.step % save_every == 0 and state.step < steps:
-                state.save()
-    except KeyboardInterrupt:
-        if whole and state.step > state.saved:
-            state.save()
-        raise
-
-
-def _reader(clip: Clip, images: Images) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function from row numbers to ((B, 3, H, W) pixels, (B,) labels); all are kept if they are few."""
-    import torch
-
-    from mergecli.clip.model import pixels
-
-    def read(rows: Tensor) -> tuple[Tensor, Tensor]:
-        pairs = [images[int(row)] for row in rows]
-        return pixels(clip, [image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
-
-    one, _ = read(torch.tensor([0]))
-    if one.nbytes * len(images) > PIXEL_BYTES:
-        return read
-    parts = [read(rows) for rows in torch.arange(len(images)).split(256)]
-    every, labels = torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
-    return lambda rows: (every[rows], labels[rows])
-
-
-def _batches(count: int, size: int, seed: int, skip: int) -> Iterator[Tensor]:
-    """Row numbers of one batch after another, without end: every epoch is a new order of all rows."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    number = 0
-    while True:
-        for rows in torch.randperm(count, generator=generator).split(size):
-            if number >= skip:
-                yield rows
-            number += 1
-
-
-def _rate(step: int, settings: Mapping[str, Any]) -> float:
-    """The learning rate of a step, which is counted from 0."""
-    rate: float = settings["learning_rate"]
-    if settings["schedule"] == "constant":
-        return rate
-    return rate * (1 + math.cos(math.pi * step / settings["steps"])) / 2
-
-
-def _check(settings: Mapping[str, Any]) -> None:
-    """Raises UsageError that lists every setting that cannot be."""
-    wrong = [
-        f"`{name}`: expected a whole number of at least 1, got {settings[name]!r}"
-        for name in ("steps", "batch_size", "save_every")
-        if not isinstance(settings[name], int) or settings[name] < 1
-    ]
-    if not 0 < settings["learning_rate"] < math.inf:
-        wrong.append(f"`learning_rate`: expected a number above 0, got {settings['learning_rate']!r}")
-    if not 0 <= settings["weight_decay"] < math.inf:
-        wrong.append(f"`weight_decay`: expected a number of at least 0, got {settings['weight_decay']!r}")
-    for name, known in (("schedule", SCHEDULES), ("dtype", DTYPES)):
-        if settings[name] not in known:
-            wrong.append(f"`{name}`: expected one of {', '.join(known)}, got {settings[name]!r}")
-    if wrong:
-        raise UsageError(f"fine-tuning cannot be done so:\n{listed(wrong)}")
+    known = read_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
+    chosen = [find(name, known) for name in expand([task] if isinstance(task, str) else task, known)]
+    if not chosen:
+        raise UsageError("no task to learn", "name at least one")
+    if data is not None:
+        if len(chosen) > 1:
+            raise UsageError("`data`: is for one task alone", "give the tasks' data in a recipe")
+        chosen = [replace(chosen[0], data=parse_source(str(data), Path()), config=None)]
+    source = parse_source(str(base), Path()) if base is not None else known.base if known else None
+    if source is None:
+        raise UsageError("no base to fine-tune", "name a recipe that has a `base`, or the base itself")
+    return source, [Lesson.of(each, validates, split) for each in chosen]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,36 +13,61 @@ from mergecli.errors import UsageError
 
 def finetune(
     task: Annotated[
-        str,
-        typer.Option("--task", metavar="TASK", autocompletion=options.complete_tasks, help="What to learn."),
+        list[str],
+        typer.Option(
+            "--task", metavar="TASK", autocompletion=options.complete_tasks,
+            help="What to learn. Repeatable: several at once, their losses summed.",
+        ),
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="A .safetensors file, or a folder (no suffix).")
+        Path, typer.Option("-o", "--output", help="A .safetensors file, or a folder (no suffix); for adapters a folder.")
     ],
     recipe: Annotated[
         Path | None, typer.Argument(metavar="[RECIPE]", help="Takes base and tasks from this recipe.")
     ] = None,
     base: options.Base = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Batches to learn from.")] = 4000,
-    learning_rate: Annotated[
-        float, typer.Option("--learning-rate", help="Adam's step size at the start.")
-    ] = 1e-5,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a step.")] = 32,
+    changes: options.Set = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of the weights.")] = 4000,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Adam's step size at the start.")] = 1e-5,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images of a task in a batch.")] = 32,
+    accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Batches that make a step.")] = 1,
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0, help="L2 penalty in Adam.")] = 0.0,
     schedule: Annotated[str, typer.Option("--schedule", help="cosine (to 0) or constant.")] = "cosine",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Order of the images.")] = 0,
-    save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between saved states.")] = 500,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="Of the output: float32, float16 or bfloat16.")
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Order of the images; an adapter's start and dropout.")] = 0,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the computing: float32, bfloat16, or on a GPU float16.")
     ] = "float32",
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
-    changes: options.Set = None,
-) -> None:
-    """Fine-tune a vision tower on one task, with the zero-shot head fixed; prints its path.
+    lora: Annotated[bool, typer.Option("--lora", help="Train a low-rank adapter instead of the tower.")] = False,
+    l_lora: Annotated[bool, typer.Option("--l-lora", help="Train a linearized one: its A stays as drawn.")] = False,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of an adapter; default 16.")] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="It is scaled by alpha / rank; default 32.")] = None,
+    target_modules: Annotated[
+        str | None,
+        typer.Option("--target-modules", metavar="NAMES", help="Its linear layers; default q_proj,v_proj."),
+    ] = None,
+    lora_dropout: Annotated[float | None, typer.Option("--lora-dropout", help="Of its inputs; default 0.1.")] = None,
+    validate_every: Annotated[
+        int, typer.Option("--validate-every", min=0, metavar="STEPS", help="Validate so often; write the best weights.")
+    ] = 0,
+    validation_split: Annotated[
+        str | None,
+        typer.Option("--validation-split", metavar="SPLIT", help="Default: validation, or a tenth held out of train."),
+    ] = None,
+    save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between saved states.")] = 500,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the output: float32, float16 or bfloat16.")] = "float32",
+    trace: Annotated[Path | None, typer.Option("--trace", help="Write losses and accuracies of each step (.csv).")] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write them for TensorBoard.")
+    ] = None,
+) -> None:  # fmt: skip
+    """Fine-tune a vision tower, or an adapter for it, with the zero-shot heads fixed; prints its path.
 
-    Interrupted, the same command goes on where it was.
+    Interrupted, the same command goes on where it was. `torchrun -m mergecli finetune ...` trains on several devices.
 
     mergecli finetune --base toy:base --task digits --steps 200 --learning-rate 1e-4 -o digits.safetensors
+
+    mergecli finetune --base toy:base --task digits --task letters --lora --validate-every 100 -o adapter
     """
     if schedule not in ("cosine", "constant"):
         raise UsageError(f"--schedule: expected cosine or constant, got `{schedule}`")
@@ -50,13 +75,16 @@ def finetune(
         raise UsageError("there is no base to start from", "name a recipe, or the base with `--base`")
     from mergecli import finetuning
     from mergecli.catalogue import read_recipe
+    from mergecli.parallel import is_first
 
-    chosen: Any = schedule
     known = read_recipe(recipe, changes or []) if recipe else None
     with show.progress() as progress:
         done = finetuning.finetune(
-            known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate,
-            batch_size=batch_size, weight_decay=weight_decay, schedule=chosen, seed=seed, save_every=save_every,
-            dtype=dtype, device=device, progress=progress,
+            known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
+            weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
+            lora=lora, l_lora=l_lora, rank=rank, alpha=alpha, target_modules=target_modules, lora_dropout=lora_dropout,
+            validate_every=validate_every, validation_split=validation_split, trace=trace, tensorboard=tensorboard,
+            device=device, dtype=dtype, save_every=save_every, progress=progress,
         )  # fmt: skip
-    show.line(str(done.path))
+    if is_first():
+        show.line(str(done.path))

@@ -2,19 +2,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergecli import finetuning
 from mergecli.checkpoint import open_checkpoint
+from mergecli.clip import pixels
 from mergecli.errors import InputError, UsageError
 from mergecli.evaluation import evaluate
 from mergecli.finetuning import finetune
 from mergecli.recipe import Recipe, TaskTable
 from mergecli.sources import parse_source
+from mergecli.training import lessons
+from mergecli.training.settings import Settings
 from tests.tiny import make_image_task, make_tiny_clip
 
 
@@ -146,9 +149,23 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(recipe, tm
     assert all(value.isfinite().all() for value in load_file(tmp_path / names[0]).values())
 
 
-def test_images_that_do_not_fit_in_memory_give_the_same_weights(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("in_memory", [0, 1 << 30])
+def test_images_that_the_cache_has_no_room_for_give_the_same_weights(
+    recipe, tmp_path, monkeypatch, in_memory
+):
     finetune(recipe, output=tmp_path / "a.safetensors", **SHORT)
-    monkeypatch.setattr(finetuning, "PIXEL_BYTES", 0)
+    assert len(list((tmp_path / "home").rglob("pixels/*.safetensors"))) == 1
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
+    monkeypatch.setenv("MERGECLI_CACHE_SIZE", "0")
+    monkeypatch.setattr(lessons, "IN_MEMORY", in_memory)
+    finetune(recipe, output=tmp_path / "b.safetensors", **SHORT)
+    assert not list((tmp_path / "other home").rglob("*.safetensors"))
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_images_are_decoded_once_and_read_from_the_cache_from_then_on(recipe, tmp_path, monkeypatch):
+    finetune(recipe, output=tmp_path / "a.safetensors", **SHORT)
+    monkeypatch.setattr(pixels, "_job", None)  # what says which images are to be decoded
     finetune(recipe, output=tmp_path / "b.safetensors", **SHORT)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
@@ -170,10 +187,9 @@ def test_the_file_says_how_it_was_made_and_only_the_tower_is_in_it(recipe, tmp_p
 def test_a_constant_schedule_keeps_the_learning_rate(recipe, tmp_path):
     for schedule in ("cosine", "constant"):
         finetune(recipe, output=tmp_path / f"{schedule}.safetensors", schedule=schedule, **SHORT)
-    assert finetuning._rate(9, {"learning_rate": 2.0, "steps": 10, "schedule": "constant"}) == 2.0
-    assert finetuning._rate(5, {"learning_rate": 2.0, "steps": 10, "schedule": "cosine"}) == pytest.approx(
-        1.0
-    )
+    constant = Settings(10, 2.0, 1, 0.0, "constant", 0, "float32")
+    assert constant.rate(9) == 2.0
+    assert replace(constant, schedule="cosine").rate(5) == pytest.approx(1.0)
     assert (tmp_path / "cosine.safetensors").read_bytes() != (tmp_path / "constant.safetensors").read_bytes()
 
 

@@ -1,0 +1,1 @@
+"""Training of vision towers: settings, images, low-rank adapters, steps, and the state that interrupted ones leave."""

@@ -1,0 +1,209 @@
+"""What an interrupted fine-tuning needs to go on as if nothing had happened: a safetensors file beside the output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergecli.errors import InputError
+from mergecli.parallel import Ranks, is_first
+from mergecli.provenance import about
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+_MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
+_FACTS = ("step", "updates", "best_step", "scale", "growth")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What stands in a file."""
+
+    facts: Mapping[str, float]
+    tensors: Mapping[str, Tensor]
+
+
+class TrainingState:
+    """Trained weights, Adam's moments, the best weights so far, and what happened at each step.
+
+    Adam counts its `updates`; they are fewer than the steps where float16 had to leave some out.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        parameters: Mapping[str, nn.Parameter],
+        work: Mapping[str, Any],
+        tasks: int,
+        ranks: Ranks,
+    ) -> None:
+        """Begins, or goes on from the file beside the output if that is whole and of the same `work`."""
+        import torch
+
+        name = output.name.removesuffix(".safetensors")
+        self.path = output.with_name(f".{name}.resume.safetensors")
+        self.parameters = parameters
+        self.tasks = tasks
+        self.losses: list[list[float]] = []
+        """(steps, T)"""
+        self.validation: dict[int, list[float]] = {}
+        """Step -> (T,) accuracies."""
+        self.best_step = 0
+        self.best: dict[str, Tensor] = {}
+        """The weights of that step; only in the first process."""
+        self.saved = (0, 0)
+        """Steps and validations in the file."""
+        self.is_whole = True
+        """Whether no step is half done."""
+        self.optimizer: Optimizer = torch.optim.Adam(
+            parameters.values(), lr=work["learning_rate"], weight_decay=work["weight_decay"]
+        )
+        self.device = next(iter(parameters.values())).device
+        # scales gradients up so that float16 can hold them; what it does is skipped elsewhere
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=work.get("precision") == "float16")
+        self._digest = sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+        self._load(ranks)
+
+    @property
+    def step(self) -> int:
+        """How many steps have been done."""
+        return len(self.losses)
+
+    def validated(self, accuracies: list[float]) -> None:
+        """Notes the accuracies of the weights as they are now; of equally good ones the earlier are the best."""
+        self.validation[self.step] = accuracies
+        if not self.best_step or sum(accuracies) > sum(self.validation[self.best_step]):
+            self.best_step = self.step
+            if is_first():
+                self.best = {name: each.detach().cpu().clone() for name, each in self.parameters.items()}
+
+    def take_best(self) -> None:
+        """Puts the best weights in the place of the last ones."""
+        import torch
+
+        with torch.no_grad():
+            for name, best in self.best.items():
+                self.parameters[name].copy_(best)
+
+    def save(self) -> None:
+        """Writes the state, if there is something new, whole and finite; the one before is replaced when it stands."""
+        import torch
+
+        from mergecli.clip.model import save_tensors
+
+        is_new = self.step and self.saved != (self.step, len(self.validation))
+        if not (is_first() and self.is_whole and is_new):
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"weights.{name}"] = parameter.detach().cpu()
+            for part, key in _MOMENTS.items():
+                moment = self.optimizer.state[parameter].get(key)
+                tensors[f"{part}.{name}"] = torch.zeros_like(parameter) if moment is None else moment
+        tensors |= {f"best.{name}": best for name, best in self.best.items()}
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64).view(-1, self.tasks)
+        tensors["validation"] = self._validation()
+        if not all(bool(each.isfinite().all()) for each in tensors.values()):
+            return  # the last good state stays
+        facts = json.dumps(self._facts())
+        written = about("training state", digest=self._digest, facts=facts)
+        save_tensors({name: each.cpu().contiguous() for name, each in tensors.items()}, self.path, written)
+        self._note()
+
+    def _note(self) -> None:
+        self.saved = (self.step, len(self.validation))
+
+    def _validation(self) -> Tensor:
+        """(validations, 1 + T): steps and accuracies."""
+        import torch
+
+        rows = [[step, *accuracies] for step, accuracies in self.validation.items()]
+        return torch.tensor(rows, dtype=torch.float64).view(-1, 1 + self.tasks)
+
+    def _facts(self) -> dict[str, float]:
+        first = next(iter(self.parameters.values()))
+        updates = float(self.optimizer.state[first].get("step", 0)) if first in self.optimizer.state else 0.0
+        scaling: dict[str, Any] = self.scaler.state_dict()
+        values = (
+            self.step,
+            updates,
+            self.best_step,
+            scaling.get("scale", 0),
+            scaling.get("_growth_tracker", 0),
+        )
+        return dict(zip(_FACTS, map(float, values), strict=True))
+
+    def _load(self, ranks: Ranks) -> None:
+        """Goes on from the file; all processes go on where the first one does."""
+        import torch
+
+        found = self._stored() if is_first() else None
+        none = dict.fromkeys(_FACTS, 0.0)
+        told = torch.tensor(
+            [*(found.facts if found else none).values()], dtype=torch.float64, device=self.device
+        )
+        facts = dict(zip(_FACTS, ranks.first(told).tolist(), strict=True))
+        if not facts["step"]:
+            return
+        rows = torch.tensor([len(found.tensors["validation"]) if found else 0], device=self.device)
+        shapes = {
+            "losses": (int(facts["step"]), self.tasks),
+            "validation": (int(ranks.first(rows)), 1 + self.tasks),
+        }
+
+        def everywhere(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            own = torch.zeros(shape, dtype=dtype) if found is None else found.tensors[name]
+            return ranks.first(own.to(self.device, dtype).contiguous())
+
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                shape, dtype = tuple(parameter.shape), parameter.dtype
+                parameter.copy_(everywhere(f"weights.{name}", shape, dtype))
+                if facts["updates"]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(facts["updates"], dtype=torch.float32),
+                        **{key: everywhere(f"{part}.{name}", shape, dtype) for part, key in _MOMENTS.items()},
+                    }
+        self.losses = everywhere("losses", shapes["losses"], torch.float64).tolist()
+        measured: list[list[float]] = everywhere("validation", shapes["validation"], torch.float64).tolist()
+        self.validation = {int(row[0]): row[1:] for row in measured}
+        self.best_step = int(facts["best_step"])
+        if found and self.best_step:
+            self.best = {name: found.tensors[f"best.{name}"] for name in self.parameters}
+        if self.scaler.is_enabled():
+            scaling: dict[str, Any] = self.scaler.state_dict()
+            self.scaler.load_state_dict(
+                {**scaling, "scale": facts["scale"], "_growth_tracker": int(facts["growth"])}
+            )
+        self._note()
+
+    def _stored(self) -> _Stored | None:
+        """What stands in the file; None if there is none that is whole and of the same work."""
+        from mergecli.checkpoint import open_checkpoint
+
+        try:
+            with open_checkpoint(self.path) as stored:
+                if stored.metadata.get("digest") != self._digest:
+                    return None
+                told: Any = json.loads(stored.metadata["facts"])
+                facts = {name: float(told[name]) for name in _FACTS}
+                parts = ["weights", *_MOMENTS, *(["best"] if facts["best_step"] else [])]
+                shapes = {
+                    f"{part}.{name}": each.shape for part in parts for name, each in self.parameters.items()
+                }
+                tensors = {name: stored.read(name) for name in [*shapes, "losses", "validation"]}
+                steps, rows = (int(facts["step"]), self.tasks), 1 + self.tasks
+        except (InputError, KeyError, ValueError, TypeError, OverflowError, RecursionError):
+            return None
+        measured = tensors["validation"]
+        is_sound = all(tensors[name].shape == shape for name, shape in shapes.items())
+        is_sound &= tensors["losses"].shape == steps and measured.dim() == 2 and measured.shape[1] == rows
+        is_sound &= all(bool(each.isfinite().all()) for each in tensors.values())
+        is_sound &= facts["best_step"] in {0.0, *measured.flatten()[:: self.tasks + 1].tolist()}
+        return _Stored(facts, tensors) if is_sound else None

@@ -1,0 +1,197 @@
+"""The steps of a training: gradients of every task's batches, in one process or several, Adam, and validations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from mergecli import interrupts
+from mergecli.clip.adaptation_run import undisturbed
+from mergecli.clip.processing import Normalisation
+from mergecli.errors import InputError
+from mergecli.parallel import Ranks
+from mergecli.training.lessons import Ready
+from mergecli.training.low_rank import dropouts
+from mergecli.training.settings import Settings
+from mergecli.training.state import TrainingState
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mergecli.clip.model import Clip
+
+_TOGETHER = 1 << 22
+"""Entries of gradients that are exchanged at one time, unless one parameter has more."""
+
+Report = Callable[[float, int], None]
+"""Called after each step with its loss, and the number of its images."""
+
+
+def dropout_seed(seed: int, step: int, process: int = 0) -> int:
+    """What the dropout of a step (counted from 0) is drawn from, so that no step depends on those before it."""
+    return int.from_bytes(sha256(f"{seed} {step} {process}".encode()).digest()[:7])
+
+
+class Training:
+    """A tower that is trained on some tasks: what is done at each step, and how far it has come."""
+
+    def __init__(
+        self, clip: Clip, lessons: Sequence[Ready], state: TrainingState, settings: Settings, ranks: Ranks
+    ) -> None:
+        self.clip, self.lessons, self.state, self.settings, self.ranks = clip, lessons, state, settings, ranks
+        self._normalise = Normalisation(clip)
+        self._dropouts = dropouts(clip.tower)
+
+    def run(self, save_every: int, report: Report) -> None:
+        """Steps until there have been enough; the state is saved on the way, and when something stops them.
+
+        Raises:
+            InputError: the loss is no longer a number.
+        """
+        state, settings = self.state, self.settings
+        batches = [each.batches(settings.images_a_step, settings.seed, state.step) for each in self.lessons]
+        losses: list[float] = []
+        try:
+            while True:
+                if settings.validates(state.step) and state.step not in state.validation:
+                    accuracies = [self._accuracy(each) for each in self.lessons]
+                    with undisturbed():
+                        state.validated(accuracies)
+                if state.step >= settings.steps:
+                    return
+                interrupts.check()
+                losses, images = self._gradients(batches)
+                if not all(map(math.isfinite, losses)):
+                    break
+                with undisturbed():
+                    self._update(losses)
+                report(sum(losses), images)
+                if state.step % save_every == 0 and state.step < settings.steps:
+                    state.save()
+        except BaseException:
+            with undisturbed():
+                state.save()
+            raise
+        kept = f"; the state of step {state.saved[0]} is kept in {state.path}" if state.saved[0] else ""
+        name, value = next(
+            (each.name, loss)
+            for each, loss in zip(self.lessons, losses, strict=True)
+            if not math.isfinite(loss)
+        )
+        raise InputError(
+            f"{state.path.parent}: the loss of `{name}` is {value} at step {state.step + 1}",
+            f"lower `learning_rate` (it is {settings.learning_rate}){kept}",
+        )
+
+    def _gradients(self, batches: Sequence[Iterator[Tensor]]) -> tuple[list[float], int]:
+        """Puts into every parameter the gradient of the losses' sum; (T,) losses of all processes, number of images.
+
+        A task's loss is the mean over all its images of the step, whichever process they are in.
+        """
+        import torch
+
+        settings, ranks, device = self.settings, self.ranks, self.clip.device
+        losses = torch.zeros(len(self.lessons), dtype=torch.float64, device=device)
+        images = 0
+        self.state.optimizer.zero_grad()
+        with self._drawing():
+            for number, (lesson, following) in enumerate(zip(self.lessons, batches, strict=True)):
+                rows = next(following)
+                images += len(rows)
+                for part in rows.split(settings.batch_size * ranks.count):
+                    own = part.tensor_split(ranks.count)[ranks.own]
+                    if len(own):
+                        loss = self._loss(lesson, own) * (len(own) / len(rows))
+                        self.state.scaler.scale(loss).backward()
+                        losses[number] += loss.detach()
+        parameters = list(self.state.parameters.values())
+        if ranks.count > 1:
+            _add_up(parameters, ranks)
+        return ranks.total(losses).tolist(), images
+
+    def _loss(self, lesson: Ready, rows: Tensor) -> Tensor:
+        """Mean cross-entropy of the images of these numbers."""
+        from torch.nn.functional import cross_entropy
+
+        labels = lesson.images.labels[rows].to(self.clip.device)
+        return cross_entropy(self._logits(lesson, lesson.images.rows(rows)), labels)
+
+    def _logits(self, lesson: Ready, pixels: Tensor) -> Tensor:
+        """(B, C) exp(logit_scale) * cosine; only the tower computes in less than float32."""
+        import torch
+
+        from mergecli.clip.model import features
+
+        wanted = self.settings.precision
+        dtype = getattr(torch, "bfloat16" if wanted == "float32" else wanted)
+        with torch.autocast(self.clip.device.type, dtype, enabled=wanted != "float32"):
+            image = features(self.clip, self._normalise(pixels))
+        image = image.float()
+        return self.clip.model.logit_scale.exp() * (image / image.norm(dim=-1, keepdim=True)) @ lesson.head.T
+
+    def _update(self, losses: list[float]) -> None:
+        state = self.state
+        for group in state.optimizer.param_groups:
+            group["lr"] = self.settings.rate(state.step)
+        state.is_whole = False
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.losses.append(losses)
+        state.is_whole = True
+
+    def _accuracy(self, lesson: Ready) -> float:
+        """Share of the images for validation that are told right, in all processes together."""
+        import torch
+
+        held = lesson.validation
+        assert held is not None
+        start, stop = (len(held) * own // self.ranks.count for own in (self.ranks.own, self.ranks.own + 1))
+        correct = torch.zeros(1, dtype=torch.float64, device=self.clip.device)
+        with torch.no_grad():
+            for first in range(start, stop, self.settings.batch_size):
+                interrupts.check()
+                last = min(first + self.settings.batch_size, stop)
+                found = self._logits(lesson, held.batch(first, last)).argmax(dim=1)
+                correct += (found == held.labels[first:last].to(found.device)).sum()
+        return float(self.ranks.total(correct)) / len(held)
+
+    @contextmanager
+    def _drawing(self) -> Generator[None]:
+        """Turns dropout on, drawn from seed and step alone; what others draw stays as it was."""
+        import torch
+
+        if not self._dropouts:
+            yield
+            return
+        device = self.clip.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(dropout_seed(self.settings.seed, self.state.step, self.ranks.own))
+            for each in self._dropouts:
+                each.train()
+            try:
+                yield
+            finally:
+                for each in self._dropouts:
+                    each.eval()
+
+
+def _add_up(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
+    """Replaces every gradient by the sum over all processes, in the order of their ranks."""
+    import torch
+
+    def exchange(some: Sequence[nn.Parameter]) -> None:
+        grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in some]
+        every = ranks.total(torch.cat([grad.flatten() for grad in grads]))
+        for each, grad in zip(some, every.split([each.numel() for each in some]), strict=True):
+            each.grad = grad.view_as(each).clone()
+
+    waiting: list[nn.Parameter] = []
+    for parameter in parameters:
+        if waiting and sum(each.numel() for each in waiting) + parameter.numel() > _TOGETHER:
+            exchange(waiting)
+            waiting = []
+        waiting.append(parameter)
+    exchange(waiting)
