@@ -15,6 +15,8 @@ from mergecli.clip.adaptation_run import Run, undisturbed
 from mergecli.clip.tasks import Task, digest, find
 from mergecli.errors import InputError, UsageError, quoted
 from mergecli.methods._adapted import Adapted, State
+from mergecli.methods._mixture import Installed
+from mergecli.methods._routers import WeightEnsembling
 from mergecli.models import Models
 from mergecli.parallel import Ranks, is_first
 from mergecli.progress import Progress
@@ -137,7 +139,7 @@ class Adaptation:
 
         from mergecli.checkpoint import VISION
         from mergecli.clip.model import check_tower, load_clip
-        from mergecli.clip.trial import TowerTrial
+        from mergecli.clip.trial import TOGETHER, TowerTrial
 
         assert self.models.base is not None
         clip = load_clip(self.folder)
@@ -149,6 +151,11 @@ class Adaptation:
         seen = [each for number, each in enumerate(self.images) if number % ranks.count == ranks.own]
         looked = self._seen(clip, seen)
         del clip.model.text_model  # no longer used, and as large as a tower
+        tasks, size, seed = list(self.models.tuned), self.method.batch_size, self.recipe.seed
+        if isinstance(self.method, WeightEnsembling):
+            installed = self._installed(clip, self.method, device)
+            together = TOGETHER if self.method.train_routing == "sample" else size
+            return TowerTrial(clip, tasks, {}, {}, looked, size, seed, ranks, installed, together)
         base: dict[str, Tensor] = {}
         deltas: dict[str, Tensor] = {}
         dtype = getattr(torch, self.method.vectors)
@@ -159,8 +166,29 @@ class Adaptation:
 
         for name, own, vectors in self.models.map(look, blocks=False):
             base[name], deltas[name] = own, vectors
-        tasks = list(self.models.tuned)
-        return TowerTrial(clip, tasks, base, deltas, looked, self.method.batch_size, self.recipe.seed, ranks)
+        return TowerTrial(clip, tasks, base, deltas, looked, size, seed, ranks)
+
+    def _installed(self, clip: Clip, method: WeightEnsembling, device: str) -> Installed:
+        """Puts the tower that routes into the CLIP, its routers still without weights."""
+        import torch
+
+        from mergecli.checkpoint import VISION
+
+        parts: dict[str, Tensor] = {}
+
+        def look(_: int, group: Any) -> dict[str, Tensor]:
+            return {key: each.to(device, copy=True) for key, each in method.expand(group, None).items()}
+
+        for found in self.models.map(look, blocks=False):
+            parts |= found
+        shapes = {name: self.models.reference.entries[name].shape for name in self.models.floats}
+        for key, part in method.extras(shapes, len(self.models.tuned)).items():
+            parts[key] = torch.zeros(part.shape, device=device)
+        for name, tensor in clip.tower.state_dict().items():
+            tensor.copy_(parts.pop(VISION + name))
+        return method.install(
+            clip.tower, parts.__getitem__, tuple(self.models.tuned), method.train_routing, VISION
+        )
 
     def _seen(self, clip: Clip, names: list[str]) -> list[Seen]:
         """The images and heads of some of the tasks that are looked at."""

@@ -12,6 +12,7 @@ from mergecli.checkpoint import VISION
 from mergecli.clip.processing import Normalisation
 from mergecli.methods._adapted import entropy
 from mergecli.methods._kinds import uniform
+from mergecli.methods._mixture import Installed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,13 +60,23 @@ class TowerTrial:
         size: int,
         seed: int,
         ranks: Ranks,
+        installed: Installed | None = None,
+        together: int = TOGETHER,
     ) -> None:
+        """`installed` are the layers of a tower that routes: their parameters are then what is learnt.
+
+        Up to `together` images of several tasks go through the tower as one batch.
+        """
         self.tasks, self.base, self.deltas = tasks, base, deltas
         self._clip, self._seen, self._size, self._seed, self._ranks = clip, seen, size, seed, ranks
         self._normalised = Normalisation(clip)
-        parameters = dict(clip.tower.named_parameters())
-        self._parameters = {VISION + name: each.requires_grad_(True) for name, each in parameters.items()}
-        self.weights: Mapping[str, Tensor] = {name: self._parameters[name].data for name in base}
+        self._installed, self._together = installed, together
+        own = {VISION + name: each for name, each in clip.tower.named_parameters()}
+        found = own if installed is None else installed.parameters
+        self._parameters = {name: each.requires_grad_(True) for name, each in found.items()}
+        names = base if installed is None else found
+        self.weights: Mapping[str, Tensor] = {name: self._parameters[name].data for name in names}
+        self._routes: list[Tensor] = []
 
     def slopes(self, draw: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         """(T,) mean entropies for batch number `draw` of every task, and name -> (...) gradient of their sum."""
@@ -74,7 +85,8 @@ class TowerTrial:
         losses = torch.zeros(len(self.tasks), device=self._clip.device)
         for each in self._parameters.values():
             each.grad = None
-        share = max(1, TOGETHER // self._size)
+        share = max(1, self._together // self._size)
+        self._routes.clear()
         with torch.enable_grad():
             for start in range(0, len(self._seen), share):
                 interrupts.check()
@@ -97,12 +109,23 @@ class TowerTrial:
         parts = image.split([len(batch) for batch in batches])
         own = [entropy(part @ each.head.T) for each, part in zip(together, parts, strict=True)]
         torch.stack(own).sum().backward()
+        if self._installed is not None:
+            found = [each.mean(0) for each in self._installed.routes().values()]
+            self._routes.append(torch.stack(found).mean(0) * len(together))
         for each, loss in zip(together, own, strict=True):
             losses[each.place] = loss.detach()
 
     def total(self, tensor: Tensor) -> Tensor:
         """(...) the sum over all processes, added in the order of their ranks."""
         return self._ranks.total(tensor)
+
+    def routes(self) -> Tensor:
+        """(T,) routing weights in the last step, means over layers, images and tasks."""
+        import torch
+
+        own = torch.stack(self._routes).sum(0) if self._routes else torch.zeros(len(self.tasks))
+        count = self.total(torch.tensor([float(len(self._seen))], device=self._clip.device))
+        return self.total(own.to(self._clip.device)) / count
 
     def uniform(self, name: str, label: str) -> Tensor:
         """(...) random numbers in [0, 1) for the entries of a tensor."""

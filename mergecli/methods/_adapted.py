@@ -64,6 +64,10 @@ class Trial(Protocol):
         """(...) the sum over all processes, added in the order of their ranks; the tensor itself if there is one."""
         ...
 
+    def routes(self) -> Tensor:
+        """(T,) the mean routing weights in the last step, of towers that route."""
+        ...
+
     def uniform(self, name: str, label: str) -> Tensor:
         """(...) random numbers in [0, 1) for the entries of a tensor; the same as a group's `drawn(label)`."""
         ...

@@ -1,0 +1,110 @@
+"""E-WEMoE: weight ensembling with one router, and task vectors of which little is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from mergecli.methods._adapted import State, Trial
+from mergecli.methods._bits import pack, packed_size, unpack
+from mergecli.methods._mixture import SAME, Part, Read
+from mergecli.methods._routers import WeightEnsembling
+from mergecli.methods._settings import Range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EfficientWeightEnsemblingMoe(WeightEnsembling):
+    """theta = theta_0 + sum_i l_i (m_i tau_i) in the MLPs,  theta_0 + lambda sum_i tau_i elsewhere
+
+    m_i = 1 where |tau_i| is above its quantile 1 - `density`, tensor by tensor;  l = mean over the tokens h of r(h),
+    r(h) = A_2 relu(A_1 h + b_1) + b_2, one router for all layers
+
+    Of the task vectors only what is kept is written, with a bit an entry that says where it belongs. The published 90 %
+    are those that are cut off: `density = 0.1`. Routing as in `weight_ensembling_moe`.
+    """
+
+    title: ClassVar[str] = "WEMoE with one router for all layers and pruned task vectors"
+    paper: ClassVar[str] = (
+        "Shen et al., Efficient and effective weight-ensembling MoE, arXiv 2410.21804, section 4"
+    )
+
+    density: Annotated[float, Range(0, 1, open_low=True)] = 0.1
+    """Fraction of entries kept of each task vector of each tensor."""
+    shared_router: bool = True
+    """Whether all layers have one router, or each its own."""
+    position_encoding: Annotated[int, Range(0)] = 0
+    """Sines and cosines of the layer's number that routers get before each token; the published size is 8, the default
+    none."""
+    router_density: Annotated[float, Range(0, 1, open_low=True)] = 1.0
+    """Fraction of the entries of each router's weights that is left after learning."""
+
+    @property
+    def shares_router(self) -> bool:
+        return self.shared_router
+
+    @property
+    def position_size(self) -> int:
+        return self.position_encoding if self.router_layers else 0
+
+    def expert_parts(self, name: str, shape: tuple[int, ...], tasks: int) -> dict[str, Part]:
+        entries = math.prod(shape)
+        return {
+            f"experts.{name}": Part(SAME, (tasks, kept_of(entries, self.density))),
+            f"masks.{name}": Part("U8", (tasks, packed_size(entries))),
+        }
+
+    def expert_values(self, name: str, deltas: Tensor) -> dict[str, Tensor]:
+        import torch
+
+        rows = deltas.flatten(1)
+        masks = torch.stack([above_quantile(row.abs(), self.density) for row in rows])
+        kept = torch.zeros(len(rows), kept_of(rows.shape[1], self.density), device=rows.device)
+        for row, mask, left in zip(rows, masks, kept, strict=True):
+            own = row[mask]
+            left[: len(own)] = own
+        return {f"experts.{name}": kept, f"masks.{name}": pack(masks)}
+
+    def expert(self, name: str, place: int, shape: Sequence[int], read: Read) -> Tensor:
+        import torch
+
+        mask = unpack(read(f"masks.{name}")[place], math.prod(shape))
+        values = read(f"experts.{name}")[place].float()
+        return torch.zeros(len(mask)).masked_scatter_(mask, values).view(*shape)
+
+    def experts(self, name: str, like: Tensor, read: Read, scratch: Any) -> Any:
+        from mergecli.methods._routed_layers import Experts
+
+        bits = read(f"masks.{name}").to(like.device)
+        return Experts(read(f"experts.{name}").to(like), bits, like.numel(), scratch)
+
+    def finish(self, trial: Trial, state: State, /) -> State:
+        found = super().finish(trial, state)
+        for key, value in found.items():
+            if key.endswith(".weight") and self.router_density < 1:
+                value *= above_quantile(value.abs().flatten(), self.router_density).view_as(value)
+        return found
+
+
+def kept_of(entries: int, density: float) -> int:
+    """How many entries lie above the quantile, if no two are equal."""
+    if density >= 1 or not entries:
+        return entries
+    return entries - 1 - math.floor((1 - density) * (entries - 1))
+
+
+def above_quantile(magnitudes: Tensor, density: float) -> Tensor:
+    """(n,) bool: where (n,) magnitudes are above their quantile 1 - density, which lies between two of them in
+    proportion; all of them if density is 1."""
+    entries = len(magnitudes)
+    if density >= 1 or not entries:
+        return magnitudes >= 0
+    place = (1 - density) * (entries - 1)
+    low = math.floor(place)
+    lower = float(magnitudes.kthvalue(low + 1).values)
+    upper = float(magnitudes.kthvalue(min(low + 2, entries)).values)
+    return magnitudes > lower + (place - low) * (upper - lower)

@@ -1,0 +1,27 @@
+"""WEMoE: a tower whose multilayer perceptrons are put together for each image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mergecli.methods._routers import WeightEnsembling
+
+
+@dataclass(frozen=True)
+class WeightEnsemblingMoe(WeightEnsembling):
+    """theta = theta_0 + sum_i l_i tau_i in the MLPs,  theta_0 + lambda sum_i tau_i elsewhere
+
+    l = mean over the tokens h of r(h),  r(h) = A_2 relu(A_1 h + b_1) + b_2
+
+    one router r a layer, h what the layer's MLP gets. The routers minimise the mean entropy of predictions on unlabelled
+    images, by Adam.
+
+    The published tables took one l for a whole batch of images of one task, which tells the model the task; here each
+    image has its own unless evaluation is asked for `routing = "batch"`.
+    """
+
+    title: ClassVar[str] = "MLPs put together for each image by routers learnt on unlabelled images"
+    paper: ClassVar[str] = (
+        "Tang et al., Weight-ensembling mixture of experts, ICML 2024, arXiv 2402.00433, section 3"
+    )

@@ -1,0 +1,182 @@
+"""The whole tool on eight small tasks of real images: a base, fine-tuning, LoRA, L-LoRA, merges, evaluations, a report.
+
+    python scripts/real_images.py DATA out/real --report recipes/real-images
+
+DATA has a folder of Parquet files for each task: mnist, gtsrb, eurosat, dtd10, fashion_mnist, cifar10, emnist_letters,
+sign_digits. Every step is a mergecli command that is printed before it runs; what is there already is not done again.
+
+The base is the toy base, trained further on four of the tasks at once, for its towers are too small and have seen too
+little to know anything of real images; the other four tasks are new to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mergecli
+from mergecli import methods
+
+SEEN = ("cifar10", "fashion_mnist", "emnist_letters", "gtsrb")
+TASKS = ("mnist", "gtsrb", "eurosat", "dtd10", "fashion_mnist", "cifar10", "emnist_letters", "sign_digits")
+TEMPLATE = "a photo of {}."
+SHORT = {  # the toy text tower takes 24 tokens, and has few words
+    "eurosat": "crops, forest, herbs, highway, factories, pasture, orchard, houses, river, sea",
+    "gtsrb": "speed 20, speed 30, speed 50, speed 60, speed 70, speed 80, end of 80, speed 100, speed 120, no passing, "
+    "no truck passes, right of way, priority, yield, stop, no vehicles, no trucks, no entry, caution, left bend, "
+    "right bend, two bends, bumps, slippery, narrow, road work, signals, walkers, children, bicycles, ice, animals, "
+    "end of limits, turn right, turn left, ahead, ahead or right, ahead or left, keep right, keep left, circle, "
+    "end of no passing, end of no trucks",
+}
+FULL = ["--learning-rate", "3e-4"]
+LOW_RANK = ["--rank", "8", "--alpha", "16", "--learning-rate", "3e-3"]
+KINDS = {"full": FULL, "lora": ["--lora", *LOW_RANK], "l-lora": ["--l-lora", *LOW_RANK]}
+LEARNING = {
+    "ada_merging": ["method.steps=100"],
+    "concrete_task_arithmetic": ["method.steps=100"],
+    "concrete_ada_merging": ["method.steps=100", "method.mask_steps=100"],
+    "weight_ensembling_moe": ["method.steps=100"],
+    "efficient_weight_ensembling_moe": ["method.steps=100"],
+    "smile": ["method.rank=16"],
+    "representation_surgery": ["method.steps=300"],
+}
+NOT_OF_EIGHT = {"linear", "slerp", "weighted_average"}
+FEW = ["average", "task_arithmetic", "ties", "tsv_m", "iso_c"]
+
+
+class Experiment:
+    """The folder, and the commands run so far with their times."""
+
+    def __init__(self, data: Path, folder: Path, steps: int) -> None:
+        self.data, self.folder, self.steps = data.absolute(), folder, steps
+        self.log = folder / "commands.tsv"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, target: Path, *arguments: object) -> Path:
+        """`mergecli ARGUMENTS -o TARGET`, unless it is there."""
+        if not target.exists():
+            words = [*map(str, arguments), "-o", str(target)]
+            print("mergecli", shlex.join(words), file=sys.stderr, flush=True)
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "mergecli", *words], check=True, stdout=subprocess.DEVNULL)
+            with self.log.open("a") as file:
+                file.write(f"{time.perf_counter() - began:.1f}\t{shlex.join(words)}\n")
+        return target
+
+    def recipe(self, name: str, base: object, tuned: dict[str, Path]) -> Path:
+        """A recipe of the eight tasks."""
+        lines = [f"base = {json.dumps(str(base))}", "[tuned]"]
+        lines += [f"{task} = {json.dumps(str(path.absolute()))}" for task, path in tuned.items()]
+        lines += ["[eval]", f"tasks = {json.dumps(list(TASKS))}"]
+        for task in TASKS:
+            lines += [
+                f"[tasks.{task}]",
+                f"data = {json.dumps(str(self.data / task))}",
+                f'templates = ["{TEMPLATE}"]',
+            ]
+            if task in SHORT:
+                lines.append(f"classes = {json.dumps(SHORT[task].split(', '))}")
+        path = self.folder / f"{name}.toml"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def base(self) -> Path:
+        """A whole CLIP: the toy base with a tower that has learnt four of the tasks."""
+        recipe = self.recipe("base", "toy:base", {})
+        seen = [part for task in SEEN for part in ("--task", task)]
+        tower = self.run(self.folder / "base.safetensors", "finetune", recipe, *seen, "--steps", 2 * self.steps,
+                         "--learning-rate", "5e-4", "--trace", self.folder / "base.csv")  # fmt: skip
+        whole = self.folder / "base"
+        if not whole.exists():
+            pool = mergecli.ModelPool({"base": "toy:base", "tower": str(tower)})
+            fresh = self.folder / "base.partial"
+            pool.load_clip_model("tower").save_pretrained(fresh)
+            toy = Path(mergecli.__file__).parent / "toy/models/base"
+            for file in toy.iterdir():
+                if not file.name.startswith(("model", "config")):
+                    shutil.copy(file, fresh / file.name)
+            fresh.rename(whole)
+        return whole.absolute()
+
+    def towers(self, kind: str, base: Path) -> Path:
+        """The recipe of eight fine-tuned towers or adapters."""
+        recipe = self.recipe("base-of-all", base, {})
+        suffix = ".safetensors" if kind == "full" else ""
+        tuned = {
+            task: self.run(self.folder / kind / (task + suffix), "finetune", recipe, "--task", task, "--steps", self.steps,
+                           *KINDS[kind])
+            for task in TASKS
+        }  # fmt: skip
+        return self.recipe(kind, base, tuned)
+
+    def merges(self, kind: str, recipe: Path, names: list[str]) -> list[Path]:
+        """A result for each method."""
+        results: list[Path] = []
+        for name in names:
+            path = self.folder / f"{kind}-merged" / f"{name}.safetensors"
+            given = [*LEARNING.get(name, [])]
+            if name == "representation_surgery":
+                given.append(
+                    f"method.merged={json.dumps(str(path.with_name('task_arithmetic.safetensors')))}"
+                )
+            changes = [part for each in given for part in ("--set", each)]
+            self.run(path, "merge", recipe, "--method", name, *changes)
+            results.append(
+                self.run(self.folder / f"{kind}-results" / f"{name}.json", "eval", path, "--recipe", recipe)
+            )
+            if name.endswith("_moe"):
+                batch = self.folder / f"{kind}-results" / f"{name}, batch.json"
+                results.append(
+                    self.run(batch, "eval", f"{name}, batch={path}", "--recipe", recipe, "--routing", "batch")
+                )
+        return results
+
+
+def main() -> None:
+    """Everything, in order."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--steps", type=int, default=200, help="of each fine-tuning; the base takes twice as many"
+    )
+    parser.add_argument("--report", type=Path, help="a folder for results and reports as text")
+    given = parser.parse_args()
+    work = Experiment(given.data, given.folder, given.steps)
+    base = work.base()
+    report = given.report or work.folder / "report"
+    for kind in KINDS:
+        recipe = work.towers(kind, base)
+        results = work.folder / f"{kind}-results"
+        every = sorted(set(methods.names()) - NOT_OF_EIGHT, key=lambda name: (name == "representation_surgery", name))
+        found = [
+            work.run(results / "base.json", "eval", "base=" + str(base), "--recipe", recipe),
+            *work.merges(kind, recipe, every if kind == "full" else FEW),
+            work.run(results / "fine-tuned.json", "eval", "--individual", "--recipe", recipe),
+        ]
+        work.run(report / f"{kind}-merges.md", "report", *found, "--format", "md")
+        cross = work.folder / f"{kind}-each"
+        work.run(cross, "eval", "--recipe", recipe)
+        work.run(
+            report / f"{kind}-each.md",
+            "report",
+            *(cross / f"{task}.json" for task in ("base", *TASKS)),
+            "--format",
+            "md",
+        )
+        for file in found:
+            (report / kind).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, report / kind / file.name)
+    shutil.copy(work.log, report / "commands.tsv")
+
+
+if __name__ == "__main__":
+    main()
