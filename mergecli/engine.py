@@ -19,7 +19,6 @@ from mergecli.catalogue import read_recipe, recipe_from, with_method
 from mergecli.errors import UsageError, quoted, shown
 from mergecli.learning import Learning, Lesson
 from mergecli.merge_output import Output, cast
-from mergecli.methods._adapted import Adapted
 from mergecli.methods._kinds import Group, Method, TwoPass
 from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.models import Models, open_models
@@ -136,8 +135,7 @@ def merge_points(
 
 def _taught(output: Output, lesson: Lesson) -> Lesson:
     """The lesson for an output whose method may differ in late settings from the one it was learnt for."""
-    learnt_with = lesson.output.method
-    method = learnt_with if isinstance(learnt_with, Adapted) else output.method
+    method = output.method if output.method.late else lesson.output.method
     return replace(lesson, output=replace(output, method=method))
 
 
@@ -173,9 +171,12 @@ def _stream(
         for lesson, own, writer in zip(lessons, inputs, writers, strict=True):
             writer.describe(lesson.output.metadata(own, lesson.about))
     return tuple(
-        replace(each, warnings=(*each.warnings, *_foreign_lessons(lesson, digests)))
-        for lesson, each in zip(
-            lessons, (_merged(models, *pair) for pair in zip(outputs, inputs, strict=True)), strict=True
+        replace(each, warnings=(*each.warnings, *_foreign_lessons(lesson, own)))
+        for lesson, own, each in zip(
+            lessons,
+            inputs,
+            (_merged(models, *pair) for pair in zip(outputs, inputs, strict=True)),
+            strict=True,
         )
     )
 
@@ -205,11 +206,12 @@ def _surveys(several: Sequence[Method], passes: Passes) -> list[Any]:
 
 
 def _foreign_lessons(lesson: Lesson, digests: Mapping[str, str]) -> Iterator[str]:
-    """A warning for each file that was learnt on other models than those that are merged."""
+    """A warning for each file that was made with other models than those that are merged."""
     for file in lesson.files.values():
         origin = inputs_of(file.metadata)
         if other := [name for name, digest in origin.items() if digests.get(name, digest) != digest]:
-            yield f"{file.path}: was learnt on other weights of {quoted(other)}"
+            how = "merged from" if file.metadata.get("kind") == "checkpoint" else "learnt on"
+            yield f"{file.path}: was {how} other weights of {quoted(other)}"
 
 
 def _foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from mergecli.clip.features import feature_file
+from mergecli import plots
+from mergecli.clip.results import about, check_files, parameters, tensor_bytes
+from mergecli.clip.routes import route_files, write_routes
 from mergecli.clip.scoring import Settings, Tower, score
 from mergecli.errors import UsageError
-from mergecli.mixtures import mixture_of
-from mergecli.output import check_target, check_targets, write_text
+from mergecli.opening import open_source
+from mergecli.output import write_text
 from mergecli.scores import (
     SCHEMA,
     Average,
@@ -68,6 +69,7 @@ def evaluate(
     output: str | Path | None = None,
     predictions: str | Path | None = None,
     features: str | Path | None = None,
+    routes: str | Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, ...]:
     """One result for each checkpoint, in order: counts, accuracy and loss on every task.
@@ -97,6 +99,8 @@ def evaluate(
         predictions: a Parquet file that gets a row for each image.
         features: a folder that gets `<task>.safetensors` with the class token after every layer for each image; of
             several checkpoints in `<name>/<task>.safetensors`.
+        routes: a folder that gets `<name>.csv` for each checkpoint that routes: the mean routing weight of each expert
+            over the images of each task, layer by layer; and a picture of it, `<name>.png`, where matplotlib is.
 
     Raises:
         UsageError: an argument is wrong, or the recipe.
@@ -123,6 +127,7 @@ def evaluate(
         fresh=fresh,
         routing=cast("Routing", routing),
         features=Path(features) if features is not None else None,
+        routes=Path(routes) if routes is not None else None,
     )
     with contextlib.ExitStack() as files:
         models = [
@@ -169,7 +174,7 @@ def evaluate_open(
 ) -> tuple[Evaluation, ...]:
     """As `evaluate`, of towers that are open already, such as merges that are computed while they are read."""
     targets = result_files([FINE_TUNED] if individual else [model.name for model in models], output)
-    _check_targets(models, tasks, settings, targets, predictions, individual)
+    check_files(models, tasks, settings, targets, predictions, individual)
 
     scores = score(
         models,
@@ -181,76 +186,49 @@ def evaluate_open(
         progress=progress,
     )
     named = [
-        (_about(model, scores.clip.vision, settings), each)
+        (about(model, scores.clip.vision, settings), each)
         for model, each in zip(models, scores.tasks, strict=True)
     ]
+    sizes = [(parameters(model.checkpoint), tensor_bytes(model.checkpoint)) for model in models]
     if individual:
-        about = dict.fromkeys(named[0][0], None) | {
+        facts = dict.fromkeys(named[0][0], None) | {
             "name": FINE_TUNED,
             "path": FINE_TUNED,
             "method": FINE_TUNED,
         }
         found = {name: each for one in scores.tasks for name, each in one.items()}
-        named = [(about, {task.name: found[task.name] for task in tasks})]
+        sizes = [(sizes[0][0], sum(size for (_, size), own in zip(sizes, scores.tasks, strict=True) if own))]
+        named = [(facts, {task.name: found[task.name] for task in tasks})]
+    with open_source(base) as whole:
+        tower = tensor_bytes(whole.vision())
     results = tuple(
         Evaluation(
-            checkpoint=about,
+            checkpoint=facts,
             clip={"path": base.label, "digest": scores.clip.vision},
-            parameters=models[0].checkpoint.parameters,
+            parameters=count,
             tasks=each,
             batch_size=settings.batch_size,
             dtype=settings.dtype,
+            bytes=size,
+            relative_size=size / tower,
         )
-        for about, each in named
+        for (facts, each), (count, size) in zip(named, sizes, strict=True)
     )
     for target, result in zip(targets, results, strict=False):
         write_text(target, result.to_json())
     if predictions is not None:
         write_predictions(Path(predictions), scores.predictions)
+    if settings.routes is not None:
+        write_routes(scores.routes, settings.routes)
+        if plots.has_matplotlib():
+            for each in scores.routes:
+                plots.route_maps(each.experts, each.tasks, route_files(settings.routes, each.name)[1])
     for file in scores.unfinished:
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
     return results
 
 
-def _check_targets(
-    models: Sequence[Tower],
-    tasks: Sequence[Task],
-    settings: Settings,
-    results: Sequence[Path],
-    predictions: str | Path | None,
-    individual: bool,
-) -> None:
-    """Raises UsageError unless everything can be written and replaces no input: found before the work, not after it."""
-    suffixes: dict[Path, Sequence[str]] = dict.fromkeys(results, ())
-    if predictions is not None:
-        suffixes[Path(predictions)] = (".parquet",)
-    several = len(models) > 1 and not individual
-    for model, task in itertools.product(models, tasks):
-        if file := feature_file(settings.features, model.name, task.name, several):
-            suffixes[file] = ()
-    check_targets(suffixes, {model.name: file for model in models for file in model.checkpoint.files})
-    if settings.features is not None:
-        check_target(settings.features, folder=True)
-    for task in tasks:
-        for target in suffixes:
-            if task.data.path and target.absolute().is_relative_to(task.data.path.absolute()):
-                raise UsageError(f"{target}: lies in the data of `{task.name}`, which is never written to")
-
-
 def _opened(name: str, source: Source, base: Source, files: contextlib.ExitStack) -> Tower:
     """A checkpoint that is open until `files` close."""
-    from mergecli.opening import open_source
-
     return Tower(name, source.label, files.enter_context(open_source(source, base)).vision())
-
-
-def _about(model: Tower, base_digest: str, settings: Settings) -> dict[str, str | None]:
-    """What is known about a checkpoint; None where the file does not say."""
-    digest, metadata = model.checkpoint.digest(), model.checkpoint.metadata
-    method = metadata.get("method") or ("pretrained" if digest == base_digest else None)
-    kind = metadata.get("kind", "checkpoint")
-    about = {"name": model.name, "path": model.label, "digest": digest, "kind": kind, "method": method}
-    if model.checkpoint.is_mixture:
-        about["routing"] = settings.routing if mixture_of(model.checkpoint).is_routed else "task"
-    return about

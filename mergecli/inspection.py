@@ -8,6 +8,9 @@ from pathlib import Path
 
 from mergecli.adapter_files import Adapter, is_adapter, open_adapter
 from mergecli.checkpoint import Checkpoint, open_checkpoint
+from mergecli.layout import DTYPE_BYTES
+from mergecli.mixtures import mixture_of
+from mergecli.opening import open_source
 from mergecli.provenance import inputs_of
 from mergecli.sources import locate, parse_source
 
@@ -18,7 +21,7 @@ class Info:
 
     path: str
     kind: str
-    """`checkpoint`, `task vector`, `adapter`, or what else its metadata says."""
+    """`checkpoint`, `task vector`, `adapter`, `mixture`, or what else its metadata says."""
     parameters: int
     """Entries of all floating point tensors; of a whole CLIP, of its vision tower."""
     whole_clip: bool
@@ -33,6 +36,8 @@ class Info:
     metadata: Mapping[str, str]
     adapter: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of an adapter: its method, rank, scaling, modules and base."""
+    mixture: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of a mixture: its tasks, whether it routes or must be told the task, and how large it is beside one tower."""
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -41,8 +46,18 @@ class Info:
 
 
 def info(checkpoint: str | Path) -> Info:
-    """What the checkpoint is, how large, with which tensors, and where it says it comes from."""
-    path = locate(parse_source(str(checkpoint), Path()))
+    """What the checkpoint is, how large, with which tensors, and where it says it comes from.
+
+    `FILE#TASK` is the tower that a mixture has for a task: it is computed to be digested, and lies in the whole file.
+
+    Raises:
+        InputError: it is missing or damaged, or there is no tower for the task.
+    """
+    source = parse_source(str(checkpoint), Path())
+    path = locate(source)
+    if source.task is not None:
+        with open_source(source) as tower:
+            return _info(str(checkpoint), tower)
     if is_adapter(path):
         adapter = open_adapter(path)
         with adapter.stored as stored:
@@ -67,7 +82,22 @@ def _info(path: str, whole: Checkpoint) -> Info:
         size=sum(file.stat().st_size for file in each.files),
         digest=each.digest(),
         metadata=each.metadata,
+        mixture=_about_mixture(each) if each.is_mixture else {},
     )
+
+
+def _about_mixture(stored: Checkpoint) -> dict[str, str]:
+    """What a mixture is, in a word each."""
+    mixture = mixture_of(stored)
+    whole, shared = (
+        sum(entry.size * DTYPE_BYTES[entry.dtype] for entry in each.entries.values())
+        for each in (stored, mixture.shared)
+    )
+    return {
+        "tasks": ", ".join(mixture.tasks),
+        "routing": "routes" if mixture.is_routed else "needs the task",
+        "relative size": f"{whole / shared:.2f} of one tower",
+    }
 
 
 def _about(adapter: Adapter) -> dict[str, str]:

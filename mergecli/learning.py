@@ -14,6 +14,7 @@ from mergecli.merge_output import Output
 from mergecli.methods import name_of
 from mergecli.methods._adapted import Adapted
 from mergecli.methods._calibrated import Calibrated
+from mergecli.methods.representation_surgery import RepresentationSurgery
 from mergecli.models import Models
 from mergecli.output import check_targets
 from mergecli.progress import Progress
@@ -50,7 +51,8 @@ class Learning:
 
     def check(self, output: Output) -> None:
         """Raises UsageError if the method cannot use a file, or it cannot be written."""
-        name, learns = name_of(output.method), isinstance(output.method, Adapted)
+        name, corrects = name_of(output.method), isinstance(output.method, RepresentationSurgery)
+        learns = corrects or isinstance(output.method, Adapted)
         if self.statistics and not isinstance(output.method, Calibrated):
             raise UsageError(f"--statistics: method `{name}` measures nothing")
         given = {
@@ -62,6 +64,10 @@ class Learning:
         for option, path in given.items():
             if path and not learns:
                 raise UsageError(f"{option}: method `{name}` learns no coefficients")
+        if self.plot and corrects:
+            raise UsageError(
+                f"--plot: there is no picture of what `{name}` learns", "`--trace` writes a table"
+            )
         if self.coefficients and self.save_coefficients:
             raise UsageError(
                 "--save-coefficients: with `--coefficients` nothing is learnt that could be saved"
@@ -90,4 +96,8 @@ class Learning:
             used, learnt, file = coefficients(models, method, recipe, stack, progress, self)
             about = {"adapted_on": file.metadata["adapted_on"]}
             return Lesson(replace(output, method=used), learnt, {"coefficients": file}, about)
+        if isinstance(method, RepresentationSurgery):
+            from mergecli.correcting import surgery
+
+            return surgery(models, output, stack, progress, self)
         return Lesson(output)

@@ -18,6 +18,7 @@ from mergecli.checkpoint import Checkpoint
 from mergecli.devices import usable_device
 from mergecli.errors import InputError, UsageError, listed
 from mergecli.methods._kinds import Group
+from mergecli.mixtures import mixture_of
 from mergecli.opening import open_source
 from mergecli.recipe import Recipe
 from mergecli.sources import locate
@@ -178,9 +179,9 @@ def open_models(
         raise UsageError("there are no fine-tuned models to merge", "name them in `[tuned]` or as arguments")
     for source in (*recipe.tuned.values(), *([recipe.base] if recipe.base else [])):
         locate(source)
-    base = stack.enter_context(open_source(recipe.base)).vision() if recipe.base else None
+    base = one_tower(stack.enter_context(open_source(recipe.base))) if recipe.base else None
     tuned = {
-        name: stack.enter_context(open_source(source, recipe.base)).vision()
+        name: one_tower(stack.enter_context(open_source(source, recipe.base)))
         for name, source in recipe.tuned.items()
     }
     vectors = [name for name, each in tuned.items() if each.is_task_vector]
@@ -198,6 +199,18 @@ def open_models(
     models = Models(base, tuned, recipe.seed, usable_device(device), uses_base)
     check_fit(models)
     return models
+
+
+def one_tower(opened: Checkpoint) -> Checkpoint:
+    """The vision tower of a checkpoint; raises InputError if it holds more than one."""
+    if not opened.is_mixture:
+        return opened.vision()
+    tasks = list(mixture_of(opened).tasks)
+    shown = ", ".join(tasks[:4]) + (f" and {len(tasks) - 4} more" if len(tasks) > 4 else "")
+    raise InputError(
+        f"{opened.path}: holds towers for {shown}, and one tower is needed",
+        f"name one as `{opened.path}#{tasks[0]}`",
+    )
 
 
 def check_fit(models: Models) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli.catalogue import read_recipe, recipe_from
+from mergecli.clip.routes import has_routing, install_routing, routed
 from mergecli.errors import InputError, UsageError, did_you_mean
+from mergecli.models import one_tower
 from mergecli.opening import open_source
 from mergecli.recipe import Recipe
 from mergecli.sources import Source, locate
@@ -104,7 +106,11 @@ class ModelPool:
         """A vision tower of its own, a `transformers.CLIPVisionModel` in float32 in evaluation mode; or the module
         that the pool was given, itself.
 
-        A task vector is added to the base, an adapter is merged into it.
+        A task vector is added to the base, an adapter is merged into it. A mixture that routes has its routing layers
+        installed, and each image routes by itself.
+
+        Raises:
+            InputError: it is a mixture that must be told the task: name it as `FILE#TASK`.
         """
         if (given := self._module(name)) is not None:
             return given
@@ -113,16 +119,21 @@ class ModelPool:
         source = self._source(name)
         base = self._written(BASE) if self.has_base else None
         with open_source(source, base) as stored:
+            if stored.is_mixture:
+                model = load_tower(self._configured(source), routed(stored).shared)
+                install_routing(stored, model)
+                return model
             tower = stored.vision()
             if not tower.is_task_vector:
                 return load_tower(self._configured(source), tower)
             if base is None:
                 raise UsageError(f"`{name}` is a task vector, and the pool has no base")
             with open_source(base) as whole:
-                return load_tower(self._configured(base), tower, whole.vision())
+                return load_tower(self._configured(base), tower, one_tower(whole))
 
     def load_clip_model(self, name: str = BASE) -> Any:
-        """A whole `transformers.CLIPModel`: the base's text tower and projections, with that model's vision tower."""
+        """A whole `transformers.CLIPModel`: the base's text tower and projections, with that model's vision tower,
+        as `load_model` has it."""
         from mergecli.clip.model import load_clip, set_tower
 
         if BASE in self._loaded:
@@ -133,7 +144,9 @@ class ModelPool:
         clip = load_clip(locate(base))
         if name != BASE:
             with open_source(self._written(name), base) as stored:
-                set_tower(clip, stored.vision())
+                set_tower(clip, routed(stored).shared if stored.is_mixture else stored.vision())
+                if stored.is_mixture:
+                    install_routing(stored, clip.tower)
         return clip.model
 
     def load_processor(self) -> Any:
@@ -156,9 +169,17 @@ class ModelPool:
 
     def save_model(self, model: nn.Module, path: str | Path) -> Path:
         """Writes a vision tower as every file of ours: a `.safetensors` file, or a folder (no suffix) with its
-        configuration that `CLIPVisionModel.from_pretrained` loads. Keys begin with `vision_model.`."""
+        configuration that `CLIPVisionModel.from_pretrained` loads. Keys begin with `vision_model.`.
+
+        Raises:
+            UsageError: its layers route, which such a file has no place for.
+        """
         from mergecli.clip.towers import save_module
 
+        if has_routing(model):
+            raise UsageError(
+                f"{path}: a tower that routes cannot be saved", "copy the file it was loaded from"
+            )
         return save_module(model, Path(path))
 
     def _source(self, name: str) -> Source:

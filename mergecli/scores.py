@@ -62,6 +62,10 @@ class Evaluation:
     """In the order in which they were asked for."""
     batch_size: int
     dtype: str
+    bytes: int | None = None
+    """Of the checkpoint's tensors; of models each on its own task, of all together. None in files of before."""
+    relative_size: float | None = None
+    """`bytes` divided by those of the CLIP's own vision tower as it is stored."""
 
     @property
     def name(self) -> str:
@@ -89,6 +93,7 @@ class Evaluation:
                 "trainable_params": self.parameters,
                 "all_params": self.parameters,
                 "trainable_percentage": 1.0,
+                **{key: value for key in _SIZES if (value := getattr(self, key)) is not None},
             },
             "tasks": {name: _table(score) for name, score in self.tasks.items()},
             "average": asdict(self.average),
@@ -127,6 +132,11 @@ def read_result(path: str | Path) -> Evaluation:
             tasks={name: _score(name, score) for name, score in values["tasks"].items()},
             batch_size=_typed(values["batch_size"], "int", "batch_size"),
             dtype=_typed(values["dtype"], "str", "dtype"),
+            **{
+                key: _typed(values["model_info"][key], kind, f"model_info.{key}")
+                for key, kind in _SIZES.items()
+                if key in values["model_info"]
+            },
         )
     except KeyError as error:
         raise InputError(f"{file}: lacks the key `{error.args[0]}`", _HINT) from error
@@ -140,6 +150,7 @@ def read_result(path: str | Path) -> Evaluation:
 
 
 _HINT = "expected a file that `mergecli eval -o` wrote"
+_SIZES = {"bytes": "int", "relative_size": "float"}
 _TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
 
 

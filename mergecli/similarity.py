@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +14,13 @@ from mergecli.catalogue import read_recipe, recipe_from
 from mergecli.errors import UsageError
 from mergecli.methods._kinds import Group, total
 from mergecli.methods._layers import depths, layer_of
+from mergecli.mixtures import mixture_of
 from mergecli.models import open_models
+from mergecli.opening import open_source
 from mergecli.output import check_targets, write_text
 from mergecli.progress import Progress
 from mergecli.recipe import Recipe
+from mergecli.sources import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +78,8 @@ def cos_sim(
 ) -> Similarities:
     """Cosine similarities between task vectors, over all their entries.
 
+    A mixture stands for the towers of all its tasks, called `NAME#TASK`.
+
     Args:
         vectors: name -> task-vector file, or fine-tuned model if `base` is given; or a recipe or its file.
         output: a CSV file. layers: a CSV file with the cosines of each layer. plot: a heat-map (PNG, SVG or PDF by its suffix).
@@ -87,6 +92,7 @@ def cos_sim(
         from mergecli.plots import require_matplotlib
 
         require_matplotlib(Path(plot))
+    recipe = replace(recipe, tuned=_towers(recipe))
     with ExitStack() as stack:
         models = open_models(recipe, stack, needs="deltas")
         check_targets({Path(target): () for target in (output, layers, plot) if target}, models.paths)
@@ -126,6 +132,16 @@ def cos_sim(
 
         heat_map(result.names, result.cosines, Path(plot))
     return result
+
+
+def _towers(recipe: Recipe) -> dict[str, Source]:
+    """Name -> source of one tower each; a mixture's are called `NAME#TASK`, which no other can be."""
+    towers: dict[str, Source] = {}
+    for name, source in recipe.tuned.items():
+        with open_source(source, recipe.base) as opened:
+            tasks = mixture_of(opened).tasks if opened.is_mixture else ()
+        towers |= {f"{name}#{task}": replace(source, task=task) for task in tasks} or {name: source}
+    return towers
 
 
 _ORDER = {"before": "", "after": "~"}

@@ -156,7 +156,9 @@ def main() -> None:
     for kind in KINDS:
         recipe = work.towers(kind, base)
         results = work.folder / f"{kind}-results"
-        every = sorted(set(methods.names()) - NOT_OF_EIGHT, key=lambda name: (name == "representation_surgery", name))
+        every = sorted(
+            set(methods.names()) - NOT_OF_EIGHT, key=lambda name: (name == "representation_surgery", name)
+        )
         found = [
             work.run(results / "base.json", "eval", "base=" + str(base), "--recipe", recipe),
             *work.merges(kind, recipe, every if kind == "full" else FEW),

@@ -56,6 +56,10 @@ def evaluate(
         Path | None,
         typer.Option("--features", metavar="DIR", help="Write the class token after every layer (DIR/TASK.safetensors)."),
     ] = None,
+    routes: Annotated[
+        Path | None,
+        typer.Option("--routes", metavar="DIR", help="Of towers that route: write who is sent to which expert (DIR/NAME.csv, .png)."),
+    ] = None,
     min_average: Annotated[
         float | None,
         typer.Option("--min-average", metavar="X", help="Exit with status 5 if an average accuracy is below X (0 to 1)."),
@@ -156,7 +160,7 @@ def evaluate(
         from mergecli import sweep_scores
 
         whole = {"a checkpoint": checkpoints, "--only": only, "--individual": individual, "--predictions": predictions,
-                 "--features": features, "--clip": clip}  # fmt: skip
+                 "--features": features, "--routes": routes, "--clip": clip}  # fmt: skip
         if (other := next((name for name, value in whole.items() if value), None)) is not None:
             raise UsageError(
                 f"--sweep: evaluates merges of the recipe's models, and does not go with {other}"
@@ -182,7 +186,7 @@ def evaluate(
             individual=individual, clip=clip, tasks=named, batch_size=batch_size, split=split, limit=limit,
             corruption=corruption, severity=severity, device=device, dtype=dtype, workers=workers, cache=cache,
             cache_size=cache_size, fresh=fresh, routing=routing, output=output, predictions=predictions, features=features,
-            progress=progress,
+            routes=routes, progress=progress,
         )  # fmt: skip
     show.table(accuracy_table(results), form)
     _check_floors(results, floors, min_average)

@@ -13,7 +13,12 @@ from mergecli.errors import InputError
 
 
 def info(
-    checkpoint: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint or task vector.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A checkpoint or task vector; FILE#TASK is a task's tower in a mixture."
+        ),
+    ],
     keys: Annotated[bool, typer.Option("--keys", help="List the tensors instead.")] = False,
     recipe: Annotated[
         bool, typer.Option("--recipe", help="Print the recipe it was made with instead.")
@@ -53,7 +58,7 @@ def info(
         "size": f"{found.size:,} bytes in {found.files} file{'s' if found.files > 1 else ''}",
         "digest": found.digest,
     }
-    facts |= found.adapter
+    facts |= {**found.adapter, **found.mixture}
     if "mergecli" in found.metadata:
         facts["written by"] = f"mergecli {found.metadata['mergecli']}"
     facts |= {key: found.metadata[key] for key in ("method", "task") if key in found.metadata}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mergecli.checkpoint import Checkpoint
     from mergecli.clip.features import LayerFeatures
     from mergecli.clip.pixels import Pixels
+    from mergecli.clip.routes import RouteSums
     from mergecli.clip.seats import Seat
 
 
@@ -74,6 +75,8 @@ class Round:
     features: Sequence[LayerFeatures | None]
     tell: Callable[[int, Tally, int], None]
     """Called with a tower's number, its tally so far, and how many images were added just now."""
+    routes: Sequence[RouteSums | None] = ()
+    """For each tower, what takes in its routing weights; empty where nobody asks."""
 
 
 def count(seats: list[Seat], work: Round, parts: Iterable[Pixels]) -> list[Tally]:
@@ -150,6 +153,8 @@ class _Turn:
     def show(self, part: Pixels, number: int) -> None:
         """Shows a part to a tower. While a device beside the processor computes on one batch, the one before is counted."""
         self._seat.take(self._work.checkpoints[number], self._work.task)
+        sums = self._work.routes[number] if self._work.routes else None
+        self._forward.watch = sums.add if sums else None
         seen, size = len(self._tallies[number].labels), self._work.size
         waiting: tuple[Tensor, Tensor] | None = None
         for start in range(0, len(part), size):

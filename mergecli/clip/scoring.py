@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mergecli.clip.counting import Tally
     from mergecli.clip.heads import ClipDigests
     from mergecli.clip.model import Clip
+    from mergecli.clip.routes import Routes, Weights
     from mergecli.clip.selection import Subject
     from mergecli.clip.tasks import Task
     from mergecli.progress import Progress
@@ -48,6 +49,8 @@ class Settings:
     """How towers that route do so: for each image by itself, or for all images of a batch as one."""
     features: Path | None = None
     """The folder that gets the features of every layer."""
+    routes: Path | None = None
+    """The folder that gets the routes of towers that route."""
 
     def __post_init__(self) -> None:
         """Raises UsageError if there is no such dtype or corruption, or a number is none."""
@@ -86,6 +89,8 @@ class Scores:
     predictions: dict[str, list[object]]
     """Columns with a row for each tower, task and image, if they are wanted."""
     clip: ClipDigests
+    routes: list[Routes]
+    """Of the towers that route, if they are wanted."""
     unfinished: list[Path] = field(default_factory=list[Path])
     """Files of the cache that are of no more use once the results are written."""
 
@@ -116,6 +121,7 @@ def score(
     from mergecli.clip.heads import clip_digests
     from mergecli.clip.images import load_images
     from mergecli.clip.model import load_clip
+    from mergecli.clip.routes import Routes, RouteSums
     from mergecli.clip.seats import Seat
     from mergecli.clip.selection import subject_of
     from mergecli.clip.tallies import tallies_of
@@ -123,39 +129,54 @@ def score(
 
     place = usable_device(settings.device)
     clip = load_clip(folder)
-    for tower in towers:
-        _check(clip, tower, tasks)
+    experts = [
+        _check(clip, tower, [task for task in tasks if not own_task_only or task.name == tower.name])
+        for tower in towers
+    ]
+    if settings.routes and not any(experts):
+        raise UsageError("routes: none of the checkpoints holds a tower that routes")
     subjects = [subject_of(task, load_images(task, settings.split), settings.limit) for task in tasks]
     clip.model.to(place)
     clip.tower.to(getattr(torch, settings.dtype))
     clip.model.visual_projection.to(getattr(torch, settings.dtype))
-    scores = Scores([{} for _ in towers], {}, clip_digests(folder))
+    scores = Scores([{} for _ in towers], {}, clip_digests(folder), [])
+    weights: list[dict[str, Weights]] = [{} for _ in towers]
     seats = [Seat(clip, settings.routing)]
     with torch.inference_mode(), _exact_convolutions(torch.backends.cudnn):
         for subject in subjects:
             name = subject.task.name
             shown = [n for n, tower in enumerate(towers) if not own_task_only or tower.name == name]
-            tallies = tallies_of(seats, [towers[n] for n in shown], subject, settings, scores, progress)
-            for number, tally in zip(shown, tallies, strict=True):
+            sums = [RouteSums() if settings.routes and experts[n] else None for n in shown]
+            tallies = tallies_of(seats, [towers[n] for n in shown], subject, settings, scores, progress, sums)
+            for number, tally, routed in zip(shown, tallies, sums, strict=True):
+                if routed is not None:
+                    weights[number][name] = routed.means()
                 scores.tasks[number][name] = _score(subject, tally, settings)
                 if predictions:
                     _add_rows(scores.predictions, towers[number].name, subject, tally)
+    scores.routes += [
+        Routes(tower.name, found, each)
+        for tower, found, each in zip(towers, experts, weights, strict=True)
+        if each
+    ]
     return scores
 
 
-def _check(clip: Clip, tower: Tower, tasks: Sequence[Task]) -> None:
-    """Raises InputError if a tower does not fit the CLIP, or has nothing for one of the tasks."""
+def _check(clip: Clip, tower: Tower, tasks: Sequence[Task]) -> tuple[str, ...]:
+    """The experts of a tower that routes; raises InputError if it does not fit the CLIP, or lacks one of the tasks."""
     from mergecli.clip.model import check_tower
     from mergecli.mixtures import mixture_of
 
     if not tower.checkpoint.is_mixture:
         check_tower(clip, tower.checkpoint)
-        return
+        return ()
     mixture = mixture_of(tower.checkpoint)
     check_tower(clip, mixture.shared)
-    if not mixture.is_routed:
-        for task in tasks:
-            mixture.of_task(task.name)
+    if mixture.is_routed:
+        return mixture.tasks
+    for task in tasks:
+        mixture.of_task(task.name)
+    return ()
 
 
 def _score(subject: Subject, tally: Tally, settings: Settings) -> TaskScore:

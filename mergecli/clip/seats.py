@@ -87,7 +87,7 @@ class Forward:
     def __init__(self, seat: Seat, head: Tensor) -> None:
         self._seat, self._head = seat, head
         self.watch: Callable[[Mapping[str, Tensor], int], None] | None = None
-        """Called with the routing weights of every layer, and the number of images."""
+        """Called with the routing weights of every layer, and the number of images, for each piece once all have passed."""
         self._most: int | None = _piece(seat.clip) if head.device.type == "cpu" else None
 
     def __call__(self, pixel_values: Tensor, features: LayerFeatures | None, row: int) -> Tensor:
@@ -100,7 +100,11 @@ class Forward:
             pieces = pixel_values.tensor_split(count)
             try:
                 with features.of_images_from(row) if features else nullcontext():
-                    return torch.cat([self._logits(piece) for piece in pieces])
+                    found = [self._logits(piece) for piece in pieces]
+                if self.watch is not None:
+                    for _, routes, images in found:
+                        self.watch(routes, images)
+                return torch.cat([scores for scores, *_ in found])
             except torch.cuda.OutOfMemoryError as error:
                 if len(pieces[0]) == 1 or self._seat.keeps_batches_whole:
                     raise InputError(
@@ -109,14 +113,13 @@ class Forward:
                 self._most = (len(pieces[0]) + 1) // 2
                 torch.cuda.empty_cache()
 
-    def _logits(self, pixel_values: Tensor) -> Tensor:
-        """(B, C) logits of one piece."""
+    def _logits(self, pixel_values: Tensor) -> tuple[Tensor, Mapping[str, Tensor], int]:
+        """(B, C) logits of one piece, its routing weights if they are watched, and B."""
         from mergecli.clip.heads import logits
 
-        found = logits(self._seat.clip, self._head, pixel_values, self._seat.correction)
-        if self._seat.installed is not None and self.watch is not None:
-            self.watch(self._seat.installed.routes(), len(pixel_values))
-        return found
+        scores = logits(self._seat.clip, self._head, pixel_values, self._seat.correction)
+        installed = self._seat.installed if self.watch else None
+        return scores, installed.routes() if installed else {}, len(pixel_values)
 
 
 def _piece(clip: Clip) -> int:

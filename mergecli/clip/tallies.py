@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mergecli.clip.counting import Tally
     from mergecli.clip.heads import ClipDigests
     from mergecli.clip.model import Clip
+    from mergecli.clip.routes import RouteSums
     from mergecli.clip.scoring import Scores, Settings, Tower
     from mergecli.clip.seats import Seat
     from mergecli.clip.selection import Subject
@@ -32,8 +33,12 @@ def tallies_of(
     settings: Settings,
     scores: Scores,
     progress: Progress | None,
+    routes: Sequence[RouteSums | None],
 ) -> list[Tally]:
-    """What each tower gets on the task: as counted before an interruption, or counted now."""
+    """What each tower gets on the task: as counted before an interruption, or counted now.
+
+    A tower whose routes are asked for, by its place in `routes`, is counted now: tallies keep no routes.
+    """
     from mergecli.clip.counting import Round, count, keep, kept
     from mergecli.clip.features import LayerFeatures, feature_file, saved_with
     from mergecli.clip.heads import cached_head
@@ -48,7 +53,7 @@ def tallies_of(
     if settings.max_size:
         scores.unfinished += places
         for number, (key, place, target) in enumerate(zip(keys, places, targets, strict=True)):
-            if not settings.fresh and (target is None or saved_with(target, key)):
+            if not settings.fresh and routes[number] is None and (target is None or saved_with(target, key)):
                 found[number] = kept(place, labels)
     done = len(labels) * sum(each is not None for each in found)
     missing = [number for number, each in enumerate(found) if each is None]
@@ -81,7 +86,9 @@ def tallies_of(
             parts = spans(clip, images, processing, settings.batch_size, room)
             files.callback(parts.close)
             checkpoints = [towers[n].checkpoint for n in missing]
-            work = Round(checkpoints, head, settings.batch_size, name, writers, tell)
+            work = Round(
+                checkpoints, head, settings.batch_size, name, writers, tell, [routes[n] for n in missing]
+            )
             counted = count(seats, work, parts)
         for number, tally in zip(missing, counted, strict=True):
             found[number] = tally

@@ -21,6 +21,10 @@ CHUNK = 1 << 27
 """Bytes of the images' own weights that are held at a time."""
 
 
+SMALL = 1 << 17
+"""Entries of task vectors, of biases for one, that are kept dense: making them so each time would drive out weights."""
+
+
 class Scratch:
     """One tensor's task vectors at a time, made dense; layers take turns."""
 
@@ -54,7 +58,10 @@ class Experts(nn.Module):
             values = torch.cat(own)
             places = torch.cat([row + place * entries for place, row in enumerate(rows)])
             places = places.int() if self.tasks * entries < 1 << 31 else places
-        self.register_buffer("values", values.flatten(1) if bits is None else values, persistent=False)
+            if self.tasks * entries <= SMALL:
+                values = values.new_zeros(self.tasks * entries).index_put_((places,), values)
+                places, values = None, values.view(self.tasks, entries)
+        self.register_buffer("values", values if places is not None else values.flatten(1), persistent=False)
         self.register_buffer("places", places, persistent=False)
 
     def stack(self) -> Tensor:

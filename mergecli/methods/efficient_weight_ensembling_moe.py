@@ -28,7 +28,7 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
     are those that are cut off: `density = 0.1`. Routing as in `weight_ensembling_moe`.
     """
 
-    title: ClassVar[str] = "WEMoE with one router for all layers and pruned task vectors"
+    title: ClassVar[str] = "weight ensembling with one router for all layers and pruned task vectors"
     paper: ClassVar[str] = (
         "Shen et al., Efficient and effective weight-ensembling MoE, arXiv 2410.21804, section 4"
     )

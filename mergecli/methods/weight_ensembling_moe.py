@@ -21,7 +21,7 @@ class WeightEnsemblingMoe(WeightEnsembling):
     image has its own unless evaluation is asked for `routing = "batch"`.
     """
 
-    title: ClassVar[str] = "MLPs put together for each image by routers learnt on unlabelled images"
+    title: ClassVar[str] = "layers put together for each image by routers learnt on unlabelled images"
     paper: ClassVar[str] = (
         "Tang et al., Weight-ensembling mixture of experts, ICML 2024, arXiv 2402.00433, section 3"
     )

@@ -2,9 +2,10 @@
 
 from mergecli.plots.charts import Chart, bars, heat_map, heatmap, radar
 from mergecli.plots.curves import curves
+from mergecli.plots.routes import route_maps
 from mergecli.plots.style import FORMATS, KINDS, check_kind, has_matplotlib, require_matplotlib, save, svg
 
 __all__ = [
     "FORMATS", "KINDS", "Chart", "bars", "check_kind", "curves", "has_matplotlib", "heat_map", "heatmap", "radar",
-    "require_matplotlib", "save", "svg",
+    "require_matplotlib", "route_maps", "save", "svg",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from mergecli.output import check_targets, write_text
 from mergecli.reporting import differences, published
 from mergecli.reporting import rows as scored
 from mergecli.reporting.rows import FINE_TUNED, METRICS, Block, Metric, Row
+from mergecli.reporting.towers import about_towers
 from mergecli.scores import Evaluation, read_result
 from mergecli.tables import SUFFIXES, Cell, Column, Format, Table
 
@@ -72,7 +73,7 @@ def report(
     if theirs and reference_rows:
         rows += published.rows(theirs, tasks)
     rows = scored.ordered(rows, sort, ascending, tasks)
-    blocks = [scored.scores(rows, tasks, metric, intervals)]
+    blocks = [about_towers(rows), scored.scores(rows, tasks, metric, intervals)]
     if normalized:
         blocks.append(scored.normalized(rows, tasks, _fine_tuned(fine_tuned, evaluations)))
     if theirs:
@@ -99,7 +100,8 @@ def report(
 def accuracy_table(evaluations: Sequence[Evaluation]) -> Table:
     """The table of `report` without any option: model, method, a column for each task, and the average."""
     rows = scored.rows_of(evaluations)
-    return _table(rows, [scored.scores(rows, scored.tasks_of(evaluations), "accuracy", False)], [])
+    found = scored.scores(rows, scored.tasks_of(evaluations), "accuracy", False)
+    return _table(rows, [about_towers(rows), found], [])
 
 
 def _table(rows: Sequence[Row], blocks: Sequence[Block], warnings: Sequence[str]) -> Table:

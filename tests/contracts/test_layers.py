@@ -33,6 +33,7 @@ RANKS = [
     },
     {
         "adapting",
+        "correcting",
         "engine",
         "evaluation",
         "events",

@@ -11,7 +11,16 @@ from mergecli import methods
 
 TESTS = Path(__file__).parents[1] / "golden"
 REQUIRED: dict[str, dict[str, object]] = {"weighted_average": {"weights": [1.0]}}
-REFERENCES = ("naive", "naive_more", "naive_spectral", "naive_calibrated", "naive_adapted", "naive_mixtures")
+REFERENCES = (
+    "naive",
+    "naive_more",
+    "naive_routed",
+    "naive_spectral",
+    "naive_calibrated",
+    "naive_adapted",
+    "naive_mixtures",
+    "naive_surgery",
+)
 
 
 @pytest.mark.parametrize("name", methods.names())

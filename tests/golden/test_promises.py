@@ -11,6 +11,7 @@ import torch
 
 from mergecli import methods, models
 from mergecli.methods._kinds import Group, Looking, Method, TwoPass, merge_group
+from mergecli.methods._mixture import Mixture
 from tests.conftest import Weights, World, assert_same
 from tests.golden.bench import merged, with_models
 from tests.golden.layers import layered_world
@@ -25,8 +26,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 TWO = ("linear", "slerp")
 AT_LEAST = {"linear": 2, "slerp": 2, "model_stock": 2, "consensus": 2, "tall_mask": 2}
 ORDERED = ("linear", "slerp", "weighted_average")
-NAMES = [name for name in methods.names() if not issubclass(methods.find(name), Looking)]
-"""All but those that look at images, which have tests of their own."""
+NAMES = [
+    name
+    for name in methods.names()
+    if not issubclass(methods.find(name), Looking)
+    and (name in SETTINGS or not issubclass(methods.find(name), Mixture))
+]
+"""All but those that look at images or give more than one tower, which have tests of their own."""
 
 
 def settings_for(method: str, tasks: int) -> dict[str, Any]:

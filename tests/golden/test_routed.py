@@ -137,7 +137,13 @@ def test_learning_and_logits_equal_those_of_one_image_after_another(
     more = {"density": settings["density"]} if "density" in settings else {}
     if "shared_router" in settings:
         more["shared"] = settings["shared_router"]
-    parameters = getattr(naive_routed, method)(
+    naive: dict[str, Callable[..., dict[str, Tensor]]] = {
+        "weight_ensembling_moe": lambda *args, **more: naive_routed.weight_ensembling_moe(*args, **more),
+        "efficient_weight_ensembling_moe": lambda *args, **more: naive_routed.efficient_weight_ensembling_moe(
+            *args, **more
+        ),
+    }
+    parameters = naive[method](
         plain, bench.world.base, bench.world.tuned, same_numbers, 0.3, routing,
         **more, **({"position": 6} if "position_encoding" in settings else {}),
     )  # fmt: skip

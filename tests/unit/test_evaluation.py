@@ -200,7 +200,9 @@ def test_the_file_says_what_was_evaluated_and_no_folder(place, recipe, tmp_path)
     assert values["checkpoint"] | {"digest": ""} == {
         "name": "tower", "path": "tower.safetensors", "digest": "", "kind": "checkpoint", "method": "ties",
     }  # fmt: skip
-    assert values["model_info"] == {"trainable_params": 7680, "all_params": 7680, "trainable_percentage": 1.0}
+    assert values["model_info"] == {
+        "trainable_params": 7680, "all_params": 7680, "trainable_percentage": 1.0, "bytes": 30720, "relative_size": 1.0,
+    }  # fmt: skip
     assert list(values["tasks"]) == ["tints", "more"]
     assert values["average"]["accuracy"] == sum(s["accuracy"] for s in values["tasks"].values()) / 2
     assert values["tasks"]["tints"]["data"]["source"] == "tints"
@@ -307,11 +309,11 @@ def test_a_device_that_is_too_small_for_a_batch_gets_it_in_pieces(place, recipe,
     (whole,) = evaluate([place / "other"], recipe=recipe)
     seen: list[int] = []
 
-    def small(clip, head, pixel_values):
+    def small(clip, head, pixel_values, correction):
         seen.append(len(pixel_values))
         if len(pixel_values) > 3:
             raise torch.cuda.OutOfMemoryError("too much")
-        return real(clip, head, pixel_values)
+        return real(clip, head, pixel_values, correction)
 
     real = heads.logits
     monkeypatch.setattr(heads, "logits", small)

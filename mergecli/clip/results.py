@@ -1,0 +1,73 @@
+"""What results say of the checkpoints that they are about, and the files that they may replace."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergecli.clip.features import feature_file
+from mergecli.clip.routes import route_files
+from mergecli.errors import UsageError
+from mergecli.layout import DTYPE_BYTES
+from mergecli.mixtures import mixture_of
+from mergecli.output import check_target, check_targets
+
+if TYPE_CHECKING:
+    from mergecli.checkpoint import Checkpoint
+    from mergecli.clip.scoring import Settings, Tower
+    from mergecli.clip.tasks import Task
+
+
+def about(tower: Tower, base_digest: str, settings: Settings) -> dict[str, str | None]:
+    """What is known about a checkpoint; None where the file does not say."""
+    digest, metadata = tower.checkpoint.digest(), tower.checkpoint.metadata
+    method = metadata.get("method") or ("pretrained" if digest == base_digest else None)
+    kind = metadata.get("kind", "checkpoint")
+    found = {"name": tower.name, "path": tower.label, "digest": digest, "kind": kind, "method": method}
+    if tower.checkpoint.is_mixture:
+        found["routing"] = settings.routing if mixture_of(tower.checkpoint).is_routed else "task"
+    return found
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    """Entries of all tensors; of a mixture, whose masks are no parameters, of the floating point ones."""
+    counts = [
+        entry.size for entry in checkpoint.entries.values() if entry.is_float or not checkpoint.is_mixture
+    ]
+    return sum(counts)
+
+
+def tensor_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors together."""
+    return sum(entry.size * DTYPE_BYTES[entry.dtype] for entry in checkpoint.entries.values())
+
+
+def check_files(
+    models: Sequence[Tower],
+    tasks: Sequence[Task],
+    settings: Settings,
+    results: Sequence[Path],
+    predictions: str | Path | None,
+    individual: bool,
+) -> None:
+    """Raises UsageError unless everything can be written and replaces no input: found before the work, not after it."""
+    suffixes: dict[Path, Sequence[str]] = dict.fromkeys(results, ())
+    if predictions is not None:
+        suffixes[Path(predictions)] = (".parquet",)
+    several = len(models) > 1 and not individual
+    for model, task in itertools.product(models, tasks):
+        if file := feature_file(settings.features, model.name, task.name, several):
+            suffixes[file] = ()
+    if settings.routes is not None:
+        named = [model.name for model in models if model.checkpoint.is_mixture]
+        suffixes |= dict.fromkeys((file for name in named for file in route_files(settings.routes, name)), ())
+    check_targets(suffixes, {model.name: file for model in models for file in model.checkpoint.files})
+    for folder in (settings.features, settings.routes):
+        if folder is not None:
+            check_target(folder, folder=True)
+    for task in tasks:
+        for target in suffixes:
+            if task.data.path and target.absolute().is_relative_to(task.data.path.absolute()):
+                raise UsageError(f"{target}: lies in the data of `{task.name}`, which is never written to")

@@ -1,0 +1,191 @@
+"""What representation surgery corrects, a merged tower, and what it learns: kept as a safetensors file, found again by
+content, applied without images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from mergecli import methods
+from mergecli.adapting import KIND
+from mergecli.checkpoint import Checkpoint, open_checkpoint
+from mergecli.errors import InputError, UsageError, quoted, shown
+from mergecli.learning import Learning, Lesson
+from mergecli.merge_output import Output
+from mergecli.methods._settings import frozen
+from mergecli.methods.representation_surgery import DOWN, UP, RepresentationSurgery, Surgeries
+from mergecli.models import Models, check_fit
+from mergecli.opening import open_source
+from mergecli.output import refuse_inputs, whole_file, write_text
+from mergecli.parallel import is_first
+from mergecli.progress import Progress
+from mergecli.provenance import about
+from mergecli.recipe import Recipe
+from mergecli.sources import Source, home, parse_source
+from mergecli.tables import Column, Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MERGED, LEARNT = "merged tower", "learnt surgery"
+"""What a result calls the files that it is made of, besides the models; no task has such a name."""
+
+
+def surgery(
+    models: Models, output: Output, stack: ExitStack, progress: Progress | None, files: Learning
+) -> Lesson:
+    """The merged tower and the corrections, read or learnt now; files stay open until `stack` ends.
+
+    Raises:
+        UsageError: no merged tower is named, there are no images for a task, or the file is of another method.
+        InputError: a file is damaged, or does not fit the models.
+    """
+    method, recipe = output.method, output.recipe
+    assert isinstance(method, RepresentationSurgery)
+    source = _source(method)
+    merged = _opened(source, models, recipe, output.target, stack)
+    method = replace(method, merged=source.label)  # without the folders of its path
+    if not is_first():  # the first of several processes learns, and writes
+        return Lesson(replace(output, method=method))
+    path = files.coefficients or _learnt(models, merged, method, recipe, progress)
+    used, stored = _read(path, models, method, recipe, stack)
+    if files.save_coefficients is not None:
+        with whole_file(files.save_coefficients) as file:
+            file.write(path.read_bytes())
+    if files.trace is not None:
+        write_text(files.trace, trace_table(stored, tuple(models.tuned)).text("csv"))
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        values = merged.read_entries(name, start, stop).float()
+        return _finite(merged, name, values).to(models.device)
+
+    learnt = Surgeries(stored.read(DOWN), stored.read(UP), read)
+    facts = {"adapted_on": stored.metadata["adapted_on"]}
+    return Lesson(replace(output, method=used), learnt, {MERGED: merged, LEARNT: stored}, facts)
+
+
+def _source(method: RepresentationSurgery) -> Source:
+    if method.merged is None:
+        raise UsageError(
+            "`method.merged`: no merged tower is named that the surgery could correct",
+            "make one with another method, such as `mergecli merge RECIPE --method ada_merging -o ada.safetensors`; "
+            "then name it with `--set method.merged=ada.safetensors`",
+        )
+    return parse_source(method.merged, Path())
+
+
+def _opened(source: Source, models: Models, recipe: Recipe, target: Path, stack: ExitStack) -> Checkpoint:
+    """The tower that is corrected, once it is known that it fits the models."""
+    merged = stack.enter_context(open_source(source, recipe.base)).vision()
+    refuse_inputs(target, {MERGED: merged.files[0]})
+    if merged.is_mixture:
+        raise InputError(
+            f"{merged.path}: holds several towers, one was expected as `method.merged`",
+            "name a method's merge that is one tower; of one that is not, a task's own tower is `PATH#TASK`",
+        )
+    if merged.is_task_vector:
+        raise InputError(f"{merged.path}: is a task vector, a merged tower was expected as `method.merged`")
+    check_fit(replace(models, tuned={MERGED: merged}))
+    return merged
+
+
+def _learnt(
+    models: Models,
+    merged: Checkpoint,
+    method: RepresentationSurgery,
+    recipe: Recipe,
+    progress: Progress | None,
+) -> Path:
+    """The file of the store with what the method learns on these towers and images."""
+    from mergecli.clip.model import save_tensors
+    from mergecli.clip.surgery import Surgery
+
+    work = Surgery.of(models, merged, method, recipe)
+    folder = home() / KIND / methods.name_of(method)
+    path = folder / f"{work.key}.safetensors"
+    if not path.exists():
+        tensors = work.learn(folder / "tasks", progress)
+        used = replace(method, feature_size=tensors[DOWN].shape[2])
+        settings, inputs = methods.table_of(used), {**models.digests(), MERGED: merged.digest()}
+        metadata = about(
+            KIND, method=methods.name_of(method), recipe=recipe, settings=settings, inputs=inputs,
+            tasks=json.dumps(list(models.tuned)), settings_table=json.dumps(settings), seed=str(recipe.seed),
+            adapted_on=json.dumps(work.looked_at),
+        )  # fmt: skip
+        save_tensors(tensors, path, metadata)
+    return path
+
+
+def trace_table(stored: Checkpoint, tasks: tuple[str, ...]) -> Table:
+    """A row for each step: the mean loss, and that of each task's batch."""
+    from mergecli.clip.surgery import LOSSES
+
+    rows = stored.read(LOSSES).tolist()
+    columns = ["step", "loss", *(f"loss {task}" for task in tasks)]
+    return Table(
+        tuple(Column(name, "number") for name in columns),
+        tuple((step, sum(row) / len(row), *row) for step, row in enumerate(rows, 1)),
+    )
+
+
+def _read(
+    path: Path, models: Models, method: RepresentationSurgery, recipe: Recipe, stack: ExitStack
+) -> tuple[RepresentationSurgery, Checkpoint]:
+    """The method with the settings that it learnt with, and the file, known to be of this method and whole."""
+    stored = stack.enter_context(open_checkpoint(path))
+    name, metadata = methods.name_of(method), stored.metadata
+    if metadata.get("kind") != KIND:
+        raise InputError(f"{path}: holds no coefficients", "expected a file that `--save-coefficients` wrote")
+    if metadata.get("method") != name:
+        raise UsageError(f"{path}: was learnt by `{metadata.get('method')}`, the recipe's method is `{name}`")
+    tasks, settings = _facts(path, metadata)
+    if tasks != tuple(models.tuned):
+        raise InputError(
+            f"{path}: is for the models {quoted(tasks)}, in this order; these are {quoted(models.tuned)}"
+        )
+    settings["merged"] = method.merged
+    given = {key: frozen(value) for key, value in recipe.settings.items() if key != "merged"}
+    if differing := [key for key, value in given.items() if frozen(settings.get(key)) != value]:
+        learnt = ", ".join(f"`{key} = {shown(settings.get(key))}`" for key in differing)
+        wanted = ", ".join(f"`{shown(given[key])}`" for key in differing)
+        raise UsageError(
+            f"{path}: was learnt with {learnt}, the recipe says {wanted}",
+            "leave the setting out, or learn again without `--coefficients`",
+        )
+    used = cast("RepresentationSurgery", methods.create(name, settings))
+    _check(stored, used, len(tasks))
+    return used, stored
+
+
+def _facts(path: Path, metadata: Mapping[str, str]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Tasks and settings, as the file says."""
+    try:
+        tasks, settings = json.loads(metadata["tasks"]), json.loads(metadata["settings_table"])
+        json.loads(metadata["adapted_on"])
+        return tuple(map(str, tasks)), dict(settings)
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: does not say what it was learnt on") from error
+
+
+def _check(stored: Checkpoint, method: RepresentationSurgery, tasks: int) -> None:
+    """Raises InputError unless the file's tensors are what its settings say, and numbers."""
+    from mergecli.clip.surgery import LOSSES
+
+    shapes = {key: part.shape for key, part in method.extras({}, tasks).items()}
+    for key, shape in {**shapes, LOSSES: (method.steps, tasks)}.items():
+        entry = stored.entries.get(key)
+        if entry is None or entry.shape != shape or entry.dtype != "F32":
+            found = "is missing" if entry is None else f"is {entry.dtype} of shape {entry.shape}"
+            raise InputError(f"{stored.path}: `{key}` {found}, expected F32 of shape {shape}")
+        _finite(stored, key, stored.read(key))
+
+
+def _finite(stored: Checkpoint, name: str, values: Tensor) -> Tensor:
+    """The values, if all of them are numbers; else raises InputError."""
+    if not bool(values.isfinite().all()):
+        raise InputError(f"{stored.path}: `{name}` has NaN or infinity")
+    return values

@@ -1,0 +1,148 @@
+"""Representation surgery: a merged tower, and for each task a small correction of the image features that it gives."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from mergecli import interrupts
+from mergecli.errors import InputError
+from mergecli.methods._descent import adam_step
+from mergecli.methods._kinds import Group, Looking, uniform
+from mergecli.methods._mixture import SAME, Conditioned, Part, Read
+from mergecli.methods._settings import Range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DOWN, UP = "surgery.down", "surgery.up"
+"""(T, rank, D) and (T, D, rank): D of features f, U of f - U relu(D f), of every task."""
+
+
+@dataclass(frozen=True)
+class Surgeries:
+    """What is written: the tower that is corrected, and the corrections."""
+
+    down: Tensor
+    """(T, rank, D)."""
+    up: Tensor
+    """(T, D, rank)."""
+    read: Callable[[str, int, int], Tensor]
+    """`read(name, first entry, end)` gives (n,) float32 entries of a tensor of the merged tower."""
+
+
+@dataclass(frozen=True)
+class RepresentationSurgery(Conditioned, Looking):
+    """theta_t = theta_merged,  and of its unit image features f the task t takes f - U_t relu(D_t f)
+
+    learn U_t, D_t that bring the corrected features of unlabelled images near those of the task's own model:
+          Adam on mean |f - U relu(D f) - f_t|,  D from Kaiming's uniform distribution, U from 0
+
+    What comes out is not normalised again. The merged tower is one that another method has written: merge first, then
+    give the file as `merged`. Steps are taken on features, which are computed once for each image.
+    """
+
+    title: ClassVar[str] = (
+        "on top of any merge: a small correction of each task's image features, learnt without labels"
+    )
+    paper: ClassVar[str] = "Yang et al., Representation Surgery, ICML 2024, arXiv 2402.02705"
+    looks_at: ClassVar[str] = "unlabelled images of every task"
+    work: ClassVar[str] = "each image goes through two towers once, and the steps are on what comes out"
+    elementwise: ClassVar[bool] = True
+    late: ClassVar[frozenset[str]] = frozenset()
+
+    merged: str | None = None
+    """The tower that is corrected: a merged checkpoint, as a path relative to the current folder or another source."""
+    rank: Annotated[int, Range(1)] = 16
+    """The number of rows of D."""
+    steps: Annotated[int, Range(0)] = 1000
+    """Of learning, for each task; with 0 the features stay as they are."""
+    learning_rate: Annotated[float, Range(0)] = 1e-3
+    """Of Adam."""
+    batch_size: Annotated[int, Range(1)] = 16
+    """Images in a step."""
+    split: Literal["test", "train", "validation"] = "test"
+    """Whose images are looked at, without their labels: those that the result is evaluated on, as in the published
+    tables, or others, which is the honest choice."""
+    images: Annotated[int, Range(0)] = 0
+    """Images of each task that are looked at, drawn by the recipe's seed, at most; 0 takes as many as the steps can."""
+    feature_size: Annotated[int, Range(0)] = 0
+    """How many numbers an image's features have; 0 takes what the base has."""
+
+    def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
+        del tasks
+        return {name: Part(SAME, shape)}
+
+    def extras(self, tensors: Mapping[str, tuple[int, ...]], tasks: int, /) -> dict[str, Part]:
+        del tensors
+        size, rank = self.feature_size, self.rank
+        return {DOWN: Part("F32", (tasks, rank, size)), UP: Part("F32", (tasks, size, rank))}
+
+    def expand(self, group: Group, learnt: Surgeries, /) -> dict[str, Tensor]:
+        stop = group.start + group.shape.numel()
+        return {group.name: learnt.read(group.name, group.start, stop).view(group.shape)}
+
+    def values(self, learnt: Surgeries, /) -> dict[str, Tensor]:
+        return {DOWN: learnt.down, UP: learnt.up}
+
+    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
+        del place
+        return read(name).float()
+
+    def correction(self, place: int, read: Read, /) -> Callable[[Tensor], Tensor]:
+        down, up = read(DOWN)[place], read(UP)[place]
+
+        def corrected(features: Tensor) -> Tensor:
+            if features.shape[-1] != self.feature_size:
+                raise InputError(
+                    f"the surgery is of features of size {self.feature_size}, the base's have {features.shape[-1]}",
+                    "name the base that it was learnt with",
+                )
+            return features - (features @ down.T).relu() @ up.T
+
+        return corrected
+
+    def looked_at(self, images: int) -> int:
+        """How many of a task's images are looked at."""
+        return min(images, self.images or images, self.steps * self.batch_size)
+
+    def learn(
+        self, features: Tensor, wanted: Tensor, task: str, seed: int, /
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(rank, D), (D, rank), and (steps,) the loss of each step's batch.
+
+        Args:
+            features: (N, D) float32 unit features that the merged tower gives the task's images.
+            wanted: (N, D) those that the task's own model gives.
+        """
+        import torch
+
+        size = features.shape[1]
+        bound = size**-0.5  # of Kaiming's uniform distribution with a = sqrt(5)
+        down = (
+            uniform(seed, DOWN, task, 0, self.rank * size).view(self.rank, size).mul_(2).sub_(1).mul_(bound)
+        )
+        up, losses = torch.zeros(size, self.rank), torch.zeros(self.steps)
+        down_mean, down_square, up_mean, up_square = map(torch.zeros_like, (down, down, up, up))
+        batches = self._batches(len(features), task, seed)
+        for step, rows in zip(range(self.steps), batches, strict=False):
+            interrupts.check()
+            given = features[rows]
+            hidden = given @ down.T  # (B, rank)
+            kept = hidden.relu()
+            error = given - kept @ up.T - wanted[rows]
+            losses[step] = error.abs().mean()
+            slope = error.sign().div_(error.numel())
+            back = (slope @ up).neg_().mul_(hidden > 0)
+            adam_step(up, (slope.T @ kept).neg_(), up_mean, up_square, self.learning_rate, step + 1)
+            adam_step(down, back.T @ given, down_mean, down_square, self.learning_rate, step + 1)
+        return down, up, losses
+
+    def _batches(self, count: int, task: str, seed: int) -> Iterator[Tensor]:
+        """The numbers of each step's images: all in random order, then all again in another, and so on; the last batch
+        of a round may be smaller."""
+        for epoch in itertools.count():
+            order = uniform(seed, "surgery.batches", f"{task} {epoch}", 0, count).argsort(stable=True)
+            yield from order.split(self.batch_size)

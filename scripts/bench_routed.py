@@ -1,0 +1,130 @@
+"""Forward passes of towers that route, on ViT-B/32 shapes with random weights and eight tasks: time and memory.
+
+    python scripts/bench_routed.py            # each in a process of its own; ratios to the plain tower of the same run
+
+`loop` is WEMoE as a plain loop over the images, each layer's weights added up for one image after another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TASKS = tuple(f"t{number}" for number in range(8))
+KINDS = ("plain", "loop", "weight_ensembling_moe", "weight_ensembling_moe batch", "efficient_weight_ensembling_moe",
+         "efficient_weight_ensembling_moe batch", "smile")  # fmt: skip
+PREFIX = "vision_model."
+
+
+def tower(patch: int) -> Any:
+    """A ViT-B with random weights."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                              image_size=224, patch_size=patch)  # fmt: skip
+    return CLIPVisionModel(config).eval().requires_grad_(False)
+
+
+def reader(method: Any, model: Any) -> Callable[[str], Tensor]:
+    """Random tensors of a mixture's file, made when they are asked for."""
+    shapes = {PREFIX + name: tuple(value.shape) for name, value in model.state_dict().items()}
+    wanted = {
+        key: part
+        for name, shape in shapes.items()
+        for key, part in method.parts(name, shape, len(TASKS)).items()
+    }
+    wanted |= method.extras(shapes, len(TASKS))
+
+    def read(key: str) -> Tensor:
+        part = wanted[key]
+        if part.dtype != "U8":
+            return 1e-2 * torch.randn(part.shape)
+        name = key.removeprefix("masks.")
+        from mergecli.methods._bits import pack
+        from mergecli.methods.efficient_weight_ensembling_moe import above_quantile
+
+        entries = torch.Size(shapes[name]).numel()
+        return pack(torch.stack([above_quantile(torch.rand(entries), method.density) for _ in TASKS]))
+
+    return read
+
+
+def looped(handle: Any) -> None:
+    """Makes every routed layer add up its weights for one image after another."""
+    from torch.nn.functional import linear
+
+    for layer in handle.layers.values():
+
+        def forward(hidden: Tensor, layer: Any = layer) -> Tensor:
+            results: list[Tensor] = []
+            for tokens, share in zip(hidden, layer.router(hidden), strict=True):
+                for name in ("fc1", "fc2"):
+                    own: Any = getattr(layer.mlp, name)
+                    weight, bias = own.weight.clone(), own.bias.clone()
+                    for place, factor in enumerate(share):
+                        weight += factor * layer.experts[f"{name}_weight"].values[place].view_as(weight)
+                        bias += factor * layer.experts[f"{name}_bias"].values[place]
+                    tokens = linear(tokens, weight, bias)
+                    tokens = layer.mlp.activation_fn(tokens) if name == "fc1" else tokens
+                results.append(tokens)
+            return torch.stack(results)
+
+        layer.forward = forward
+
+
+def one(kind: str, batch: int, patch: int) -> dict[str, float]:
+    """Seconds of the fastest of three forward passes, and max RSS in GB."""
+    from mergecli import methods
+
+    model = tower(patch)
+    name, _, routing = kind.partition(" ")
+    if kind != "plain":
+        method: Any = methods.create("weight_ensembling_moe" if kind == "loop" else name, {})
+        handle = method.install(model, reader(method, model), TASKS, routing or "sample", PREFIX)
+        if kind == "loop":
+            looped(handle)
+    pixels, best = torch.randn(batch, 3, 224, 224), float("inf")
+    with torch.inference_mode():
+        for _ in range(4):
+            began = time.perf_counter()
+            model(pixel_values=pixels)
+            best = min(best, time.perf_counter() - began)
+    return {"seconds": best, "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+
+
+def main() -> None:
+    """All kinds, one after another."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--patch", type=int, default=32, help="16 for ViT-B/16")
+    parser.add_argument("--one", choices=KINDS, help="only this, as JSON")
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(one(given.one, given.batch, given.patch)))
+        return
+    plain = 0.0
+    for kind in KINDS:
+        more = ["--one", kind, "--batch", str(given.batch), "--patch", str(given.patch)]
+        done = subprocess.run([sys.executable, __file__, *more], check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout)
+        plain = plain or found["seconds"]
+        print(
+            f"{kind:40} {found['seconds']:7.2f} s {found['seconds'] / plain:6.2f} x {found['gigabytes']:6.2f} GB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Files of more than one tower, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import mergecli
+from tests.conftest import Run
+
+TWO = {"digits": "toy:digits", "shapes": "toy:shapes"}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with `emr.safetensors` and `smile.safetensors`, each of two toys."""
+    for method in ("emr", "smile"):
+        mergecli.merge(TWO, base="toy:base", method=method, output=tmp_path / f"{method}.safetensors")
+    return tmp_path
+
+
+def test_mixtures_are_evaluated_and_reported_with_their_size_and_routes(files: Path, run: Run) -> None:
+    done = run(
+        "eval", "smile.safetensors", "emr.safetensors", "toy:base", "--clip", "toy:base", "--tasks", "digits,shapes",
+        "--limit", 8, "--routing", "batch", "--routes", "routes", "-o", "out",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    assert done.out.splitlines()[0] == "model\tmethod\tsize\trouting\tdigits\tshapes\taverage"
+    heads, *rows = (files / "routes" / "smile.csv").read_text().splitlines()
+    assert heads == "task,layer,digits,shapes"
+    assert {row.split(",")[0] for row in rows} == {"digits", "shapes"}
+    assert {file.name for file in (files / "routes").iterdir()} <= {"smile.csv", "smile.png"}
+    result = json.loads((files / "out" / "smile.json").read_text())
+    assert result["checkpoint"]["routing"] == "batch"
+    assert result["model_info"]["relative_size"] > 1
+    page = run("report", "out/smile.json", "out/base.json", "-o", "r.html")
+    assert page.status == 0, page.err
+    assert f">{result['model_info']['relative_size']:.2f}</td>" in (files / "r.html").read_text()
+
+
+def test_one_tower_of_a_mixture_is_named_by_its_task(files: Path, run: Run) -> None:
+    done = run("info", "emr.safetensors")
+    assert "kind\tmixture\n" in done.out
+    assert "tasks\tdigits, shapes\nrouting\tneeds the task\n" in done.out
+    refused = run("merge", "--base", "toy:base", "a=emr.safetensors", "toy:letters", "--method", "average", "-o", "m.safetensors")  # fmt: skip
+    assert (refused.status, refused.out) == (3, "")
+    assert refused.err == (
+        "error: emr.safetensors: holds towers for digits, shapes, and one tower is needed\n"
+        "hint: name one as `emr.safetensors#digits`\n"
+    )
+    done = run("merge", "--base", "toy:base", "a=emr.safetensors#digits", "toy:letters", "--method", "average", "-o", "m.safetensors")  # fmt: skip
+    assert done.status == 0, done.err
