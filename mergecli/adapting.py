@@ -55,6 +55,10 @@ def coefficients(
     used, learnt, stored = _read(path, models, method, recipe, stack)
     if files.trace is not None and is_first():
         write_text(files.trace, trace_table(learnt).text("csv"))
+    if files.tensorboard is not None and is_first():
+        from mergecli.events import write_events
+
+        write_events(files.tensorboard, trace_table(learnt))
     if files.plot is not None and is_first():
         from mergecli.plots.traces import traces
 

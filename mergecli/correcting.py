@@ -58,6 +58,10 @@ def surgery(
             file.write(path.read_bytes())
     if files.trace is not None:
         write_text(files.trace, trace_table(stored, tuple(models.tuned)).text("csv"))
+    if files.tensorboard is not None:
+        from mergecli.events import write_events
+
+        write_events(files.tensorboard, trace_table(stored, tuple(models.tuned)))
 
     def read(name: str, start: int, stop: int) -> Tensor:
         values = merged.read_entries(name, start, stop).float()

@@ -60,6 +60,7 @@ def merge(
     save_coefficients: str | Path | None = None,
     trace: str | Path | None = None,
     plot: str | Path | None = None,
+    tensorboard: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Merged:
     """Merges fine-tuned models into one checkpoint at `output`, never holding more than a block of each.
@@ -79,6 +80,7 @@ def merge(
         save_coefficients: a file for what the method learns.
         trace: a CSV file with a row for each step in which the method learns.
         plot: a picture (PNG, SVG or PDF) of that.
+        tensorboard: a folder that gets the same for TensorBoard.
 
     Raises:
         UsageError: the recipe is wrong. InputError: a model is missing, damaged, or does not fit the others.
@@ -90,7 +92,7 @@ def merge(
     else:
         more = [f"method.{key}={shown(value)}" for key, value in (settings or {}).items()]
         recipe = read_recipe(recipe, [*more, *changes], method)
-    given = (statistics, coefficients, save_coefficients, trace, plot)
+    given = (statistics, coefficients, save_coefficients, trace, plot, tensorboard)
     learning = Learning(*(None if each is None else Path(each) for each in given))
     points = {Path(output): recipe}
     return merge_points(points, device=device, shard_size=shard_size, learning=learning, progress=progress)[0]

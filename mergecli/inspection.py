@@ -107,7 +107,8 @@ def _about(adapter: Adapter) -> dict[str, str]:
     scalings = [config.scaling(module) for module in adapter.modules]
     ends = sorted({module.rpartition(".")[2] for module in adapter.modules})
     about = {
-        "adapter": adapter.kind + (" with rank-stabilized scaling" if config.use_rslora else ""),
+        "adapter": adapter.stored.metadata.get("adapter", adapter.kind)
+        + (" with rank-stabilized scaling" if config.use_rslora else ""),
         "rank": _span(ranks),
         "scaling": _span(scalings),
         "modules": f"{len(adapter.modules)} ({', '.join(ends)})",

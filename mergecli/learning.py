@@ -16,7 +16,7 @@ from mergecli.methods._adapted import Adapted
 from mergecli.methods._calibrated import Calibrated
 from mergecli.methods.representation_surgery import RepresentationSurgery
 from mergecli.models import Models
-from mergecli.output import check_targets
+from mergecli.output import check_target, check_targets
 from mergecli.progress import Progress
 
 
@@ -48,6 +48,8 @@ class Learning:
     """A CSV file with a row for each step of an adapted method."""
     plot: Path | None = None
     """A picture of that."""
+    tensorboard: Path | None = None
+    """A folder that gets the same for TensorBoard."""
 
     def check(self, output: Output) -> None:
         """Raises UsageError if the method cannot use a file, or it cannot be written."""
@@ -59,6 +61,7 @@ class Learning:
             "--coefficients": self.coefficients,
             "--save-coefficients": self.save_coefficients,
             "--trace": self.trace,
+            "--tensorboard": self.tensorboard,
             "--plot": self.plot,
         }
         for option, path in given.items():
@@ -75,6 +78,11 @@ class Learning:
         targets: dict[Path, tuple[str, ...]] = {output.target: ()} if output.target.suffix else {}
         targets |= {self.save_coefficients: (".safetensors",)} if self.save_coefficients else {}
         targets |= {self.trace: (".csv",)} if self.trace else {}
+        if self.tensorboard:
+            from mergecli.events import require_tensorboard
+
+            require_tensorboard()
+            check_target(self.tensorboard, folder=True)
         if self.plot:
             from mergecli.plots import require_matplotlib
 

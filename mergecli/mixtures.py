@@ -83,6 +83,8 @@ def mixture_of(stored: Checkpoint) -> OpenMixture:
             raise ValueError(name)
         if not isinstance(tasks, list) or not tasks or len({str(task) for task in tasks}) != len(tasks):
             raise ValueError(tasks)
+        if not all(isinstance(task, str) for task in tasks):
+            raise ValueError(tasks)
     except (
         KeyError,
         ValueError,
@@ -95,7 +97,7 @@ def mixture_of(stored: Checkpoint) -> OpenMixture:
         raise InputError(f"{stored.path}: its metadata is not that of a mixture{why}", _HINT) from error
     own = _own_names(stored, method, len(tasks))
     shared = replace(stored, entries={key: stored.entries[key] for key in own}, hashes=ChunkHashes())
-    return OpenMixture(stored, method, tuple(map(str, tasks)), shared)
+    return OpenMixture(stored, method, tuple(tasks), shared)
 
 
 def _own_names(stored: Checkpoint, method: Mixture, tasks: int) -> list[str]:

@@ -228,8 +228,10 @@ def named_sources(arguments: Sequence[str]) -> dict[str, str]:
         name, equals, source = argument.partition("=")
         if not equals or "/" in name:
             source = argument
-            path = Path(argument.split(":")[-1].split("@")[0])
+            whole, _, task = argument.rpartition(".safetensors#")
+            path = Path((whole or argument).split(":")[-1].split("@")[0])
             name = path.stem if path.suffix in (".safetensors", ".json") else path.name
+            name = f"{path.name}-{task}" if whole else name
             if name in ("model", "model.safetensors.index"):
                 name = path.absolute().parent.name
         if not name or not source:

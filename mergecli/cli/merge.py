@@ -48,6 +48,9 @@ def merge(
     ] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write a row for each step of learning (.csv).")] = None,
     plot: options.Plot = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write the same for TensorBoard.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written and its digests as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Merge fine-tuned models into one checkpoint; prints its path.
@@ -77,7 +80,7 @@ def merge(
 
             if shard_size is not None:
                 raise UsageError("--shard-size: a sweep writes single files")
-            if coefficients or save_coefficients or trace or plot:
+            if coefficients or save_coefficients or trace or plot or tensorboard:
                 raise UsageError("a sweep has no single file of coefficients, trace or plot")
             points = sweeping.points_of(what, sweep, base=base, method=method, changes=changes or [])
             written = sweeping.merge_sweep(
@@ -88,7 +91,7 @@ def merge(
                 engine.merge(
                     what, output=output, base=base, method=method, changes=changes or [], device=device,
                     shard_size=shard_size, statistics=statistics, coefficients=coefficients,
-                    save_coefficients=save_coefficients, trace=trace, plot=plot, progress=progress,
+                    save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
                 )
             ]  # fmt: skip
     for text in dict.fromkeys(text for each in written for text in each.warnings):

@@ -39,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> AdaptedWorld:
 
 def learn(world: AdaptedWorld, folder: Path, method: str = "ada_merging", **more: Any) -> bytes:
     """The bytes of the file of what was learnt."""
-    known = ("progress", "coefficients", "trace", "plot", "changes")
+    known = ("progress", "coefficients", "trace", "plot", "tensorboard", "changes")
     given = {key: more.pop(key) for key in known if key in more}
     file = folder / "learnt.safetensors"
     merge(
@@ -199,6 +199,19 @@ def test_the_trace_has_a_row_a_step_and_only_the_tasks_looked_at(world: AdaptedW
     assert first[1] == pytest.approx((first[2] + first[3]) / 2, rel=1e-4)
     with Image.open(tmp_path / "t.png") as picture:
         assert picture.size == (1280, 1040)
+
+
+def test_tensorboard_reads_what_the_trace_says(world: AdaptedWorld, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    learn(world, tmp_path, trace=tmp_path / "trace.csv", tensorboard=tmp_path / "events")
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    header, *rows = [line.split(",") for line in (tmp_path / "trace.csv").read_text().splitlines()]
+    column = header.index("entropy one")
+    assert [(each.step, f"{each.value:.4g}") for each in events.Scalars("entropy/one")] == [
+        (int(row[0]), f"{float(row[column]):.4g}") for row in rows
+    ]
 
 
 def test_a_trace_of_no_steps_and_one_of_masks_are_written(world: AdaptedWorld, tmp_path: Path) -> None:
