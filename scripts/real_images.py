@@ -148,17 +148,20 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=200, help="of each fine-tuning; the base takes twice as many"
     )
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of fine-tuning")
+    parser.add_argument("--methods", help="of merging the fully fine-tuned towers; all by default")
     parser.add_argument("--report", type=Path, help="a folder for results and reports as text")
     given = parser.parse_args()
     work = Experiment(given.data, given.folder, given.steps)
     base = work.base()
     report = given.report or work.folder / "report"
-    for kind in KINDS:
+    for kind in given.kinds.split(","):
         recipe = work.towers(kind, base)
         results = work.folder / f"{kind}-results"
         every = sorted(
             set(methods.names()) - NOT_OF_EIGHT, key=lambda name: (name == "representation_surgery", name)
         )
+        every = [name for name in every if not given.methods or name in given.methods.split(",")]
         found = [
             work.run(results / "base.json", "eval", "base=" + str(base), "--recipe", recipe),
             *work.merges(kind, recipe, every if kind == "full" else FEW),
