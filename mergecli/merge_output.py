@@ -47,6 +47,11 @@ class Output:
         method = methods.create(recipe.method, recipe.settings)
         if target.suffix not in ("", ".safetensors"):
             raise UsageError(f"{target}: expected a `.safetensors` file, or a folder's name without suffix")
+        if not target.suffix and isinstance(method, Mixture) and method.is_mixture:
+            raise UsageError(
+                f"{target}: `{recipe.method}` writes more than one tower, which transformers would not find in a folder",
+                "name a `.safetensors` file",
+            )
         check_target(target, folder=not target.suffix)
         return cls(method, recipe, target)
 

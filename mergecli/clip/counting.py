@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from mergecli.clip.seats import Seat
 
 
+SEATS = 4
+"""Towers that are evaluated at once, at most: each takes its memory."""
+
+
 @dataclass
 class Tally:
     """What one tower has got so far on one task."""
@@ -82,14 +86,14 @@ class Round:
 def count(seats: list[Seat], work: Round, parts: Iterable[Pixels]) -> list[Tally]:
     """What each tower gets on the images, which come in parts that are shown to every tower.
 
-    Each seat is a thread; on a processor there is one for each of its cores, as far as there are towers, and torch runs
-    on one thread in each: that is faster than all cores working on one tower. `seats` grows as far as is needed.
+    Each seat is a thread; on a processor there are up to `SEATS`, as far as there are towers, which share its cores: that
+    is faster than all of them working on one tower. `seats` grows as far as is needed.
     """
     import torch
 
     tallies = [Tally() for _ in work.checkpoints]
     several = seats[0].clip.device.type == "cpu" and not any(work.features)
-    wanted = min(torch.get_num_threads(), len(tallies)) if several else 1
+    wanted = min(SEATS, torch.get_num_threads(), len(tallies)) if several else 1
     while len(seats) < wanted:
         seats.append(seats[0].another())
     lock = threading.Lock()
@@ -112,7 +116,7 @@ def _show_at_once(turns: Sequence[_Turn], part: Pixels, towers: int) -> None:
     lock = threading.Lock()
 
     def work(turn: _Turn) -> None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, threads // len(turns)))
         with torch.inference_mode():
             while True:
                 with lock:

@@ -46,12 +46,10 @@ class Seat:
         """Puts a checkpoint's weights in, of a mixture those for the task, unless they are there already."""
         from mergecli.clip.model import set_tower
 
-        if self._taken == (checkpoint, task) or (
-            self._taken and self._taken[0] is checkpoint and not checkpoint.is_mixture
-        ):
-            return
-        if self.installed and self._taken and self._taken[0] is checkpoint:
-            return  # the tower routes by itself
+        if self._taken and self._taken[0] is checkpoint:
+            serves_all = self.installed is not None or not checkpoint.is_mixture
+            if serves_all or self._taken[1] == task:
+                return
         self.release()
         if not checkpoint.is_mixture:
             set_tower(self.clip, checkpoint)

@@ -10,6 +10,7 @@ from typing import Any
 
 from mergecli.errors import UsageError, did_you_mean
 from mergecli.methods._kinds import Looking, Method, PerTensor, TwoPass
+from mergecli.methods._mixture import Mixture
 from mergecli.methods._modifier import Modifier
 from mergecli.methods._settings import Setting, frozen, setting_problems, settings_of
 
@@ -65,7 +66,17 @@ def problems(
             found.append(
                 (f"{key}.name", f"`{inner['name']}` looks at images, and cannot be changed by another method")
             )
-        found += [(f"{key}.{each}", what) for each, what in problems(inner.pop("name"), inner, tasks)]
+            continue
+        name = inner.pop("name")
+        wrong = problems(name, inner, tasks)
+        found += [(f"{key}.{each}", what) for each, what in wrong]
+        if not wrong and _writes_several(name, inner):
+            found.append(
+                (
+                    f"{key}.name",
+                    f"`{name}` writes more than one tower, and cannot be changed by another method",
+                )
+            )
     if not found and tasks is not None:
         found = method.check(tasks, dict(values))
     return found
@@ -99,6 +110,14 @@ def table_of(method: Method, without: Collection[str] = ()) -> dict[str, Any]:
         for key, value in values.items()
         if value is not None
     }
+
+
+def _writes_several(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether a method, with these settings, writes more than one tower."""
+    if not issubclass(find(name), Mixture):
+        return False
+    method = create(name, values)
+    return isinstance(method, Mixture) and method.is_mixture
 
 
 def _inner(method: type[Method], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -52,3 +52,22 @@ def test_one_tower_of_a_mixture_is_named_by_its_task(files: Path, run: Run) -> N
     )
     done = run("merge", "--base", "toy:base", "a=emr.safetensors#digits", "toy:letters", "--method", "average", "-o", "m.safetensors")  # fmt: skip
     assert done.status == 0, done.err
+
+
+@pytest.mark.parametrize("of", ["emr", "smile", "tall_mask"])
+def test_a_method_that_writes_several_towers_cannot_be_changed_by_another(run: Run, of: str) -> None:
+    ended = run(
+        "merge", "--base", "toy:base", "toy:digits", "--method", "dare", "--set", f'method.of={{name="{of}"}}', "-o", "x.safetensors"
+    )  # fmt: skip
+    assert (ended.status, ended.out) == (2, "")
+    assert (
+        f"`method.of.name`: `{of}` writes more than one tower, and cannot be changed by another" in ended.err
+    )
+    assert "Traceback" not in ended.err
+
+
+def test_a_folder_for_transformers_cannot_hold_several_towers(run: Run, tmp_path: Path) -> None:
+    ended = run("merge", "--base", "toy:base", "toy:digits", "--method", "emr", "-o", "folder")
+    assert (ended.status, ended.out) == (2, "")
+    assert "folder: `emr` writes more than one tower" in ended.err
+    assert not (tmp_path / "folder").exists()
