@@ -9,8 +9,9 @@ from pathlib import Path
 
 from mergecli.adapter_config import CONFIG, MERGE_WITH_PEFT, AdapterConfig, read_config
 from mergecli.checkpoint import Checkpoint, open_checkpoint
-from mergecli.errors import InputError, listed
+from mergecli.errors import InputError, UsageError, listed
 from mergecli.layout import PICKLE_HINT
+from mergecli.output import check_target
 
 PLAIN = "adapter_model.safetensors"
 LINEARIZED = "linearized_adapter_model.safetensors"
@@ -133,3 +134,15 @@ def _spelled(part: str) -> str:
     if part in ("A0", "B0"):
         return f"params0_values (lora_{part[0]})"
     return part if part.startswith("params") else f"lora_{part}"
+
+
+def check_adapter_folder(target: Path) -> None:
+    """Raises UsageError unless the folder may become an adapter's: a model in it would be read in its place."""
+    if target.suffix == ".safetensors":
+        raise UsageError(f"{target}: an adapter is a folder", "name one, without suffix")
+    check_target(target, folder=True)
+    for name in ("model.safetensors", "model.safetensors.index.json", LINEARIZED):
+        if (target / name).exists():
+            raise UsageError(
+                f"{target}: has a `{name}`, which would be read in its place", "name a new folder"
+            )

@@ -7,19 +7,17 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from mergecli import methods
-from mergecli.checkpoint import Checkpoint, open_checkpoint
-from mergecli.errors import InputError, UsageError, quoted, shown
-from mergecli.methods._adapted import UNSAVED, Adapted, Learnt, State
-from mergecli.methods._settings import frozen
+from mergecli.checkpoint import Checkpoint
+from mergecli.errors import InputError
+from mergecli.learnt_files import KIND, finite, read_learnt, said, share, write_learnt
+from mergecli.methods._adapted import UNSAVED, Adapted, Learnt
 from mergecli.models import Models
-from mergecli.output import whole_file, write_text
 from mergecli.parallel import is_first, is_first_here, join, wait
 from mergecli.passes import Passes
 from mergecli.progress import Progress
-from mergecli.provenance import about
 from mergecli.recipe import Recipe
 from mergecli.sources import home
 from mergecli.tables import Column, Table
@@ -27,11 +25,7 @@ from mergecli.tables import Column, Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergecli.clip.adaptation import Adaptation
     from mergecli.learning import Learning
-
-KIND = "coefficients"
-"""The `kind` in the metadata of the files."""
 
 
 def coefficients(
@@ -49,20 +43,9 @@ def coefficients(
             or is of other models.
     """
     path = files.coefficients or _learn(models, method, recipe, progress)
-    if files.save_coefficients is not None and is_first():
-        with whole_file(files.save_coefficients) as file:
-            file.write(path.read_bytes())
     used, learnt, stored = _read(path, models, method, recipe, stack)
-    if files.trace is not None and is_first():
-        write_text(files.trace, trace_table(learnt).text("csv"))
-    if files.tensorboard is not None and is_first():
-        from mergecli.events import write_events
-
-        write_events(files.tensorboard, trace_table(learnt))
-    if files.plot is not None and is_first():
-        from mergecli.plots.traces import traces
-
-        traces(trace_table(learnt), files.plot)
+    if is_first():
+        share(path, trace_table(learnt), files)
     return used, learnt, stored
 
 
@@ -78,7 +61,18 @@ def _learn(models: Models, method: Adapted, recipe: Recipe, progress: Progress |
         partial = path.with_suffix(".partial.safetensors")
         state, trace = work.run(surveyed, partial, progress, ranks, device)
         if is_first_here() and not path.exists():
-            _write(path, work, {**surveyed, **state}, trace)
+            tensors = {**surveyed, **state, **trace}
+            kept = {key: each.contiguous() for key, each in tensors.items() if not key.startswith(UNSAVED)}
+            write_learnt(
+                path,
+                kept,
+                method,
+                recipe,
+                models.tuned,
+                work.inputs,
+                work.looked_at,
+                tensors=json.dumps(models.floats),
+            )
         if is_first():
             partial.unlink(missing_ok=True)
         wait()
@@ -105,62 +99,20 @@ def trace_table(learnt: Learnt) -> Table:
     return Table(tuple(Column(name, "number") for name in columns), tuple(rows))
 
 
-def _write(path: Path, work: Adaptation, state: State, trace: State) -> None:
-    from mergecli.clip.model import save_tensors
-
-    method, recipe = work.method, work.recipe
-    metadata = about(
-        KIND, method=methods.name_of(method), recipe=recipe, settings=methods.table_of(method), inputs=work.inputs,
-        tasks=json.dumps(list(work.models.tuned)), tensors=json.dumps(work.models.floats),
-        settings_table=json.dumps(methods.table_of(method)), seed=str(recipe.seed), adapted_on=json.dumps(work.looked_at),
-    )  # fmt: skip
-    kept = {key: each.contiguous() for key, each in {**state, **trace}.items() if not key.startswith(UNSAVED)}
-    save_tensors(kept, path, metadata)
-
-
 def _read(
     path: Path, models: Models, method: Adapted, recipe: Recipe, stack: ExitStack
 ) -> tuple[Adapted, Learnt, Checkpoint]:
     """What stands in a file, once it is known that it is of this method and these models."""
-    stored = stack.enter_context(open_checkpoint(path))
-    name, metadata = methods.name_of(method), stored.metadata
-    if metadata.get("kind") != KIND:
-        raise InputError(f"{path}: holds no coefficients", "expected a file that `--save-coefficients` wrote")
-    if metadata.get("method") != name:
-        raise UsageError(f"{path}: was learnt by `{metadata.get('method')}`, the recipe's method is `{name}`")
-    tasks, tensors, settings, seed = _facts(path, metadata)
-    if tasks != tuple(models.tuned):
-        raise InputError(
-            f"{path}: is for the models {quoted(tasks)}, in this order; these are {quoted(models.tuned)}"
-        )
+    used, stored = read_learnt(path, method, recipe, models.tuned, stack)
+    tensors = [str(name) for name in said(stored, "tensors")]
     if set(tensors) != set(models.floats):
         raise InputError(f"{path}: is for models with other tensors")
-    given = {key: frozen(value) for key, value in recipe.settings.items()}
-    differing = [key for key, value in given.items() if frozen(settings.get(key)) != value]
-    if differing:
-        raise UsageError(
-            f"{path}: was learnt with "
-            + ", ".join(f"`{key} = {shown(settings.get(key))}`" for key in differing)
-            + ", the recipe says " + ", ".join(f"`{shown(given[key])}`" for key in differing),
-            "leave the setting out, or learn again without `--coefficients`",
-        )  # fmt: skip
-    used = cast("Adapted", methods.create(name, settings))
     shapes = {each: models.reference.entries[each].shape for each in tensors}
-    return used, _learnt(stored, used, tasks, shapes, seed, models.device), stored
-
-
-def _facts(
-    path: Path, metadata: Mapping[str, str]
-) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Any], int]:
-    """Tasks, merged tensors, settings and seed, as the file says."""
-    try:
-        tasks, tensors, settings = (
-            json.loads(metadata[key]) for key in ("tasks", "tensors", "settings_table")
-        )
-        json.loads(metadata["adapted_on"])
-        return tuple(map(str, tasks)), tuple(map(str, tensors)), dict(settings), int(metadata["seed"])
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: does not say what it was learnt on") from error
+    return (
+        used,
+        _learnt(stored, used, tuple(models.tuned), shapes, said(stored, "seed"), models.device),
+        stored,
+    )
 
 
 def _learnt(
@@ -179,16 +131,9 @@ def _learnt(
             raise InputError(f"{stored.path}: `{key}` {found}, expected shape {shape}")
 
     def read(key: str, start: int, stop: int) -> Tensor:
-        return _finite(stored, key, stored.read_entries(key, start, stop)).to(device)
+        return finite(stored, key, stored.read_entries(key, start, stop)).to(device)
 
     held = {
-        key: _finite(stored, key, stored.read(key)) for key in stored.entries if not key.startswith("logits.")
+        key: finite(stored, key, stored.read(key)) for key in stored.entries if not key.startswith("logits.")
     }
     return Learnt(tasks, tuple(tensors), held, seed, read)
-
-
-def _finite(stored: Checkpoint, key: str, tensor: Tensor) -> Tensor:
-    """The tensor, if all of it are numbers; else raises InputError."""
-    if not bool(tensor.isfinite().all()):
-        raise InputError(f"{stored.path}: `{key}` has NaN or infinity")
-    return tensor

@@ -3,27 +3,23 @@ content, applied without images."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from mergecli import methods
-from mergecli.adapting import KIND
-from mergecli.checkpoint import Checkpoint, open_checkpoint
-from mergecli.errors import InputError, UsageError, quoted, shown
+from mergecli.checkpoint import Checkpoint
+from mergecli.errors import InputError, UsageError
 from mergecli.learning import Learning, Lesson
+from mergecli.learnt_files import KIND, finite, read_learnt, share, write_learnt
 from mergecli.merge_output import Output
-from mergecli.methods._settings import frozen
 from mergecli.methods.representation_surgery import DOWN, UP, RepresentationSurgery, Surgeries
 from mergecli.models import Models, check_fit
 from mergecli.opening import open_source
-from mergecli.output import refuse_inputs, whole_file, write_text
+from mergecli.output import refuse_inputs
 from mergecli.parallel import is_first
 from mergecli.progress import Progress
-from mergecli.provenance import about
 from mergecli.recipe import Recipe
 from mergecli.sources import Source, home, parse_source
 from mergecli.tables import Column, Table
@@ -52,20 +48,13 @@ def surgery(
     if not is_first():  # the first of several processes learns, and writes
         return Lesson(replace(output, method=method))
     path = files.coefficients or _learnt(models, merged, method, recipe, progress)
-    used, stored = _read(path, models, method, recipe, stack)
-    if files.save_coefficients is not None:
-        with whole_file(files.save_coefficients) as file:
-            file.write(path.read_bytes())
-    if files.trace is not None:
-        write_text(files.trace, trace_table(stored, tuple(models.tuned)).text("csv"))
-    if files.tensorboard is not None:
-        from mergecli.events import write_events
-
-        write_events(files.tensorboard, trace_table(stored, tuple(models.tuned)))
+    used, stored = read_learnt(path, method, recipe, models.tuned, stack, ours={"merged": method.merged})
+    _check(stored, used, len(models.tuned))
+    share(path, trace_table(stored, tuple(models.tuned)), files)
 
     def read(name: str, start: int, stop: int) -> Tensor:
         values = merged.read_entries(name, start, stop).float()
-        return _finite(merged, name, values).to(models.device)
+        return finite(merged, name, values).to(models.device)
 
     learnt = Surgeries(stored.read(DOWN), stored.read(UP), read)
     facts = {"adapted_on": stored.metadata["adapted_on"]}
@@ -105,7 +94,6 @@ def _learnt(
     progress: Progress | None,
 ) -> Path:
     """The file of the store with what the method learns on these towers and images."""
-    from mergecli.clip.model import save_tensors
     from mergecli.clip.surgery import Surgery
 
     work = Surgery.of(models, merged, method, recipe)
@@ -114,13 +102,8 @@ def _learnt(
     if not path.exists():
         tensors = work.learn(folder / "tasks", progress)
         used = replace(method, feature_size=tensors[DOWN].shape[2])
-        settings, inputs = methods.table_of(used), {**models.digests(), MERGED: merged.digest()}
-        metadata = about(
-            KIND, method=methods.name_of(method), recipe=recipe, settings=settings, inputs=inputs,
-            tasks=json.dumps(list(models.tuned)), settings_table=json.dumps(settings), seed=str(recipe.seed),
-            adapted_on=json.dumps(work.looked_at),
-        )  # fmt: skip
-        save_tensors(tensors, path, metadata)
+        inputs = {**models.digests(), MERGED: merged.digest()}
+        write_learnt(path, tensors, used, recipe, models.tuned, inputs, work.looked_at)
     return path
 
 
@@ -136,45 +119,6 @@ def trace_table(stored: Checkpoint, tasks: tuple[str, ...]) -> Table:
     )
 
 
-def _read(
-    path: Path, models: Models, method: RepresentationSurgery, recipe: Recipe, stack: ExitStack
-) -> tuple[RepresentationSurgery, Checkpoint]:
-    """The method with the settings that it learnt with, and the file, known to be of this method and whole."""
-    stored = stack.enter_context(open_checkpoint(path))
-    name, metadata = methods.name_of(method), stored.metadata
-    if metadata.get("kind") != KIND:
-        raise InputError(f"{path}: holds no coefficients", "expected a file that `--save-coefficients` wrote")
-    if metadata.get("method") != name:
-        raise UsageError(f"{path}: was learnt by `{metadata.get('method')}`, the recipe's method is `{name}`")
-    tasks, settings = _facts(path, metadata)
-    if tasks != tuple(models.tuned):
-        raise InputError(
-            f"{path}: is for the models {quoted(tasks)}, in this order; these are {quoted(models.tuned)}"
-        )
-    settings["merged"] = method.merged
-    given = {key: frozen(value) for key, value in recipe.settings.items() if key != "merged"}
-    if differing := [key for key, value in given.items() if frozen(settings.get(key)) != value]:
-        learnt = ", ".join(f"`{key} = {shown(settings.get(key))}`" for key in differing)
-        wanted = ", ".join(f"`{shown(given[key])}`" for key in differing)
-        raise UsageError(
-            f"{path}: was learnt with {learnt}, the recipe says {wanted}",
-            "leave the setting out, or learn again without `--coefficients`",
-        )
-    used = cast("RepresentationSurgery", methods.create(name, settings))
-    _check(stored, used, len(tasks))
-    return used, stored
-
-
-def _facts(path: Path, metadata: Mapping[str, str]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Tasks and settings, as the file says."""
-    try:
-        tasks, settings = json.loads(metadata["tasks"]), json.loads(metadata["settings_table"])
-        json.loads(metadata["adapted_on"])
-        return tuple(map(str, tasks)), dict(settings)
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: does not say what it was learnt on") from error
-
-
 def _check(stored: Checkpoint, method: RepresentationSurgery, tasks: int) -> None:
     """Raises InputError unless the file's tensors are what its settings say, and numbers."""
     from mergecli.clip.surgery import LOSSES
@@ -185,11 +129,4 @@ def _check(stored: Checkpoint, method: RepresentationSurgery, tasks: int) -> Non
         if entry is None or entry.shape != shape or entry.dtype != "F32":
             found = "is missing" if entry is None else f"is {entry.dtype} of shape {entry.shape}"
             raise InputError(f"{stored.path}: `{key}` {found}, expected F32 of shape {shape}")
-        _finite(stored, key, stored.read(key))
-
-
-def _finite(stored: Checkpoint, name: str, values: Tensor) -> Tensor:
-    """The values, if all of them are numbers; else raises InputError."""
-    if not bool(values.isfinite().all()):
-        raise InputError(f"{stored.path}: `{name}` has NaN or infinity")
-    return values
+        finite(stored, key, stored.read(key))

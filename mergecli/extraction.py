@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli.adapter_config import CONFIG
-from mergecli.adapter_files import LINEARIZED, PLAIN
+from mergecli.adapter_files import PLAIN, check_adapter_folder
 from mergecli.catalogue import recipe_from
 from mergecli.checkpoint import VISION, Checkpoint
 from mergecli.errors import UsageError, did_you_mean
@@ -21,7 +21,7 @@ from mergecli.methods._kinds import Group
 from mergecli.methods._layers import layer_of
 from mergecli.methods._spectra import decompose
 from mergecli.models import open_models
-from mergecli.output import SafetensorsWriter, check_target, refuse_inputs, whole_folder
+from mergecli.output import SafetensorsWriter, refuse_inputs, whole_folder
 from mergecli.progress import Progress
 from mergecli.provenance import about
 from mergecli.recipe import DTYPES, Recipe
@@ -90,7 +90,7 @@ def extract(
     if dtype not in DTYPES[1:]:
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES[1:])}, got `{dtype}`")
     target = Path(output)
-    _check(target)
+    check_adapter_folder(target)
     recipe = recipe_from(base, {_NAME: str(source)})
     with ExitStack() as stack:
         models = open_models(recipe, stack, needs="deltas")
@@ -172,18 +172,6 @@ def _relative(changes: Iterable[_Change]) -> float:
     every = list(changes)
     norm = math.fsum(change.norm for change in every)
     return math.sqrt(math.fsum(change.lost for change in every) / norm) if norm else 0.0
-
-
-def _check(target: Path) -> None:
-    """Raises UsageError unless the folder may become an adapter's: a model in it would be read in its place."""
-    if target.suffix == ".safetensors":
-        raise UsageError(f"{target}: an adapter is a folder", "name one, without suffix")
-    check_target(target, folder=True)
-    for name in ("model.safetensors", "model.safetensors.index.json", LINEARIZED):
-        if (target / name).exists():
-            raise UsageError(
-                f"{target}: has a `{name}`, which would be read in its place", "name a new folder"
-            )
 
 
 def _chosen(reference: Checkpoint, modules: Sequence[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergecli import interrupts
 from mergecli.errors import UsageError
 from mergecli.output import refuse_inputs
 from mergecli.parallel import is_first, join, wait
@@ -120,7 +121,6 @@ def finetune(
     records.check(target)
     import torch
 
-    from mergecli.clip.adaptation_run import undisturbed
     from mergecli.clip.heads import clip_digests
     from mergecli.clip.model import load_clip, save_tower
     from mergecli.devices import usable_device
@@ -177,7 +177,7 @@ def finetune(
                 save_adapter(adapter, label, target, written, getattr(torch, dtype))
             records.write(trace_table(names, settings, state.losses, state.validation))
         except BaseException:
-            with undisturbed():
+            with interrupts.undisturbed():
                 state.save()  # nothing is trained again, only written
             raise
         state.path.unlink(missing_ok=True)

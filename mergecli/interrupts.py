@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -30,3 +33,21 @@ def check() -> None:
     """Raises KeyboardInterrupt if Ctrl-C was pressed and some library swallowed it; for loops of long work."""
     if pressed:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def undisturbed() -> Generator[None]:
+    """Lets Ctrl-C, and termination, wait until the block has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        for number in came:
+            signal.raise_signal(number)

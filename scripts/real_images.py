@@ -34,8 +34,8 @@ SHORT = {  # the toy text tower takes 24 tokens, and has few words
     "end of limits, turn right, turn left, ahead, ahead or right, ahead or left, keep right, keep left, circle, "
     "end of no passing, end of no trucks",
 }
-FULL = ["--learning-rate", "3e-4"]
-LOW_RANK = ["--rank", "8", "--alpha", "16", "--learning-rate", "3e-3"]
+FULL = ["--learning-rate", "2e-4"]
+LOW_RANK = ["--rank", "8", "--alpha", "16", "--learning-rate", "2e-3"]
 KINDS = {"full": FULL, "lora": ["--lora", *LOW_RANK], "l-lora": ["--l-lora", *LOW_RANK]}
 LEARNING = {
     "ada_merging": ["method.steps=100"],
@@ -53,8 +53,8 @@ FEW = ["average", "task_arithmetic", "ties", "tsv_m", "iso_c"]
 class Experiment:
     """The folder, and the commands run so far with their times."""
 
-    def __init__(self, data: Path, folder: Path, steps: int) -> None:
-        self.data, self.folder, self.steps = data.absolute(), folder, steps
+    def __init__(self, data: Path, folder: Path, steps: int, base_steps: int) -> None:
+        self.data, self.folder, self.steps, self.base_steps = data.absolute(), folder, steps, base_steps
         self.log = folder / "commands.tsv"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -90,7 +90,7 @@ class Experiment:
         """A whole CLIP: the toy base with a tower that has learnt four of the tasks."""
         recipe = self.recipe("base", "toy:base", {})
         seen = [part for task in SEEN for part in ("--task", task)]
-        tower = self.run(self.folder / "base.safetensors", "finetune", recipe, *seen, "--steps", 2 * self.steps,
+        tower = self.run(self.folder / "base.safetensors", "finetune", recipe, *seen, "--steps", self.base_steps,
                          "--learning-rate", "5e-4", "--trace", self.folder / "base.csv")  # fmt: skip
         whole = self.folder / "base"
         if not whole.exists():
@@ -145,14 +145,15 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=300, help="of each fine-tuning")
     parser.add_argument(
-        "--steps", type=int, default=200, help="of each fine-tuning; the base takes twice as many"
+        "--base-steps", type=int, default=1200, help="of the base, each with images of four tasks"
     )
     parser.add_argument("--kinds", default=",".join(KINDS), help="of fine-tuning")
     parser.add_argument("--methods", help="of merging the fully fine-tuned towers; all by default")
     parser.add_argument("--report", type=Path, help="a folder for results and reports as text")
     given = parser.parse_args()
-    work = Experiment(given.data, given.folder, given.steps)
+    work = Experiment(given.data, given.folder, given.steps, given.base_steps)
     base = work.base()
     report = given.report or work.folder / "report"
     for kind in given.kinds.split(","):

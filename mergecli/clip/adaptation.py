@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import caching, interrupts, methods
-from mergecli.clip.adaptation_run import Run, undisturbed
+from mergecli.clip.adaptation_run import Run
 from mergecli.clip.tasks import Task, digest, find
 from mergecli.errors import InputError, UsageError, quoted
 from mergecli.methods._adapted import Adapted, State
@@ -115,7 +115,7 @@ class Adaptation:
                     mean = float(losses.sum()) / len(self.images)
                     if not math.isfinite(mean):
                         break
-                    with undisturbed():
+                    with interrupts.undisturbed():
                         change()
                         run.add(losses, method.shown(run.state))
                     if progress is not None and is_first():
@@ -123,7 +123,7 @@ class Adaptation:
                     run.save_sometimes()
                 kept = {key: each.cpu() for key, each in method.finish(trial, run.state).items()}
             except BaseException:
-                with undisturbed():
+                with interrupts.undisturbed():
                     run.save()
                 raise
         if not math.isfinite(mean):

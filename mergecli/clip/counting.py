@@ -98,12 +98,12 @@ def count(seats: list[Seat], work: Round, parts: Iterable[Pixels]) -> list[Tally
         seats.append(seats[0].another())
     lock = threading.Lock()
     turns = [_Turn(seat, work, tallies, lock) for seat in seats[:wanted]]
+    at_once = len(tallies) - len(tallies) % len(turns) if len(turns) > 1 else 0
     for part in parts:
-        if len(turns) == 1:
-            for number in range(len(tallies)):
-                turns[0].show(part, number)
-        else:
-            _show_at_once(turns, part, len(tallies))
+        if at_once:
+            _show_at_once(turns, part, at_once)
+        for number in range(at_once, len(tallies)):  # too few for every seat: all cores work on each
+            turns[0].show(part, number)
     return tallies
 
 

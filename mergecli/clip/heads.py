@@ -123,7 +123,14 @@ def logits(
 
     A `correction` changes the (B, D) unit image features first, which are not normalised again.
     """
-    image = features(clip, pixel_values).float()
+    return compare(clip, features(clip, pixel_values), head, correction)
+
+
+def compare(
+    clip: Clip, image: Tensor, head: Tensor, correction: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """(B, C) the logits of (B, D) image features."""
+    image = image.float()
     image = image / image.norm(dim=-1, keepdim=True)
     if correction is not None:
         image = correction(image)

@@ -86,7 +86,7 @@ class Forward:
         self._seat, self._head = seat, head
         self.watch: Callable[[Mapping[str, Tensor], int], None] | None = None
         """Called with the routing weights of every layer, and the number of images, for each piece once all have passed."""
-        self._most: int | None = _piece(seat.clip) if head.device.type == "cpu" else None
+        self._most: int | None = piece_of(seat.clip) if head.device.type == "cpu" else None
 
     def __call__(self, pixel_values: Tensor, features: LayerFeatures | None, row: int) -> Tensor:
         """(B, C); `row` is the number of the batch's first image."""
@@ -120,7 +120,7 @@ class Forward:
         return scores, installed.routes() if installed else {}, len(pixel_values)
 
 
-def _piece(clip: Clip) -> int:
+def piece_of(clip: Clip) -> int:
     """How many images' widest activations take about `PIECE` bytes."""
     config = clip.model.config.vision_config
     tokens = (config.image_size // config.patch_size) ** 2 + 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergecli import caching, interrupts, methods
 from mergecli.checkpoint import Checkpoint, open_checkpoint
-from mergecli.clip.seats import PIECE
+from mergecli.clip.seats import piece_of
 from mergecli.errors import InputError, UsageError
 from mergecli.methods._kinds import uniform
 from mergecli.methods.representation_surgery import DOWN, UP, RepresentationSurgery
@@ -33,6 +33,8 @@ LOSSES = "trace.losses"
 """(steps, T) the loss of each step's batch."""
 DECODED = 256
 """Images that are decoded at a time, where they are not in the cache."""
+DEVICE_PIECE = 128
+"""Images that go through the tower at once on a device beside the processor."""
 _PROCESSING = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -170,7 +172,11 @@ class Surgery:
         if not len(images):
             return result
         set_tower(clip, tower)
-        normalised, size, done = Normalisation(clip), _piece(clip), 0
+        normalised, size, done = (
+            Normalisation(clip),
+            piece_of(clip) if clip.device.type == "cpu" else DEVICE_PIECE,
+            0,
+        )
         how = Processing(max_size=caching.allowed_size())
         with torch.no_grad(), closing(spans(clip, images, how, DECODED, 0)) as parts:
             for pixels in parts:
@@ -187,12 +193,3 @@ class Surgery:
                 "look at the weights with `mergecli info`",
             )
         return result
-
-
-def _piece(clip: Clip) -> int:
-    """Images that go through the tower at once: on a processor as many as fit its cache."""
-    if clip.device.type != "cpu":
-        return 128
-    config = clip.model.config.vision_config
-    tokens = (config.image_size // config.patch_size) ** 2 + 1
-    return max(1, PIECE // (4 * tokens * config.intermediate_size))

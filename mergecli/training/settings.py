@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mergecli.adapter_files import LINEARIZED
+from mergecli.adapter_files import check_adapter_folder
 from mergecli.errors import UsageError, listed, quoted
 from mergecli.output import check_target
 
@@ -164,14 +164,7 @@ def check_output(target: Path, low_rank: LowRank | None) -> None:
             raise UsageError(f"{target}: expected a `.safetensors` file, or a folder's name without suffix")
         check_target(target, folder=not target.suffix)
         return
-    if target.suffix == ".safetensors":
-        raise UsageError(f"{target}: an adapter is a folder", "name one, without suffix")
-    check_target(target, folder=True)
-    for name in ("model.safetensors", "model.safetensors.index.json", LINEARIZED):
-        if (target / name).exists():
-            raise UsageError(
-                f"{target}: has a `{name}`, which would be read in its place", "name a new folder"
-            )
+    check_adapter_folder(target)
 
 
 def modules_of(written: str | Sequence[str] | None) -> tuple[str, ...] | None:

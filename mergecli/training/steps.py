@@ -9,7 +9,6 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from mergecli import interrupts
-from mergecli.clip.adaptation_run import undisturbed
 from mergecli.clip.processing import Normalisation
 from mergecli.errors import InputError
 from mergecli.parallel import Ranks
@@ -58,7 +57,7 @@ class Training:
             while True:
                 if settings.validates(state.step) and state.step not in state.validation:
                     accuracies = [self._accuracy(each) for each in self.lessons]
-                    with undisturbed():
+                    with interrupts.undisturbed():
                         state.validated(accuracies)
                 if state.step >= settings.steps:
                     return
@@ -66,13 +65,13 @@ class Training:
                 losses, images = self._gradients(batches)
                 if not all(map(math.isfinite, losses)):
                     break
-                with undisturbed():
+                with interrupts.undisturbed():
                     self._update(losses)
                 report(sum(losses), images)
                 if state.step % save_every == 0 and state.step < settings.steps:
                     state.save()
         except BaseException:
-            with undisturbed():
+            with interrupts.undisturbed():
                 state.save()
             raise
         kept = f"; the state of step {state.saved[0]} is kept in {state.path}" if state.saved[0] else ""
@@ -123,14 +122,14 @@ class Training:
         """(B, C) exp(logit_scale) * cosine; only the tower computes in less than float32."""
         import torch
 
+        from mergecli.clip.heads import compare
         from mergecli.clip.model import features
 
         wanted = self.settings.precision
         dtype = getattr(torch, "bfloat16" if wanted == "float32" else wanted)
         with torch.autocast(self.clip.device.type, dtype, enabled=wanted != "float32"):
             image = features(self.clip, self._normalise(pixels))
-        image = image.float()
-        return self.clip.model.logit_scale.exp() * (image / image.norm(dim=-1, keepdim=True)) @ lesson.head.T
+        return compare(self.clip, image, lesson.head)
 
     def _update(self, losses: list[float]) -> None:
         state = self.state

@@ -42,6 +42,7 @@ RANKS = [
         "finetuning",
         "inspection",
         "learning",
+        "learnt_files",
         "measured",
         "measuring",
         "plots",
