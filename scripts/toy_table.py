@@ -2,6 +2,7 @@
 
     python scripts/toy_table.py out/toy-table            # goes on where it was; prints the table as Markdown
     python scripts/toy_table.py out/toy-table --steps 1000 --seeds 0,1,2
+    python scripts/toy_table.py out/toy-table --pace      # and images a second of every row, beside the plain tower
 
 Methods that learn take `--steps` steps, a tenth of the published number by default, at the published rates; the test
 images without labels, as published. Everything else is the default of its method.
@@ -14,6 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from safetensors import safe_open
@@ -99,11 +101,43 @@ def size(path: Path) -> float:
     return path.stat().st_size / one
 
 
-def line(label: str, values: list[float], relative: float | None) -> str:
+def pace(path: Path, routing: str) -> float:
+    """Images a second relative to the plain tower, as `eval` shows batches of 128 to a tower; turns in one process."""
+    import torch
+
+    from mergecli.checkpoint import open_checkpoint
+    from mergecli.clip.heads import zero_shot_head
+    from mergecli.clip.model import load_clip
+    from mergecli.clip.seats import Forward, Seat
+    from mergecli.sources import locate, parse_source
+
+    base = locate(parse_source("toy:base", Path()))
+    clip = load_clip(base)
+    other = load_clip(base)
+    seats = Seat(other), Seat(clip, routing)  # type: ignore[arg-type]
+    shown = torch.randn(128, 3, 32, 32)
+    best = [float("inf"), float("inf")]
+    with open_checkpoint(base) as plain, open_checkpoint(path) as stored, torch.inference_mode():
+        seats[0].take(plain.vision(), "digits")
+        seats[1].take(stored.vision(), "digits")
+        passes = [
+            Forward(seat, zero_shot_head(seat.clip, ["one", "two"], ["a photo of {}."])) for seat in seats
+        ]
+        for _ in range(12):
+            for number, forward in enumerate(passes):
+                began = time.perf_counter()
+                forward(shown, None, 0)
+                best[number] = min(best[number], time.perf_counter() - began)
+    return best[0] / best[1]
+
+
+def line(label: str, values: list[float], relative: float | None, speed: float | None = None) -> str:
     """One row of the table."""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     shown = "" if relative is None else f"{relative:.2f}"
-    return f"| {label} | {statistics.mean(values):.1f}{spread} | {shown} |"
+    return f"| {label} | {statistics.mean(values):.1f}{spread} | {shown} |" + (
+        f" {speed:.2f} |" if speed else ""
+    )
 
 
 def main() -> None:
@@ -115,15 +149,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="rows whose label contains this")
+    parser.add_argument(
+        "--pace", action="store_true", help="also images a second relative to the plain tower"
+    )
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     lines = ["| method | average | size |", "| :-- | --: | --: |"]
+    if given.pace:
+        lines = ["| method | average | size | images/s |", "| :-- | --: | --: | --: |"]
     for name, more in (("base", ["toy:base", "--clip", "toy:base", "--tasks", "toy8"]),
                        ("fine-tuned", ["--individual", "--recipe", RECIPE])):  # fmt: skip
         if not (given.folder / f"{name}.json").exists():
             call("eval", *more, "-o", given.folder / f"{name}.json")
         accuracy = 100 * json.loads((given.folder / f"{name}.json").read_text())["average"]["accuracy"]
-        lines.append(line(name, [accuracy], 1.0 if name == "base" else 8.0))
+        lines.append(line(name, [accuracy], 1.0 if name == "base" else 8.0, 1.0 if given.pace else None))
     for row in ROWS:
         if given.only not in row[0]:
             continue
@@ -132,7 +171,9 @@ def main() -> None:
         routed = "WEMoE" in row[0]
         for routing in ("sample", "batch") if routed else ("sample",):
             values = [scored(given.folder, path, routing) for path in paths]
-            lines.append(line(row[0] + (f", a {routing}" if routed else ""), values, size(paths[0])))
+            speed = pace(paths[0], routing) if given.pace else None
+            label = row[0] + (f", a {routing}" if routed else "")
+            lines.append(line(label, values, size(paths[0]), speed))
             print(lines[-1], file=sys.stderr, flush=True)
     print("\n".join(lines))
 

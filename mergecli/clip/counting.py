@@ -132,14 +132,21 @@ def _show_at_once(turns: Sequence[_Turn], part: Pixels, towers: int) -> None:
                 wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
                 interrupts.check()
                 if any(each.done() and each.exception() for each in running):
+                    _stop(turns)
                     break
+        except BaseException:
+            _stop(turns)
+            raise
         finally:
-            for turn in turns:
-                turn.stopped = True
             pool.shutdown()
             torch.set_num_threads(threads)
     for each in running:
         each.result()
+
+
+def _stop(turns: Sequence[_Turn]) -> None:
+    for turn in turns:
+        turn.stopped = True
 
 
 class _Turn:

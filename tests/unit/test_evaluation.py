@@ -171,6 +171,22 @@ def test_several_together_get_what_each_gets_alone(place, recipe, monkeypatch):
     assert evaluate(towers, recipe=recipe) == together
 
 
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_towers_that_are_shown_images_at_once_get_what_they_get_in_turn(place, recipe, monkeypatch, threads):
+    towers = [place / name for name in ("base", "tower.safetensors", "vector.safetensors")]
+    in_turn = evaluate(towers, recipe=recipe)
+    torch.set_num_threads(threads)
+    for room in (1 << 30, 0):
+        monkeypatch.setattr(tallies, "PIXEL_BYTES", room)
+        at_once = evaluate(towers, recipe=recipe, cache=False)
+        for one, other in zip(at_once, in_turn, strict=True):
+            assert {name: (score.correct, score.images) for name, score in one.tasks.items()} == {
+                name: (score.correct, score.images) for name, score in other.tasks.items()
+            }
+            assert one.average.loss == pytest.approx(other.average.loss, rel=1e-5)
+    assert torch.get_num_threads() == threads
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
 def test_cache_workers_and_batch_size_change_no_count(place, recipe, workers, batch_size):
