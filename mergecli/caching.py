@@ -1,4 +1,5 @@
-"""`cache`: the files that evaluations leave for later ones, how large they may grow, and which go first."""
+"""`cache`: the files that evaluations leave for later ones, how large they may grow, and which go first; and what merges
+have measured and learnt, which stays until it is removed by name."""
 
 from __future__ import annotations
 
@@ -15,10 +16,14 @@ from typing import NamedTuple
 
 from mergecli.errors import InputError, UsageError, did_you_mean
 from mergecli.layout import read_header
+from mergecli.provenance import inputs_of
 from mergecli.sources import home
 
-KINDS = ("pixels", "heads", "results", "data")
+PASSING = ("pixels", "heads", "results", "data")
 """Processed images; zero-shot heads; what unfinished evaluations have so far; data that older versions converted."""
+LASTING = ("statistics", "coefficients")
+"""What merges have measured, and learnt. It does not count in the size that the cache may grow to."""
+KINDS = (*PASSING, *LASTING)
 
 DEFAULT_SIZE = 20 * 10**9
 SPARE = 10**9
@@ -68,8 +73,8 @@ def cache(kinds: Sequence[str] = (), *, clear: bool = False, max_size: str | int
 
     Args:
         kinds: of `KINDS`; none stands for all.
-        clear: remove these kinds.
-        max_size: remove of all kinds those last used longest ago, until the rest takes no more, such as `5GB`.
+        clear: remove these kinds; without any, the `PASSING` ones.
+        max_size: remove of the `PASSING` kinds what was used longest ago, until the rest takes no more, such as `5GB`.
 
     Raises:
         UsageError: a kind or a size that there is not.
@@ -84,7 +89,7 @@ def cache(kinds: Sequence[str] = (), *, clear: bool = False, max_size: str | int
     every = entries()
     removed: list[Entry] = []
     if clear:
-        removed = [entry for entry in every if entry.kind in (kinds or KINDS)]
+        removed = [entry for entry in every if entry.kind in (kinds or PASSING)]
     elif max_size is not None:
         gone = {file.path for file in _oldest(bound)}
         removed = [entry for entry in every if entry.path in gone]
@@ -104,7 +109,7 @@ def entries() -> list[Entry]:
             last_used=datetime.fromtimestamp(file.used, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             path=file.path,
         )
-        for file in _files()
+        for file in _files(KINDS)
     ]
 
 
@@ -159,10 +164,10 @@ class _File(NamedTuple):
     size: int
 
 
-def _files() -> list[_File]:
-    """Everything in the cache, the last used first."""
+def _files(kinds: Sequence[str] = PASSING) -> list[_File]:
+    """Everything of these kinds, the last used first."""
     found: list[_File] = []
-    for kind, path in _paths():
+    for kind, path in _paths(kinds):
         with contextlib.suppress(OSError):
             status = path.stat()
             size = _folder_size(path) if path.is_dir() else status.st_size
@@ -185,13 +190,13 @@ def _folder() -> Path:
     return home() / "cache"
 
 
-def _paths() -> Iterator[tuple[str, Path]]:
-    """Kind and path of everything, whole or not."""
-    for kind in KINDS[:-1]:
-        with contextlib.suppress(OSError):
-            for path in sorted((_folder() / kind).iterdir()):
-                if path.suffix in (".safetensors", ".part"):
-                    yield kind, path
+def _paths(kinds: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Kind and path of everything of these kinds, whole or not."""
+    for kind in kinds:
+        folder = home() / kind if kind in LASTING else _folder() / kind
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".safetensors", ".part"):
+                yield kind, path
     with contextlib.suppress(OSError):
         for path in sorted(_folder().iterdir()):
             if _CONVERTED.fullmatch(path.name) and path.is_dir():
@@ -209,11 +214,15 @@ def _what(path: Path) -> str:
     except OSError:
         return "cannot be read"
     try:
-        return read_header(path, descriptor)[1].get("what", "")
+        metadata = read_header(path, descriptor)[1]
     except InputError:
         return "damaged"
     finally:
         os.close(descriptor)
+    if "method" in metadata:
+        tasks = [name for name in inputs_of(metadata) if name != "base"]
+        return f"{metadata['method']} of {', '.join(tasks)}"
+    return metadata.get("what", "")
 
 
 def _folder_size(path: Path) -> int:

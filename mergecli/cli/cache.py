@@ -20,7 +20,7 @@ def cache(
         list[str] | None,
         typer.Argument(
             metavar="[KIND...]", autocompletion=_complete_kinds, show_default=False,
-            help="pixels, heads, results or data. Default: all.",
+            help="pixels, heads, results, data, statistics or coefficients. Default: all; of --clear the first four.",
         ),
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove these kinds.")] = False,
@@ -30,14 +30,17 @@ def cache(
     ] = None,
     form: options.Format = None,
 ) -> None:  # fmt: skip
-    """Show what evaluations have kept for later ones, and remove it.
+    """Show what evaluations and merges have kept for later ones, and remove it.
 
-    It is kept in `$MERGECLI_HOME/cache`, and grows to 20 GB, or to half of what the disk has room for if that is less;
-    `MERGECLI_CACHE_SIZE` and `--cache-size` of `eval` say otherwise. Nothing is lost with it but time.
+    Images, heads and results are kept in `$MERGECLI_HOME/cache`, and grow to 20 GB, or to half of what the disk has room
+    for if that is less; `MERGECLI_CACHE_SIZE` and `--cache-size` of `eval` say otherwise. What merges have measured
+    (`statistics`) and learnt (`coefficients`) stays until it is removed by name. Nothing is lost with any of it but time.
 
     mergecli cache
 
     mergecli cache pixels --clear
+
+    mergecli cache statistics coefficients --clear
     """
     from mergecli import caching
     from mergecli.tables import Column, Table

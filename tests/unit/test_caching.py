@@ -122,6 +122,28 @@ def test_what_is_no_size_is_refused(monkeypatch, text):
         allowed_size()
 
 
+def test_what_merges_measured_and_learnt_is_shown_and_goes_only_by_name(folder, tmp_path):
+    put("pixels", "a", 10)
+    for number, (kind, about) in enumerate((("statistics", "fisher"), ("coefficients", "ada_merging"))):
+        path = tmp_path / kind / about / "x.safetensors"
+        path.parent.mkdir(parents=True)
+        inputs = '{"base": "xxh3:1", "digits": "xxh3:2", "letters": "xxh3:3"}'
+        save_file({"x": torch.zeros(9)}, path, {"method": about, "inputs": inputs})
+        os.utime(path, (20 + number, 20 + number))
+    assert [(each.kind, each.what) for each in cache().entries] == [
+        ("coefficients", "ada_merging of digits, letters"),
+        ("statistics", "fisher of digits, letters"),
+        ("pixels", "thing a"),
+    ]
+    assert [each.kind for each in cache(max_size=0).removed] == ["pixels"]
+    put("pixels", "a", 10)
+    assert make_room(1, 1)
+    assert [each.kind for each in cache().entries] == ["coefficients", "statistics"]
+    assert cache(clear=True).removed == ()
+    assert [each.kind for each in cache(["statistics"], clear=True).removed] == ["statistics"]
+    assert [each.kind for each in cache().entries] == ["coefficients"]
+
+
 def test_an_unknown_kind_is_refused():
     with pytest.raises(UsageError, match=r"got `pixel` \(did you mean `pixels`\?\)"):
         cache(["pixel"])
