@@ -33,6 +33,11 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             added = path
         else:
             opened = _of_task(stack.enter_context(open_checkpoint(path)), source)
+            if opened.is_mixture and (added or source.dtype):
+                raise InputError(
+                    f"{source}: holds several towers, to which no `{'adapter' if added else 'dtype'}` applies",
+                    "name one of them, `FILE#TASK`, or leave it out",
+                )
         if added:
             adapter = open_adapter(added)
             stack.callback(adapter.stored.close)

@@ -452,3 +452,21 @@ def test_a_plain_tower_called_a_mixture_is_refused(place: Path, tmp_path: Path) 
 def test_a_task_of_a_file_with_one_tower_is_refused(place: Path) -> None:
     with pytest.raises(InputError, match="the file holds one tower"):
         mergecli.info(f"{place}/one.safetensors#one")
+
+
+def test_a_dtype_of_a_whole_mixture_is_refused_and_of_one_of_its_towers_is_not(
+    place: Path, tmp_path: Path
+) -> None:
+    def recipe(source: str) -> Path:
+        path = tmp_path / "r.toml"
+        tuned = f'one = {{ source = "{place}/{source}", dtype = "float16" }}\ntwo = "{place}/two.safetensors"'
+        path.write_text(f'base = "{place}/clip"\n[tuned]\n{tuned}\n')
+        return path
+
+    merged = mergecli.merge(
+        recipe("emr.safetensors#one"), method="average", output=tmp_path / "m.safetensors"
+    )
+    assert merged.tasks == ("one", "two")
+    with pytest.raises(InputError, match="holds several towers, to which no `dtype` applies") as raised:
+        mergecli.merge(recipe("emr.safetensors"), method="average", output=tmp_path / "n.safetensors")
+    assert raised.value.hint == "name one of them, `FILE#TASK`, or leave it out"
