@@ -1,11 +1,12 @@
-"""The whole tool on eight small tasks of real images: a base, fine-tuning, LoRA, L-LoRA, merges, evaluations, a report.
+"""The whole tool on eight tasks: a base, fine-tuning, LoRA, L-LoRA, merges by every method, evaluations, a report.
 
-    python scripts/real_images.py DATA out/real --report recipes/real-images
+    python scripts/experiment.py DATA out/real --report recipes/real-images      small tasks of real images
+    python scripts/experiment.py toy out/toy --kinds lora,l-lora                 the toy tasks, on the toy base
 
 DATA has a folder of Parquet files for each task: mnist, gtsrb, eurosat, dtd10, fashion_mnist, cifar10, emnist_letters,
 sign_digits. Every step is a mergecli command that is printed before it runs; what is there already is not done again.
 
-The base is the toy base, trained further on four of the tasks at once, for its towers are too small and have seen too
+The base of real images is the toy base, trained further on four of the tasks at once, for its towers are too small and have seen too
 little to know anything of real images; the other four tasks are new to it.
 """
 
@@ -25,6 +26,7 @@ from mergecli import methods
 
 SEEN = ("cifar10", "fashion_mnist", "emnist_letters", "gtsrb")
 TASKS = ("mnist", "gtsrb", "eurosat", "dtd10", "fashion_mnist", "cifar10", "emnist_letters", "sign_digits")
+TOYS = ("digits", "letters", "shapes", "textures", "arrows", "colours", "positions", "faces")
 TEMPLATE = "a photo of {}."
 SHORT = {  # the toy text tower takes 24 tokens, and has few words
     "eurosat": "crops, forest, herbs, highway, factories, pasture, orchard, houses, river, sea",
@@ -54,6 +56,8 @@ class Experiment:
     """The folder, and the commands run so far with their times."""
 
     def __init__(self, data: Path, folder: Path, steps: int, base_steps: int) -> None:
+        self.toy = str(data) == "toy"
+        self.tasks = TOYS if self.toy else TASKS
         self.data, self.folder, self.steps, self.base_steps = data.absolute(), folder, steps, base_steps
         self.log = folder / "commands.tsv"
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,8 +77,8 @@ class Experiment:
         """A recipe of the eight tasks."""
         lines = [f"base = {json.dumps(str(base))}", "[tuned]"]
         lines += [f"{task} = {json.dumps(str(path.absolute()))}" for task, path in tuned.items()]
-        lines += ["[eval]", f"tasks = {json.dumps(list(TASKS))}"]
-        for task in TASKS:
+        lines += ["[eval]", f"tasks = {json.dumps(list(self.tasks))}"]
+        for task in () if self.toy else TASKS:
             lines += [
                 f"[tasks.{task}]",
                 f"data = {json.dumps(str(self.data / task))}",
@@ -86,8 +90,10 @@ class Experiment:
         path.write_text("\n".join(lines) + "\n")
         return path
 
-    def base(self) -> Path:
-        """A whole CLIP: the toy base with a tower that has learnt four of the tasks."""
+    def base(self) -> str:
+        """A whole CLIP: the toy base, for real images with a tower that has learnt four of the tasks."""
+        if self.toy:
+            return "toy:base"
         recipe = self.recipe("base", "toy:base", {})
         seen = [part for task in SEEN for part in ("--task", task)]
         tower = self.run(self.folder / "base.safetensors", "finetune", recipe, *seen, "--steps", self.base_steps,
@@ -102,16 +108,16 @@ class Experiment:
                 if not file.name.startswith(("model", "config")):
                     shutil.copy(file, fresh / file.name)
             fresh.rename(whole)
-        return whole.absolute()
+        return str(whole.absolute())
 
-    def towers(self, kind: str, base: Path) -> Path:
+    def towers(self, kind: str, base: str) -> Path:
         """The recipe of eight fine-tuned towers or adapters."""
         recipe = self.recipe("base-of-all", base, {})
         suffix = ".safetensors" if kind == "full" else ""
         tuned = {
             task: self.run(self.folder / kind / (task + suffix), "finetune", recipe, "--task", task, "--steps", self.steps,
                            *KINDS[kind])
-            for task in TASKS
+            for task in self.tasks
         }  # fmt: skip
         return self.recipe(kind, base, tuned)
 
@@ -164,7 +170,7 @@ def main() -> None:
         )
         every = [name for name in every if not given.methods or name in given.methods.split(",")]
         found = [
-            work.run(results / "base.json", "eval", "base=" + str(base), "--recipe", recipe),
+            work.run(results / "base.json", "eval", "base=" + base, "--recipe", recipe),
             *work.merges(kind, recipe, every if kind == "full" else FEW),
             work.run(results / "fine-tuned.json", "eval", "--individual", "--recipe", recipe),
         ]
@@ -174,7 +180,7 @@ def main() -> None:
         work.run(
             report / f"{kind}-each.md",
             "report",
-            *(cross / f"{task}.json" for task in ("base", *TASKS)),
+            *(cross / f"{task}.json" for task in ("base", *work.tasks)),
             "--format",
             "md",
         )
