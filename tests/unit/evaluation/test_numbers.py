@@ -1,76 +1,28 @@
+"""Counts, losses and what results say, against a plain loop."""
+
 from __future__ import annotations
 
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from mergecli import evaluation
-from mergecli.checkpoint import TASK_VECTOR, open_checkpoint
-from mergecli.clip import counting, heads, model, tallies, tasks
+from mergecli.checkpoint import open_checkpoint
+from mergecli.clip import heads, tallies, tasks
 from mergecli.clip.images import load_images
 from mergecli.clip.selection import balanced
-from mergecli.errors import InputError, UsageError
 from mergecli.evaluation import evaluate, read_result
 from mergecli.recipe import Recipe, TaskTable
 from mergecli.sources import parse_source
-from tests.tiny import make_image_task, make_tiny_clip
 
-REAL = Path(os.environ.get("MERGECLI_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+REAL = Path(os.environ.get("MERGECLI_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 TEMPLATES = ("a photo of something {}.", "{}")
 OTHERS = ("emnist_letters", "gtsrb", "eurosat", "dtd10", "cifar10", "fashion_mnist")
-
-
-@pytest.fixture(autouse=True)
-def quiet_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread: for so small a model a second one only waits."""
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "home"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two CLIPs (`base` and `other`), the second's tower, its task vector, and two tasks."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    make_tiny_clip(folder / "base")
-    make_tiny_clip(folder / "other", seed=1)
-    make_image_task(folder / "tints")
-    make_image_task(folder / "more", test=20, seed=1)
-    base, other = (
-        {
-            k: v
-            for k, v in load_file(folder / name / "model.safetensors").items()
-            if k.startswith("vision_model.")
-        }
-        for name in ("base", "other")
-    )
-    save_file(other, folder / "tower.safetensors", {"kind": "checkpoint", "method": "ties"})
-    vector = {name: other[name] - base[name] for name in base}
-    save_file(vector, folder / "vector.safetensors", {"kind": TASK_VECTOR})
-    return folder
-
-
-@pytest.fixture
-def recipe(place: Path) -> Recipe:
-    tables = {
-        name: TaskTable(data=parse_source(str(place / name), Path()), templates=TEMPLATES)
-        for name in ("tints", "more")
-    }
-    return Recipe(
-        base=parse_source(str(place / "base"), Path()),
-        tasks=tables,
-        eval_tasks=("tints", "more"),
-        batch_size=8,
-    )
 
 
 def plain(
@@ -368,119 +320,6 @@ def test_features_of_several_checkpoints_have_a_folder_each(place, recipe, tmp_p
     assert (about["kind"], about["task"], about["split"]) == ("features", "tints", "test")
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, stop_at: str | None = None) -> list[str]:
-    """The tasks that are counted from now on; at `stop_at` Ctrl-C is pressed."""
-    seen: list[str] = []
-    real = counting.count
-
-    def count(seats, work, parts):
-        if work.task == stop_at:
-            raise KeyboardInterrupt
-        seen.append(f"{work.task} {len(work.checkpoints)}")
-        return real(seats, work, parts)
-
-    monkeypatch.setattr(counting, "count", count)
-    return seen
-
-
-def test_an_interrupted_evaluation_goes_on_where_it_was(place, recipe, tmp_path, monkeypatch):
-    towers = [place / "base", place / "tower.safetensors"]
-    given = {"recipe": recipe, "output": tmp_path / "out", "predictions": tmp_path / "p.parquet"}
-    evaluate(towers, **given | {"output": tmp_path / "want", "predictions": tmp_path / "want.parquet"})
-    assert list((tmp_path / "home" / "cache" / "results").iterdir()) == []
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        counted(patch, stop_at="more")
-        evaluate(towers, **given)
-    assert len(list((tmp_path / "home" / "cache" / "results").iterdir())) == 2
-    seen = counted(monkeypatch)
-    evaluate(towers, **given)
-    assert seen == ["more 2"]
-    for name in ("base.json", "tower.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "want" / name).read_bytes()
-    assert (tmp_path / "p.parquet").read_bytes() == (tmp_path / "want.parquet").read_bytes()
-    assert list((tmp_path / "home" / "cache" / "results").iterdir()) == []
-    evaluate(towers, **given)
-    assert seen == ["more 2", "tints 2", "more 2"]
-
-
-@pytest.mark.parametrize(
-    ("change", "again"),
-    [
-        ({}, ["more 1"]),
-        ({"fresh": True}, ["tints 1", "more 1"]),
-        ({"cache": False}, ["tints 1", "more 1"]),
-        ({"batch_size": 5}, ["tints 1", "more 1"]),
-        ({"dtype": "bfloat16"}, ["tints 1", "more 1"]),
-        ({"limit": 6}, ["tints 1", "more 1"]),
-        ({"split": "train"}, ["tints 1", "more 1"]),
-        ({"corruption": "contrast"}, ["tints 1", "more 1"]),
-        ({"clip": "other"}, ["tints 1", "more 1"]),
-        ({"checkpoints": "base"}, ["tints 1", "more 1"]),
-        ({"features": "features"}, ["tints 1", "more 1"]),
-        ({"device": "cpu", "workers": 2, "predictions": "p.parquet", "output": "o.json"}, ["more 1"]),
-    ],
-)
-def test_only_the_same_evaluation_goes_on(place, recipe, tmp_path, monkeypatch, change, again):
-    monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        counted(patch, stop_at="more")
-        evaluate(place / "tower.safetensors", recipe=recipe)
-    change = {
-        key: place / value if key in ("clip", "checkpoints") else value for key, value in change.items()
-    }
-    seen = counted(monkeypatch)
-    evaluate(**{"checkpoints": place / "tower.safetensors", "recipe": recipe, **change})
-    assert seen == again
-
-
-def test_features_that_were_saved_before_an_interruption_are_not_made_again(
-    place, recipe, tmp_path, monkeypatch
-):
-    given = {"recipe": recipe, "features": tmp_path / "f"}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        counted(patch, stop_at="more")
-        evaluate(place / "other", **given)
-    assert [file.name for file in (tmp_path / "f").iterdir()] == ["tints.safetensors"]
-    seen = counted(monkeypatch)
-    evaluate(place / "other", **given)
-    assert seen == ["more 1"]
-    assert len(list((tmp_path / "f").iterdir())) == 2
-
-
-def test_a_damaged_count_of_an_interrupted_evaluation_is_made_anew(place, recipe, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        counted(patch, stop_at="more")
-        evaluate(place / "other", recipe=recipe)
-    (file,) = (tmp_path / "home" / "cache" / "results").iterdir()
-    file.write_bytes(file.read_bytes()[:-5])
-    seen = counted(monkeypatch)
-    evaluate(place / "other", recipe=recipe)
-    assert seen == ["tints 1", "more 1"]
-
-
-def test_a_home_that_cannot_be_written_changes_nothing(place, recipe, tmp_path):
-    want = evaluate([place / "other"], recipe=recipe)
-    shutil.rmtree(tmp_path / "home")
-    (tmp_path / "home").write_text("a file where the folder should be")
-    assert evaluate([place / "other"], recipe=recipe) == want
-    assert evaluate([place / "other"], recipe=recipe, cache=False) == want
-
-
-def test_without_a_cache_nothing_is_written(place, recipe, tmp_path):
-    evaluate([place / "other"], recipe=recipe, cache=False)
-    assert not (tmp_path / "home").exists()
-
-
-def test_the_weights_of_one_checkpoint_are_put_in_once(place, recipe, monkeypatch):
-    taken: list[str] = []
-    real = model.set_tower
-    monkeypatch.setattr(
-        model, "set_tower", lambda clip, each: (taken.append(each.path.name), real(clip, each))
-    )
-    evaluate([place / "other"], recipe=recipe)
-    assert taken == ["other"]
-
-
 def test_results_of_older_versions_are_read(place, recipe, tmp_path):
     (result,) = evaluate([place / "base"], recipe=recipe, limit=5)
     values = json.loads(result.to_json())
@@ -504,124 +343,3 @@ def test_without_tasks_those_of_the_tuned_models_are_taken(place):
     (result,) = evaluate([place / "base"], recipe=recipe)
     assert list(result.tasks) == ["digits"]
     assert result.tasks["digits"].images == 450
-
-
-def test_nothing_is_computed_before_every_input_is_known_to_fit(place, recipe, tmp_path, monkeypatch):
-    weights = load_file(place / "tower.safetensors")
-    save_file(
-        {name: value for name, value in weights.items() if "post" not in name}, tmp_path / "bad.safetensors"
-    )
-    monkeypatch.setattr(counting, "count", lambda *_: pytest.fail("a forward pass began"))
-    with pytest.raises(InputError, match=r"lacks tensor `vision_model\.post_layernorm\.bias`"):
-        evaluate([place / "base", tmp_path / "bad.safetensors"], recipe=recipe)
-    with pytest.raises(InputError, match=r"gone\.safetensors: no such file"):
-        evaluate([place / "base", tmp_path / "gone.safetensors"], recipe=recipe)
-    gone = {"gone": TaskTable(data=parse_source(str(tmp_path / "gone"), Path()), templates=("{}",))}
-    with pytest.raises(InputError, match="gone: no such file or folder"):
-        evaluate(
-            [place / "base"],
-            recipe=Recipe(base=recipe.base, tasks={**recipe.tasks, **gone}),
-            tasks=["tints", "gone"],
-        )
-
-
-def test_weights_that_are_not_numbers_are_named_and_nothing_is_written(place, recipe, tmp_path):
-    weights = load_file(place / "tower.safetensors")
-    weights["vision_model.post_layernorm.bias"][0] = float("nan")
-    save_file(weights, tmp_path / "nan.safetensors")
-    with pytest.raises(InputError, match=r"nan\.safetensors: gives NaN or infinite logits on task `tints`"):
-        evaluate([tmp_path / "nan.safetensors"], recipe=recipe, output=tmp_path / "r.json")
-    assert not (tmp_path / "r.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"clip": None, "tasks": ["mnist"]}, "no CLIP to evaluate with"),
-        ({"tasks": None}, "no tasks to evaluate on"),
-        ({"tasks": ["mnsit"]}, "unknown task `mnsit`"),
-        ({"device": "abacus"}, "device `abacus`"),
-        ({"dtype": "float31"}, r"dtype: expected one of .*, got `float31` \(did you mean `float32`\?\)"),
-        ({"limit": 0}, "limit: expected a whole number of at least 1, got 0"),
-        ({"workers": 0}, "workers: expected a whole number of at least 1, got 0"),
-        ({"corruption": "contrats"}, r"unknown corruption `contrats` \(did you mean `contrast`\?\)"),
-        ({"corruption": "contrast", "severity": 6}, "expected a severity from 1 to 5, got 6"),
-        ({"cache_size": "large"}, "cache size: expected a size"),
-        ({"features": "base/config.json"}, "is a file, a folder was expected"),
-        ({"checkpoints": []}, "no checkpoint to evaluate"),
-        (
-            {"checkpoints": ["a/x.safetensors", "b/x.safetensors"], "output": "out"},
-            "two results would be called `x`",
-        ),
-        ({"checkpoints": ["base", "other"], "output": "r.json"}, "one file cannot hold 2 results"),
-        ({"output": "base/model.json"}, None),
-    ],
-)
-def test_wrong_arguments_are_refused(place, tmp_path, monkeypatch, given, message):
-    monkeypatch.chdir(tmp_path)
-    for name in ("base", "other"):
-        shutil.copytree(place / name, tmp_path / name)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        shutil.copy(place / "tower.safetensors", tmp_path / name / "x.safetensors")
-    arguments = {"checkpoints": ["base"], "clip": "base", "tasks": ["digits"], **given}
-    checkpoints = arguments.pop("checkpoints")
-    if message is None:
-        evaluate(checkpoints, **arguments)
-        return
-    with pytest.raises(UsageError, match=message):
-        evaluate(checkpoints, **arguments)
-
-
-def test_predictions_never_replace_a_checkpoint(place, recipe, tmp_path):
-    file = Path(shutil.copy(place / "tower.safetensors", tmp_path))
-    with pytest.raises(UsageError, match=r"expected a \.parquet file"):
-        evaluate([file], recipe=recipe, predictions=file)
-    data = place / "tints" / "predictions.parquet"
-    with pytest.raises(UsageError, match="lies in the data of `tints`, which is never written to"):
-        evaluate([file], recipe=recipe, tasks=["tints"], predictions=data)
-    with pytest.raises(UsageError, match="lies in the data of `tints`, which is never written to"):
-        evaluate([file], recipe=recipe, tasks=["tints"], features=place / "tints")
-    assert not data.exists()
-
-
-def test_features_never_replace_a_checkpoint_that_is_called_like_a_task(place, recipe, tmp_path):
-    file = Path(shutil.copy(place / "tower.safetensors", tmp_path / "tints.safetensors"))
-    with pytest.raises(UsageError, match="would replace an input"):
-        evaluate([file], recipe=recipe, features=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda v: v.update(schema="mergecli.eval/9"),
-            "`schema`: expected `mergecli.eval/1`, got 'mergecli.eval/9'",
-        ),
-        (lambda v: v.pop("clip"), "lacks the key `clip`"),
-        (lambda v: v["tasks"]["tints"].pop("loss"), "lacks the key `tasks.tints.loss`"),
-        (
-            lambda v: v["tasks"]["tints"].update(correct="many"),
-            "`tasks.tints.correct`: expected int, got 'many'",
-        ),
-        (lambda v: v["tasks"]["tints"].update(correct=13), "do not agree"),
-        (lambda v: v["tasks"].clear(), "names no tasks"),
-        (lambda v: v.update(tasks=[]), "`tasks`: expected a table"),
-    ],
-)
-def test_a_file_that_is_no_result_is_refused(place, recipe, tmp_path, change, message):
-    (result,) = evaluation.evaluate([place / "base"], recipe=recipe, tasks=["tints"])
-    values = json.loads(result.to_json())
-    change(values)
-    (tmp_path / "r.json").write_text(json.dumps(values))
-    with pytest.raises(InputError) as caught:
-        read_result(tmp_path / "r.json")
-    assert message in caught.value.message
-
-
-def test_text_that_is_not_json_is_refused(tmp_path):
-    (tmp_path / "r.json").write_text("{")
-    with pytest.raises(InputError, match=r"r\.json: is not JSON"):
-        read_result(tmp_path / "r.json")
-    with pytest.raises(InputError, match="no such result"):
-        read_result(tmp_path / "gone.json")
