@@ -21,6 +21,9 @@ ROWS = 8
 """Rows of a weight that are multiplied together: always the same ones, so that no entry depends on how the weight is
 cut into blocks. Products of other shapes round otherwise."""
 
+ADDED = "added"
+"""In the metadata of a base with an adapter."""
+
 KEPT = 4
 """Weights whose factors are kept in memory: those that several threads read at one time."""
 
@@ -59,7 +62,9 @@ def adapted(
             fills[name] = partial(_add, base, name, adapter.stored, parts["B.bias"], scaling)
     for name, key in adapter.whole.items():
         fills[prefix + name] = partial(_replace, adapter.stored, key)
-    seen = view(base, fills, dtype=dtype, path=path, metadata={}, others=(adapter.stored,))
+    said = {key: text for key, text in adapter.stored.metadata.items() if key in ("method", "inputs")}
+    said[ADDED] = "adapter"
+    seen = view(base, fills, dtype=dtype, path=path, metadata=said, others=(adapter.stored,))
     return replace(seen, files=(*seen.files, adapter.config.path))
 
 

@@ -17,7 +17,6 @@ from mergecli.merge_output import Output
 from mergecli.methods.representation_surgery import DOWN, UP, RepresentationSurgery, Surgeries
 from mergecli.models import Models, check_fit
 from mergecli.opening import open_source
-from mergecli.output import refuse_inputs
 from mergecli.parallel import is_first
 from mergecli.progress import Progress
 from mergecli.recipe import Recipe
@@ -43,12 +42,14 @@ def surgery(
     method, recipe = output.method, output.recipe
     assert isinstance(method, RepresentationSurgery)
     source = _source(method)
-    merged = _opened(source, models, recipe, output.target, stack)
+    merged = _opened(source, models, recipe, stack)
+    files.refuse_inputs(output, {MERGED: merged.files[0]})
     method = replace(method, merged=source.label)  # without the folders of its path
     if not is_first():  # the first of several processes learns, and writes
         return Lesson(replace(output, method=method))
     path = files.coefficients or _learnt(models, merged, method, recipe, progress)
-    used, stored = read_learnt(path, method, recipe, models.tuned, stack, ours={"merged": method.merged})
+    own, found = {"merged": method.merged}, () if method.feature_size else ("feature_size",)
+    used, stored = read_learnt(path, method, recipe, models.tuned, stack, ours=own, open_=found)
     _check(stored, used, len(models.tuned))
     share(path, trace_table(stored, tuple(models.tuned)), files)
 
@@ -71,10 +72,9 @@ def _source(method: RepresentationSurgery) -> Source:
     return parse_source(method.merged, Path())
 
 
-def _opened(source: Source, models: Models, recipe: Recipe, target: Path, stack: ExitStack) -> Checkpoint:
+def _opened(source: Source, models: Models, recipe: Recipe, stack: ExitStack) -> Checkpoint:
     """The tower that is corrected, once it is known that it fits the models."""
     merged = stack.enter_context(open_source(source, recipe.base)).vision()
-    refuse_inputs(target, {MERGED: merged.files[0]})
     if merged.is_mixture:
         raise InputError(
             f"{merged.path}: holds several towers, one was expected as `method.merged`",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mergecli import methods
+from mergecli.adapters import ADDED
 from mergecli.catalogue import read_recipe, recipe_from, with_method
 from mergecli.errors import UsageError, quoted, shown
 from mergecli.learning import Learning, Lesson
@@ -22,7 +23,6 @@ from mergecli.merge_output import Output, cast
 from mergecli.methods._kinds import Group, Method, TwoPass
 from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.models import Models, open_models
-from mergecli.output import refuse_inputs
 from mergecli.parallel import is_first
 from mergecli.passes import Passes
 from mergecli.progress import Progress
@@ -126,7 +126,7 @@ def merge_points(
             outputs[0].recipe, stack, needs="base" if needs_base else "weights", device=device
         )
         for each in outputs:
-            refuse_inputs(each.target, models.paths)
+            learning.refuse_inputs(each, models.paths)
         learnt: dict[str, Lesson] = {}
         for each in outputs:
             if _key(each.method) not in learnt:
@@ -217,9 +217,9 @@ def _foreign_lessons(lesson: Lesson, digests: Mapping[str, str]) -> Iterator[str
 
 
 def _foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:
-    """A warning for each task vector that was taken from another base than the one it is added to."""
+    """A warning for each task vector or adapter that was made on another base than the one it is added to."""
     for name, each in models.tuned.items():
-        if each.is_task_vector:
-            origin = inputs_of(each.metadata).get("base")
-            if origin and origin != digests.get("base"):
-                yield f"{each.path}: `{name}` is a task vector of another base ({origin}) than {digests.get('base')}"
+        what = "a task vector" if each.is_task_vector else "an adapter" if ADDED in each.metadata else None
+        origin, base = inputs_of(each.metadata).get("base"), digests.get("base")
+        if what and origin and base and origin != base:
+            yield f"{each.path}: `{name}` is {what} of another base ({origin}) than {base}"

@@ -11,7 +11,8 @@ from mergecli import plots
 from mergecli.clip.results import about, check_files, parameters, tensor_bytes
 from mergecli.clip.routes import route_files, write_routes
 from mergecli.clip.scoring import Settings, Tower, score
-from mergecli.errors import UsageError
+from mergecli.errors import InputError, UsageError
+from mergecli.mixtures import LEFT_OUT
 from mergecli.opening import open_source
 from mergecli.output import write_text
 from mergecli.scores import (
@@ -231,4 +232,10 @@ def evaluate_open(
 
 def _opened(name: str, source: Source, base: Source, files: contextlib.ExitStack) -> Tower:
     """A checkpoint that is open until `files` close."""
-    return Tower(name, source.label, files.enter_context(open_source(source, base)).vision())
+    opened = files.enter_context(open_source(source, base)).vision()
+    if left_out := opened.metadata.get(LEFT_OUT):
+        raise InputError(
+            f"{source}: is a tower without {left_out}, which the method's accuracy comes from",
+            "evaluate the whole file, on this task with `--tasks`",
+        )
+    return Tower(name, source.label, opened)

@@ -21,7 +21,7 @@ from mergecli.methods._kinds import Group
 from mergecli.methods._layers import layer_of
 from mergecli.methods._spectra import decompose
 from mergecli.models import open_models
-from mergecli.output import SafetensorsWriter, refuse_inputs, whole_folder
+from mergecli.output import SafetensorsWriter, expect_finite, refuse_inputs, whole_folder
 from mergecli.progress import Progress
 from mergecli.provenance import about
 from mergecli.recipe import DTYPES, Recipe
@@ -112,6 +112,7 @@ def extract(
         metadata = about("adapter", recipe=recipe, inputs=models.digests())
         tensors = {key: factor for module, change in found.items() for key, factor in _keys(module, change)}
         layout = {key: (_SAFETENSORS[dtype], tuple(factor.shape)) for key, factor in tensors.items()}
+        expect_finite(tensors, target, "look at the model with `mergecli info`")
         with whole_folder(target) as folder:
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             with SafetensorsWriter(folder / PLAIN, layout, metadata) as writer:

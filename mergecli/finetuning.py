@@ -141,13 +141,14 @@ def finetune(
     if adapter is None:
         clip.tower.requires_grad_(True)
     clip.model.to(usable_device(place))
-    text = clip_digests(locate(source)).text
-    ready = [each.ready(clip, text, steps * settings.images_a_step) for each in lessons]
+    digests = clip_digests(locate(source))
+    ready = [each.ready(clip, digests.text, steps * settings.images_a_step) for each in lessons]
     del clip.model.text_model  # no longer used, and as large as a tower
     names = [each.name for each in ready]
     work = {"base": base_digest, **told_of(lessons)}
     trained = {name: each for name, each in clip.tower.named_parameters() if each.requires_grad}
-    state = TrainingState(target, trained, {**settings.told, **work}, len(lessons), ranks)
+    rest = {"clip": digests, "processing": clip.processor.to_json_string()}
+    state = TrainingState(target, trained, {**settings.told, **work, **rest}, len(lessons), ranks)
     began, first, seen = time.perf_counter(), state.step, 0
 
     def report(loss: float, images: int) -> None:

@@ -16,7 +16,7 @@ from mergecli.methods._adapted import Adapted
 from mergecli.methods._calibrated import Calibrated
 from mergecli.methods.representation_surgery import RepresentationSurgery
 from mergecli.models import Models
-from mergecli.output import check_target, check_targets
+from mergecli.output import check_target, check_targets, refuse_inputs
 from mergecli.progress import Progress
 
 
@@ -75,9 +75,9 @@ class Learning:
             raise UsageError(
                 "--save-coefficients: with `--coefficients` nothing is learnt that could be saved"
             )
-        targets: dict[Path, tuple[str, ...]] = {output.target: ()} if output.target.suffix else {}
-        targets |= {self.save_coefficients: (".safetensors",)} if self.save_coefficients else {}
-        targets |= {self.trace: (".csv",)} if self.trace else {}
+        targets: list[tuple[Path, tuple[str, ...]]] = [(output.target, ())] if output.target.suffix else []
+        targets += [(self.save_coefficients, (".safetensors",))] if self.save_coefficients else []
+        targets += [(self.trace, (".csv",))] if self.trace else []
         if self.tensorboard:
             from mergecli.events import require_tensorboard
 
@@ -87,8 +87,14 @@ class Learning:
             from mergecli.plots import require_matplotlib
 
             require_matplotlib(self.plot)
-            targets[self.plot] = ()
+            targets.append((self.plot, ()))
         check_targets(targets, {"coefficients": self.coefficients} if self.coefficients else {})
+
+    def refuse_inputs(self, output: Output, inputs: Mapping[str, Path]) -> None:
+        """Raises UsageError if a file that is to be written is one that is read."""
+        for target in (output.target, self.save_coefficients, self.trace, self.plot):
+            if target is not None:
+                refuse_inputs(target, inputs)
 
     def learn(self, models: Models, output: Output, stack: ExitStack, progress: Progress | None) -> Lesson:
         """What the output's method learns of images, or has learnt; files stay open until `stack` ends."""

@@ -57,10 +57,12 @@ def read_learnt(
     tasks: Collection[str],
     stack: ExitStack,
     ours: Mapping[str, object] | None = None,
+    open_: Collection[str] = (),
 ) -> tuple[Any, Checkpoint]:
     """The method with the settings that it learnt with, and the file, open until `stack` ends.
 
-    `ours` are settings that are not learnt with: they hold whatever the file says.
+    `ours` are settings that are not learnt with: they hold whatever the file says. `open_` are those that the learning
+    was to find: the file's hold.
 
     Raises:
         UsageError: the file is of another method, or of other settings than the recipe's.
@@ -80,7 +82,7 @@ def read_learnt(
             f"{path}: is for the models {quoted(map(str, known))}, in this order; these are {quoted(tasks)}"
         )
     ours = ours or {}
-    given = {key: frozen(value) for key, value in recipe.settings.items() if key not in ours}
+    given = {key: frozen(value) for key, value in recipe.settings.items() if key not in (*ours, *open_)}
     if differing := [key for key, value in given.items() if frozen(settings.get(key)) != value]:
         learnt = ", ".join(f"`{key} = {shown(settings.get(key))}`" for key in differing)
         wanted = ", ".join(f"`{shown(given[key])}`" for key in differing)

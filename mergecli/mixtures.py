@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+LEFT_OUT = "left_out"
+"""In the metadata of one task's tower: what there is to the task besides."""
 _HINT = "it is damaged, or not of this version: merge again"
 
 
@@ -55,11 +57,21 @@ class OpenMixture:
         }
         kept = {
             key: self.stored.metadata[key]
-            for key in ("format", "mergecli", "method")
+            for key in ("format", "mergecli", "method", "recipe", "inputs")
             if key in self.stored.metadata
         }
+        if self._corrects:
+            kept[LEFT_OUT] = "the correction of its features"
         return view(
             self.shared, fills, dtype="float32", metadata={**kept, "kind": "checkpoint", "task": task}
+        )
+
+    @property
+    def _corrects(self) -> bool:
+        """Whether what `eval` shows of a task is more than its tower."""
+        return (
+            isinstance(self.method, Conditioned)
+            and type(self.method).correction is not Conditioned.correction
         )
 
     def correction(self, task: str, device: torch.device) -> Callable[[Tensor], Tensor] | None:

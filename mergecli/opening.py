@@ -29,6 +29,8 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
         if is_adapter(path):
             if source.adapter:
                 raise InputError(f"{source}: is an adapter itself, and has `adapter` too")
+            if source.task is not None:
+                raise InputError(f"{source}: is an adapter, and holds no tower of its own for a task")
             opened = stack.enter_context(_base_of(source, path, base))
             added = path
         else:

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
@@ -32,6 +32,8 @@ def write_errors(path: Path) -> Generator[None]:
             errno.EFBIG: "the limit on file sizes (`ulimit -f`, or the file system's own) is below what is needed",
             errno.EACCES: "check the folder's permissions, or write elsewhere with `-o`",
             errno.EROFS: "the file system is read-only: write elsewhere with `-o`",
+            errno.EEXIST: "one of the folders in that path is a file: write elsewhere with `-o`",
+            errno.ENOTDIR: "one of the folders in that path is a file: write elsewhere with `-o`",
             errno.ENOENT: "",
         }
         reason = (error.strerror or str(error)).lower()
@@ -51,6 +53,15 @@ def check_target(path: Path, *, folder: bool = False) -> None:
         raise UsageError(f"{path}: is a file, a folder was expected")
     if not folder and os.path.isdir(path):  # noqa: PTH112
         raise UsageError(f"{path}: is a folder, a file name was expected")
+
+
+def expect_finite(tensors: Mapping[str, Tensor], path: Path, hint: str) -> None:
+    """Raises InputError if a number of those that are to be written to `path` is none in its dtype."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            narrow = ", or write float32 or bfloat16" if dtype == "float16" else ""
+            raise InputError(f"{path}: `{name}` would have NaN or infinity as {dtype}", hint + narrow)
 
 
 @contextlib.contextmanager
@@ -103,17 +114,18 @@ def whole_folder(path: Path) -> Generator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_targets(targets: Mapping[Path, Sequence[str]], inputs: Mapping[str, Path]) -> None:
+def check_targets(targets: Iterable[tuple[Path, Sequence[str]]], inputs: Mapping[str, Path]) -> None:
     """Raises UsageError unless each target can be a file, has one of its suffixes (if any are given), is no input and
     is written once."""
-    seen: set[Path] = set()
-    for target, suffixes in targets.items():
+    seen: set[str] = set()
+    for target, suffixes in targets:
         check_target(target)
         if suffixes and target.suffix not in suffixes:
             raise UsageError(f"{target}: expected a {' or '.join(suffixes)} file")
-        if target.absolute() in seen:
+        place = os.path.normpath(target.absolute())
+        if place in seen:
             raise UsageError(f"{target}: two outputs have this name")
-        seen.add(target.absolute())
+        seen.add(place)
         refuse_inputs(target, inputs)
 
 
@@ -132,9 +144,7 @@ def refuse_inputs(target: Path, inputs: Mapping[str, Path]) -> None:
         return
     for name, path in inputs.items():
         if path.exists() and (target.samefile(path) or (target.is_dir() and target.samefile(path.parent))):
-            raise UsageError(
-                f"{target}: the output would replace an input ({name})", "choose another name for `-o`"
-            )
+            raise UsageError(f"{target}: the output would replace an input ({name})", "choose another name")
 
 
 class SafetensorsWriter:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli.catalogue import read_recipe, recipe_from
-from mergecli.errors import UsageError
 from mergecli.methods._kinds import Group, total
 from mergecli.methods._layers import depths, layer_of
 from mergecli.mixtures import mixture_of
@@ -95,9 +94,7 @@ def cos_sim(
     recipe = replace(recipe, tuned=_towers(recipe))
     with ExitStack() as stack:
         models = open_models(recipe, stack, needs="deltas")
-        check_targets({Path(target): () for target in (output, layers, plot) if target}, models.paths)
-        if output and layers and Path(output).absolute() == Path(layers).absolute():
-            raise UsageError(f"{layers}: two outputs have this name")
+        check_targets([(Path(target), ()) for target in (output, layers, plot) if target], models.paths)
         import torch
 
         parts = {name: _part(name, depth) for name, depth in depths(models.floats).items()}

@@ -103,7 +103,7 @@ def sweep(
         from mergecli.plots import require_matplotlib
 
         require_matplotlib(Path(plot))
-    check_targets(dict.fromkeys([*targets, *([Path(plot)] if plot else [])], ()), {})
+    check_targets([(each, ()) for each in [*targets, *([Path(plot)] if plot else [])]], {})
     kept = Path(keep) if keep is not None else None
     split = evaluation.pop("split", None)
     shared: dict[str, Any] = {**evaluation, "device": device, "progress": progress}

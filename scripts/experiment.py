@@ -38,7 +38,8 @@ SHORT = {  # the toy text tower takes 24 tokens, and has few words
 }
 FULL = ["--learning-rate", "2e-4"]
 LOW_RANK = ["--rank", "8", "--alpha", "16", "--learning-rate", "2e-3"]
-KINDS = {"full": FULL, "lora": ["--lora", *LOW_RANK], "l-lora": ["--l-lora", *LOW_RANK]}
+NEAR = ["--learning-rate", "5e-5"]  # towers that stay near the base
+KINDS = {"full": FULL, "near": NEAR, "lora": ["--lora", *LOW_RANK], "l-lora": ["--l-lora", *LOW_RANK]}
 LEARNING = {
     "ada_merging": ["method.steps=100"],
     "concrete_task_arithmetic": ["method.steps=100"],
@@ -113,7 +114,7 @@ class Experiment:
     def towers(self, kind: str, base: str) -> Path:
         """The recipe of eight fine-tuned towers or adapters."""
         recipe = self.recipe("base-of-all", base, {})
-        suffix = ".safetensors" if kind == "full" else ""
+        suffix = "" if "lora" in kind else ".safetensors"
         tuned = {
             task: self.run(self.folder / kind / (task + suffix), "finetune", recipe, "--task", task, "--steps", self.steps,
                            *KINDS[kind])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +80,7 @@ def finetune(
     from mergecli.parallel import is_first
 
     known = read_recipe(recipe, changes or []) if recipe else None
-    with show.progress() as progress:
+    with show.progress() as progress, _telling(output):
         done = finetuning.finetune(
             known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
             weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
@@ -88,3 +90,17 @@ def finetune(
         )  # fmt: skip
     if is_first():
         show.line(str(done.path))
+
+
+@contextmanager
+def _telling(output: Path) -> Generator[None]:
+    """Says at Ctrl-C that what was done is kept, if it is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from mergecli.training.state import state_file
+
+        if state_file(output).exists():
+            with suppress(OSError):
+                show.note(f"interrupted: the same command goes on from {state_file(output)}")
+        raise

@@ -40,7 +40,14 @@ def info(
         return
     if recipe:
         if "recipe" not in found.metadata:
-            raise InputError(f"{checkpoint}: says of no recipe: mergecli did not write it")
+            maker = (
+                found.metadata.get("method", "another command")
+                if "mergecli" in found.metadata
+                else "another program"
+            )
+            raise InputError(
+                f"{checkpoint}: holds no recipe, as only `merge` writes one", f"it was made by {maker}"
+            )
         show.line(found.metadata["recipe"].rstrip())
         return
     if keys:

@@ -109,7 +109,8 @@ def load_images(task: Task, split: str | None = None) -> Images:
         if not rows:
             raise InputError(f"{_where(task)}: a tenth of {len(order)} images is none", "name another split")
         return replace(whole, split=wanted, rows=rows)
-    raise UsageError(f"{_where(task)}: has no split `{wanted}`", f"it has {quoted(known)}")
+    missing = task.train_split if wanted == REMAINDER else wanted
+    raise UsageError(f"{_where(task)}: has no split `{missing}`", f"it has {quoted(known)}")
 
 
 def _where(task: Task) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mergecli.checkpoint import VISION, Checkpoint, open_checkpoint
 from mergecli.errors import InputError, listed
 from mergecli.layout import TORCH_NAMES
-from mergecli.output import SafetensorsWriter, write_text
+from mergecli.output import SafetensorsWriter, expect_finite, whole_folder, write_text
 from mergecli.provenance import model_folder_files
 
 if TYPE_CHECKING:
@@ -144,12 +144,14 @@ def save_tower(clip: Clip, path: Path, metadata: Mapping[str, str], dtype: torch
         VISION + name: tensor.detach().cpu().to(dtype or tensor.dtype)
         for name, tensor in clip.tower.state_dict().items()
     }
+    expect_finite(state, path, "train with a lower learning rate")
     if path.suffix == ".safetensors":
         save_tensors(state, path, metadata)
         return
-    save_tensors(state, path / "model.safetensors", metadata)
-    for name, text in model_folder_files(clip.path).items():
-        write_text(path / name, text)
+    with whole_folder(path) as folder:
+        save_tensors(state, folder / "model.safetensors", metadata)
+        for name, text in model_folder_files(clip.path).items():
+            write_text(folder / name, text)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

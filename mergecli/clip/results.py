@@ -53,21 +53,21 @@ def check_files(
     individual: bool,
 ) -> None:
     """Raises UsageError unless everything can be written and replaces no input: found before the work, not after it."""
-    suffixes: dict[Path, Sequence[str]] = dict.fromkeys(results, ())
+    targets: list[tuple[Path, Sequence[str]]] = [(each, ()) for each in results]
     if predictions is not None:
-        suffixes[Path(predictions)] = (".parquet",)
+        targets.append((Path(predictions), (".parquet",)))
     several = len(models) > 1 and not individual
     for model, task in itertools.product(models, tasks):
         if file := feature_file(settings.features, model.name, task.name, several):
-            suffixes[file] = ()
+            targets.append((file, ()))
     if settings.routes is not None:
         named = [model.name for model in models if model.checkpoint.is_mixture]
-        suffixes |= dict.fromkeys((file for name in named for file in route_files(settings.routes, name)), ())
-    check_targets(suffixes, {model.name: file for model in models for file in model.checkpoint.files})
+        targets += [(file, ()) for name in named for file in route_files(settings.routes, name)]
+    check_targets(targets, {model.name: file for model in models for file in model.checkpoint.files})
     for folder in (settings.features, settings.routes):
         if folder is not None:
             check_target(folder, folder=True)
     for task in tasks:
-        for target in suffixes:
+        for target, _ in targets:
             if task.data.path and target.absolute().is_relative_to(task.data.path.absolute()):
                 raise UsageError(f"{target}: lies in the data of `{task.name}`, which is never written to")

@@ -133,8 +133,12 @@ def score(
         _check(clip, tower, [task for task in tasks if not own_task_only or task.name == tower.name])
         for tower in towers
     ]
-    if settings.routes and not any(experts):
-        raise UsageError("routes: none of the checkpoints holds a tower that routes")
+    for option, given in (("routes", settings.routes), ("routing", settings.routing == "batch")):
+        if given and not any(experts):
+            raise UsageError(
+                f"--{option}: none of the checkpoints holds a tower that routes",
+                "`weight_ensembling_moe`, `efficient_weight_ensembling_moe` and `smile` make some",
+            )
     subjects = [subject_of(task, load_images(task, settings.split), settings.limit) for task in tasks]
     clip.model.to(place)
     clip.tower.to(getattr(torch, settings.dtype))

@@ -42,7 +42,7 @@ class Seat:
     @property
     def keeps_batches_whole(self) -> bool:
         """Whether what is made of an image depends on the others of its batch."""
-        return self.installed is not None and self.routing == "batch"
+        return self.installed is not None and self.installed.keeps_batches_whole
 
     def take(self, checkpoint: Checkpoint, task: str) -> None:
         """Puts a checkpoint's weights in, of a mixture those for the task, unless they are there already."""

@@ -124,7 +124,11 @@ class Surgery:
         for name, path in paths.items():
             if not path.exists():
                 clip = clip or self._clip()
-                save_tensors(self._learn(clip, name, progress), path, about("surgery of one task", task=name))
+                save_tensors(
+                    self._learn(clip, name, progress),
+                    path,
+                    about("surgery of one task", task=name, what=f"surgery of {name}"),
+                )
             with open_checkpoint(path) as stored:
                 found.append({key: stored.read(key) for key in stored.entries})
         down, up = (torch.stack([each[key] for each in found]) for key in (DOWN, UP))
@@ -138,6 +142,8 @@ class Surgery:
         for each in (self.merged, *self.models.tuned.values()):
             check_tower(clip, each)
         size, wanted = int(clip.model.config.projection_dim), self.method.feature_size
+        if self.method.rank > size:
+            raise UsageError(f"`method.rank`: is {self.method.rank}, the base's features have {size}")
         if wanted not in (0, size):
             raise UsageError(f"`method.feature_size`: is {wanted}, the base's features have {size}")
         clip.model.to(self.models.device)

@@ -80,7 +80,7 @@ def convert(
     with ExitStack() as stack:
         stored = None if pickled else stack.enter_context(open_checkpoint(source))
         files = list(stored.files) if stored else pickled
-        check_targets({target: [".safetensors"]}, {file.name: file for file in files})
+        check_targets([(target, [".safetensors"])], {file.name: file for file in files})
         read: Callable[[str], Tensor]
         if stored:
             shapes = {name: entry.shape for name, entry in stored.entries.items()}

@@ -87,6 +87,11 @@ class Installed(Protocol):
         """Key in the file -> what decides the routing, and can be learnt."""
         ...
 
+    @property
+    def keeps_batches_whole(self) -> bool:
+        """Whether what is made of an image depends on the others of its batch."""
+        ...
+
     def routes(self) -> Mapping[str, Tensor]:
         """Layer -> (B, T) weights that the last forward pass gave each image, or (1, T) if its batch shared them."""
         ...

@@ -172,6 +172,11 @@ class RoutedTower:
     parameters: Mapping[str, Tensor]
     """Key in the file -> a router's parameter."""
 
+    @property
+    def keeps_batches_whole(self) -> bool:
+        """Whether the images of a batch share their weights."""
+        return any(layer.routing == "batch" for layer in self.layers.values())
+
     def routes(self) -> Mapping[str, Tensor]:
         """Layer -> (B, T), or (1, T) where a batch shares them, of the last forward pass."""
         return {path: layer.shares for path, layer in self.layers.items()}

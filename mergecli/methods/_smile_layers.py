@@ -96,6 +96,11 @@ class SmileTower:
         """Nothing: the routing follows from the weights."""
         return {}
 
+    @property
+    def keeps_batches_whole(self) -> bool:
+        """No: every token has its own weights."""
+        return False
+
     def routes(self) -> Mapping[str, Tensor]:
         """Layer -> (B, T) the mean over each image's tokens of their weights, in the last forward pass."""
         layers = {path: self.tower.get_submodule(path) for path in self.replaced}

@@ -147,9 +147,9 @@ def _check_files(
     inputs: dict[str, Path], output: str | Path | None, format: str | None, plot: str | Path | None, kind: str | None
 ) -> None:  # fmt: skip
     """Raises UsageError if an output cannot be written, before anything is read."""
-    targets: dict[Path, Sequence[str]] = {}
+    targets: list[tuple[Path, Sequence[str]]] = []
     if output:
-        targets[Path(output)] = tuple(SUFFIXES) if format in (None, "table") else ()
+        targets.append((Path(output), tuple(SUFFIXES) if format in (None, "table") else ()))
     if plot or kind:
         from mergecli.plots import check_kind, require_matplotlib
 
@@ -159,9 +159,7 @@ def _check_files(
             raise UsageError("--plot-kind: there is no picture to draw", "name its file: `--plot FILE`")
         if plot:
             require_matplotlib(Path(plot))
-            if Path(plot) in targets:
-                raise UsageError(f"{plot}: two outputs have this name")
-            targets[Path(plot)] = ()
+            targets.append((Path(plot), ()))
     check_targets(targets, inputs)
 
 

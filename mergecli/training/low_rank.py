@@ -17,7 +17,7 @@ from mergecli.adapter_config import CONFIG
 from mergecli.adapter_files import PLAIN
 from mergecli.clip.model import save_tensors
 from mergecli.errors import UsageError, did_you_mean, listed, quoted
-from mergecli.output import whole_folder
+from mergecli.output import expect_finite, whole_folder
 from mergecli.training.settings import LowRank
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def save_adapter(
     state = {
         name: tensor.detach().cpu().to(dtype) for name, tensor in get_peft_model_state_dict(model).items()
     }
+    expect_finite(state, folder, "train with a lower learning rate")
     with whole_folder(folder) as place:
         text = json.dumps(_config(model, base), indent=2, sort_keys=True) + "\n"
         (place / CONFIG).write_text(text, encoding="utf-8")

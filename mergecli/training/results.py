@@ -46,9 +46,8 @@ class Records:
     def check(self, output: Path) -> None:
         """Raises UsageError if something cannot be written there, beside the output."""
         if self.trace:
-            check_targets(
-                {output: (), self.trace: (".csv",)} if output.suffix else {self.trace: (".csv",)}, {}
-            )
+            file = [(output, ())] if output.suffix == ".safetensors" else []
+            check_targets([*file, (self.trace, (".csv",))], {})
         if self.tensorboard:
             require_tensorboard()
             check_target(self.tensorboard, folder=True)

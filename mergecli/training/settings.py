@@ -78,6 +78,10 @@ class LowRank:
         return wrong
 
 
+MOST = 1e30
+"""The largest learning rate: float32 holds what it makes of a gradient of 1."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that the weights depend on, but for base and images."""
@@ -142,8 +146,12 @@ class Settings:
             wrong.append(
                 f"`validate_every`: expected a whole number of at least 0, got {self.validate_every!r}"
             )
-        if not 0 < self.learning_rate < math.inf:
-            wrong.append(f"`learning_rate`: expected a number above 0, got {self.learning_rate!r}")
+        if not (_is_count(self.seed + 1) and self.seed < 1 << 63):
+            wrong.append(f"`seed`: expected a whole number from 0 to 2^63 - 1, got {self.seed!r}")
+        if not 0 < self.learning_rate <= MOST:
+            wrong.append(
+                f"`learning_rate`: expected a number above 0, at most {MOST:g}, got {self.learning_rate!r}"
+            )
         if not 0 <= self.weight_decay < math.inf:
             wrong.append(f"`weight_decay`: expected a number of at least 0, got {self.weight_decay!r}")
         for name, known in (("schedule", SCHEDULES), ("dtype", DTYPES), ("precision", PRECISIONS)):

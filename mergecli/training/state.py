@@ -21,6 +21,11 @@ _MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
 _FACTS = ("step", "updates", "best_step", "scale", "growth")
 
 
+def state_file(output: Path) -> Path:
+    """Where the state of what trains `output` is kept."""
+    return output.with_name(f".{output.name.removesuffix('.safetensors')}.resume.safetensors")
+
+
 @dataclass(frozen=True)
 class _Stored:
     """What stands in a file."""
@@ -46,8 +51,8 @@ class TrainingState:
         """Begins, or goes on from the file beside the output if that is whole and of the same `work`."""
         import torch
 
-        name = output.name.removesuffix(".safetensors")
-        self.path = output.with_name(f".{name}.resume.safetensors")
+        self.output = output
+        self.path = state_file(output)
         self.parameters = parameters
         self.tasks = tasks
         self.losses: list[list[float]] = []
@@ -67,6 +72,10 @@ class TrainingState:
         self.device = next(iter(parameters.values())).device
         # scales gradients up so that float16 can hold them; what it does is skipped elsewhere
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=work.get("precision") == "float16")
+        if self.scaler.is_enabled():
+            self.scaler.scale(
+                torch.zeros((), device=self.device)
+            )  # a process may have no image of the first step
         self._digest = sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
         self._load(ranks)
 

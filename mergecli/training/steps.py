@@ -29,6 +29,10 @@ Report = Callable[[float, int], None]
 """Called after each step with its loss, and the number of its images."""
 
 
+class DivergedError(InputError):
+    """A loss is no longer a number."""
+
+
 def dropout_seed(seed: int, step: int, process: int = 0) -> int:
     """What the dropout of a step (counted from 0) is drawn from, so that no step depends on those before it."""
     return int.from_bytes(sha256(f"{seed} {step} {process}".encode()).digest()[:7])
@@ -48,42 +52,56 @@ class Training:
         """Steps until there have been enough; the state is saved on the way, and when something stops them.
 
         Raises:
-            InputError: the loss is no longer a number.
+            DivergedError: a loss is no longer a number; the state that was saved last gave numbers.
         """
         state, settings = self.state, self.settings
         batches = [each.batches(settings.images_a_step, settings.seed, state.step) for each in self.lessons]
-        losses: list[float] = []
         try:
             while True:
                 if settings.validates(state.step) and state.step not in state.validation:
                     accuracies = [self._accuracy(each) for each in self.lessons]
                     with interrupts.undisturbed():
                         state.validated(accuracies)
+                    if state.best_step == state.step < settings.steps:
+                        state.save()
                 if state.step >= settings.steps:
+                    if not settings.validate_every:
+                        self._expect_numbers(self._losses(batches))
                     return
                 interrupts.check()
                 losses, images = self._gradients(batches)
-                if not all(map(math.isfinite, losses)):
-                    break
+                self._expect_numbers(losses)
+                if state.step % save_every == 0:
+                    state.save()  # not before it is known that these weights give numbers
                 with interrupts.undisturbed():
                     self._update(losses)
                 report(sum(losses), images)
-                if state.step % save_every == 0 and state.step < settings.steps:
-                    state.save()
+        except DivergedError:
+            raise
         except BaseException:
             with interrupts.undisturbed():
                 state.save()
             raise
-        kept = f"; the state of step {state.saved[0]} is kept in {state.path}" if state.saved[0] else ""
-        name, value = next(
-            (each.name, loss)
-            for each, loss in zip(self.lessons, losses, strict=True)
-            if not math.isfinite(loss)
-        )
-        raise InputError(
-            f"{state.path.parent}: the loss of `{name}` is {value} at step {state.step + 1}",
-            f"lower `learning_rate` (it is {settings.learning_rate}){kept}",
-        )
+
+    def _expect_numbers(self, losses: Sequence[float]) -> None:
+        """Raises DivergedError unless the weights as they are now give (T,) losses that are numbers."""
+        state = self.state
+        for lesson, loss in zip(self.lessons, losses, strict=True):
+            if math.isfinite(loss):
+                continue
+            if not state.step:
+                hint = "look at the base with `mergecli info`" + (
+                    ", and at `alpha`" if self.settings.low_rank else ""
+                )
+            else:
+                hint = f"lower `learning_rate` (it is {self.settings.learning_rate})"
+            if step := state.saved[0]:
+                hint += (
+                    f"; the weights of step {step} stay in {state.path} until that output is trained again"
+                )
+            raise DivergedError(
+                f"{state.output}: the loss of `{lesson.name}` is {loss} at step {state.step + 1}", hint
+            )
 
     def _gradients(self, batches: Sequence[Iterator[Tensor]]) -> tuple[list[float], int]:
         """Puts into every parameter the gradient of the losses' sum; (T,) losses of all processes, number of images.
@@ -110,6 +128,17 @@ class Training:
         if ranks.count > 1:
             _add_up(parameters, ranks)
         return ranks.total(losses).tolist(), images
+
+    def _losses(self, batches: Sequence[Iterator[Tensor]]) -> list[float]:
+        """(T,) the losses of one batch of each task, with the weights as they are now."""
+        import torch
+
+        with torch.no_grad():
+            own = [
+                self._loss(lesson, next(following)[: self.settings.batch_size]).double()
+                for lesson, following in zip(self.lessons, batches, strict=True)
+            ]
+        return self.ranks.total(torch.stack(own)).tolist()
 
     def _loss(self, lesson: Ready, rows: Tensor) -> Tensor:
         """Mean cross-entropy of the images of these numbers."""
@@ -148,13 +177,16 @@ class Training:
         held = lesson.validation
         assert held is not None
         start, stop = (len(held) * own // self.ranks.count for own in (self.ranks.own, self.ranks.own + 1))
-        correct = torch.zeros(1, dtype=torch.float64, device=self.clip.device)
+        correct, worst = torch.zeros(2, 1, dtype=torch.float64, device=self.clip.device)
         with torch.no_grad():
             for first in range(start, stop, self.settings.batch_size):
                 interrupts.check()
                 last = min(first + self.settings.batch_size, stop)
-                found = self._logits(lesson, held.batch(first, last)).argmax(dim=1)
-                correct += (found == held.labels[first:last].to(found.device)).sum()
+                found = self._logits(lesson, held.batch(first, last))
+                correct += (found.argmax(dim=1) == held.labels[first:last].to(found.device)).sum()
+                worst += found.abs().max().double() * 0
+        if not math.isfinite(spoilt := float(self.ranks.total(worst))):
+            self._expect_numbers([spoilt if each is lesson else 0.0 for each in self.lessons])
         return float(self.ranks.total(correct)) / len(held)
 
     @contextmanager

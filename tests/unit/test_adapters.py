@@ -474,6 +474,11 @@ def test_a_base_without_the_modules_is_refused(tmp_path: Path, adapter: Path) ->
         read(tmp_path / "x.safetensors", adapter)
 
 
+def test_an_adapter_has_no_task_of_its_own(adapter: Path, base: Path) -> None:
+    with pytest.raises(InputError, match="#one: is an adapter, and holds no tower of its own for a task"):
+        open_source(parse_source(f"{adapter}/adapter_model.safetensors#one", Path()), source(base))
+
+
 def test_an_adapter_is_not_added_to_a_task_vector(tmp_path: Path, adapter: Path, base: Path) -> None:
     save_file(load_file(base), tmp_path / "v.safetensors", metadata={"kind": "task vector"})
     with pytest.raises(InputError, match="is a task vector"):

@@ -195,6 +195,19 @@ def test_a_tasks_tower_is_the_merged_one(zoo: Zoo, tmp_path: Path) -> None:
         assert all(tower.read(name).equal(value) for name, value in want.items())
 
 
+def test_a_tasks_tower_without_its_correction_is_not_evaluated(zoo: Zoo, tmp_path: Path) -> None:
+    operate(zoo, tmp_path / "s.safetensors", steps=1)
+    with pytest.raises(InputError, match="is a tower without the correction of its features") as raised:
+        evaluate(f"{tmp_path}/s.safetensors#b", recipe=zoo.folder / "zoo.toml", tasks=["b"])
+    assert raised.value.hint == "evaluate the whole file, on this task with `--tasks`"
+
+
+def test_the_size_of_features_may_be_left_to_be_found(zoo: Zoo, tmp_path: Path) -> None:
+    operate(zoo, tmp_path / "s.safetensors", steps=1)
+    operate(zoo, tmp_path / "z.safetensors", steps=1, feature_size=0)
+    assert (tmp_path / "z.safetensors").read_bytes() == (tmp_path / "s.safetensors").read_bytes()
+
+
 def changed(file: Path, **tensors: Any) -> None:
     """Replaces tensors of a file (None removes), and keeps its metadata; `metadata` changes that."""
     about = {**metadata(file), **tensors.pop("metadata", {})}

@@ -339,9 +339,9 @@ def test_a_state_is_as_good_as_a_run_of_the_same_settings_only(recipe: Recipe, t
 
 
 def test_a_task_of_several_whose_loss_is_no_number_is_named(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"loss of `(tints|shades)` is (nan|inf) at step \d+") as caught:
+    with pytest.raises(InputError, match=r"t: the loss of `(tints|shades)` is (nan|inf) at step 2") as caught:
         finetune(recipe, task=BOTH, output=tmp_path / "t", save_every=1, **{**SHORT, "learning_rate": 1e30})
-    assert "lower `learning_rate` (it is 1e+30); the state of step" in caught.value.hint
+    assert caught.value.hint == "lower `learning_rate` (it is 1e+30)"
     assert not (tmp_path / "t").exists()
 
 
