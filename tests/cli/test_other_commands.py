@@ -53,7 +53,10 @@ def test_info_counts_parameters_and_lists_keys(world: World, run: Run) -> None:
 def test_a_file_of_another_program_has_no_recipe(world: World, run: Run) -> None:
     ended = run("info", "base.safetensors", "--recipe")
     assert (ended.status, ended.out) == (3, "")
-    assert ended.err == "error: base.safetensors: says of no recipe: mergecli did not write it\n"
+    assert ended.err == (
+        "error: base.safetensors: holds no recipe, as only `merge` writes one\n"
+        "hint: it was made by another program\n"
+    )
 
 
 def test_methods_lists_every_method_and_shows_one(run: Run) -> None:

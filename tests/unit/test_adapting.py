@@ -355,3 +355,25 @@ def test_images_that_are_not_kept_are_decoded_to_the_same_result(
     monkeypatch.setenv("MERGECLI_CACHE_SIZE", "0")
     assert learn(world, tmp_path) == with_cache
     assert not (tmp_path / "other home" / "cache").exists()
+
+
+def test_files_beside_the_merge_replace_no_input_and_not_each_other(
+    world: AdaptedWorld, tmp_path: Path
+) -> None:
+    def with_files(**more: Any) -> None:
+        merge(
+            world.recipe,
+            method="ada_merging",
+            settings=SHORT,
+            **{"output": tmp_path / "m.safetensors", **more},
+        )
+
+    model = world.folder / "one.safetensors"
+    before = model.read_bytes()
+    with pytest.raises(UsageError, match=r"one\.safetensors: the output would replace an input \(one\)"):
+        with_files(save_coefficients=model)
+    assert model.read_bytes() == before
+    for name in ("m.safetensors", "more/../m.safetensors"):
+        with pytest.raises(UsageError, match=r"m\.safetensors: two outputs have this name"):
+            with_files(save_coefficients=tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

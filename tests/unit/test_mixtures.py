@@ -93,6 +93,8 @@ def test_info_of_a_task_is_its_tower(place: Path) -> None:
     found = mergecli.info(f"{place}/emr.safetensors#one")
     assert (found.kind, found.mixture) == ("checkpoint", {})
     assert found.digest == mergecli.info(place / "same.safetensors").digest
+    whole = mergecli.info(place / "emr.safetensors")
+    assert (found.metadata["recipe"], found.inputs) == (whole.metadata["recipe"], whole.inputs)
 
 
 def test_a_task_of_a_mixture_is_merged_like_any_tower(place: Path, tmp_path: Path) -> None:
@@ -307,6 +309,14 @@ def test_routes_of_checkpoints_that_do_not_route_are_refused(place: Path, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file"):
         counts(place, place / "smile.safetensors", routes=tmp_path / "file")
+
+
+def test_a_routing_of_checkpoints_that_do_not_route_is_refused(place: Path) -> None:
+    with pytest.raises(
+        UsageError, match="--routing: none of the checkpoints holds a tower that routes"
+    ) as raised:
+        scores(place, place / "emr.safetensors", routing="batch")
+    assert raised.value.hint.endswith("and `smile` make some")
 
 
 def test_a_picture_of_many_experts_and_layers_has_a_readable_size(tmp_path: Path) -> None:
