@@ -122,6 +122,21 @@ class Experiment:
         }  # fmt: skip
         return self.recipe(kind, base, tuned)
 
+    def together(self, base: str, recipe: Path) -> list[Path]:
+        """The result of one tower that has learnt all tasks at once: traditional multi-task learning."""
+        every = [part for task in self.tasks for part in ("--task", task)]
+        of_all = self.recipe("base-of-all", base, {})
+        tower = self.run(
+            self.folder / "full" / "all tasks.safetensors",
+            "finetune",
+            of_all,
+            *every,
+            "--steps",
+            self.steps,
+            *FULL,
+        )
+        return [self.run(self.folder / "full-results" / "all tasks.json", "eval", tower, "--recipe", recipe)]
+
     def merges(self, kind: str, recipe: Path, names: list[str]) -> list[Path]:
         """A result for each method."""
         results: list[Path] = []
@@ -173,6 +188,7 @@ def main() -> None:
         found = [
             work.run(results / "base.json", "eval", "base=" + base, "--recipe", recipe),
             *work.merges(kind, recipe, every if kind == "full" else FEW),
+            *(work.together(base, recipe) if kind == "full" and not given.methods else []),
             work.run(results / "fine-tuned.json", "eval", "--individual", "--recipe", recipe),
         ]
         work.run(report / f"{kind}-merges.md", "report", *found, "--format", "md")
@@ -188,7 +204,8 @@ def main() -> None:
         for file in found:
             (report / kind).mkdir(parents=True, exist_ok=True)
             shutil.copy(file, report / kind / file.name)
-    shutil.copy(work.log, report / "commands.tsv")
+    done = work.log.read_text().replace(str(work.folder), "WORK").replace(str(work.folder.absolute()), "WORK")
+    (report / "commands.tsv").write_text(done.replace(str(work.data), "DATA"))
 
 
 if __name__ == "__main__":
