@@ -204,8 +204,10 @@ def main() -> None:
         for file in found:
             (report / kind).mkdir(parents=True, exist_ok=True)
             shutil.copy(file, report / kind / file.name)
-    done = work.log.read_text().replace(str(work.folder), "WORK").replace(str(work.folder.absolute()), "WORK")
-    (report / "commands.tsv").write_text(done.replace(str(work.data), "DATA"))
+    done = work.log.read_text()
+    for place, name in ((report, "REPORT"), (work.folder, "WORK"), (work.data, "DATA")):
+        done = done.replace(str(place.absolute()), name).replace(str(place), name)
+    (report / "commands.tsv").write_text(done)
 
 
 if __name__ == "__main__":
