@@ -222,7 +222,7 @@ def _what(path: Path) -> str:
     if "method" in metadata:
         tasks = [name for name in inputs_of(metadata) if name != "base"]
         return f"{metadata['method']} of {', '.join(tasks)}"
-    return metadata.get("what", "")
+    return metadata.get("what") or metadata.get("kind", "")
 
 
 def _folder_size(path: Path) -> int:
