@@ -19,8 +19,9 @@ from mergecli.layout import read_header
 from mergecli.provenance import inputs_of
 from mergecli.sources import home
 
-PASSING = ("pixels", "heads", "results", "data")
-"""Processed images; zero-shot heads; what unfinished evaluations have so far; data that older versions converted."""
+PASSING = ("pixels", "heads", "results", "digests", "data")
+"""Processed images; zero-shot heads; what unfinished evaluations have so far; digests of large data files; data that older
+versions converted."""
 LASTING = ("statistics", "coefficients")
 """What merges have measured, and learnt. It does not count in the size that the cache may grow to."""
 KINDS = (*PASSING, *LASTING)

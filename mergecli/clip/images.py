@@ -80,8 +80,8 @@ class Images:
         return InputError(f"{self.where}, image {row}: cannot be read: {reason}")
 
 
-def load_images(task: Task, split: str | None = None) -> Images:
-    """The images of the task's own split, or of another.
+def load_images(task: Task, split: str | None = None, *, remember: bool = True) -> Images:
+    """The images of the task's own split, or of another; with `remember`, the digest of large files is kept in the cache.
 
     `validation` is the split of that name, or where the data have none a tenth of the training images, drawn
     as `torch.utils.data.random_split` does with a generator of seed 0; `train-without-validation` is the rest, which is all of them where there is a split for validation.
@@ -94,7 +94,7 @@ def load_images(task: Task, split: str | None = None) -> Images:
     if task.data.kind == "toy":
         load, known = _toy(task)
     else:
-        load, known = _on_disk(task)
+        load, known = _on_disk(task, remember)
     own = VALIDATION_NAMES if wanted == VALIDATION else (wanted,)
     if wanted == REMAINDER and any(name in known for name in VALIDATION_NAMES):
         own = (task.train_split,)
@@ -149,7 +149,7 @@ def _toy(task: Task) -> Loader:
     return load, ("train", "test")
 
 
-def _on_disk(task: Task) -> Loader:
+def _on_disk(task: Task, remember: bool) -> Loader:
     """How to read a split of a folder or Parquet file, and its splits."""
     root = locate(task.data)
     if not root.exists():
@@ -165,7 +165,7 @@ def _on_disk(task: Task) -> Loader:
     classes = sorted({file.parent.name for found in folders.values() for file in found})
 
     def load(split: str) -> Images:
-        content = fingerprint(files[split], with_names=not tables)
+        content = fingerprint(files[split], with_names=not tables, remember=remember)
         where = f"{_where(task)}: split `{split}`"
         rows = parquet_rows(files[split], where) if tables else picture_rows(files[split], classes)
         return _images(task, split, rows, content)

@@ -122,11 +122,12 @@ class Laboratory:
         self, subjects: Sequence[Subject], folder: Path, tell: Callable[[int, int], None]
     ) -> Generator[tuple[str, Tensor]]:
         from mergecli.clip.model import set_tower
-        from mergecli.clip.probe import JointTowerProbe, Scratch, TowerProbe, choose
+        from mergecli.clip.probe import JointTowerProbe, Scratch, TowerProbe
+        from mergecli.clip.selection import drawn
 
         method, models = self._method, self._models
         seed = self._seed if method.shuffle else None
-        chosen = [choose(each.images, method.examples, seed) for each in subjects if each.images]
+        chosen = [drawn(each.images, method.examples, seed) for each in subjects if each.images]
         assert len(chosen) == len(subjects), "images are missing"
         with ExitStack() as stack:
             scratch = Scratch(folder, stack)

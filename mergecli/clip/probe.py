@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from mergecli import interrupts
 from mergecli.checkpoint import Checkpoint
+from mergecli.clip.batches import batches
 from mergecli.layout import bytes_of
 from mergecli.output import write_errors
 
@@ -23,34 +24,6 @@ if TYPE_CHECKING:
 
 Tell = Callable[[int, int], None]
 """Called with how much is done, and how much there is."""
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The images of a task that are looked at."""
-
-    images: Images
-    rows: Sequence[int]
-
-    def batches(self, clip: Clip, size: int) -> Iterator[Tensor]:
-        """(B, 3, H, W) pixels, where the CLIP is."""
-        from mergecli.clip.model import pixels
-
-        for start in range(0, len(self.rows), size):
-            interrupts.check()
-            pictures = [self.images[row][0] for row in self.rows[start : start + size]]
-            yield pixels(clip, pictures).to(clip.device)
-
-
-def choose(images: Images, examples: int, seed: int | None) -> Chosen:
-    """So many of the images, drawn by the seed; without one the first, as they are stored."""
-    import torch
-
-    count = min(examples, len(images))
-    if seed is None:
-        return Chosen(images, range(count))
-    order: list[int] = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Chosen(images, order[:count])
 
 
 @dataclass(frozen=True)
@@ -69,7 +42,7 @@ class Scratch:
 class TowerProbe:
     """One task's tower, which is in the CLIP already, and its images."""
 
-    def __init__(self, clip: Clip, chosen: Chosen, head: Tensor | None, scratch: Scratch, tell: Tell) -> None:
+    def __init__(self, clip: Clip, chosen: Images, head: Tensor | None, scratch: Scratch, tell: Tell) -> None:
         self._clip, self._chosen, self._head = clip, chosen, head
         self._scratch, self._tell = scratch, tell
         self.model = tower_of(clip)
@@ -77,10 +50,10 @@ class TowerProbe:
     def batches(self, size: int, /) -> Iterator[Tensor]:
         """(B, 3, H, W) the task's images, `size` at a time."""
         done = 0
-        for batch in self._chosen.batches(self._clip, size):
+        for batch in batches(self._clip, self._chosen, size):
             yield batch
             done += len(batch)
-            self._tell(done, len(self._chosen.rows))
+            self._tell(done, len(self._chosen))
 
     def logits(self, pixel_values: Tensor, /) -> Tensor:
         """(B, C) logits of the task's zero-shot head."""
@@ -106,7 +79,7 @@ class JointTowerProbe:
         clip: Clip,
         tuned: Sequence[Checkpoint],
         base: Checkpoint,
-        chosen: Sequence[Chosen],
+        chosen: Sequence[Images],
         scratch: Scratch,
         tell: Tell,
     ) -> None:
@@ -194,11 +167,11 @@ def layers_of(model: Any, tell: Tell) -> Iterator[tuple[str, Module]]:
         tell(number + 1, len(layers))
 
 
-def embedded(clip: Clip, chosen: Chosen, size: int) -> Iterator[Tensor]:
+def embedded(clip: Clip, chosen: Images, size: int) -> Iterator[Tensor]:
     """(B, S, D) what goes into the first layer: patches with their positions, normalised."""
     import torch
 
     tower: Any = clip.tower
-    for batch in chosen.batches(clip, size):
+    for batch in batches(clip, chosen, size):
         with torch.no_grad():
             yield tower.pre_layrnorm(tower.embeddings(batch))

@@ -139,7 +139,10 @@ def score(
                 f"--{option}: none of the checkpoints holds a tower that routes",
                 "`weight_ensembling_moe`, `efficient_weight_ensembling_moe` and `smile` make some",
             )
-    subjects = [subject_of(task, load_images(task, settings.split), settings.limit) for task in tasks]
+    keeps = settings.max_size > 0
+    subjects = [
+        subject_of(task, load_images(task, settings.split, remember=keeps), settings.limit) for task in tasks
+    ]
     clip.model.to(place)
     clip.tower.to(getattr(torch, settings.dtype))
     clip.model.visual_projection.to(getattr(torch, settings.dtype))

@@ -46,3 +46,14 @@ def balanced(labels: Sequence[int], limit: int) -> list[int]:
         turns.append((len(of_class), labels[number], number))
         of_class.append(number)
     return sorted(number for _, _, number in sorted(turns)[:limit])
+
+
+def drawn(images: Images, examples: int, seed: int | None) -> Images:
+    """So many of the images, drawn by the seed; without one the first, as they are stored."""
+    import torch
+
+    count = min(examples, len(images))
+    if seed is None:
+        return images.chosen(range(count))
+    order: list[int] = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    return images.chosen(order[:count])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergecli import caching, interrupts, methods
+from mergecli import methods
 from mergecli.checkpoint import Checkpoint, open_checkpoint
 from mergecli.clip.seats import piece_of
 from mergecli.errors import InputError, UsageError
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 LOSSES = "trace.losses"
 """(steps, T) the loss of each step's batch."""
-DECODED = 256
-"""Images that are decoded at a time, where they are not in the cache."""
 DEVICE_PIECE = 128
 """Images that go through the tower at once on a device beside the processor."""
 _PROCESSING = ("preprocessor_config.json", "processor_config.json")
@@ -169,30 +166,20 @@ class Surgery:
         """(N, D) float32 unit features of a task's images, on the CPU."""
         import torch
 
+        from mergecli.clip.batches import batches
         from mergecli.clip.model import features, set_tower
-        from mergecli.clip.pixels import Processing, spans
-        from mergecli.clip.processing import Normalisation
 
-        images = self.images[task]
+        images, done = self.images[task], 0
         result = torch.empty(len(images), int(clip.model.config.projection_dim))
         if not len(images):
             return result
         set_tower(clip, tower)
-        normalised, size, done = (
-            Normalisation(clip),
-            piece_of(clip) if clip.device.type == "cpu" else DEVICE_PIECE,
-            0,
-        )
-        how = Processing(max_size=caching.allowed_size())
-        with torch.no_grad(), closing(spans(clip, images, how, DECODED, 0)) as parts:
-            for pixels in parts:
-                for start in range(0, len(pixels), size):
-                    interrupts.check()
-                    batch = pixels.batch(start, min(start + size, len(pixels)))
-                    image = features(clip, normalised(batch)).float()
-                    result[done : done + len(batch)] = image / image.norm(dim=-1, keepdim=True)
-                    done += len(batch)
-                    tell(len(batch))
+        with torch.no_grad():
+            for batch in batches(clip, images, piece_of(clip) if clip.device.type == "cpu" else DEVICE_PIECE):
+                image = features(clip, batch).float()
+                result[done : done + len(batch)] = image / image.norm(dim=-1, keepdim=True)
+                done += len(batch)
+                tell(len(batch))
         if not bool(result.isfinite().all()):
             raise InputError(
                 f"{tower.path}: gives features of {task} that are NaN or infinity",
