@@ -49,8 +49,10 @@ LEARNING = {
     "smile": ["method.rank=16"],
     "representation_surgery": ["method.steps=300"],
 }
-NOT_OF_EIGHT = {"linear", "slerp", "weighted_average"}
+OF_TWO = {"linear", "slerp"}
+"""Methods that merge two models."""
 FEW = ["average", "task_arithmetic", "ties", "tsv_m", "iso_c"]
+"""What the towers of `near` are merged with."""
 
 
 class Experiment:
@@ -63,13 +65,17 @@ class Experiment:
         self.log = folder / "commands.tsv"
         folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self, target: Path, *arguments: object) -> Path:
-        """`mergecli ARGUMENTS -o TARGET`, unless it is there."""
-        if not target.exists():
-            words = [*map(str, arguments), "-o", str(target)]
+    def run(self, target: Path, *arguments: object, again: bool = False) -> Path:
+        """`mergecli ARGUMENTS -o TARGET`, unless the log says that this command has been done; or `again`."""
+        words = [*map(str, arguments), "-o", str(target)]
+        done = self.log.read_text().splitlines() if self.log.exists() else []
+        if again or not (target.exists() and any(line.endswith(f"\t{shlex.join(words)}") for line in done)):
             print("mergecli", shlex.join(words), file=sys.stderr, flush=True)
             began = time.perf_counter()
-            subprocess.run([sys.executable, "-m", "mergecli", *words], check=True, stdout=subprocess.DEVNULL)
+            if subprocess.run(
+                [sys.executable, "-m", "mergecli", *words], stdout=subprocess.DEVNULL
+            ).returncode:
+                sys.exit(f"stopped: mergecli {shlex.join(words)}")
             with self.log.open("a") as file:
                 file.write(f"{time.perf_counter() - began:.1f}\t{shlex.join(words)}\n")
         return target
@@ -137,23 +143,32 @@ class Experiment:
         )
         return [self.run(self.folder / "full-results" / "all tasks.json", "eval", tower, "--recipe", recipe)]
 
+    def images(self) -> list[int]:
+        """How many training images each task has."""
+        pool = mergecli.ModelPool(self.recipe("base-of-all", self.base(), {}))
+        return [len(pool.load_train_dataset(task)) for task in self.tasks]
+
     def merges(self, kind: str, recipe: Path, names: list[str]) -> list[Path]:
         """A result for each method."""
         results: list[Path] = []
         for name in names:
             path = self.folder / f"{kind}-merged" / f"{name}.safetensors"
             given = [*LEARNING.get(name, [])]
+            if name == "weighted_average":
+                given.append(f"method.weights=[{', '.join(map(str, self.images()))}]")
             if name == "representation_surgery":
                 given.append(
                     f"method.merged={json.dumps(str(path.with_name('task_arithmetic.safetensors')))}"
                 )
             changes = [part for each in given for part in ("--set", each)]
+            own = self.folder / f"{kind}-results"
+            if name in LEARNING and name != "smile":
+                own.mkdir(parents=True, exist_ok=True)
+                changes += ["--trace", str(own / f"{name}.csv")]
             self.run(path, "merge", recipe, "--method", name, *changes)
-            results.append(
-                self.run(self.folder / f"{kind}-results" / f"{name}.json", "eval", path, "--recipe", recipe)
-            )
+            results.append(self.run(own / f"{name}.json", "eval", path, "--recipe", recipe))
             if name.endswith("_moe"):
-                batch = self.folder / f"{kind}-results" / f"{name}, batch.json"
+                batch = own / f"{name}, batch.json"
                 results.append(
                     self.run(batch, "eval", f"{name}, batch={path}", "--recipe", recipe, "--routing", "batch")
                 )
@@ -172,26 +187,32 @@ def main() -> None:
         "--base-steps", type=int, default=1200, help="of the base, each with images of four tasks"
     )
     parser.add_argument("--kinds", default=",".join(KINDS), help="of fine-tuning")
-    parser.add_argument("--methods", help="of merging the fully fine-tuned towers; all by default")
+    parser.add_argument("--methods", help="of merging; all by default, and few for `near`")
     parser.add_argument("--report", type=Path, help="a folder for results and reports as text")
     given = parser.parse_args()
+    kinds, chosen = given.kinds.split(","), given.methods.split(",") if given.methods else methods.names()
+    if wrong := [*(set(kinds) - set(KINDS)), *(set(chosen) - set(methods.names()))]:
+        parser.error(f"there is no {', '.join(sorted(wrong))}; kinds are {', '.join(KINDS)}")
+    missing = [task for task in TASKS if str(given.data) != "toy" and not (given.data / task).is_dir()]
+    if missing:
+        parser.error(f"{given.data}: has no folder {', '.join(missing)}")
     work = Experiment(given.data, given.folder, given.steps, given.base_steps)
     base = work.base()
     report = given.report or work.folder / "report"
-    for kind in given.kinds.split(","):
+    for kind in kinds:
         recipe = work.towers(kind, base)
         results = work.folder / f"{kind}-results"
         every = sorted(
-            set(methods.names()) - NOT_OF_EIGHT, key=lambda name: (name == "representation_surgery", name)
+            set(methods.names()) - OF_TWO, key=lambda name: (name == "representation_surgery", name)
         )
-        every = [name for name in every if not given.methods or name in given.methods.split(",")]
+        every = [name for name in every if name in chosen]
         found = [
             work.run(results / "base.json", "eval", "base=" + base, "--recipe", recipe),
-            *work.merges(kind, recipe, every if kind == "full" else FEW),
+            *work.merges(kind, recipe, FEW if kind == "near" else every),
             *(work.together(base, recipe) if kind == "full" and not given.methods else []),
             work.run(results / "fine-tuned.json", "eval", "--individual", "--recipe", recipe),
         ]
-        work.run(report / f"{kind}-merges.md", "report", *found, "--format", "md")
+        work.run(report / f"{kind}-merges.md", "report", *found, "--format", "md", again=True)
         cross = work.folder / f"{kind}-each"
         work.run(cross, "eval", "--recipe", recipe)
         work.run(
@@ -200,10 +221,16 @@ def main() -> None:
             *(cross / f"{task}.json" for task in ("base", *work.tasks)),
             "--format",
             "md",
+            again=True,
         )
-        for file in found:
-            (report / kind).mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, report / kind / file.name)
+        found += sorted(results.glob("*.csv"))
+        for folder, files in (
+            (report / kind, found),
+            (report / f"{kind}-each", sorted(cross.glob("*.json"))),
+        ):
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                shutil.copy(file, folder / file.name)
     done = work.log.read_text()
     for place, name in ((report, "REPORT"), (work.folder, "WORK"), (work.data, "DATA")):
         done = done.replace(str(place.absolute()), name).replace(str(place), name)
