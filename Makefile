@@ -34,7 +34,7 @@ lint: .venv/installed ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 types: .venv/installed ## pyright, strict
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: .venv/installed ## put the code into shape
 	$(BIN)/ruff check --fix .

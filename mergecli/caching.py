@@ -75,7 +75,8 @@ def cache(kinds: Sequence[str] = (), *, clear: bool = False, max_size: str | int
     Args:
         kinds: of `KINDS`; none stands for all.
         clear: remove these kinds; without any, the `PASSING` ones.
-        max_size: remove of the `PASSING` kinds what was used longest ago, until the rest takes no more, such as `5GB`.
+        max_size: remove of these kinds, as far as they are `PASSING`, what was used longest ago, until the rest takes no
+            more, such as `5GB`.
 
     Raises:
         UsageError: a kind or a size that there is not.
@@ -92,7 +93,10 @@ def cache(kinds: Sequence[str] = (), *, clear: bool = False, max_size: str | int
     if clear:
         removed = [entry for entry in every if entry.kind in (kinds or PASSING)]
     elif max_size is not None:
-        gone = {file.path for file in _oldest(bound)}
+        gone = {
+            file.path
+            for file in _oldest(bound, kinds=[each for each in PASSING if not kinds or each in kinds])
+        }
         removed = [entry for entry in every if entry.path in gone]
     for entry in removed:
         _remove(entry.path)
@@ -176,9 +180,9 @@ def _files(kinds: Sequence[str] = PASSING) -> list[_File]:
     return sorted(found, key=lambda file: (-file.used, file.path))
 
 
-def _oldest(bound: int, gone: Sequence[_File] = ()) -> list[_File]:
-    """Those last used longest ago, so that the others (without `gone`) take at most `bound` bytes."""
-    every = [file for file in _files() if file not in gone]
+def _oldest(bound: int, gone: Sequence[_File] = (), kinds: Sequence[str] = PASSING) -> list[_File]:
+    """Those last used longest ago, so that the others (without `gone`) of these kinds take at most `bound` bytes."""
+    every = [file for file in _files(kinds) if file not in gone]
     total = sum(file.size for file in every)
     chosen: list[_File] = []
     while every and total > bound:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mergecli import plots
-from mergecli.clip.results import about, check_files, parameters, tensor_bytes
+from mergecli.clip.results import check_files, subjects, tensor_bytes
 from mergecli.clip.routes import route_files, write_routes
 from mergecli.clip.scoring import Settings, Tower, score
 from mergecli.errors import InputError, UsageError
@@ -16,6 +16,7 @@ from mergecli.mixtures import LEFT_OUT
 from mergecli.opening import open_source
 from mergecli.output import write_text
 from mergecli.scores import (
+    FINE_TUNED,
     SCHEMA,
     Average,
     Evaluation,
@@ -43,9 +44,6 @@ __all__ = [
     "tasks_of",
 ]
 
-FINE_TUNED = "fine-tuned"
-"""The name of the result in which each model was evaluated on its own task."""
-
 
 def evaluate(
     checkpoints: str | Path | Sequence[str | Path] | Mapping[str, str | Path] = (),
@@ -72,6 +70,7 @@ def evaluate(
     features: str | Path | None = None,
     routes: str | Path | None = None,
     progress: Progress | None = None,
+    unfinished: list[Path] | None = None,
 ) -> tuple[Evaluation, ...]:
     """One result for each checkpoint, in order: counts, accuracy and loss on every task.
 
@@ -102,6 +101,8 @@ def evaluate(
             several checkpoints in `<name>/<task>.safetensors`.
         routes: a folder that gets `<name>.csv` for each checkpoint that routes: the mean routing weight of each expert
             over the images of each task, layer by layer; and a picture of it, `<name>.png`, where matplotlib is.
+        unfinished: of work that has several evaluations: a list that gets the files from which an interrupted one goes
+            on, which then stay.
 
     Raises:
         UsageError: an argument is wrong, or the recipe.
@@ -141,7 +142,8 @@ def evaluate(
             if not chosen:
                 raise UsageError("no model is named after one of the tasks", "name them: `TASK=PATH`")
         return evaluate_open(
-            models, base, chosen, settings, individual=individual, output=output, predictions=predictions, progress=progress
+            models, base, chosen, settings, individual=individual, output=output, predictions=predictions,
+            progress=progress, unfinished=unfinished,
         )  # fmt: skip
 
 
@@ -172,8 +174,12 @@ def evaluate_open(
     output: str | Path | None = None,
     predictions: str | Path | None = None,
     progress: Progress | None = None,
+    unfinished: list[Path] | None = None,
 ) -> tuple[Evaluation, ...]:
-    """As `evaluate`, of towers that are open already, such as merges that are computed while they are read."""
+    """As `evaluate`, of towers that are open already, such as merges that are computed while they are read.
+
+    With a list `unfinished`, the files from which an interrupted evaluation goes on stay, and are put into it.
+    """
     targets = result_files([FINE_TUNED] if individual else [model.name for model in models], output)
     check_files(models, tasks, settings, targets, predictions, individual)
 
@@ -186,34 +192,25 @@ def evaluate_open(
         predictions=predictions is not None,
         progress=progress,
     )
-    named = [
-        (about(model, scores.clip.vision, settings), each)
-        for model, each in zip(models, scores.tasks, strict=True)
-    ]
-    sizes = [(parameters(model.checkpoint), tensor_bytes(model.checkpoint)) for model in models]
-    if individual:
-        facts = dict.fromkeys(named[0][0], None) | {
-            "name": FINE_TUNED,
-            "path": FINE_TUNED,
-            "method": FINE_TUNED,
-        }
-        found = {name: each for one in scores.tasks for name, each in one.items()}
-        sizes = [(sizes[0][0], sum(size for (_, size), own in zip(sizes, scores.tasks, strict=True) if own))]
-        named = [(facts, {task.name: found[task.name] for task in tasks})]
     with open_source(base) as whole:
         tower = tensor_bytes(whole.vision())
+    digests = {"digest": scores.clip.vision, "text": scores.clip.text, "rest": scores.clip.rest}
+    clip: dict[str, str | None] = {"path": base.label, **digests, "processing": scores.processing}
     results = tuple(
         Evaluation(
-            checkpoint=facts,
-            clip={"path": base.label, "digest": scores.clip.vision},
-            parameters=count,
-            tasks=each,
+            checkpoint=each.checkpoint,
+            clip=clip,
+            parameters=each.parameters,
+            tasks=each.tasks,
             batch_size=settings.batch_size,
             dtype=settings.dtype,
-            bytes=size,
-            relative_size=size / tower,
+            bytes=each.bytes,
+            relative_size=each.bytes / tower,
+            device=settings.device.partition(":")[0],
+            models=each.models,
+            looked_at=each.looked_at,
         )
-        for (facts, each), (count, size) in zip(named, sizes, strict=True)
+        for each in subjects(models, scores, settings, [task.name for task in tasks], individual)
     )
     for target, result in zip(targets, results, strict=False):
         write_text(target, result.to_json())
@@ -224,10 +221,18 @@ def evaluate_open(
         if plots.has_matplotlib():
             for each in scores.routes:
                 plots.route_maps(each.experts, each.tasks, route_files(settings.routes, each.name)[1])
-    for file in scores.unfinished:
+    if unfinished is None:
+        forget(scores.unfinished)
+    else:
+        unfinished += scores.unfinished
+    return results
+
+
+def forget(files: Sequence[Path]) -> None:
+    """Removes what an interrupted evaluation would have gone on from."""
+    for file in files:
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
-    return results
 
 
 def _opened(name: str, source: Source, base: Source, files: contextlib.ExitStack) -> Tower:

@@ -56,6 +56,36 @@ def inputs_of(metadata: Mapping[str, str]) -> dict[str, str]:
     return {str(name): str(digest) for name, digest in inputs.items()} if isinstance(inputs, dict) else {}
 
 
+def made_of(metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Setting -> value of the method that made a file of ours, and model -> source, as its recipe has them; empty where
+    it does not say. Values are TOML, but for strings."""
+    import tomli
+
+    try:
+        recipe: Any = tomli.loads(metadata.get("recipe", ""))
+        settings, models = dict(recipe.get("method", {})), dict(recipe.get("tuned", {}))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}, {}
+    plain = {name: each.get("source") if isinstance(each, dict) else each for name, each in models.items()}
+    return (
+        {
+            f"method.{key}": each if isinstance(each, str) else shown(each)
+            for key, each in settings.items()
+            if key != "name"
+        },
+        {str(name): str(source) for name, source in plain.items()},
+    )
+
+
+def looked_at(metadata: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Task -> `split` and `data` (the digest) of the images that a file's method looked at; empty where it does not say."""
+    try:
+        tasks: Any = json.loads(metadata.get("adapted_on", "{}"))
+        return {str(task): {key: str(each[key]) for key in ("split", "data")} for task, each in tasks.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
 def recipe_text(recipe: Recipe, method: str | None, settings: Mapping[str, Any]) -> str:
     """The recipe in effect as TOML: after every change, with the defaults written out."""
     lines = ["schema = 1"]

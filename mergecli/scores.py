@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from mergecli.errors import InputError, UsageError, quoted
 from mergecli.output import whole_file
 
 SCHEMA = "mergecli.eval/1"
+FINE_TUNED = "fine-tuned"
+"""The name of the result in which each model was evaluated on its own task."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,11 @@ class Evaluation:
     """How one tower did on several tasks."""
 
     checkpoint: Mapping[str, str | None]
-    """`name`, `path` (no folders), `digest`, `kind` and `method`; None where the file does not say."""
+    """`name`, `path` (no folders), `digest`, `kind`, `method` and its settings, `method.density` for one; None where the
+    file does not say. Of the best point of a sweep `selected_on`: the split that it was chosen on."""
     clip: Mapping[str, str | None]
-    """`path` and `digest` of the CLIP whose other parts were used."""
+    """`path` of the CLIP whose other parts were used, and digests: `digest` of its vision tower, `text` of all that heads
+    depend on, `rest` of projection and logit scale, `processing` of the image processor's settings."""
     parameters: int
     tasks: Mapping[str, TaskScore]
     """In the order in which they were asked for."""
@@ -66,6 +70,12 @@ class Evaluation:
     """Of the checkpoint's tensors; of models each on its own task, of all together. None in files of before."""
     relative_size: float | None = None
     """`bytes` divided by those of the CLIP's own vision tower as it is stored."""
+    device: str | None = None
+    """What it was computed on, such as `cpu`: others round otherwise. None in files of before."""
+    models: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of a merge, model -> source as its recipe has it, without folders; empty where the file does not say."""
+    looked_at: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+    """Of a method that looks at images, task -> `split` and `data`, the fingerprint of the images."""
 
     @property
     def name(self) -> str:
@@ -89,6 +99,9 @@ class Evaluation:
             "clip": dict(self.clip),
             "batch_size": self.batch_size,
             "dtype": self.dtype,
+            **({"device": self.device} if self.device else {}),
+            **({"models": dict(self.models)} if self.models else {}),
+            **({"looked_at": dict(self.looked_at)} if self.looked_at else {}),
             "model_info": {
                 "trainable_params": self.parameters,
                 "all_params": self.parameters,
@@ -119,7 +132,7 @@ def read_result(path: str | Path) -> Evaluation:
     schema: object = values.get("schema") if isinstance(values, dict) else None
     if schema != SCHEMA:
         raise InputError(f"{file}: `schema`: expected `{SCHEMA}`, got {schema!r}", _HINT)
-    for part in ("checkpoint", "clip", "model_info", "tasks"):
+    for part in ("checkpoint", "clip", "model_info", "tasks", "models", "looked_at"):
         if part in values and not isinstance(values[part], dict):
             raise InputError(f"{file}: `{part}`: expected a table", _HINT)
     if not all(isinstance(score, dict) for score in values.get("tasks", {}).values()):
@@ -132,6 +145,12 @@ def read_result(path: str | Path) -> Evaluation:
             tasks={name: _score(name, score) for name, score in values["tasks"].items()},
             batch_size=_typed(values["batch_size"], "int", "batch_size"),
             dtype=_typed(values["dtype"], "str", "dtype"),
+            device=_typed(values["device"], "str", "device") if "device" in values else None,
+            models=_strings(values.get("models", {}), "models"),
+            looked_at={
+                task: _strings(each, f"looked_at.{task}")
+                for task, each in values.get("looked_at", {}).items()
+            },
             **{
                 key: _typed(values["model_info"][key], kind, f"model_info.{key}")
                 for key, kind in _SIZES.items()

@@ -82,7 +82,9 @@ def evaluate(
             help="Corrupt every image, such as gaussian_noise or motion_blur (after ImageNet-C).",
         ),
     ] = None,
-    severity: Annotated[int, typer.Option("--severity", min=1, max=5, help="Of the corruption.")] = 1,
+    severity: Annotated[
+        int | None, typer.Option("--severity", min=1, max=5, help="Of the corruption; default 1.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Images at a time.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[
@@ -150,9 +152,19 @@ def evaluate(
     from mergecli.reporting import accuracy_table
     from mergecli.sources import named_sources
 
+    for option, text in {
+        "--tasks": tasks,
+        "--only": only,
+        "--split": split,
+        "--corruption": corruption,
+    }.items():
+        if text is not None and not text.strip(" ,"):
+            raise UsageError(f"{option}: is empty", "leave the option out for what it is by default")
+    if severity is not None and corruption is None:
+        raise UsageError("--severity: there is no corruption", "name one with `--corruption`")
     if changes and recipe is None:
         raise UsageError("--set: there is no recipe to change", "name one with `--recipe`")
-    known = read_recipe(recipe, changes or []) if recipe else None
+    known = read_recipe(recipe, changes or [], method) if recipe else None
     named = tasks.split(",") if tasks else None
     floors = _floors(min_task or [], named, known) if min_task else {}
     swept = {"--method": method, "--select": select, "--keep": keep, "--plot": plot}
@@ -171,7 +183,7 @@ def evaluate(
             found = sweep_scores.sweep(
                 recipe, sweep, method=method, changes=changes or [], select=select, keep=keep, output=output, plot=plot,
                 device=device, progress=progress, tasks=named, batch_size=batch_size, split=split, limit=limit,
-                corruption=corruption, severity=severity, dtype=dtype, workers=workers, cache=cache, cache_size=cache_size,
+                corruption=corruption, severity=severity or 1, dtype=dtype, workers=workers, cache=cache, cache_size=cache_size,
                 fresh=fresh, routing=routing,
             )  # fmt: skip
         show.table(found.table, form)
@@ -184,7 +196,7 @@ def evaluate(
         results = evaluation.evaluate(
             named_sources(checkpoints or []) or (), recipe=known, only=only.split(",") if only else (),
             individual=individual, clip=clip, tasks=named, batch_size=batch_size, split=split, limit=limit,
-            corruption=corruption, severity=severity, device=device, dtype=dtype, workers=workers, cache=cache,
+            corruption=corruption, severity=severity or 1, device=device, dtype=dtype, workers=workers, cache=cache,
             cache_size=cache_size, fresh=fresh, routing=routing, output=output, predictions=predictions, features=features,
             routes=routes, progress=progress,
         )  # fmt: skip
@@ -195,10 +207,10 @@ def evaluate(
 def _check_floors(results: Sequence[Evaluation], floors: dict[str, float], min_average: float | None) -> None:
     """Raises ThresholdError if a result is below what was asked for."""
     below = [
-        f"{each.checkpoint['path']}: {task}: {each.tasks[task].accuracy:.4f}, below {least:g}"
+        f"{each.checkpoint['path']}: {task}: " + _said(each, task, least)
         for task, least in floors.items()
         for each in results
-        if task in each.tasks and each.tasks[task].accuracy < least
+        if task not in each.tasks or each.tasks[task].accuracy < least
     ]
     if min_average is not None:
         lines = [
@@ -209,6 +221,13 @@ def _check_floors(results: Sequence[Evaluation], floors: dict[str, float], min_a
         below += [f"average accuracy below {min_average:g}: {'; '.join(lines)}"] if lines else []
     if below:
         raise ThresholdError(below[0] if len(below) == 1 else f"accuracies too low:\n{listed(below, 20)}")
+
+
+def _said(result: Evaluation, task: str, least: float) -> str:
+    score = result.tasks.get(task)
+    return (
+        f"{score.accuracy:.4f}, below {least:g}" if score else f"not evaluated, so not known to be {least:g}"
+    )
 
 
 def _floors(texts: list[str], tasks: list[str] | None, recipe: Recipe | None) -> dict[str, float]:
@@ -229,5 +248,7 @@ def _floors(texts: list[str], tasks: list[str] | None, recipe: Recipe | None) ->
         name = find(written, recipe).name
         if name not in known:
             raise UsageError(f"--min {text}: `{name}` is not among the tasks{did_you_mean(name, known)}")
+        if name in floors:
+            raise UsageError(f"--min {text}: `{name}` has one already, {floors[name]:g}")
         floors[name] = least
     return floors

@@ -89,6 +89,8 @@ class Scores:
     predictions: dict[str, list[object]]
     """Columns with a row for each tower, task and image, if they are wanted."""
     clip: ClipDigests
+    processing: str
+    """Digest of the image processor's settings."""
     routes: list[Routes]
     """Of the towers that route, if they are wanted."""
     unfinished: list[Path] = field(default_factory=list[Path])
@@ -124,6 +126,7 @@ def score(
     from mergecli.clip.routes import Routes, RouteSums
     from mergecli.clip.seats import Seat
     from mergecli.clip.selection import subject_of
+    from mergecli.clip.splits import digest
     from mergecli.clip.tallies import tallies_of
     from mergecli.devices import usable_device
 
@@ -146,7 +149,8 @@ def score(
     clip.model.to(place)
     clip.tower.to(getattr(torch, settings.dtype))
     clip.model.visual_projection.to(getattr(torch, settings.dtype))
-    scores = Scores([{} for _ in towers], {}, clip_digests(folder), [])
+    processing = digest(clip.processor.to_json_string())
+    scores = Scores([{} for _ in towers], {}, clip_digests(folder), processing, [])
     weights: list[dict[str, Weights]] = [{} for _ in towers]
     seats = [Seat(clip, settings.routing)]
     with torch.inference_mode(), _exact_convolutions(torch.backends.cudnn):

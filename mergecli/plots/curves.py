@@ -22,13 +22,14 @@ def curves(
     y_label: str = "accuracy (%)",
     best: int | None = None,
     best_label: str = "best",
+    bold: str = "average",
 ) -> Figure:
     """The average over a swept setting as a bold line, each task as a thin grey one with its name at its end.
 
     Args:
         x: the values of the setting, in any order.
         tasks: task -> its number at each of them; None where there is none.
-        average: the average at each of them.
+        average: the average at each of them, or what `bold` calls it.
         best: the place in `x` of the point to mark, called `best_label`.
     """
     order = sorted(range(len(x)), key=lambda place: x[place])
@@ -37,17 +38,17 @@ def curves(
     axes.set_ylabel(y_label)
     axes.grid(axis="y", color="#b0b0b0", alpha=0.5, linewidth=0.6)
     ends: list[tuple[float, str, bool]] = []
-    for name, values in (*tasks.items(), ("average", average)):
+    for name, values in (*tasks.items(), (bold, average)):
         points = [(x[place], value) for place in order if (value := values[place]) is not None]
         if not points:
             continue
-        bold = values is average
+        thick = values is average
         axes.plot(
-            [at for at, _ in points], [value for _, value in points], color=COLOURS[0] if bold else "#8c8c8c",
-            linewidth=2.4 if bold else 0.9, alpha=1 if bold else 0.75, marker="o" if bold else None, markersize=4,
-            zorder=3 if bold else 2, clip_on=False,
+            [at for at, _ in points], [value for _, value in points], color=COLOURS[0] if thick else "#8c8c8c",
+            linewidth=2.4 if thick else 0.9, alpha=1 if thick else 0.75, marker="o" if thick else None, markersize=4,
+            zorder=3 if thick else 2, clip_on=False,
         )  # fmt: skip
-        ends.append((points[-1][1], "average" if bold else labels([name], 18)[0], bold))
+        ends.append((points[-1][1], labels([name], 18)[0], thick))
     low, high = axes.get_ylim()
     left, right = x[order[0]], x[order[-1]]
     if left < right:
@@ -61,10 +62,10 @@ def curves(
         )  # fmt: skip
     axes.set_ylim(low, high)
     room = 0.045 * (high - low)
-    for (value, name, bold), at in zip(ends, spread([end[0] for end in ends], room, low, high), strict=True):
+    for (value, name, thick), at in zip(ends, spread([end[0] for end in ends], room, low, high), strict=True):
         axes.annotate(
             name, (1, value), (1.06, at), xycoords=("axes fraction", "data"), textcoords=("axes fraction", "data"),
-            va="center", fontsize=8.5, color=COLOURS[0] if bold else INK, fontweight="bold" if bold else "normal",
+            va="center", fontsize=8.5, color=COLOURS[0] if thick else INK, fontweight="bold" if thick else "normal",
             arrowprops={"arrowstyle": "-", "color": "#b0b0b0", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1},
         )  # fmt: skip
     return figure

@@ -45,6 +45,11 @@ class Reference:
     """What is known to be odd about the table."""
 
     @property
+    def suffix(self) -> str:
+        """What the names of its models end with on the hub, after the task."""
+        return "_lora-16" if self.name.endswith("-ta8-lora") else ""
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """Every task of the table."""
         return tuple(next(iter(self.rows.values())).accuracies)

@@ -12,9 +12,9 @@ from mergecli.errors import UsageError, did_you_mean
 from mergecli.output import check_targets, write_text
 from mergecli.reporting import differences, published
 from mergecli.reporting import rows as scored
-from mergecli.reporting.rows import FINE_TUNED, METRICS, Block, Metric, Row
-from mergecli.reporting.towers import about_towers
-from mergecli.scores import Evaluation, read_result
+from mergecli.reporting.rows import METRICS, Block, Metric, Row
+from mergecli.reporting.towers import about_images, about_towers
+from mergecli.scores import FINE_TUNED, Evaluation, read_result
 from mergecli.tables import SUFFIXES, Cell, Column, Format, Table
 
 
@@ -45,7 +45,7 @@ def report(
         sort: `average`, a task, or `name`; largest first (names from A to Z) unless `ascending`.
         seen: tasks whose models were merged: adds their average and that of the others.
         normalized: adds each accuracy divided by that of the `fine_tuned` models, by default the result of that name.
-        intervals: gives each number its 95 % interval.
+        intervals: gives each number its 95 % interval, and differences to a published number theirs.
         against: the name of a result, or the file of one: adds the differences to it, with 95 % intervals, and says
             which of them chance alone may make. `predictions`: Parquet files of `evaluate`, for paired tests.
         reference: the name of a published table, such as `clip-vit-base-patch32-ta8`: adds its average for the same
@@ -73,16 +73,18 @@ def report(
     if theirs and reference_rows:
         rows += published.rows(theirs, tasks)
     rows = scored.ordered(rows, sort, ascending, tasks)
-    blocks = [about_towers(rows), scored.scores(rows, tasks, metric, intervals)]
+    blocks = [about_towers(rows), about_images(rows), scored.scores(rows, tasks, metric, intervals)]
+    compared = list(evaluations)
     if normalized:
-        blocks.append(scored.normalized(rows, tasks, _fine_tuned(fine_tuned, evaluations)))
+        compared.append(_fine_tuned(fine_tuned, evaluations))
+        blocks.append(scored.normalized(rows, tasks, compared[-1]))
     if theirs:
-        blocks.append(published.columns(rows, theirs))
+        blocks.append(published.columns(rows, theirs, intervals))
     if against is not None:
-        other = differences.baseline(against, evaluations)
+        compared.append(differences.baseline(against, evaluations))
         answers = differences.read_predictions(predictions) if predictions else None
-        blocks.append(differences.columns(rows, tasks, other, answers))
-    table = _table(rows, blocks, scored.same_images(evaluations))
+        blocks.append(differences.columns(rows, tasks, compared[-1], answers))
+    table = _table(rows, blocks, list(dict.fromkeys(scored.comparable(compared))))
     table = table.transposed() if transpose else table
     if plot or "html" in (format, SUFFIXES.get(Path(output).suffix) if output else None):
         from mergecli.reporting import pictures

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergecli.errors import InputError, UsageError, did_you_mean, quoted
-from mergecli.reporting.rows import FINE_TUNED, Block, Row
-from mergecli.scores import Evaluation, TaskScore, read_result
+from mergecli.reporting.rows import SAME, Block, Row
+from mergecli.scores import FINE_TUNED, Evaluation, TaskScore, read_result
 from mergecli.statistics import Count, Pair, difference_interval, mcnemar, paired_bootstrap
 from mergecli.tables import Cell, Column, Estimate
 
@@ -159,11 +159,7 @@ def _other(result: Evaluation, against: Evaluation, task: str) -> bool:
     if task not in result.tasks:
         return False
     ours, theirs = result.tasks[task], against.tasks[task]
-    return (ours.images, ours.split, ours.data.get("fingerprint")) != (
-        theirs.images,
-        theirs.split,
-        theirs.data.get("fingerprint"),
-    )
+    return any(SAME[part](ours) != SAME[part](theirs) for part in ("images", "splits", "corruptions"))
 
 
 def _pair(task: str, first: Evaluation, second: Evaluation, predictions: Predictions) -> Pair:
@@ -173,7 +169,11 @@ def _pair(task: str, first: Evaluation, second: Evaluation, predictions: Predict
         InputError: the predictions lack one of them, or are of other images.
     """
     ours, theirs = (_answers(each, task, predictions) for each in (first, second))
-    if ours.images.tolist() != theirs.images.tolist() or ours.labels.tolist() != theirs.labels.tolist():
+    if (
+        _other(first, second, task)
+        or ours.images.tolist() != theirs.images.tolist()
+        or ours.labels.tolist() != theirs.labels.tolist()
+    ):
         raise InputError(
             f"predictions: `{first.name}` and `{second.name}` were not evaluated on the same images of `{task}`"
         )

@@ -61,9 +61,10 @@ def draw(chart: plots.Chart, kind: str, path: Path, evaluations: Sequence[Evalua
 
 def _figure(chart: plots.Chart, kind: str, evaluations: Sequence[Evaluation]) -> Figure:
     if kind == "sweep":
-        setting, values = swept(evaluations)
+        points = [each for each in evaluations if not each.checkpoint.get("selected_on")]
+        setting, values = swept(points)
         ours = {name: place for place, name in enumerate(chart.models)}
-        places = [ours[each.name] for each in evaluations]
+        places = [ours[each.name] for each in points]
         return plots.curves(
             values,
             {
@@ -87,7 +88,7 @@ def swept(evaluations: Sequence[Evaluation]) -> tuple[str, list[float]]:
     Raises:
         UsageError: there is no such setting, or two results have the same value.
     """
-    keys = [key for key in evaluations[0].checkpoint if "." in key]
+    keys = [key for each in evaluations[:1] for key in each.checkpoint if "." in key]
     varying = [
         key for key in keys if len({each.checkpoint.get(key) for each in evaluations}) == len(evaluations)
     ]

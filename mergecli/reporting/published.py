@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mergecli.errors import quoted
+from mergecli import methods
+from mergecli.errors import quoted, shown
 from mergecli.references import IMAGES, Reference
 from mergecli.references import Row as PublishedRow
 from mergecli.reporting.rows import Block, Row
 from mergecli.scores import Evaluation, TaskScore
-from mergecli.tables import Cell, Column
+from mergecli.sources import HUBS
+from mergecli.statistics import Count, difference_interval
+from mergecli.tables import Cell, Column, Estimate
 
 _METHODS = {
     "pretrained": "Pre-trained", "fine-tuned": "Fine-tuned (STL)", "average": "Simple Averaging", "task_arithmetic": "Task Arithmetic",
@@ -28,23 +31,45 @@ _PARAMETERS = {
 }
 
 
-def columns(rows: Sequence[Row], reference: Reference) -> Block:
-    """What the paper has for the same method and the same tasks, and by how much ours is better."""
+def columns(rows: Sequence[Row], reference: Reference, intervals: bool = False) -> Block:
+    """What the paper has for the same method and the same tasks, and by how much ours is better; with `intervals` also
+    whether that is more than chance."""
     parts = ("seen", "unseen") if reference.seen else ("all",)
     found: list[tuple[Column, list[Cell]]] = []
     for part in parts:
         suffix = "" if part == "all" else f" ({part})"
         pairs = [_pair(row, reference, part) for row in rows]
         theirs: list[Cell] = [pair[1] for pair in pairs]
-        differences: list[Cell] = [None if b is None or a is None else a - b for a, b in pairs]
+        differences: list[Cell] = [
+            None if b is None or a is None else _estimate(row, reference, part, a - b) if intervals else a - b
+            for row, (a, b) in zip(rows, pairs, strict=True)
+        ]
         found += [
             (Column(f"reference{suffix}", "percent"), theirs),
             (Column(f"difference{suffix}", "points"), differences),
         ]
-    notes = [
-        f"reference: the published table `{reference.name}`, the row of the same method, whatever its settings."
-    ]
+    notes = [f"reference: the published table `{reference.name}`, the row of the same method."]
+    if intervals:
+        notes.append(
+            "difference: ±: longer side of the 95 % interval for two independent proportions (Newcombe), as if the published "
+            "numbers were of other images, and so too wide for the same ones. n.s.: the interval holds 0."
+        )
     return Block(found, notes, departures([row.result for row in rows if row.result], reference))
+
+
+def _estimate(row: Row, reference: Reference, part: str, difference: float) -> Cell:
+    """The difference with its interval, where it is known of how many images the published number is."""
+    theirs = _counterpart(row, reference)
+    shared = [task for task in _part(reference, part) if task in row.values]
+    if theirs is None or not shared or any(task not in IMAGES for task in shared):
+        return difference
+    counts = [Count(round(theirs.accuracies[task] * IMAGES[task]), IMAGES[task]) for task in shared]
+    low, high = difference_interval(row.counts(shared), counts)
+    middle = sum(each.correct / each.images for each in row.counts(shared)) / len(shared) - sum(
+        each.correct / each.images for each in counts
+    ) / len(shared)
+    low, high = low - middle + difference, high - middle + difference  # published averages are rounded
+    return Estimate(difference, low, high, not low <= 0 <= high)
 
 
 def _pair(row: Row, reference: Reference, part: str) -> tuple[float | None, float | None]:
@@ -115,11 +140,62 @@ def departures(evaluations: Sequence[Evaluation], reference: Reference) -> list[
         where = f"{quoted(tasks)}: " if tasks else ""
         who = "" if len(models) == len(evaluations) else f" ({quoted(models)})"
         lines.append(f"not as in `{reference.name}`: {where}{problem}{who}")
-    lines.append(
-        f"whether the merged models are those of `{reference.name}` cannot be seen from a result: "
-        "`mergecli info CHECKPOINT` lists what it was made of"
-    )
+    if silent := [each.name for each in evaluations if _models_of(each, reference) is None]:
+        lines.append(
+            f"whether the models are those of `{reference.name}` cannot be seen from {quoted(silent)}: "
+            "`mergecli info CHECKPOINT` lists what it was made of"
+        )
     return lines
+
+
+def _models_of(result: Evaluation, reference: Reference) -> dict[str, str] | None:
+    """Task -> repository, without its owner, of the models that were merged, or of the one model; none for the base; None
+    where a result does not tell."""
+    if result.checkpoint.get("method") == "pretrained":
+        return {}
+    if result.models:
+        return {task: _repository(source) for task, source in result.models.items()}
+    path = _repository(result.checkpoint.get("path") or "")
+    task = path.removeprefix(f"{reference.backbone}_").removesuffix(reference.suffix)
+    return {task: path} if path == f"{reference.backbone}_{task}{reference.suffix}" else None
+
+
+def _settings(result: Evaluation) -> Iterator[str]:
+    """Settings that are not the defaults, which are those of the published tables."""
+    method = result.checkpoint.get("method")
+    if method not in _METHODS or method not in methods.names():
+        return
+    usual = methods.table_of(methods.create(method, {}))
+    for key, value in usual.items():
+        own, known = result.checkpoint.get(f"method.{key}"), value if isinstance(value, str) else shown(value)
+        if own is not None and own != known and key != "granularity":
+            yield f"`{key}` is {own}, not {known}"
+
+
+def _repository(source: str) -> str:
+    """`hf:owner/name@revision` without all but the name; empty for what is on no hub."""
+    kind, colon, rest = source.partition(":")
+    return (
+        rest.partition(" ")[0].partition("#")[0].partition("@")[0].rpartition("/")[2]
+        if colon and kind in HUBS
+        else ""
+    )
+
+
+def _model_problems(result: Evaluation, reference: Reference) -> Iterator[tuple[str, str]]:
+    """(problem, task) for each model that is not the published one."""
+    models = _models_of(result, reference) or {}
+    single = not result.models
+    for task, name in models.items():
+        if name != f"{reference.backbone}_{task}{reference.suffix}":
+            yield f"the model is not known to be `{reference.backbone}_{task}{reference.suffix}`", task
+    wanted = reference.seen or reference.tasks
+    if models and not single and set(models) != set(wanted):
+        lacking, more = [t for t in wanted if t not in models], [t for t in models if t not in wanted]
+        if lacking:
+            yield f"merged without the models of {quoted(lacking)}", ""
+        if more:
+            yield f"merged with models of {quoted(more)} too", ""
 
 
 def _problems(result: Evaluation, reference: Reference) -> Iterator[tuple[str, str]]:
@@ -132,6 +208,10 @@ def _problems(result: Evaluation, reference: Reference) -> Iterator[tuple[str, s
             f"the vision tower has {result.parameters:,} parameters, not {_PARAMETERS[reference.backbone]:,}",
             "",
         )
+    yield from _model_problems(result, reference)
+    yield from (
+        (f"{problem}, which the published table is taken to have", "") for problem in _settings(result)
+    )
     if result.dtype != "float32":
         yield f"computed in {result.dtype}, not float32", ""
     if lacking := [task for task in reference.tasks if task not in result.tasks]:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from mergecli.errors import UsageError, did_you_mean, quoted
-from mergecli.scores import Evaluation
+from mergecli.scores import Evaluation, TaskScore
 from mergecli.statistics import Count, mean_interval, wilson
 from mergecli.tables import Cell, Column, Estimate
 
 Metric = Literal["accuracy", "loss"]
 METRICS: tuple[Metric, ...] = ("accuracy", "loss")
-FINE_TUNED = "fine-tuned"
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,17 @@ def rows_of(
     rows: list[Row] = []
     for each in evaluations:
         values = {task: float(getattr(score, metric)) for task, score in each.tasks.items()}
-        recorded: tuple[str, ...] = tuple(getattr(each, "seen", None) or ())
-        method = each.checkpoint.get("method")
+        method, on = each.checkpoint.get("method"), each.checkpoint.get("selected_on")
         average = float(getattr(each.average, metric))
-        rows.append(Row(each.name, method, values, average, each, tuple(seen) or recorded))
+        name = f"{each.name}, chosen on {on}" if on else each.name
+        rows.append(Row(name, method, values, average, each, tuple(seen) or _merged(each)))
     return rows
+
+
+def _merged(result: Evaluation) -> tuple[str, ...]:
+    """The tasks whose models were merged, if the result says so and has others too."""
+    merged = tuple(task for task in result.tasks if task in result.models)
+    return merged if 0 < len(merged) < len(result.tasks) else ()
 
 
 def tasks_of(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -188,35 +193,55 @@ def normalized(rows: Sequence[Row], tasks: Sequence[str], fine_tuned: Evaluation
     )  # fmt: skip
 
 
-def same_images(evaluations: Sequence[Evaluation]) -> list[str]:
-    """A line for everything about a task in which the results differ, so that they cannot be compared."""
-    parts: Sequence[tuple[str, Callable[[Evaluation, str], object]]] = (
-        ("images", lambda each, task: (each.tasks[task].images, each.tasks[task].data.get("fingerprint"))),
-        ("splits", lambda each, task: each.tasks[task].split),
-        ("corruptions", lambda each, task: (each.tasks[task].corruption, each.tasks[task].severity)),
-        ("class names", lambda each, task: each.tasks[task].classes),
-        ("templates", lambda each, task: each.tasks[task].templates),
-    )
+SAME: Mapping[str, Callable[[TaskScore], object]] = {
+    "images": lambda score: (score.images, score.data.get("fingerprint")),
+    "splits": lambda score: score.split,
+    "corruptions": lambda score: (score.corruption, score.severity),
+    "class names": lambda score: score.classes,
+    "templates": lambda score: score.templates,
+}
+"""What two accuracies on a task have in common if they can be compared."""
+
+
+def comparable(evaluations: Sequence[Evaluation]) -> list[str]:
+    """A line for everything in which the results differ, so that they cannot be compared, or that limits what they say."""
     lines: list[str] = []
-    every = {name: each.tasks[name] for each in evaluations for name in each.tasks}
-    if limits := sorted({score.limit for score in every.values() if score.limit}):
+    every = [score for each in evaluations for score in each.tasks.values()]
+    if limits := sorted({score.limit for score in every if score.limit}):
         lines.append(f"at most {limits[-1]} images of each task were looked at")
-    if corrupted := sorted(
-        {f"{score.corruption} {score.severity}" for score in every.values() if score.corruption}
-    ):
+    if corrupted := sorted({f"{score.corruption} {score.severity}" for score in every if score.corruption}):
         lines.append(f"the images were corrupted: {quoted(corrupted)}")
-    for what, part in parts:
+    for what, part in SAME.items():
         differing = [
             task
             for task in tasks_of(evaluations)
-            if len({part(each, task) for each in evaluations if task in each.tasks}) > 1
+            if len({part(each.tasks[task]) for each in evaluations if task in each.tasks}) > 1
         ]
         if differing:
             lines.append(f"the results are of different {what}: {quoted(differing)}")
-    for what in ("path", "digest"):
-        known = {each.clip.get(what) for each in evaluations} - {None}
-        if what == "digest" and len(known) > 1:
-            lines.append("the results are of different CLIPs")
+    clips = [{each.clip.get(part) for each in evaluations} - {None} for part in _CLIP]
+    if any(len(known) > 1 for known in clips):
+        lines.append("the results are of different CLIPs")
+    if len({each.clip.get("processing") for each in evaluations} - {None}) > 1:
+        lines.append("the images were processed in different ways")
     if len({each.dtype for each in evaluations}) > 1:
         lines.append("the results were computed in different dtypes")
+    lines += [
+        f"`{each.name}` was learnt on the very images that it is evaluated on, without labels: {quoted(own)}"
+        for each in evaluations
+        if (own := looked_at_itself(each))
+    ]
     return lines
+
+
+_CLIP = ("digest", "text", "rest")
+
+
+def looked_at_itself(result: Evaluation) -> list[str]:
+    """The tasks on whose images the method had looked before."""
+    return [
+        task
+        for task, score in result.tasks.items()
+        if (seen := result.looked_at.get(task))
+        and (seen.get("split"), seen.get("data")) == (score.split, score.data.get("fingerprint"))
+    ]

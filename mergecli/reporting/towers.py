@@ -1,10 +1,12 @@
-"""The columns of a report that say what the checkpoints are, where not all are plain towers."""
+"""The columns of a report that say what the checkpoints are, where not all are plain towers, and what they were shown,
+where that was not the same."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mergecli.reporting.rows import FINE_TUNED, Block, Row
+from mergecli.reporting.rows import Block, Row
+from mergecli.scores import FINE_TUNED
 from mergecli.tables import Cell, Column
 
 
@@ -39,3 +41,22 @@ def about_towers(rows: Sequence[Row]) -> Block:
         known = "; ".join(what for name, what in told.items() if name in routings)
         notes += [f"routing: {known}."] if known else []
     return Block(columns, notes)
+
+
+def about_images(rows: Sequence[Row]) -> Block:
+    """Which images each number is of, where rows differ in that."""
+    shown = [_images(row) for row in rows]
+    if len(set(shown) - {None}) < 2:
+        return Block()
+    return Block([(Column("images"), list(shown))])
+
+
+def _images(row: Row) -> str | None:
+    """Splits and corruptions, such as `test, contrast 5`; None for a published row."""
+    if row.result is None:
+        return None
+    said = [
+        each.split + (f", {each.corruption} {each.severity}" if each.corruption else "")
+        for each in row.result.tasks.values()
+    ]
+    return "; ".join(dict.fromkeys(said))

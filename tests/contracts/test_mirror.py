@@ -26,7 +26,7 @@ PAIRS = {
     "cache": cache.cache, "extract": extract.extract, "measure": measure.measure,
 }  # fmt: skip
 ONLY_IN_THE_PROGRAM = {"as_json", "form", "min_average", "min_task", "sweep"}
-ONLY_IN_PYTHON = {"progress", "settings", "format", "data"}
+ONLY_IN_PYTHON = {"progress", "settings", "format", "data", "unfinished"}
 SAME = {"models": "recipe"}
 
 
