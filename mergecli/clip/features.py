@@ -22,21 +22,25 @@ KIND = "features"
 
 class LayerFeatures:
     """A safetensors file with `layer_00`, `layer_01`, ...: (N, D) float32, the class token after each layer of the
-    encoder; and `labels` (N,). It takes its name when closed whole."""
+    encoder; `labels` (N,), and `index` (N,), the images' numbers in the split. It takes its name when closed whole."""
 
-    def __init__(self, clip: Clip, path: Path, labels: Sequence[int], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, clip: Clip, path: Path, labels: Sequence[int], numbers: Sequence[int], metadata: Mapping[str, str]
+    ) -> None:
         import torch
 
         tower: Any = clip.tower
         self._layers: list[Any] = list(tower.encoder.layers)
         self._width = int(clip.model.config.vision_config.hidden_size)
-        self._labels = torch.tensor(labels)
+        self._about = {"labels": torch.tensor(labels), "index": torch.tensor(numbers)}
         layout = {_name(number): ("F32", (len(labels), self._width)) for number in range(len(self._layers))}
-        self._writer = SafetensorsWriter(path, {**layout, "labels": ("I64", (len(labels),))}, metadata)
+        about = {name: ("I64", (len(labels),)) for name in self._about}
+        self._writer = SafetensorsWriter(path, {**layout, **about}, metadata)
 
     def __enter__(self) -> LayerFeatures:
         self._writer.__enter__()
-        self._writer.write("labels", self._labels)
+        for name, values in self._about.items():
+            self._writer.write(name, values)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:

@@ -168,12 +168,12 @@ def _on_disk(task: Task, remember: bool) -> Loader:
         content = fingerprint(files[split], with_names=not tables, remember=remember)
         where = f"{_where(task)}: split `{split}`"
         rows = parquet_rows(files[split], where) if tables else picture_rows(files[split], classes)
-        return _images(task, split, rows, content)
+        return _images(task, split, rows, content, remember)
 
     return load, tuple(files)
 
 
-def _images(task: Task, split: str, data: Rows, content: str) -> Images:
+def _images(task: Task, split: str, data: Rows, content: str, remember: bool) -> Images:
     """The rows as images, once the columns and labels are known to fit the task."""
     columns = {
         use: next((name for name in (own, use) if name in data.columns), None)
@@ -188,6 +188,9 @@ def _images(task: Task, split: str, data: Rows, content: str) -> Images:
         encoded = data.images(image)
     except TypeError as error:
         raise InputError(f"{where}: column `{image}` does not hold images, but {error}") from error
+    elsewhere = [file for path in dict.fromkeys(data.paths(image)) if (file := Path(path)).is_file()]
+    if elsewhere:
+        content = digest(content, fingerprint(elsewhere, with_names=False, remember=remember))
     values: Sequence[Any] = data.labels(label)
     for row, value in enumerate(values):
         if not isinstance(value, int):

@@ -31,6 +31,8 @@ class Rows:
     """The values of a column."""
     images: Callable[[str], Callable[[int], Encoded]]
     """A function that gives a column's image in a row; TypeError says that the column holds something else."""
+    paths: Callable[[str], Sequence[str]]
+    """The files that images of a column lie in which are not in the table itself, and which its digest knows nothing of."""
 
 
 def picture_rows(files: Sequence[Path], names: Sequence[str]) -> Rows:
@@ -41,6 +43,7 @@ def picture_rows(files: Sequence[Path], names: Sequence[str]) -> Rows:
         classes=lambda _: tuple(names),
         labels=lambda _: [names.index(file.parent.name) for file in files],
         images=lambda _: lambda row: Encoded(str(files[row])),
+        paths=lambda _: (),
     )
 
 
@@ -80,7 +83,42 @@ def parquet_rows(files: Sequence[Path], where: str) -> Rows:
         mode = features.get(column, {}).get("mode")
         return _ParquetImages(opened, column, where, mode if isinstance(mode, str) else None)
 
-    return Rows(columns, count, classes, labels, images)
+    def paths(column: str) -> list[str]:
+        kind = schema.field(column).type
+        try:
+            return [each for file in opened for each in _paths(file, column, kind)]
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(where, error) from error
+
+    return Rows(columns, count, classes, labels, images, paths)
+
+
+def _paths(file: Any, column: str, kind: Any) -> list[str]:
+    """The paths of a column's images in one file, of those that have no bytes."""
+    from pyarrow import types
+
+    if types.is_string(kind) or types.is_large_string(kind):
+        return [each for each in file.read([column])[column].to_pylist() if each]
+    if not types.is_struct(kind) or kind.get_field_index("path") < 0:
+        return []
+    found: list[str] = []
+    for group in range(file.metadata.num_row_groups):
+        if _have_bytes(file.metadata.row_group(group), column):
+            continue
+        rows = file.read_row_group(group, [column])[column].to_pylist()
+        found += [each["path"] for each in rows if each and each.get("bytes") is None and each["path"]]
+    return found
+
+
+def _have_bytes(group: Any, column: str) -> bool:
+    """Whether a row group is known to have the bytes of every image."""
+    for number in range(group.num_columns):
+        part = group.column(number)
+        if part.path_in_schema == f"{column}.bytes":
+            return bool(
+                part.statistics and part.statistics.has_null_count and part.statistics.null_count == 0
+            )
+    return False
 
 
 def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, dict[str, Any]]:

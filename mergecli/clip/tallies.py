@@ -74,10 +74,13 @@ def tallies_of(
             settings.corruption, settings.workers, settings.max_size, 2 if head.device.type != "cpu" else 0
         )
         room = PIXEL_BYTES if len(missing) > 1 else 0
+        numbers = range(len(labels)) if subject.numbers is None else subject.numbers
         with ExitStack() as files:
             writers = [
                 files.enter_context(
-                    LayerFeatures(clip, target, labels, _feature_facts(towers[n], subject, keys[n]))
+                    LayerFeatures(
+                        clip, target, labels, numbers, _feature_facts(towers[n], subject, keys[n])
+                    )
                 )
                 if (target := targets[n])
                 else None

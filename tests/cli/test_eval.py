@@ -103,6 +103,37 @@ def test_a_task_below_its_threshold_is_named(place: Path, run: Run) -> None:
     assert len(ended.out.splitlines()) == 4
 
 
+def test_a_floor_for_a_task_that_was_not_evaluated_is_not_met(place: Path, run: Run) -> None:
+    ended = run("eval", "warm.safetensors", "--individual", "--recipe", "r.toml", "--min", "cold=0")
+    assert ended.status == 5
+    assert ended.err == "error: fine-tuned: cold: not evaluated, so not known to be 0\n"
+
+
+def test_features_of_models_each_on_its_own_task_have_one_file_each(place: Path, run: Run) -> None:
+    ended = run("eval", "--individual", "--recipe", "r.toml", "--features", "f")
+    assert (ended.status, ended.err) == (0, "")
+    assert sorted(file.name for file in (place / "f").iterdir()) == ["cold.safetensors", "warm.safetensors"]
+
+
+def test_results_tell_the_settings_the_models_and_the_parts_of_the_clip(place: Path, run: Run) -> None:
+    run("merge", "r.toml", "--method", "ties", "--set", "method.density=0.5", "-o", "ties.safetensors")
+    assert run("eval", "ties.safetensors", "--recipe", "r.toml", "-o", "ties.json").status == 0
+    said = json.loads((place / "ties.json").read_text())
+    assert (said["checkpoint"]["method.density"], said["checkpoint"]["method.aggregate"]) == ("0.5", "sum")
+    assert (said["models"], said["device"]) == (
+        {"warm": "warm.safetensors", "cold": "cold.safetensors"},
+        "cpu",
+    )
+    weights = load_file(place / "base" / "model.safetensors")
+    weights["text_projection.weight"] *= -1
+    shutil.copytree(place / "base", place / "other")
+    save_file(weights, place / "other" / "model.safetensors", {"format": "pt"})
+    run("eval", "ties.safetensors", "--recipe", "r.toml", "--clip", "other", "-o", "other.json")
+    other = json.loads((place / "other.json").read_text())
+    assert {key for key in other["clip"] if other["clip"][key] != said["clip"][key]} == {"path", "text"}
+    assert "the results are of different CLIPs" in run("report", "ties.json", "other.json").err
+
+
 def killed_in_the_middle(place: Path, number: int) -> tuple[int, str]:
     """Status and stderr of an evaluation that gets the signal when its first task is done."""
     process = subprocess.Popen(
@@ -183,6 +214,10 @@ def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
         (["warm.safetensors", "--recipe", "r.toml", "--corruption", "fog"], 2, "error: unknown corruption `fog`"),
         (["warm.safetensors", "--recipe", "r.toml", "--dtype", "float8"], 2, "error: dtype: expected one of float32, bfloat16, float16, got `float8`"),
         (["warm.safetensors", "--recipe", "r.toml", "--device", "cuda:7"], 2, "error: device `cuda:7`: cannot be used here"),
+        (["warm.safetensors", "--recipe", "r.toml", "--min", "warm=0.1", "--min", "warm=0.9"], 2, "error: --min warm=0.9: `warm` has one already, 0.1"),
+        (["warm.safetensors", "--recipe", "r.toml", "--corruption", ""], 2, "error: --corruption: is empty"),
+        (["warm.safetensors", "--recipe", "r.toml", "--tasks", ","], 2, "error: --tasks: is empty"),
+        (["warm.safetensors", "--recipe", "r.toml", "--severity", "4"], 2, "error: --severity: there is no corruption"),
         (["--clip", "base", "--tasks", "mnist"], 2, "error: no checkpoint to evaluate"),
     ],
 )  # fmt: skip
@@ -214,7 +249,7 @@ def test_finetune_prints_a_path_that_every_other_command_accepts(place: Path, ru
     assert (ended.status, ended.err) == (0, "")
 
 
-def test_a_sweep_prints_a_row_a_point_and_names_the_best(run: Run) -> None:
+def test_a_sweep_prints_a_row_a_point_and_names_the_best(tmp_path: Path, run: Run) -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "toy.toml"
     ended = run(
         "eval", "--recipe", recipe, "--method", "ties", "--sweep", "method.scaling_factor=0.0,0.3", "--tasks", "digits",
@@ -226,6 +261,10 @@ def test_a_sweep_prints_a_row_a_point_and_names_the_best(run: Run) -> None:
     assert [line.split("\t")[0] for line in lines[1:]] == ["0", "0.3"]
     assert ended.err.startswith("note: ties,scaling_factor-")
     assert "is the best on validation; on the tasks' own split it has" in ended.err
+    ended = run("report", "swept/best.json", *sorted((tmp_path / "swept").glob("ties*.json")), "--plot", "again.png", "--plot-kind", "sweep")  # fmt: skip
+    assert ended.status == 0, ended.err
+    ended = run("eval", "--recipe", recipe, "--method", "smile", "--set", "method.gate_rank=2", "--sweep", "method.rank=4", "--tasks", "digits", "--limit", 3)  # fmt: skip
+    assert ended.status == 0, ended.err
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mergecli import caching
-from mergecli.clip import rows, splits
+from mergecli.clip import rows
 from mergecli.clip.images import load_images
 from mergecli.clip.tasks import Task, find
 from mergecli.errors import InputError, UsageError
@@ -104,60 +103,6 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_place(data, tmp_path):
     moved = shutil.copytree(data, tmp_path / "moved")
     assert load_images(task(moved)).fingerprint == load_images(task(data)).fingerprint
     assert load_images(task(data), "train").fingerprint != load_images(task(data)).fingerprint
-
-
-@pytest.fixture
-def reads(monkeypatch, tmp_path) -> list[int]:
-    """How many files were read for a digest at a time; small files count as large, and young ones as old."""
-    found: list[int] = []
-    lines = splits._lines
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(splits, "LARGE", 1)
-    monkeypatch.setattr(splits, "_SETTLED", -60.0)
-    monkeypatch.setattr(
-        splits, "_lines", lambda files, *more: found.append(len(files)) or lines(files, *more)
-    )
-    return found
-
-
-def test_large_files_that_nobody_touched_are_read_once_for_their_digest(data, tmp_path, reads, monkeypatch):
-    copy = shutil.copytree(data, tmp_path / "copy")
-    first = load_images(task(copy)).fingerprint
-    assert reads == [1]
-    assert load_images(task(copy)).fingerprint == first
-    assert reads == [1]
-    assert load_images(task(copy), "train").fingerprint != first
-    assert reads == [1, 1]
-    assert [entry.what for entry in caching.cache(["digests"]).entries] == [
-        "the digest of 1 files in copy"
-    ] * 2
-    load_images(task(copy), remember=False)
-    assert reads == [1, 1, 1]
-    monkeypatch.setattr(
-        splits, "_SETTLED", 3600.0
-    )  # a file that may still be written within one tick of the clock
-    load_images(task(copy))
-    assert reads == [1, 1, 1, 1]
-
-
-def test_a_file_of_the_same_name_size_and_time_is_read_again(data, tmp_path, reads):
-    copy = shutil.copytree(data, tmp_path / "copy")
-    path = copy / "test-00000-of-00001.parquet"
-    before, first = path.stat(), load_images(task(copy)).fingerprint
-    content = bytearray(path.read_bytes())
-    content[100] ^= 1
-    path.write_bytes(content)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    assert splits.fingerprint([path], with_names=False) != first
-    assert reads == [1, 1]
-
-
-def test_without_a_cache_digests_are_not_kept(data, reads, monkeypatch):
-    monkeypatch.setenv("MERGECLI_CACHE_SIZE", "0")
-    for _ in range(2):
-        load_images(task(data))
-    assert reads == [1, 1]
 
 
 def test_a_changed_file_of_the_same_age_is_not_taken_for_the_old_one(data, tmp_path):

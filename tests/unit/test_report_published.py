@@ -9,6 +9,7 @@ from mergecli.errors import UsageError
 from mergecli.references import IMAGES, find, names, published_averages
 from mergecli.reporting import report
 from mergecli.scores import Evaluation, TaskScore
+from mergecli.tables import Estimate
 from tests.unit.test_report import column, result
 from tests.unit.test_report import names as columns
 
@@ -81,6 +82,60 @@ def test_a_reference_adds_the_published_average_and_the_difference() -> None:
     assert table.text("md").splitlines()[2].endswith("| 72.2 | 72.2 | +0.0 |")
     assert len(table.warnings) == 1
     assert "`mergecli info CHECKPOINT`" in table.warnings[0]
+
+
+def of_models(owner: str = "tanganke", **others: str) -> dict[str, str]:
+    return {task: f"hf:{owner}/{B32}_{task}@main" for task in find(TA8).tasks} | others
+
+
+def departures(result: Evaluation, reference: str = TA8) -> list[str]:
+    return [
+        line.removeprefix(f"not as in `{reference}`: ")
+        for line in report([result], reference=reference).warnings
+    ]
+
+
+def test_the_merged_models_are_held_against_those_of_the_table() -> None:
+    good = like_published("mine", "ties", "Ties-Merging")
+    assert departures(replace(good, models=of_models())) == []
+    assert departures(replace(good, models=of_models(mnist="hf:me/mine"))) == [
+        f"`mnist`: the model is not known to be `{B32}_mnist`"
+    ]
+    assert departures(replace(good, models=of_models(mnist="mnist.safetensors")))[0].startswith(
+        "`mnist`: the model"
+    )
+    few = {task: source for task, source in of_models().items() if task != "dtd"}
+    assert departures(
+        replace(
+            good,
+            models=few,
+        )
+    ) == ["merged without the models of `dtd`"]
+    more = of_models(cifar10=f"hf:tanganke/{B32}_cifar10")
+    assert departures(replace(good, models=more)) == ["merged with models of `cifar10` too"]
+    base = replace(good, checkpoint={**good.checkpoint, "method": "pretrained"})
+    assert departures(base) == []
+    single = replace(good, checkpoint={**good.checkpoint, "method": None, "path": f"hf:tanganke/{B32}_mnist"})
+    assert departures(single, f"individual-{TA8}") == []
+
+
+def test_settings_that_are_not_those_of_the_table_are_said() -> None:
+    good = replace(like_published("mine", "ties", "Ties-Merging"), models=of_models())
+    usual = replace(good, checkpoint={**good.checkpoint, "method.density": "0.2", "method.aggregate": "sum"})
+    assert departures(usual) == []
+    other = replace(good, checkpoint={**good.checkpoint, "method.density": "0.5"})
+    assert departures(other) == ["`density` is 0.5, not 0.2, which the published table is taken to have"]
+
+
+def test_with_intervals_a_difference_to_a_published_number_says_whether_it_is_more_than_chance() -> None:
+    same = like_published("mine", "ties", "Ties-Merging")
+    worse = like_published("mine", "ties", "Simple Averaging")
+    near, far = (report([each], reference=TA8, intervals=True).rows[0][-1] for each in (same, worse))
+    assert isinstance(near, Estimate)
+    assert isinstance(far, Estimate)
+    assert (near.significant, far.significant) == (False, True)
+    assert far.value == pytest.approx(0.665 - 0.722, abs=1e-3)
+    assert far.low < far.value < far.high < 0
 
 
 def test_an_average_of_other_tasks_is_compared_over_the_shared_ones() -> None:

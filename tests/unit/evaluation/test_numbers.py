@@ -297,10 +297,11 @@ def test_features_are_the_class_token_after_each_layer(place, recipe, tmp_path):
 
     evaluate([place / "other"], recipe=recipe, tasks=["tints"], features=tmp_path / "f", limit=9)
     found = load_file(tmp_path / "f" / "tints.safetensors")
-    assert sorted(found) == ["labels", "layer_00", "layer_01"]
+    assert sorted(found) == ["index", "labels", "layer_00", "layer_01"]
     model = CLIPVisionModel.from_pretrained(place / "other").eval()
     images = load_images(tasks.find("tints", recipe))
     numbers = balanced(images.labels, 9)
+    assert found["index"].tolist() == numbers
     assert found["labels"].tolist() == [images.labels[number] for number in numbers]
     batch = CLIPImageProcessorPil.from_pretrained(place / "other")(
         [images[number][0] for number in numbers], return_tensors="pt"
