@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli import interrupts
-from mergecli.errors import InputError
+from mergecli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -51,6 +53,17 @@ class Ranks:
             with _together():
                 distributed.broadcast(tensor, 0)
         return tensor
+
+    def refuse(self, error: UsageError | None, device: str | torch.device) -> None:
+        """Raises the first process's error, if it has one, in all of them."""
+        import torch
+
+        text = json.dumps([error.message, error.hint] if error else []).encode()
+        size = self.first(torch.tensor([len(text)], device=device))
+        own = torch.tensor([*text][: int(size)], dtype=torch.uint8, device=device)
+        told = self.first(own if len(own) == int(size) else own.new_zeros(int(size)))
+        if parts := json.loads(bytes(told.tolist())):
+            raise UsageError(*parts)
 
     def all(self, holds: bool, device: str) -> bool:
         """Whether something holds in every process."""
