@@ -47,8 +47,8 @@ class Product:
 
         low_rank, dtype = self.settings.low_rank, getattr(torch, self.settings.dtype)
         kind, method = ("adapter", f"finetune {low_rank.option}") if low_rank else ("checkpoint", "finetune")
-        metadata = about(
-            kind, method=method, inputs={"base": self.base_digest}, task=self.work["task"], **more
+        metadata = (
+            about(kind, method=method, inputs={"base": self.base_digest}, task=self.work["task"]) | more
         )
         metadata["settings"] = json.dumps({**self.settings.told, **self.work})
         if low_rank is None:

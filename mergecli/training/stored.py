@@ -98,10 +98,13 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "
     for name in dict.fromkeys([*new, *old]):
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) or isinstance(after, dict):
-            tables = (each if isinstance(each, dict) else {} for each in (before, after))
-            yield from _differences(*(cast("dict[str, Any]", each) for each in tables), f"{within}{name}.")
+            yield from _differences(_table(before), _table(after), f"{within}{name}.")
         elif before != after:
             yield f"`{within}{name}`: {_said(before)} -> {_said(after)}"
+
+
+def _table(value: object) -> dict[str, Any]:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def _said(value: object) -> str:
