@@ -23,6 +23,8 @@ _FACTOR = re.compile(
 )
 _ORIGIN = re.compile(r"(?P<module>.+?)\.params0_values\.(?P<number>\d+)")
 _WRAPPED = re.compile(r"\.base_layer(?=\.bias$)|\.modules_to_save(\.default)?(?=\.)")
+_ORIGINAL = re.compile(r"\.original_module(?=\.)")
+"""What peft keeps, where all biases are trained, of a module that was saved whole in another place."""
 _VECTORS = {"B.bias", "magnitude_vector"}
 
 
@@ -82,7 +84,7 @@ def open_adapter(path: Path) -> Adapter:
             names.add(factor["adapter"] or "")
         elif is_linearized and (origin := _ORIGIN.fullmatch(name)):
             origins.setdefault(origin["module"], {})[int(origin["number"])] = key
-        else:
+        elif not (_ORIGINAL.search(name) and config.saves(_ORIGINAL.sub("", name))):
             whole[_WRAPPED.sub("", name)] = key
     for module, values in origins.items():
         for place, number in enumerate(

@@ -21,9 +21,6 @@ ROWS = 8
 """Rows of a weight that are multiplied together: always the same ones, so that no entry depends on how the weight is
 cut into blocks. Products of other shapes round otherwise."""
 
-ADDED = "added"
-"""In the metadata of a base with an adapter."""
-
 KEPT = 4
 """Weights whose factors are kept in memory: those that several threads read at one time."""
 
@@ -63,7 +60,6 @@ def adapted(
     for name, key in adapter.whole.items():
         fills[prefix + name] = partial(_replace, adapter.stored, key)
     said = {key: text for key, text in adapter.stored.metadata.items() if key in ("method", "inputs")}
-    said[ADDED] = "adapter"
     seen = view(base, fills, dtype=dtype, path=path, metadata=said, others=(adapter.stored,))
     return replace(seen, files=(*seen.files, adapter.config.path))
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from mergecli import methods
-from mergecli.adapters import ADDED
 from mergecli.catalogue import read_recipe, recipe_from, with_method
 from mergecli.errors import UsageError, quoted, shown
 from mergecli.learning import Learning, Lesson
@@ -217,9 +216,8 @@ def _foreign_lessons(lesson: Lesson, digests: Mapping[str, str]) -> Iterator[str
 
 
 def _foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:
-    """A warning for each task vector or adapter that was made on another base than the one it is added to."""
+    """A warning for each task vector that was made on another base than the one it is added to."""
     for name, each in models.tuned.items():
-        what = "a task vector" if each.is_task_vector else "an adapter" if ADDED in each.metadata else None
         origin, base = inputs_of(each.metadata).get("base"), digests.get("base")
-        if what and origin and base and origin != base:
-            yield f"{each.path}: `{name}` is {what} of another base ({origin}) than {base}"
+        if each.is_task_vector and origin and base and origin != base:
+            yield f"{each.path}: `{name}` is a task vector of another base ({origin}) than {base}"

@@ -40,6 +40,10 @@ class MergecliError(Exception):
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
 
 
+class MergecliWarning(UserWarning):
+    """What a user should know and what stops nothing; the program says it on stderr."""
+
+
 class UsageError(MergecliError):
     """A wrong flag, argument or recipe; found before anything is touched."""
 

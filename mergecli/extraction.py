@@ -11,19 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergecli.adapter_bases import base_name
 from mergecli.adapter_config import CONFIG
 from mergecli.adapter_files import PLAIN, check_adapter_folder
 from mergecli.catalogue import recipe_from
-from mergecli.checkpoint import VISION, Checkpoint
-from mergecli.errors import UsageError, did_you_mean
+from mergecli.checkpoint import Checkpoint
+from mergecli.errors import UsageError
 from mergecli.layout import DTYPE_BYTES, TORCH_NAMES
+from mergecli.linear_layers import chosen_layers, expect_room, is_end, modules_of
 from mergecli.methods._kinds import Group
-from mergecli.methods._layers import layer_of
 from mergecli.methods._spectra import decompose
 from mergecli.models import open_models
 from mergecli.output import SafetensorsWriter, expect_finite, refuse_inputs, whole_folder
 from mergecli.progress import Progress
-from mergecli.provenance import about
+from mergecli.provenance import about, inputs_of
 from mergecli.recipe import DTYPES, Recipe
 
 if TYPE_CHECKING:
@@ -73,13 +74,14 @@ def extract(
 
     Args:
         source: a task vector; or a fine-tuned model, with `base`.
-        rank: of every module's factors.
+        rank: of every module's factors, at most the least side of the smallest of them.
         energy: instead of a rank, the share in (0, 1] of each change's squared norm that its rank has to keep.
         modules: names of linear layers or their ends, such as `q_proj`; by default all those of the encoder's layers.
         dtype: of the factors; the error counts what rounding them loses.
 
     Raises:
-        UsageError: neither or both of `rank` and `energy`; no such module. InputError: a model is missing or damaged.
+        UsageError: neither or both of `rank` and `energy`; no such module, or one smaller than the rank.
+        InputError: a model is missing or damaged.
     """
     if (rank is None) == (energy is None):
         raise UsageError("expected either a rank or an energy", "`--rank 16`, or `--energy 0.9`")
@@ -96,7 +98,9 @@ def extract(
         models = open_models(recipe, stack, needs="deltas")
         refuse_inputs(target, models.paths)
         reference = models.reference
-        chosen = _chosen(reference, modules)
+        chosen = chosen_layers(reference, modules)
+        if rank is not None:
+            expect_room(rank, reference, chosen)
 
         def work(_: int, group: Group) -> tuple[str, _Change]:
             delta, keep = group.deltas[0], group.name in chosen
@@ -109,7 +113,13 @@ def extract(
                 progress("extracting", len(changes), len(models.floats))
         found = {module: changes[name] for name, module in chosen.items()}
         config = _config(reference, recipe, {module: change.rank for module, change in found.items()})
-        metadata = about("adapter", recipe=recipe, inputs=models.digests())
+        # of a task vector the base is known, though it is not read
+        origin = {key: each for key, each in inputs_of(models.tuned[_NAME].metadata).items() if key == "base"}
+        error, error_of_modules = _relative(changes.values()), _relative(found.values())
+        metadata = about(
+            "adapter", recipe=recipe, inputs={**origin, **models.digests()}, error=f"{error:.6g}",
+            error_of_modules=f"{error_of_modules:.6g}",
+        )  # fmt: skip
         tensors = {key: factor for module, change in found.items() for key, factor in _keys(module, change)}
         layout = {key: (_SAFETENSORS[dtype], tuple(factor.shape)) for key, factor in tensors.items()}
         expect_finite(tensors, target, "look at the model with `mergecli info`")
@@ -122,8 +132,8 @@ def extract(
             path=target,
             ranks={module: change.rank for module, change in found.items()},
             errors={name: _relative([change]) for name, change in changes.items()},
-            error=_relative(changes.values()),
-            error_of_modules=_relative(found.values()),
+            error=error,
+            error_of_modules=error_of_modules,
             dropped=tuple(name for name, each in changes.items() if each.norm and not each.factors),
             parameters=sum(factor.numel() for factor in tensors.values()),
             size=(target / PLAIN).stat().st_size,
@@ -175,38 +185,6 @@ def _relative(changes: Iterable[_Change]) -> float:
     return math.sqrt(math.fsum(change.lost for change in every) / norm) if norm else 0.0
 
 
-def _chosen(reference: Checkpoint, modules: Sequence[str]) -> dict[str, str]:
-    """Weight -> module, as the tower itself calls it, of the linear layers that are meant."""
-    linear = {
-        name: module for name, module in _modules(reference, [2]).items() if not module.endswith("embedding")
-    }
-    if not modules:
-        chosen = {name: module for name, module in linear.items() if layer_of(name) is not None}
-        if not chosen:
-            raise UsageError(
-                f"{reference.path}: has no linear layers in an encoder", "name them with `--modules`"
-            )
-        return chosen
-    for wanted in modules:
-        if not any(_is_end(wanted, module) for module in linear.values()):
-            known = {module.rpartition(".")[2] for module in linear.values()}
-            raise UsageError(f"{reference.path}: has no linear layer `{wanted}`{did_you_mean(wanted, known)}")
-    return {name: module for name, module in linear.items() if any(_is_end(each, module) for each in modules)}
-
-
-def _modules(reference: Checkpoint, dimensions: Sequence[int]) -> dict[str, str]:
-    """Weight -> module, of weights with so many dimensions; a CLIP's tower does not begin with its own name."""
-    return {
-        name: name.removeprefix(VISION).removesuffix(".weight")
-        for name, entry in reference.entries.items()
-        if entry.is_float and name.endswith(".weight") and len(entry.shape) in dimensions
-    }
-
-
-def _is_end(wanted: str, module: str) -> bool:
-    return module == wanted or module.endswith(f".{wanted}")
-
-
 def _keys(module: str, change: _Change) -> list[tuple[str, Tensor]]:
     key = f"base_model.model.{module}.lora_"
     return [(f"{key}{part}.weight", factor) for part, factor in zip("AB", change.factors, strict=True)]
@@ -217,15 +195,14 @@ def _config(reference: Checkpoint, recipe: Recipe, ranks: Mapping[str, int]) -> 
     ends = sorted({module.rpartition(".")[2] for module in ranks})
     by_ends = {
         module
-        for module in _modules(reference, range(1, 9)).values()
-        if any(_is_end(each, module) for each in ends)
+        for module in modules_of(reference, range(1, 9)).values()
+        if any(is_end(each, module) for each in ends)
     }
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: each for module, each in ranks.items() if each != rank}
-    base = recipe.base
     return {
         "alpha_pattern": others,
-        "base_model_name_or_path": base.name if base and base.kind == "hf" else None,
+        "base_model_name_or_path": base_name(recipe.base) if recipe.base else None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,10 @@ from mergecli import interrupts
 from mergecli.errors import UsageError
 from mergecli.output import refuse_inputs
 from mergecli.parallel import is_first, join, wait
-from mergecli.provenance import about
 from mergecli.sources import Source, locate, parse_source
+from mergecli.training.product import Product
 from mergecli.training.results import Records, trace_table
-from mergecli.training.settings import LowRank, Settings, check_output, modules_of
+from mergecli.training.settings import LowRank, Settings, check_output, last_good, modules_of
 
 if TYPE_CHECKING:
     from mergecli.progress import Progress
@@ -73,6 +73,7 @@ def finetune(
     device: str = "cpu",
     dtype: str = "float32",
     save_every: int = 500,
+    fresh: bool = False,
     progress: Progress | None = None,
 ) -> Finetuned:
     """What was written to `output`: the base's vision tower, or an adapter for it, trained on training images.
@@ -81,10 +82,15 @@ def finetune(
     the sum over them, each with as many images (traditional multi-task learning). Adam in float32, no augmentation, no
     dropout but that of adapters; each epoch is a new order of all images of a task, the same that it has alone. Text
     tower, projections and logit scale stay as they are. The state is kept beside the output every `save_every` steps
-    and on Ctrl-C: the same call takes it up, and ends with the same bytes as if it had never stopped.
+    and on Ctrl-C: the same call takes it up, and ends with the same bytes as if it had never stopped. Where a loss is
+    no longer a number, the best weights so far, or else the last ones that gave numbers, are written as
+    `NAME.last-good` beside the output.
 
-    In several processes, as `torchrun` starts them, a step has `batch_size` images of each task in each process; two
-    of them train what one does with twice the `batch_size`, but for rounding and dropout.
+    In several processes, as `torchrun` starts them, a step has `batch_size` images of each task in each process.
+    They train what one does with `accumulate` times their number: to the same bytes where `accumulate` is 1, there is
+    one task without dropout, and its images fill whole steps; else the sums are rounded in another order. So they are
+    against one process with a larger `batch_size`: the losses agree, but not every weight does, since Adam makes steps
+    of the learning rate even out of the rounding of gradients that vanish.
 
     Args:
         task: one, several, or the name of a set of them.
@@ -96,11 +102,14 @@ def finetune(
         rank, alpha, target_modules, lora_dropout: of the adapter; 16, 32, q_proj and v_proj, 0.1.
         validate_every: steps between validations; the weights with the best mean accuracy are written.
         validation_split: by default the split for validation, or else a tenth of the training images, held out.
-        trace, tensorboard: a CSV file, and a folder, for losses and accuracies of each step.
+        trace, tensorboard: a CSV file, and a folder, for losses and accuracies of each step; written whenever the state
+            is.
         dtype: of the weights that are written.
+        fresh: begin anew where an interrupted training would go on.
 
     Raises:
-        UsageError: an argument is wrong, or the recipe; or the tower has not the layers for the adapter.
+        UsageError: an argument is wrong, or the recipe; the tower has not the layers for the adapter; or a training
+            with other settings was interrupted, and it is not `fresh`.
         InputError: the base or the data do not fit; or the loss is no longer a number.
     """
     low_rank = LowRank.of(
@@ -119,20 +128,19 @@ def finetune(
         )
     records = Records(Path(trace) if trace else None, Path(tensorboard) if tensorboard else None)
     records.check(target)
-    import torch
-
     from mergecli.clip.heads import clip_digests
-    from mergecli.clip.model import load_clip, save_tower
+    from mergecli.clip.model import load_clip
     from mergecli.devices import usable_device
     from mergecli.opening import open_source
     from mergecli.training.lessons import told_of
-    from mergecli.training.low_rank import add_adapter, save_adapter
+    from mergecli.training.low_rank import add_adapter
     from mergecli.training.state import TrainingState
-    from mergecli.training.steps import Training
+    from mergecli.training.steps import DivergedError, Training
 
     source, lessons = _subjects(recipe, task, base, data, bool(validate_every), validation_split)
     with open_source(source) as stored:
-        refuse_inputs(target, {"the base": stored.files[0]})
+        for each in (target, last_good(target)):
+            refuse_inputs(each, {"the base": stored.files[0]})
         base_digest = stored.vision().digest()
     ranks, place = join(device)
     settings = replace(settings, processes=ranks.count)
@@ -142,13 +150,15 @@ def finetune(
         clip.tower.requires_grad_(True)
     clip.model.to(usable_device(place))
     digests = clip_digests(locate(source))
+    work = {"base": base_digest, **told_of(lessons)}
+    rest = {"clip": digests._asdict(), "processing": json.loads(clip.processor.to_json_string())}
+    trained = {name: each for name, each in clip.tower.named_parameters() if each.requires_grad}
+    state = TrainingState(
+        target, trained, {**asdict(settings), **work, **rest}, len(lessons), ranks, fresh=fresh
+    )
     ready = [each.ready(clip, digests.text, steps * settings.images_a_step) for each in lessons]
     del clip.model.text_model  # no longer used, and as large as a tower
     names = [each.name for each in ready]
-    work = {"base": base_digest, **told_of(lessons)}
-    trained = {name: each for name, each in clip.tower.named_parameters() if each.requires_grad}
-    rest = {"clip": digests, "processing": clip.processor.to_json_string()}
-    state = TrainingState(target, trained, {**settings.told, **work, **rest}, len(lessons), ranks)
     began, first, seen = time.perf_counter(), state.step, 0
 
     def report(loss: float, images: int) -> None:
@@ -158,25 +168,28 @@ def finetune(
             speed = seen / (time.perf_counter() - began)
             progress(f"{work['task']}: loss {loss:.3f}, {speed:.0f} images/s", state.step, steps)
 
-    Training(clip, ready, state, settings, ranks).run(save_every, report)
+    def record() -> None:
+        if is_first() and state.losses:
+            records.write(trace_table(names, settings, state.losses, state.validation))
+
+    def keep() -> None:
+        state.save()
+        record()
+
+    product = Product(clip, adapter, source, base_digest, settings, work)
+    try:
+        Training(clip, ready, state, settings, ranks).run(save_every, report, keep)
+    except DivergedError as error:
+        kept = product.rescue(state)
+        record()
+        wait()  # else one that ends first takes the one that writes down with it
+        raise DivergedError(error.message, f"{error.hint}; {kept}") from error
     seconds = time.perf_counter() - began
     if is_first():
-        method, kind = (
-            ("finetune", "checkpoint") if low_rank is None else (f"finetune {low_rank.option}", "adapter")
-        )
-        written = about(kind, method=method, inputs={"base": base_digest}, task=work["task"])
-        written["settings"] = json.dumps({**settings.told, **work})
-        if state.best_step:
-            written["best_step"] = str(state.best_step)
-        label = source.name if source.kind == "hf" else source.label
         try:
             state.take_best()
-            if low_rank is None:
-                save_tower(clip, target, written, getattr(torch, dtype))
-            else:
-                written["adapter"] = low_rank.kind
-                save_adapter(adapter, label, target, written, getattr(torch, dtype))
-            records.write(trace_table(names, settings, state.losses, state.validation))
+            product.write(target, **({"best_step": str(state.best_step)} if state.best_step else {}))
+            record()
         except BaseException:
             with interrupts.undisturbed():
                 state.save()  # nothing is trained again, only written

@@ -113,6 +113,8 @@ def _about(adapter: Adapter) -> dict[str, str]:
         "scaling": _span(scalings),
         "modules": f"{len(adapter.modules)} ({', '.join(ends)})",
     }
+    if error := adapter.stored.metadata.get("error"):
+        about["error"] = f"{error} of the change it was extracted from"
     if adapter.whole:
         about["whole tensors"] = str(len(adapter.whole))
     if config.base:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
+from mergecli.adapter_bases import expect_base
 from mergecli.adapter_files import is_adapter, open_adapter
 from mergecli.adapters import adapted
 from mergecli.checkpoint import Checkpoint, open_checkpoint
@@ -21,7 +23,8 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
         base: what the source is added to if it is an adapter itself, and not used otherwise.
 
     Raises:
-        InputError: it is missing or damaged, or the adapter does not fit the base, or there is none.
+        InputError: it is missing or damaged, or the adapter does not fit the base, or is for another, or
+            there is none.
     """
     path = _converted(locate(source))
     added = locate(source.adapter) if source.adapter else None
@@ -31,9 +34,11 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
                 raise InputError(f"{source}: is an adapter itself, and has `adapter` too")
             if source.task is not None:
                 raise InputError(f"{source}: is an adapter, and holds no tower of its own for a task")
-            opened = stack.enter_context(_base_of(source, path, base))
+            under = _base_of(source, path, base)
+            opened = stack.enter_context(open_source(under))
             added = path
         else:
+            under = replace(source, adapter=None, dtype=None)
             opened = _of_task(stack.enter_context(open_checkpoint(path)), source)
             if opened.is_mixture and (added or source.dtype):
                 raise InputError(
@@ -43,7 +48,9 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
         if added:
             adapter = open_adapter(added)
             stack.callback(adapter.stored.close)
-            opened = adapted(opened, adapter, path=path, dtype=source.dtype)
+            weights = opened
+            opened = adapted(weights, adapter, path=path, dtype=source.dtype)
+            expect_base(adapter, weights, under)
         elif source.dtype:
             opened = rounded(opened, source.dtype)
         stack.pop_all()
@@ -73,7 +80,8 @@ def _converted(path: Path) -> Path:
     return found if found.exists() else path
 
 
-def _base_of(source: Source, path: Path, base: Source | None) -> Checkpoint:
+def _base_of(source: Source, path: Path, base: Source | None) -> Source:
+    """What the adapter at `path` is added to, if it is there and is no adapter itself."""
     if base is None:
         raise InputError(
             f"{source}: is an adapter, and there is no base to add it to",
@@ -81,4 +89,4 @@ def _base_of(source: Source, path: Path, base: Source | None) -> Checkpoint:
         )
     if is_adapter(locate(base)):
         raise InputError(f"{base}: is an adapter, weights were expected as base of {path}")
-    return open_source(base)
+    return base

@@ -80,6 +80,11 @@ def main(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit status."""
     signal.signal(signal.SIGTERM, _terminated)
+    with show.warnings_of_ours():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         status = app(args=arguments, prog_name="mergecli", standalone_mode=False)
         sys.stdout.flush()

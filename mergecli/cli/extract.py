@@ -53,9 +53,14 @@ def extract(
             dtype=dtype,
             progress=progress,
         )
+    lost = f"it is {found.error:.2%} of the whole change away from the model"
     if found.dropped:
         show.warning(
-            f"{len(found.dropped)} tensors changed and are not in the adapter: it is {found.error:.1%} of the whole "
-            f"change away from the model, in its own modules {found.error_of_modules:.1%}"
+            f"{len(found.dropped)} tensors changed and are not in the adapter: {lost}, in its own modules "
+            f"{found.error_of_modules:.2%}"
         )
+    else:
+        show.note(f"every tensor that changed is in the adapter: {lost}")
+    larger = ", which is less: take a lower rank or energy" if found.size > found.tower_size else ""
+    show.note(f"the adapter has {found.size:,} bytes, the tower {found.tower_size:,}{larger}")
     show.line(json.dumps(asdict(found) | {"path": str(found.path)}, indent=2) if as_json else str(found.path))

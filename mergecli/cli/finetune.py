@@ -57,6 +57,7 @@ def finetune(
         typer.Option("--validation-split", metavar="SPLIT", help="Default: validation, or a tenth held out of train."),
     ] = None,
     save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between saved states.")] = 500,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where an interrupted training would go on.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="Of the output: float32, float16 or bfloat16.")] = "float32",
     trace: Annotated[Path | None, typer.Option("--trace", help="Write losses and accuracies of each step (.csv).")] = None,
     tensorboard: Annotated[
@@ -86,7 +87,7 @@ def finetune(
             weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
             lora=lora, l_lora=l_lora, rank=rank, alpha=alpha, target_modules=target_modules, lora_dropout=lora_dropout,
             validate_every=validate_every, validation_split=validation_split, trace=trace, tensorboard=tensorboard,
-            device=device, dtype=dtype, save_every=save_every, progress=progress,
+            device=device, dtype=dtype, save_every=save_every, fresh=fresh, progress=progress,
         )  # fmt: skip
     if is_first():
         show.line(str(done.path))
@@ -98,7 +99,7 @@ def _telling(output: Path) -> Generator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from mergecli.training.state import state_file
+        from mergecli.training.stored import state_file
 
         if state_file(output).exists():
             with suppress(OSError):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
-from mergecli.errors import UsageError, did_you_mean
+from mergecli.errors import MergecliWarning, UsageError, did_you_mean
+from mergecli.parallel import telling
 
 if TYPE_CHECKING:
     from mergecli.progress import Progress
@@ -22,22 +24,47 @@ def line(text: str) -> None:
 
 def warning(text: str) -> None:
     """Something the user should know, on stderr."""
-    print(f"{_painted('warning:', '33', sys.stderr)} {text}", file=sys.stderr)
+    _told(f"{_painted('warning:', '33', sys.stderr)} {text}")
 
 
 def note(text: str) -> None:
     """What may be concluded, on stderr."""
-    print(f"note: {text}", file=sys.stderr)
+    _told(f"note: {text}")
 
 
 def error(message: str, hint: str = "") -> None:
     """What went wrong and, after `hint:`, how to mend it, on stderr."""
-    try:
-        print(f"{_painted('error:', '31', sys.stderr)} {message}", file=sys.stderr)
-        if hint:
-            print(f"{_painted('hint:', '36', sys.stderr)} {hint}", file=sys.stderr)
-    except OSError:  # there is nobody left to tell
-        pass
+    lines = [f"{_painted('error:', '31', sys.stderr)} {message}"]
+    if hint:
+        lines.append(f"{_painted('hint:', '36', sys.stderr)} {hint}")
+    with suppress(OSError):  # there is nobody left to tell
+        _told("\n".join(lines))
+
+
+def _told(text: str) -> None:
+    """The text on stderr; where several processes would say the same, once."""
+    with telling(text) as is_new:
+        if is_new:
+            print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def warnings_of_ours() -> Generator[None]:
+    """Says what is warned of as everything else is said; the same thing once."""
+
+    def tell(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int,
+        file: TextIO | None = None, line: str | None = None,
+    ) -> None:  # fmt: skip
+        if issubclass(category, MergecliWarning):
+            warning(str(message))
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", MergecliWarning)
+        others, warnings.showwarning = warnings.showwarning, tell
+        yield
 
 
 def hush() -> None:

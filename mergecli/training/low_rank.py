@@ -17,6 +17,7 @@ from mergecli.adapter_config import CONFIG
 from mergecli.adapter_files import PLAIN
 from mergecli.clip.model import save_tensors
 from mergecli.errors import UsageError, did_you_mean, listed, quoted
+from mergecli.linear_layers import is_end
 from mergecli.output import expect_finite, whole_folder
 from mergecli.training.settings import LowRank
 
@@ -112,7 +113,7 @@ def _check(clip: Clip, low_rank: LowRank) -> None:
     linear = {name: module for name, module in clip.tower.named_modules() if isinstance(module, nn.Linear)}
     ends = {name.rpartition(".")[2] for name in linear}
     unknown = [
-        wanted for wanted in low_rank.target_modules if not any(_is_end(wanted, name) for name in linear)
+        wanted for wanted in low_rank.target_modules if not any(is_end(wanted, name) for name in linear)
     ]
     if unknown:
         raise UsageError(
@@ -122,12 +123,8 @@ def _check(clip: Clip, low_rank: LowRank) -> None:
     small = [
         f"`{name}` is {module.out_features} x {module.in_features}"
         for name, module in linear.items()
-        if any(_is_end(wanted, name) for wanted in low_rank.target_modules)
+        if any(is_end(wanted, name) for wanted in low_rank.target_modules)
         and low_rank.rank > min(module.out_features, module.in_features)
     ]
     if small:
         raise UsageError(f"`rank`: {low_rank.rank} is more than a side of these layers:\n{listed(small)}")
-
-
-def _is_end(wanted: str, name: str) -> bool:
-    return name == wanted or name.endswith(f".{wanted}")

@@ -165,14 +165,21 @@ class Settings:
             raise UsageError(f"fine-tuning cannot be done so:\n{listed(wrong, 20)}")
 
 
+def last_good(output: Path) -> Path:
+    """Where the weights are written that a training had when its numbers were last good: `NAME.last-good`."""
+    suffix = ".safetensors" if output.suffix == ".safetensors" else ""
+    return output.with_name(f"{output.name.removesuffix(suffix)}.last-good{suffix}")
+
+
 def check_output(target: Path, low_rank: LowRank | None) -> None:
     """Raises UsageError unless what is trained can be written there: an adapter is a folder, a tower may be a file."""
-    if low_rank is None:
-        if target.suffix not in ("", ".safetensors"):
-            raise UsageError(f"{target}: expected a `.safetensors` file, or a folder's name without suffix")
-        check_target(target, folder=not target.suffix)
-        return
-    check_adapter_folder(target)
+    if low_rank is None and target.suffix not in ("", ".safetensors"):
+        raise UsageError(f"{target}: expected a `.safetensors` file, or a folder's name without suffix")
+    for each in (target, last_good(target)):
+        if low_rank is None:
+            check_target(each, folder=not target.suffix)
+        else:
+            check_adapter_folder(each)
 
 
 def modules_of(written: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -1,37 +1,20 @@
-"""What an interrupted fine-tuning needs to go on as if nothing had happened: a safetensors file beside the output."""
+"""How far a training has come: what it needs to go on as if nothing had happened, and its best and last good weights."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergecli.errors import InputError
+from mergecli.errors import UsageError
 from mergecli.parallel import Ranks, is_first
 from mergecli.provenance import about
+from mergecli.training.stored import FACTS, MOMENTS, Stored, read_state, state_file, work_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
-
-_MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
-_FACTS = ("step", "updates", "best_step", "scale", "growth")
-
-
-def state_file(output: Path) -> Path:
-    """Where the state of what trains `output` is kept."""
-    return output.with_name(f".{output.name.removesuffix('.safetensors')}.resume.safetensors")
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """What stands in a file."""
-
-    facts: Mapping[str, float]
-    tensors: Mapping[str, Tensor]
 
 
 class TrainingState:
@@ -47,8 +30,14 @@ class TrainingState:
         work: Mapping[str, Any],
         tasks: int,
         ranks: Ranks,
+        *,
+        fresh: bool = False,
     ) -> None:
-        """Begins, or goes on from the file beside the output if that is whole and of the same `work`."""
+        """Begins, or goes on from the file beside the output; with `fresh` that is removed.
+
+        Raises:
+            UsageError: the file is of other `work`.
+        """
         import torch
 
         self.output = output
@@ -62,6 +51,10 @@ class TrainingState:
         self.best_step = 0
         self.best: dict[str, Tensor] = {}
         """The weights of that step; only in the first process."""
+        self.good_step: int | None = None
+        """The last step whose weights are known to give numbers."""
+        self.good: dict[str, Tensor] = {}
+        """The weights of that step, of the first one on; only in the first process, and where there are no best ones."""
         self.saved = (0, 0)
         """Steps and validations in the file."""
         self.is_whole = True
@@ -76,7 +69,9 @@ class TrainingState:
             self.scaler.scale(
                 torch.zeros((), device=self.device)
             )  # a process may have no image of the first step
-        self._digest = sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+        self.work = work
+        if fresh and is_first():
+            self.path.unlink(missing_ok=True)
         self._load(ranks)
 
     @property
@@ -92,13 +87,36 @@ class TrainingState:
             if is_first():
                 self.best = {name: each.detach().cpu().clone() for name, each in self.parameters.items()}
 
+    def gave_numbers(self) -> None:
+        """Notes that the weights as they are now gave numbers, and copies them if there are none that are better."""
+        import torch
+
+        self.good_step = self.step
+        if not is_first() or self.best_step or not self.step:
+            self.good = {}
+            return
+        if not self.good:
+            self.good = {name: torch.empty_like(each) for name, each in self.parameters.items()}
+        with torch.no_grad():
+            for name, each in self.parameters.items():
+                self.good[name].copy_(each)
+
     def take_best(self) -> None:
         """Puts the best weights in the place of the last ones."""
+        self._take(self.best)
+
+    def take_last_good(self) -> int:
+        """Puts the best weights, or else the last ones that gave numbers, in the place of those that do not; the step
+        that they are of, 0 if there are none, or none that learnt anything."""
+        self._take(self.best or self.good)
+        return self.best_step or self.good_step or 0
+
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
         import torch
 
         with torch.no_grad():
-            for name, best in self.best.items():
-                self.parameters[name].copy_(best)
+            for name, each in weights.items():
+                self.parameters[name].copy_(each)
 
     def save(self) -> None:
         """Writes the state, if there is something new, whole and finite; the one before is replaced when it stands."""
@@ -112,7 +130,7 @@ class TrainingState:
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             tensors[f"weights.{name}"] = parameter.detach().cpu()
-            for part, key in _MOMENTS.items():
+            for part, key in MOMENTS.items():
                 moment = self.optimizer.state[parameter].get(key)
                 tensors[f"{part}.{name}"] = torch.zeros_like(parameter) if moment is None else moment
         tensors |= {f"best.{name}": best for name, best in self.best.items()}
@@ -121,7 +139,7 @@ class TrainingState:
         if not all(bool(each.isfinite().all()) for each in tensors.values()):
             return  # the last good state stays
         facts = json.dumps(self._facts())
-        written = about("training state", digest=self._digest, facts=facts)
+        written = about("training state", work=work_text(self.work), facts=facts)
         save_tensors({name: each.cpu().contiguous() for name, each in tensors.items()}, self.path, written)
         self._note()
 
@@ -146,18 +164,25 @@ class TrainingState:
             scaling.get("scale", 0),
             scaling.get("_growth_tracker", 0),
         )
-        return dict(zip(_FACTS, map(float, values), strict=True))
+        return dict(zip(FACTS, map(float, values), strict=True))
 
     def _load(self, ranks: Ranks) -> None:
-        """Goes on from the file; all processes go on where the first one does."""
+        """Goes on from the file; all processes go on where the first one does, or refuse as it does."""
         import torch
 
-        found = self._stored() if is_first() else None
-        none = dict.fromkeys(_FACTS, 0.0)
+        found: Stored | None = None
+        refused: UsageError | None = None
+        if is_first():
+            try:
+                found = read_state(self.path, self.work, self.parameters, self.tasks)
+            except UsageError as error:
+                refused = error
+        ranks.refuse(refused, self.device)
+        none = dict.fromkeys(FACTS, 0.0)
         told = torch.tensor(
             [*(found.facts if found else none).values()], dtype=torch.float64, device=self.device
         )
-        facts = dict(zip(_FACTS, ranks.first(told).tolist(), strict=True))
+        facts = dict(zip(FACTS, ranks.first(told).tolist(), strict=True))
         if not facts["step"]:
             return
         rows = torch.tensor([len(found.tensors["validation"]) if found else 0], device=self.device)
@@ -177,7 +202,7 @@ class TrainingState:
                 if facts["updates"]:
                     self.optimizer.state[parameter] = {
                         "step": torch.tensor(facts["updates"], dtype=torch.float32),
-                        **{key: everywhere(f"{part}.{name}", shape, dtype) for part, key in _MOMENTS.items()},
+                        **{key: everywhere(f"{part}.{name}", shape, dtype) for part, key in MOMENTS.items()},
                     }
         self.losses = everywhere("losses", shapes["losses"], torch.float64).tolist()
         measured: list[list[float]] = everywhere("validation", shapes["validation"], torch.float64).tolist()
@@ -191,28 +216,3 @@ class TrainingState:
                 {**scaling, "scale": facts["scale"], "_growth_tracker": int(facts["growth"])}
             )
         self._note()
-
-    def _stored(self) -> _Stored | None:
-        """What stands in the file; None if there is none that is whole and of the same work."""
-        from mergecli.checkpoint import open_checkpoint
-
-        try:
-            with open_checkpoint(self.path) as stored:
-                if stored.metadata.get("digest") != self._digest:
-                    return None
-                told: Any = json.loads(stored.metadata["facts"])
-                facts = {name: float(told[name]) for name in _FACTS}
-                parts = ["weights", *_MOMENTS, *(["best"] if facts["best_step"] else [])]
-                shapes = {
-                    f"{part}.{name}": each.shape for part in parts for name, each in self.parameters.items()
-                }
-                tensors = {name: stored.read(name) for name in [*shapes, "losses", "validation"]}
-                steps, rows = (int(facts["step"]), self.tasks), 1 + self.tasks
-        except (InputError, KeyError, ValueError, TypeError, OverflowError, RecursionError):
-            return None
-        measured = tensors["validation"]
-        is_sound = all(tensors[name].shape == shape for name, shape in shapes.items())
-        is_sound &= tensors["losses"].shape == steps and measured.dim() == 2 and measured.shape[1] == rows
-        is_sound &= all(bool(each.isfinite().all()) for each in tensors.values())
-        is_sound &= facts["best_step"] in {0.0, *measured.flatten()[:: self.tasks + 1].tolist()}
-        return _Stored(facts, tensors) if is_sound else None

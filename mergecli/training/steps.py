@@ -28,6 +28,9 @@ _TOGETHER = 1 << 22
 Report = Callable[[float, int], None]
 """Called after each step with its loss, and the number of its images."""
 
+Keep = Callable[[], None]
+"""Called on the way, and when something stops the training: to write down how far it has come."""
+
 
 class DivergedError(InputError):
     """A loss is no longer a number."""
@@ -48,11 +51,12 @@ class Training:
         self._normalise = Normalisation(clip)
         self._dropouts = dropouts(clip.tower)
 
-    def run(self, save_every: int, report: Report) -> None:
-        """Steps until there have been enough; the state is saved on the way, and when something stops them.
+    def run(self, save_every: int, report: Report, keep: Keep) -> None:
+        """Steps until there have been enough; it is kept how far they have come every `save_every` steps, when a
+        validation was the best, and when something stops them.
 
         Raises:
-            DivergedError: a loss is no longer a number; the state that was saved last gave numbers.
+            DivergedError: a loss is no longer a number; the state knows the last weights that gave numbers.
         """
         state, settings = self.state, self.settings
         batches = [each.batches(settings.images_a_step, settings.seed, state.step) for each in self.lessons]
@@ -63,7 +67,7 @@ class Training:
                     with interrupts.undisturbed():
                         state.validated(accuracies)
                     if state.best_step == state.step < settings.steps:
-                        state.save()
+                        keep()
                 if state.step >= settings.steps:
                     if not settings.validate_every:
                         self._expect_numbers(self._losses(batches))
@@ -72,15 +76,16 @@ class Training:
                 losses, images = self._gradients(batches)
                 self._expect_numbers(losses)
                 if state.step % save_every == 0:
-                    state.save()  # not before it is known that these weights give numbers
+                    keep()  # not before it is known that these weights give numbers
                 with interrupts.undisturbed():
+                    state.gave_numbers()
                     self._update(losses)
                 report(sum(losses), images)
         except DivergedError:
             raise
         except BaseException:
             with interrupts.undisturbed():
-                state.save()
+                keep()
             raise
 
     def _expect_numbers(self, losses: Sequence[float]) -> None:
@@ -95,10 +100,6 @@ class Training:
                 )
             else:
                 hint = f"lower `learning_rate` (it is {self.settings.learning_rate})"
-            if step := state.saved[0]:
-                hint += (
-                    f"; the weights of step {step} stay in {state.path} until that output is trained again"
-                )
             raise DivergedError(
                 f"{state.output}: the loss of `{lesson.name}` is {loss} at step {state.step + 1}", hint
             )

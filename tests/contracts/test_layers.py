@@ -14,6 +14,7 @@ RANKS = [
     {"recipe", "lock", "checkpoint", "references"},
     {"methods"},
     {
+        "adapter_bases",
         "adapter_config",
         "adapter_files",
         "adapters",
@@ -22,6 +23,7 @@ RANKS = [
         "clip",
         "conversion",
         "hub",
+        "linear_layers",
         "merge_output",
         "mixtures",
         "models",

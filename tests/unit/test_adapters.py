@@ -49,6 +49,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "patterns, rank-stabilized": {**PLAIN, "rank_pattern": {"q_proj": 2}, "use_rslora": True},
     "modules to save": {**PLAIN, "modules_to_save": ["post_layernorm", "fc2", "embeddings"]},
     "all biases": {**PLAIN, "bias": "all"},
+    "all biases, modules to save": {**PLAIN, "bias": "all", "modules_to_save": ["post_layernorm", "fc2"]},
     "biases of its modules": {**PLAIN, "bias": "lora_only"},
     "bias of B": {**PLAIN, "lora_bias": True},
     "DoRA": {**PLAIN, "use_dora": True, "target_modules": ["q_proj", "fc1", "patch_embedding"]},
@@ -433,6 +434,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Mapping[str, Tensor]], str
     "a B without an A": (without(f"{Q}lora_A.weight"), "encoder.layers.0.self_attn.q_proj`: lacks `lora_A`"),
     "an extra tensor": (lambda old: {**old, "a.b.weight": torch.ones(2)}, "has an extra tensor `a.b.weight`"),
     "a bias": (lambda old: {**old, f"{Q}base_layer.bias": torch.ones(16)}, "extra tensor `.*base_layer.bias`"),
+    "what was before a module that is not saved": (
+        lambda old: {**old, "base_model.model.post_layernorm.original_module.bias": torch.ones(16)},
+        "extra tensor `.*post_layernorm.original_module.bias`",
+    ),
     "a magnitude": (
         lambda old: {**old, f"{Q}lora_magnitude_vector": torch.ones(16)}, "has an extra `lora_magnitude_vector`",
     ),

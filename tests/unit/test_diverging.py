@@ -1,8 +1,7 @@
-"""Trainings whose numbers are lost on the way: they stop, say why, and what was good stays."""
+"""Trainings whose numbers are lost on the way: they stop, say why, and what was good is written."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from mergecli.errors import InputError, UsageError
 from mergecli.finetuning import finetune
+from mergecli.inspection import info
 from mergecli.recipe import Recipe, TaskTable
 from mergecli.sources import parse_source
 from mergecli.training.settings import Settings
+from tests.conftest import assert_same
 from tests.tiny import make_image_task, make_tiny_clip
+from tests.unit.test_training import stopping
 
 pytestmark = pytest.mark.usefixtures("own_store")
 
@@ -48,22 +50,86 @@ def leap(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return make
 
 
-def test_the_weights_that_are_kept_are_the_last_ones_that_gave_numbers(
+def hint_of(recipe: Recipe, target: Path, **more: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        finetune(recipe, output=target, **{**SHORT, **more})
+    assert caught.value.message == f"{target}: the loss of `tints` is nan at step 5"
+    assert not target.exists()
+    assert not list(target.parent.glob(".*")), "no state is left: it would lose its numbers again"
+    return caught.value.hint
+
+
+LOWER = "lower `learning_rate` (it is 0.001); "
+KINDS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "tower": ({}, "t.safetensors", "t.last-good.safetensors"),
+    "folder": ({}, "t", "t.last-good/model.safetensors"),
+    "adapter": ({"lora": True, "rank": 2}, "t", "t.last-good/adapter_model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("save_every", [1, 500])
+def test_the_last_weights_that_gave_numbers_are_written_as_the_output_would_have_been(
+    recipe: Recipe, tmp_path: Path, leap: Callable[[int], None], kind: str, save_every: int
+) -> None:
+    more, name, file = KINDS[kind]
+    finetune(recipe, output=tmp_path / "three" / name, **{**SHORT, "steps": 3}, **more)
+    leap(3)
+    hint = hint_of(recipe, tmp_path / name, save_every=save_every, **more)
+    kept = tmp_path / file
+    where = kept if kind == "tower" else kept.parent
+    assert hint == f"{LOWER}the weights of step 3, the last ones that gave numbers, are in {where}"
+    want = tmp_path / "three" / name / kept.name if kept.parent != tmp_path else tmp_path / "three" / name
+    assert_same(load_file(kept), load_file(want))
+    others = {each.name for each in want.parent.iterdir()}
+    assert kind == "tower" or {each.name for each in where.iterdir()} == others
+    about = info(where)
+    assert (about.metadata["method"], about.metadata["last_good_step"]) == (
+        "finetune --lora" if more else "finetune",
+        "3",
+    )
+
+
+def test_losses_are_written_up_to_the_last_one_that_is_a_number(
     recipe: Recipe, tmp_path: Path, leap: Callable[[int], None]
 ) -> None:
-    finetune(recipe, output=tmp_path / "three.safetensors", **{**SHORT, "steps": 3})
+    trace, events = tmp_path / "t.csv", tmp_path / "tb"
     leap(3)
-    target, state = tmp_path / "t.safetensors", tmp_path / ".t.resume.safetensors"
-    with pytest.raises(InputError) as caught:
-        finetune(recipe, output=target, save_every=1, **SHORT)
-    assert caught.value.message == f"{target}: the loss of `tints` is nan at step 5"
-    assert caught.value.hint == (
-        f"lower `learning_rate` (it is 0.001); the weights of step 3 stay in {state} until that output is trained again"
-    )
-    assert not target.exists()
-    kept, want = load_file(state), load_file(tmp_path / "three.safetensors")
-    for name, value in want.items():
-        assert kept[f"weights.{name.removeprefix('vision_model.')}"].equal(value)
+    hint_of(recipe, tmp_path / "t.safetensors", trace=trace, tensorboard=events)
+    rows = trace.read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["1", "2", "3", "4"]
+    assert "nan" not in trace.read_text()
+    assert len(list(events.iterdir())) == 1
+
+
+def test_of_a_training_that_learnt_nothing_there_is_nothing_to_keep(
+    recipe: Recipe, tmp_path: Path, leap: Callable[[int], None]
+) -> None:
+    leap(0)
+    with pytest.raises(InputError, match="is nan at step 2") as caught:
+        finetune(recipe, output=tmp_path / "t", **SHORT)
+    assert caught.value.hint == f"{LOWER}nothing was learnt yet"
+    assert list(tmp_path.glob("t*")) == []
+
+
+def test_what_was_stopped_right_before_its_numbers_were_lost_says_that_nothing_is_left(
+    recipe: Recipe, tmp_path: Path, leap: Callable[[int], None]
+) -> None:
+    leap(3)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe, output=tmp_path / "t", progress=stopping(4), **SHORT)
+    hint = hint_of(recipe, tmp_path / "t")
+    assert hint == f"{LOWER}no weights that gave numbers are left of what was taken up at step 4"
+
+
+def test_last_good_weights_that_float16_cannot_hold_are_told_as_lost(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Settings, "rate", lambda _, step: 1e30 if step else 1e5)
+    with pytest.raises(InputError, match="the loss of `tints` is nan at step 3") as caught:
+        finetune(recipe, output=tmp_path / "t", dtype="float16", **SHORT)
+    assert "the weights of step 1 are lost: " in caught.value.hint
+    assert "would have NaN or infinity as float16" in caught.value.hint
 
 
 @pytest.mark.parametrize("validate_every", [0, 6, 2])
@@ -79,12 +145,13 @@ def test_what_the_last_step_made_is_looked_at_too(
 def test_the_best_weights_of_a_validation_are_kept(
     recipe: Recipe, tmp_path: Path, leap: Callable[[int], None]
 ) -> None:
-    leap(4)
-    with pytest.raises(InputError, match=r"the weights of step [24] stay in"):
-        finetune(recipe, output=tmp_path / "t.safetensors", validate_every=2, **SHORT)
-    kept = load_file(tmp_path / ".t.resume.safetensors")
-    assert any(name.startswith("best.") for name in kept)
-    assert all(value.isfinite().all() for value in kept.values())
+    two = finetune(recipe, output=tmp_path / "two.safetensors", validate_every=2, **{**SHORT, "steps": 2})
+    leap(3)
+    hint = hint_of(recipe, tmp_path / "t.safetensors", validate_every=2)
+    kept = tmp_path / "t.last-good.safetensors"
+    assert hint == f"{LOWER}the weights of step 2, the best ones, are in {kept}"
+    assert two.best_step == 2
+    assert_same(load_file(kept), load_file(tmp_path / "two.safetensors"))
 
 
 def test_before_the_first_step_it_is_not_the_learning_rate(recipe: Recipe, tmp_path: Path) -> None:
@@ -96,7 +163,7 @@ def test_before_the_first_step_it_is_not_the_learning_rate(recipe: Recipe, tmp_p
     save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="is nan at step 1") as caught:
         finetune(recipe, base=tmp_path / "base", output=tmp_path / "t", **SHORT)
-    assert caught.value.hint == "look at the base with `mergecli info`"
+    assert caught.value.hint == "look at the base with `mergecli info`; nothing was learnt yet"
 
 
 @pytest.mark.parametrize("more", [{}, {"lora": True, "rank": 2}])
@@ -119,32 +186,6 @@ def test_seeds_and_rates_that_torch_cannot_take_are_refused(recipe: Recipe, tmp_
         f"  `seed`: expected a whole number from 0 to 2^63 - 1, got {1 << 63}",
         "  `learning_rate`: expected a number above 0, at most 1e+30, got 1e+38",
     ]
-
-
-def stopped(description: str, done: int, total: int) -> None:
-    if done == 3:
-        raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("other", ["text", "processing", "nothing"])
-def test_a_state_is_taken_up_with_the_same_head_and_processing_only(
-    recipe: Recipe, tmp_path: Path, other: str
-) -> None:
-    assert recipe.base is not None
-    assert recipe.base.path is not None
-    base, target = tmp_path / "base", tmp_path / "t.safetensors"
-    shutil.copytree(recipe.base.path, base)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(recipe, base=base, output=target, progress=stopped, **SHORT)
-    if other == "text":
-        weights = load_file(base / "model.safetensors")
-        save_file({**weights, "text_projection.weight": weights["text_projection.weight"] / 2},
-                  base / "model.safetensors", {"format": "pt"})  # fmt: skip
-    elif other == "processing":
-        file = base / "preprocessor_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "image_mean": [0.1, 0.2, 0.3]}))
-    done = finetune(recipe, base=base, output=target, **SHORT)
-    assert done.resumed_from == (3 if other == "nothing" else 0)
 
 
 def test_a_folder_is_written_whole_and_old_shards_go(recipe: Recipe, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mergecli.engine import merge
 from mergecli.errors import InputError, UsageError
 from mergecli.extraction import extract
 from mergecli.vectors import taskvector
+from tests.conftest import Run
 from tests.unit.test_adapters import merged_by_peft, pytestmark, read, tower, write_tower
 
 __all__ = ["pytestmark"]
@@ -50,7 +51,7 @@ def change(base: Path, tuned: Path) -> dict[str, Tensor]:
 def test_an_adapter_of_full_rank_in_plain_peft_has_the_linear_layers_and_the_bases_rest(
     tmp_path: Path, base: Path, tuned: Path
 ) -> None:
-    found = extract(tuned, base=base, rank=32, output=tmp_path / "adapter")
+    found = extract(tuned, base=base, rank=16, output=tmp_path / "adapter")
     before, after, got = load_file(base), load_file(tuned), merged_by_peft(tmp_path / "adapter")
     for name, tensor in got.items():
         want = after[name] if is_linear(name) else before[name]
@@ -149,6 +150,8 @@ def test_the_same_model_gives_the_same_bytes_and_says_where_it_is_from(
     assert found.kind == "adapter"
     assert found.inputs["base"] == inspection.info(base).digest
     assert found.inputs["tuned"] == inspection.info(tuned).digest
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base.safetensors"
 
 
 def test_a_layer_that_was_not_changed_has_an_adapter_of_zeros(tmp_path: Path, base: Path) -> None:
@@ -174,6 +177,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(
         ({}, "expected either a rank or an energy"),
         ({"rank": 1, "energy": 0.5}, "expected either a rank or an energy"),
         ({"rank": 0}, "rank: expected a whole number, at least 1, got 0"),
+        ({"rank": 17}, "rank: expected at most 16, the smaller side of `encoder.layers.0.mlp.fc1`, got 17"),
         ({"energy": 1.5}, r"energy: expected a number in \(0, 1\], got 1.5"),
         ({"energy": math.nan}, "energy: expected"),
         ({"rank": 1, "dtype": "int8"}, "dtype: expected one of"),
@@ -205,3 +209,32 @@ def test_a_model_without_layers_says_so_and_nan_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`layers\.0\.x\.weight` has NaN"):
         extract(tmp_path / "b.safetensors", base=tmp_path / "b.safetensors", rank=1, output=tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_the_program_says_error_and_size_whatever_is_dropped_and_info_says_the_error(
+    tmp_path: Path, base: Path, tuned: Path, run: Run
+) -> None:
+    part = run("extract", tuned, "--base", base, "--rank", 2, "--json", "-o", tmp_path / "part")
+    told = json.loads(part.out)
+    assert part.err == (
+        f"warning: {len(told['dropped'])} tensors changed and are not in the adapter: it is {told['error']:.2%} of the whole change away "
+        f"from the model, in its own modules {told['error_of_modules']:.2%}\n"
+        f"note: the adapter has {told['size']:,} bytes, the tower {told['tower_size']:,}\n"
+    )
+    about = inspection.info(tmp_path / "part")
+    assert float(about.metadata["error"]) == pytest.approx(told["error"], rel=1e-5)
+    assert float(about.metadata["error_of_modules"]) == pytest.approx(told["error_of_modules"], rel=1e-5)
+    assert about.adapter["error"] == f"{about.metadata['error']} of the change it was extracted from"
+    linear = load_file(base)
+    linear |= {name: each for name, each in load_file(tuned).items() if is_linear(name)}
+    save_file(linear, tmp_path / "linear.safetensors")
+    whole = run(
+        "extract", tmp_path / "linear.safetensors", "--base", base, "--rank", 16, "-o", tmp_path / "whole"
+    )
+    first, second = whole.err.splitlines()
+    assert (whole.status, whole.out) == (0, f"{tmp_path / 'whole'}\n")
+    assert first == (
+        "note: every tensor that changed is in the adapter: it is 0.00% of the whole change away from the model"
+    )
+    assert second.startswith("note: the adapter has ")
+    assert second.endswith(", which is less: take a lower rank or energy")

@@ -134,12 +134,6 @@ def test_an_interrupted_run_ends_with_the_bytes_of_one_that_was_not(recipe, tmp_
     assert target.read_bytes() == (tmp_path / "a" / "t.safetensors").read_bytes()
 
 
-def test_the_state_of_other_settings_is_not_taken_up(recipe, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        finetune(recipe, output=tmp_path / "t.safetensors", progress=stopping(7), **SHORT)
-    assert finetune(recipe, output=tmp_path / "t.safetensors", **{**SHORT, "seed": 4}).resumed_from == 0
-
-
 @pytest.mark.parametrize("in_memory", [0, 1 << 30])
 def test_images_that_the_cache_has_no_room_for_give_the_same_weights(
     recipe, tmp_path, monkeypatch, in_memory

@@ -27,7 +27,6 @@ from mergecli.opening import open_source
 from mergecli.recipe import Recipe
 from mergecli.sources import parse_source
 from mergecli.training.steps import dropout_seed
-from tests.tiny import make_tiny_clip
 from tests.unit.test_training import BOTH, SHORT, ByHand, make_tasks, stopping
 
 pytestmark = [
@@ -252,18 +251,7 @@ def test_adapters_that_cannot_be_are_refused(recipe: Recipe, tmp_path: Path) -> 
     assert not (tmp_path / "a").exists()
 
 
-def test_results_say_how_an_adapter_was_made_and_a_merge_warns_of_another_base(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_results_say_how_an_adapter_was_made(recipe: Recipe, tmp_path: Path) -> None:
     train(recipe, tmp_path / "a", "l_lora", steps=1)
-    assert recipe.base is not None
     (result,) = evaluate(tmp_path / "a", recipe=recipe, tasks=["tints"])
     assert result.checkpoint["method"] == "finetune --l-lora"
-    other = make_tiny_clip(tmp_path / "other", seed=9)
-    for base, warned in ((recipe.base.path, False), (other, True)):
-        merged = merge(
-            {"a": tmp_path / "a"}, base=base, method="task_arithmetic", output=tmp_path / "m.safetensors"
-        )
-        assert [("`a` is an adapter of another base (xxh3:" in each) for each in merged.warnings] == [
-            True
-        ] * warned
