@@ -49,7 +49,7 @@ def reader(method: Any, model: Any) -> Callable[[str], Tensor]:
     def read(key: str) -> Tensor:
         name = key.removeprefix("masks.").removeprefix("experts.")
         torch.manual_seed(zlib.crc32(name.encode()))
-        if f"masks.{name}" in wanted:  # the bits and the values of the same task vectors
+        if key != name and f"masks.{name}" in wanted:  # the bits and the values of the same task vectors
             return method.expert_values(name, 1e-2 * torch.randn(len(TASKS), *shapes[name]))[key]
         return 1e-2 * torch.randn(wanted[key].shape)
 

@@ -30,8 +30,9 @@ CHUNK = 1 << 27
 class Experts(Protocol):
     """(T, m, n) task vectors of one weight."""
 
-    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """First row, end, and (T, r n) the rows between, which are valid until the next are asked for."""
+    def blocks(self, images: int) -> Iterator[tuple[int, int, Tensor]]:
+        """First row, end, and (T, r n) the rows between, which are valid until the next are asked for; as many at a
+        time as are good for that many images."""
         ...
 
 
@@ -45,9 +46,10 @@ class Dense(nn.Module):
         super().__init__()
         self.register_buffer("values", values, persistent=False)
 
-    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        rows = rows_of(*self.values.shape[1:], self.values.device)
-        for start in range(0, self.values.shape[1], rows):
+    def blocks(self, images: int) -> Iterator[tuple[int, int, Tensor]]:
+        _, total, columns = self.values.shape
+        rows = rows_of(total, columns, self.values.device) if images > 1 else total
+        for start in range(0, total, max(rows, 1)):
             part = self.values[:, start : start + rows]
             yield start, start + part.shape[1], part.flatten(1)
 
@@ -64,7 +66,7 @@ class Pruned(nn.Module):
         device = kept[0][0].device
         step = rows_of(rows, columns, device)
         self.shape, self.steps = (len(kept), columns), [*range(0, rows, step), rows]
-        edges = torch.tensor(self.steps[1:-1], device=device) * columns
+        edges = torch.tensor(self.steps[1:-1], dtype=torch.long, device=device) * columns
         cuts = [torch.searchsorted(places, edges).tolist() for places, _ in kept]
         found: list[Tensor] = []
         values: list[Tensor] = []
@@ -84,7 +86,8 @@ class Pruned(nn.Module):
         self.register_buffer("values", torch.cat([values[each] for each in order]), persistent=False)
         self.register_buffer("places", torch.cat(places), persistent=False)
 
-    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+    def blocks(self, images: int) -> Iterator[tuple[int, int, Tensor]]:
+        del images
         tasks, columns = self.shape
         room = self.values.new_zeros(tasks * self.steps[1] * columns)
         parts = zip(self.values.split(self.counts), self.places.split(self.counts), strict=True)
@@ -109,7 +112,7 @@ class Shared(torch.autograd.Function):
         """(m, n) of (T,) shares and (m, n) base."""
         ctx.experts = experts
         result = torch.empty_like(base)
-        for start, stop, vectors in experts.blocks():
+        for start, stop, vectors in experts.blocks(1):
             torch.addmv(base[start:stop].view(-1), vectors.T, shares, out=result[start:stop].view(-1))
         return result
 
@@ -117,7 +120,7 @@ class Shared(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """(T,): inner products with the task vectors."""
         slopes = grads[0].contiguous()
-        parts = (vectors @ slopes[start:stop].view(-1) for start, stop, vectors in ctx.experts.blocks())
+        parts = (vectors @ slopes[start:stop].view(-1) for start, stop, vectors in ctx.experts.blocks(1))
         return torch.stack(list(parts)).sum(0), None, None
 
 
@@ -150,7 +153,7 @@ class Own(torch.autograd.Function):
 def _weights(shares: Tensor, base: Tensor, experts: Experts) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Rows, images, the (b, r, n) rows of those images' weights, and (T, r n) of the task vectors."""
     columns, on_cpu = base.shape[1], base.device.type == "cpu"
-    for start, stop, vectors in experts.blocks():
+    for start, stop, vectors in experts.blocks(len(shares)):
         own = base[start:stop]
         room = (CACHE if on_cpu else CHUNK) // max(1, own.numel() * own.element_size())
         many = max(1, room)
