@@ -23,6 +23,9 @@ TASK_VECTOR = "task vector"
 MIXTURE = "mixture"
 """The `kind` in the metadata of a file that holds more than one tower; see `mergecli.mixtures`."""
 
+MODELS = ("checkpoint", TASK_VECTOR, MIXTURE)
+"""The `kind` of files of ours that are opened as models."""
+
 VISION = "vision_model."
 _FLAT_MARKS = ("embeddings.class_embedding", "pre_layrnorm.weight")
 _WHOLE_CLIP_MARKS = (
@@ -90,6 +93,11 @@ class Checkpoint:
         return self.metadata.get("kind") == MIXTURE
 
     @property
+    def is_model(self) -> bool:
+        """Whether it is one as far as is known: of files of ours, whether they say that they are."""
+        return "mergecli" not in self.metadata or self.metadata.get("kind", "checkpoint") in MODELS
+
+    @property
     def is_whole_clip(self) -> bool:
         """Whether a CLIP's text tower is in it too."""
         return all(mark in self.entries for mark in _WHOLE_CLIP_MARKS)
@@ -98,6 +106,11 @@ class Checkpoint:
     def parameters(self) -> int:
         """Number of entries of all tensors together."""
         return sum(entry.size for entry in self.entries.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together, as they are stored."""
+        return sum(entry.size * DTYPE_BYTES[entry.dtype] for entry in self.entries.values())
 
     def vision(self) -> Checkpoint:
         """The vision tower of a whole CLIP; anything else unchanged."""

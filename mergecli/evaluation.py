@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mergecli import plots
-from mergecli.clip.results import about, check_files, parameters, tensor_bytes
+from mergecli.clip.results import about, check_files, parameters
 from mergecli.clip.routes import route_files, write_routes
 from mergecli.clip.scoring import Settings, Tower, score
 from mergecli.errors import InputError, UsageError
@@ -190,7 +190,7 @@ def evaluate_open(
         (about(model, scores.clip.vision, settings), each)
         for model, each in zip(models, scores.tasks, strict=True)
     ]
-    sizes = [(parameters(model.checkpoint), tensor_bytes(model.checkpoint)) for model in models]
+    sizes = [(parameters(model.checkpoint), model.checkpoint.nbytes) for model in models]
     if individual:
         facts = dict.fromkeys(named[0][0], None) | {
             "name": FINE_TUNED,
@@ -201,7 +201,7 @@ def evaluate_open(
         sizes = [(sizes[0][0], sum(size for (_, size), own in zip(sizes, scores.tasks, strict=True) if own))]
         named = [(facts, {task.name: found[task.name] for task in tasks})]
     with open_source(base) as whole:
-        tower = tensor_bytes(whole.vision())
+        tower = whole.vision().nbytes
     results = tuple(
         Evaluation(
             checkpoint=facts,

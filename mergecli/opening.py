@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mergecli.adapter_files import is_adapter, open_adapter
 from mergecli.adapters import adapted
-from mergecli.checkpoint import Checkpoint, open_checkpoint
+from mergecli.checkpoint import MODELS, Checkpoint, open_checkpoint
 from mergecli.errors import InputError, UsageError
 from mergecli.mixtures import mixture_of
 from mergecli.sources import Source, home, locate
@@ -34,7 +34,7 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             opened = stack.enter_context(_base_of(source, path, base))
             added = path
         else:
-            opened = _of_task(stack.enter_context(open_checkpoint(path)), source)
+            opened = _of_task(_model(stack.enter_context(open_checkpoint(path))), source)
             if opened.is_mixture and (added or source.dtype):
                 raise InputError(
                     f"{source}: holds several towers, to which no `{'adapter' if added else 'dtype'}` applies",
@@ -48,6 +48,16 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             opened = rounded(opened, source.dtype)
         stack.pop_all()
         return opened
+
+
+def _model(opened: Checkpoint) -> Checkpoint:
+    """The checkpoint; raises InputError if it is a file of ours that says that it is something else."""
+    if not opened.is_model:
+        raise InputError(
+            f"{opened.path}: its kind: expected {', '.join(MODELS[:-1])} or {MODELS[-1]}, got `{opened.metadata['kind']}`",
+            "it holds no model, or was written by a later version: `mergecli info` says by which",
+        )
+    return opened
 
 
 def _of_task(opened: Checkpoint, source: Source) -> Checkpoint:

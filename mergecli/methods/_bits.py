@@ -47,7 +47,9 @@ def kept(key: str, bits: Tensor, values: Tensor, entries: int) -> tuple[Tensor, 
     places = unpack(bits, entries).nonzero()[:, 0]
     count, room = len(places), len(values)
     if count > room:
-        raise ContradictionError(f"`{key}`: expected at most {room} bits that are set, one for a value, got {count}")
+        raise ContradictionError(
+            f"`{key}`: expected at most {room} bits that are set, one for a value, got {count}"
+        )
     if bool(values[count:].any()):
         raise ContradictionError(f"`{key}`: expected a bit for each value that is not 0, got {count}")
     return places, values[:count]

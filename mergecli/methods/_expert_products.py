@@ -163,7 +163,9 @@ def _weights(shares: Tensor, base: Tensor, experts: Experts) -> Iterator[tuple[s
             yield slice(start, stop), images, mixed.view(-1, stop - start, columns), vectors
 
 
-def linear(inputs: Tensor, shares: Tensor, weight: Tensor, bias: Tensor, experts: Experts, offsets: Tensor) -> Tensor:
+def linear(
+    inputs: Tensor, shares: Tensor, weight: Tensor, bias: Tensor, experts: Experts, offsets: Tensor
+) -> Tensor:
     """(B, S, m) of (B, S, n) inputs and (B, T) shares, or (1, T) that all images share.
 
     Args:

@@ -17,6 +17,7 @@ from mergecli.methods._expert_products import Dense, Pruned, linear
 from mergecli.methods._mixture import Routing
 from mergecli.methods._smile_layers import put
 
+
 class Router(nn.Module):
     """r(h) = A2 relu(A1 h + b1) + b2 for each token; or A h + b, or b alone."""
 

@@ -31,6 +31,8 @@ class WeightEnsembling(Routed, Adapted):
         "steps of Adam on the routers, each a forward and a backward pass of every task's batch"
     )
 
+    own_tower: ClassVar[str] = "that task's MLPs; the rest is shared by all tasks"
+
     learning_rate: Annotated[float, Range(0)] = 1e-4
     """Of Adam."""
     steps: Annotated[int, Range(0)] = 1000

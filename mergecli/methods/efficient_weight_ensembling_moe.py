@@ -36,6 +36,8 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
         "Shen et al., Efficient and effective weight-ensembling MoE, arXiv 2410.21804, section 4"
     )
 
+    own_tower: ClassVar[str] = "that task's MLPs, pruned; the rest is shared by all tasks"
+
     density: Annotated[float, Range(0, 1, open_low=True)] = 0.1
     """Fraction of entries kept of each task vector of each tensor."""
     shared_router: bool = True
@@ -44,7 +46,8 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
     """Sines and cosines of the layer's number that routers get before each token; the published size is 8, the default
     none."""
     router_density: Annotated[float, Range(0, 1, open_low=True)] = 1.0
-    """Fraction of the entries of each router's weights that is left after learning."""
+    """Fraction of the entries of each router's weights that is left after learning; the others become 0, and take as much
+    room in the file as before."""
 
     @property
     def shares_router(self) -> bool:

@@ -20,7 +20,9 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     entries, fewest = request.param
     monkeypatch.setattr(_expert_products, "BLOCK", entries)
     monkeypatch.setattr(_expert_products, "FEWEST", fewest)
-    monkeypatch.setattr(_expert_products, "CACHE", 8 * 5 * N * 2)  # two images at a time where blocks have five rows
+    monkeypatch.setattr(
+        _expert_products, "CACHE", 8 * 5 * N * 2
+    )  # two images at a time where blocks have five rows
 
 
 def numbers(*shape: int) -> Tensor:
