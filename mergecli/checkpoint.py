@@ -23,9 +23,6 @@ TASK_VECTOR = "task vector"
 MIXTURE = "mixture"
 """The `kind` in the metadata of a file that holds more than one tower; see `mergecli.mixtures`."""
 
-MODELS = ("checkpoint", TASK_VECTOR, MIXTURE)
-"""The `kind` of files of ours that are opened as models."""
-
 VISION = "vision_model."
 _FLAT_MARKS = ("embeddings.class_embedding", "pre_layrnorm.weight")
 _WHOLE_CLIP_MARKS = (
@@ -91,11 +88,6 @@ class Checkpoint:
     def is_mixture(self) -> bool:
         """Whether the file says that it holds more than one tower."""
         return self.metadata.get("kind") == MIXTURE
-
-    @property
-    def is_model(self) -> bool:
-        """Whether it is one as far as is known: of files of ours, whether they say that they are."""
-        return "mergecli" not in self.metadata or self.metadata.get("kind", "checkpoint") in MODELS
 
     @property
     def is_whole_clip(self) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from mergecli.adapter_files import Adapter, is_adapter, open_adapter
 from mergecli.checkpoint import Checkpoint, open_checkpoint
 from mergecli.mixtures import mixture_of
-from mergecli.opening import open_source
+from mergecli.opening import is_model, open_source
 from mergecli.provenance import inputs_of
 from mergecli.sources import locate, parse_source
 
@@ -86,7 +86,7 @@ def _info(path: str, whole: Checkpoint) -> Info:
         size=sum(file.stat().st_size for file in each.files),
         digest=each.digest(),
         metadata=each.metadata,
-        is_model=each.is_model,
+        is_model=is_model(each),
         mixture=_about_mixture(each) if each.is_mixture else {},
     )
 

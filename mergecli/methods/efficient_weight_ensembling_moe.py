@@ -28,7 +28,8 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
     r(h) = A_2 relu(A_1 h + b_1) + b_2, one router for all layers
 
     Of the task vectors only what is kept is written, with a bit an entry that says where it belongs. The published 90 %
-    are those that are cut off: `density = 0.1`. Routing as in `weight_ensembling_moe`.
+    are those that are cut off: `density = 0.1`. Routing as in `weight_ensembling_moe`; a routing weight of 1
+    gives that task's MLPs, pruned.
     """
 
     title: ClassVar[str] = "weight ensembling with one router for all layers and pruned task vectors"

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import mergecli
 from tests.conftest import Run
@@ -80,3 +82,16 @@ def test_a_folder_for_transformers_cannot_hold_several_towers(run: Run, tmp_path
     assert (ended.status, ended.out) == (2, "")
     assert "folder: `emr` writes more than one tower" in ended.err
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_file_of_ours_of_an_unknown_kind_is_shown_and_refused_as_a_model(files: Path, run: Run) -> None:
+    with safe_open(files / "emr.safetensors", "pt") as stored:
+        about: dict[str, str] = stored.metadata()
+    save_file(load_file(files / "emr.safetensors"), files / "later.safetensors", {**about, "kind": "banana"})
+    assert "kind\tbanana (no model that this version knows)\n" in run("info", "later.safetensors").out
+    refused = run("eval", "later.safetensors", "--clip", "toy:base", "--tasks", "digits")
+    assert (refused.status, refused.out) == (3, "")
+    assert refused.err == (
+        "error: later.safetensors: its kind: expected checkpoint, task vector or mixture, got `banana`\n"
+        "hint: it holds no model, or was written by a later version: `mergecli info` says by which\n"
+    )
