@@ -99,6 +99,11 @@ class Checkpoint:
         """Number of entries of all tensors together."""
         return sum(entry.size for entry in self.entries.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together, as they are stored."""
+        return sum(entry.size * DTYPE_BYTES[entry.dtype] for entry in self.entries.values())
+
     def vision(self) -> Checkpoint:
         """The vision tower of a whole CLIP; anything else unchanged."""
         if not self.is_whole_clip:

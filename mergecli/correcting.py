@@ -15,6 +15,7 @@ from mergecli.learning import Learning, Lesson
 from mergecli.learnt_files import KIND, finite, read_learnt, share, write_learnt
 from mergecli.merge_output import Output
 from mergecli.methods.representation_surgery import DOWN, UP, RepresentationSurgery, Surgeries
+from mergecli.mixtures import mixture_of
 from mergecli.models import Models, check_fit
 from mergecli.opening import open_source
 from mergecli.parallel import is_first
@@ -77,8 +78,9 @@ def _opened(source: Source, models: Models, recipe: Recipe, stack: ExitStack) ->
     merged = stack.enter_context(open_source(source, recipe.base)).vision()
     if merged.is_mixture:
         raise InputError(
-            f"{merged.path}: holds several towers, one was expected as `method.merged`",
-            "name a method's merge that is one tower; of one that is not, a task's own tower is `PATH#TASK`",
+            f"{merged.path}: `method.merged`: expected one plain tower, got "
+            + ("one that routes" if mixture_of(merged).is_routed else "towers of several tasks"),
+            "name a merge by a method that writes one tower; a task's own tower in such a file is `PATH#TASK`",
         )
     if merged.is_task_vector:
         raise InputError(f"{merged.path}: is a task vector, a merged tower was expected as `method.merged`")

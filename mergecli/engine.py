@@ -126,6 +126,7 @@ def merge_points(
         )
         for each in outputs:
             learning.refuse_inputs(each, models.paths)
+            each.check(models)
         learnt: dict[str, Lesson] = {}
         for each in outputs:
             if _key(each.method) not in learnt:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mergecli import plots
-from mergecli.clip.results import check_files, subjects, tensor_bytes
+from mergecli.clip.results import check_files, subjects
 from mergecli.clip.routes import route_files, write_routes
 from mergecli.clip.scoring import Settings, Tower, score
 from mergecli.errors import InputError, UsageError
@@ -193,7 +193,7 @@ def evaluate_open(
         progress=progress,
     )
     with open_source(base) as whole:
-        tower = tensor_bytes(whole.vision())
+        tower = whole.vision().nbytes
     digests = {"digest": scores.clip.vision, "text": scores.clip.text, "rest": scores.clip.rest}
     clip: dict[str, str | None] = {"path": base.label, **digests, "processing": scores.processing}
     results = tuple(

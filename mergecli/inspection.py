@@ -8,9 +8,8 @@ from pathlib import Path
 
 from mergecli.adapter_files import Adapter, is_adapter, open_adapter
 from mergecli.checkpoint import Checkpoint, open_checkpoint
-from mergecli.layout import DTYPE_BYTES
 from mergecli.mixtures import mixture_of
-from mergecli.opening import open_source
+from mergecli.opening import is_model, open_source
 from mergecli.provenance import inputs_of
 from mergecli.sources import locate, parse_source
 
@@ -30,10 +29,13 @@ class Info:
     dtypes: Mapping[str, int]
     """dtype -> number of entries."""
     files: int
+    """0 of a task's tower in a mixture, which has no file of its own."""
     size: int
-    """Bytes on disk."""
+    """Bytes on disk; of a task's tower in a mixture, those of its tensors in the file's dtypes."""
     digest: str
     metadata: Mapping[str, str]
+    is_model: bool = True
+    """Whether it can be merged and evaluated, as far as its kind says."""
     adapter: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of an adapter: its method, rank, scaling, modules and base."""
     mixture: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -57,11 +59,13 @@ def info(checkpoint: str | Path) -> Info:
     path = locate(source)
     if source.task is not None:
         with open_source(source) as tower:
-            return _info(str(checkpoint), tower)
+            return replace(_info(str(checkpoint), tower), files=0, size=tower.nbytes)
     if is_adapter(path):
         adapter = open_adapter(path)
         with adapter.stored as stored:
-            return replace(_info(str(checkpoint), stored), kind="adapter", adapter=_about(adapter))
+            return replace(
+                _info(str(checkpoint), stored), kind="adapter", is_model=True, adapter=_about(adapter)
+            )
     with open_checkpoint(path) as whole:
         return _info(str(checkpoint), whole)
 
@@ -82,6 +86,7 @@ def _info(path: str, whole: Checkpoint) -> Info:
         size=sum(file.stat().st_size for file in each.files),
         digest=each.digest(),
         metadata=each.metadata,
+        is_model=is_model(each),
         mixture=_about_mixture(each) if each.is_mixture else {},
     )
 
@@ -89,14 +94,10 @@ def _info(path: str, whole: Checkpoint) -> Info:
 def _about_mixture(stored: Checkpoint) -> dict[str, str]:
     """What a mixture is, in a word each."""
     mixture = mixture_of(stored)
-    whole, shared = (
-        sum(entry.size * DTYPE_BYTES[entry.dtype] for entry in each.entries.values())
-        for each in (stored, mixture.shared)
-    )
     return {
         "tasks": ", ".join(mixture.tasks),
         "routing": "routes" if mixture.is_routed else "needs the task",
-        "relative size": f"{whole / shared:.2f} of one tower",
+        "relative size": f"{stored.nbytes / mixture.shared.nbytes:.2f} of one tower",
     }
 
 

@@ -16,6 +16,7 @@ from mergecli.errors import InputError, UsageError
 from mergecli.layout import TORCH_NAMES
 from mergecli.methods._kinds import Method
 from mergecli.methods._mixture import SAME, Mixture
+from mergecli.mixtures import check_names
 from mergecli.models import Models
 from mergecli.output import SafetensorsWriter, check_target, whole_folder
 from mergecli.provenance import UNKNOWN_DIGEST, about, model_folder_files
@@ -69,6 +70,18 @@ class Output:
         for key, part in self.method.extras(shapes, tasks).items():
             found[key] = (part.dtype, part.shape)
         return found
+
+    def check(self, models: Models) -> None:
+        """Raises InputError if the method writes more than one tower, and the models' tensors are not such that it can."""
+        if not isinstance(self.method, Mixture) or not self.method.is_mixture:
+            return
+        entries, path = models.reference.entries, models.reference.path
+        check_names(entries, path)
+        if self.layout(models).keys() == entries.keys():
+            raise InputError(
+                f"{path}: expected tensors that `{self.recipe.method}` has experts for, got none",
+                f"`mergecli methods {self.recipe.method}` says which those are",
+            )
 
     def metadata(self, digests: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
         """What the file says about itself."""

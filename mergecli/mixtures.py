@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
-from mergecli.checkpoint import Checkpoint
+from mergecli.checkpoint import VISION, Checkpoint
 from mergecli.chunks import ChunkHashes
-from mergecli.errors import InputError, UsageError, did_you_mean, listed
+from mergecli.errors import InputError, UsageError, did_you_mean, listed, quoted
 from mergecli.layout import FLOATS
-from mergecli.methods._mixture import SAME, Conditioned, Mixture, Part, Routed
+from mergecli.methods._bits import ContradictionError
+from mergecli.methods._mixture import SAME, Conditioned, Installed, Mixture, Part, Routed, Routing
 from mergecli.views import Fill, view
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
-LEFT_OUT = "left_out"
+LEFT_OUT = "without"
 """In the metadata of one task's tower: what there is to the task besides."""
 _HINT = "it is damaged, or not of this version: merge again"
 
@@ -40,8 +43,15 @@ class OpenMixture:
         """Whether one tower serves all tasks; else each has its own."""
         return isinstance(self.method, Routed)
 
+    def routing(self, asked: Routing) -> Routing | None:
+        """How it routes when it is asked to do so by samples or by batches; None if it must be told the task."""
+        if not isinstance(self.method, Routed):
+            return None
+        return asked if self.method.routes_batches else "sample"
+
     def of_task(self, task: str) -> Checkpoint:
-        """One task's tower, computed as it is read; of a tower that routes, with a routing weight of 1 for that task.
+        """One task's tower, computed as it is read; of a tower that routes, what a routing weight of 1 for that
+        task alone gives: the method's `own_tower` says what that is.
 
         Raises:
             InputError: there is none.
@@ -60,11 +70,12 @@ class OpenMixture:
             for key in ("format", "mergecli", "method", "recipe", "inputs")
             if key in self.stored.metadata
         }
+        if isinstance(self.method, Routed):
+            kept["tower"] = self.method.own_tower
         if self._corrects:
             kept[LEFT_OUT] = "the correction of its features"
-        return view(
-            self.shared, fills, dtype="float32", metadata={**kept, "kind": "checkpoint", "task": task}
-        )
+        about = {**kept, "kind": "checkpoint", "task": task}
+        return view(self.shared, fills, dtype="float32", metadata=about, stored=self.shared)
 
     @property
     def _corrects(self) -> bool:
@@ -73,6 +84,29 @@ class OpenMixture:
             isinstance(self.method, Conditioned)
             and type(self.method).correction is not Conditioned.correction
         )
+
+    def install(self, tower: nn.Module, routing: Routing) -> Installed:
+        """Puts the routing layers into a tower that has the shared weights already.
+
+        Raises:
+            InputError: the file's masks are not those of the values beside them.
+        """
+        assert isinstance(self.method, Routed)
+        with self._named():
+            return self.method.install(tower, self.stored.read, self.tasks, routing, VISION)
+
+    @contextmanager
+    def _named(self) -> Generator[None]:
+        """Errors of reading the tensors name the file."""
+        try:
+            yield
+        except ContradictionError as error:
+            raise InputError(f"{self.stored.path}: {error}", _HINT) from error
+
+    def weights(self, name: str, place: int) -> Tensor:
+        """(...) float32 weights of one tensor for task number `place`; raises InputError as `install` does."""
+        with self._named():
+            return self.method.weights(name, place, self.stored.read)
 
     def correction(self, task: str, device: torch.device) -> Callable[[Tensor], Tensor] | None:
         """What changes the (B, D) unit image features of a task."""
@@ -156,12 +190,21 @@ _PREFIXES = (
 """What keys begin with that are no names of a tower's tensors."""
 
 
+def check_names(names: Iterable[str], whose: Path) -> None:
+    """Raises InputError if a tower has tensors whose names a mixture has for others."""
+    if taken := [name for name in names if name.startswith(_PREFIXES)]:
+        raise InputError(
+            f"{whose}: {quoted(taken)}: expected names that do not begin as a mixture's own tensors do",
+            f"those begin with {quoted(_PREFIXES)}: rename the tensors, or choose a method that writes one tower",
+        )
+
+
 def _fill(mixture: OpenMixture, name: str, place: int) -> Fill:
     """Computes the tensor when a part of it is asked for, and keeps it until all of it has been."""
 
     @lru_cache(maxsize=1)
     def whole() -> Tensor:
-        return mixture.method.weights(name, place, mixture.stored.read).reshape(-1)
+        return mixture.weights(name, place).reshape(-1)
 
     def fill(start: int, stop: int, into: Tensor) -> None:
         values = whole()

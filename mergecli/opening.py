@@ -9,11 +9,19 @@ from pathlib import Path
 from mergecli.adapter_bases import expect_base
 from mergecli.adapter_files import is_adapter, open_adapter
 from mergecli.adapters import adapted
-from mergecli.checkpoint import Checkpoint, open_checkpoint
+from mergecli.checkpoint import MIXTURE, TASK_VECTOR, Checkpoint, open_checkpoint
 from mergecli.errors import InputError, UsageError
 from mergecli.mixtures import mixture_of
 from mergecli.sources import Source, home, locate
 from mergecli.views import rounded
+
+MODELS = ("checkpoint", TASK_VECTOR, MIXTURE)
+"""The `kind` of files of ours that are opened as models."""
+
+
+def is_model(opened: Checkpoint) -> bool:
+    """Whether it is one as far as is known: of files of ours, whether they say that they are."""
+    return "mergecli" not in opened.metadata or opened.metadata.get("kind", "checkpoint") in MODELS
 
 
 def open_source(source: Source, base: Source | None = None) -> Checkpoint:
@@ -39,7 +47,7 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             added = path
         else:
             under = replace(source, adapter=None, dtype=None)
-            opened = _of_task(stack.enter_context(open_checkpoint(path)), source)
+            opened = _of_task(_model(stack.enter_context(open_checkpoint(path))), source)
             if opened.is_mixture and (added or source.dtype):
                 raise InputError(
                     f"{source}: holds several towers, to which no `{'adapter' if added else 'dtype'}` applies",
@@ -55,6 +63,16 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             opened = rounded(opened, source.dtype)
         stack.pop_all()
         return opened
+
+
+def _model(opened: Checkpoint) -> Checkpoint:
+    """The checkpoint; raises InputError if it is a file of ours that says that it is something else."""
+    if not is_model(opened):
+        raise InputError(
+            f"{opened.path}: its kind: expected {', '.join(MODELS[:-1])} or {MODELS[-1]}, got `{opened.metadata['kind']}`",
+            "it holds no model, or was written by a later version: `mergecli info` says by which",
+        )
+    return opened
 
 
 def _of_task(opened: Checkpoint, source: Source) -> Checkpoint:

@@ -32,6 +32,13 @@ class View(Checkpoint):
     fills: tuple[Fill, ...]
     sources: tuple[Checkpoint, ...]
     """What it is computed from; closed with it."""
+    stored: Checkpoint | None = None
+    """The checkpoint whose size it has, where that is not what its own dtypes would make it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together, in the dtypes of `stored`."""
+        return super().nbytes if self.stored is None else self.stored.nbytes
 
     def _read_bytes(self, entry: Entry, offset: int, buffer: memoryview) -> None:
         import torch
@@ -54,6 +61,7 @@ def view(
     path: Path | None = None,
     metadata: Mapping[str, str] | None = None,
     others: tuple[Checkpoint, ...] = (),
+    stored: Checkpoint | None = None,
 ) -> View:
     """The base with some of its tensors computed by `fills`, and floating point tensors rounded to `dtype`.
 
@@ -61,14 +69,15 @@ def view(
         dtype: a torch name such as `float16`; by default every tensor keeps the base's own.
         path: what messages call it. metadata: what it says of itself. Both are the base's by default.
         others: checkpoints besides the base that `fills` read.
+        stored: what its size is told by; by default its own dtypes.
     """
     wanted = _SAFETENSORS[dtype] if dtype else None
     entries: dict[str, Entry] = {}
     every: list[Fill] = []
     for number, (name, entry) in enumerate(base.entries.items()):
-        stored = wanted if wanted and entry.is_float else entry.dtype
-        entries[name] = Entry(stored, entry.shape, number, 0)
-        unchanged = partial(base.read_entries, name) if stored == entry.dtype else partial(_round, base, name)
+        own = wanted if wanted and entry.is_float else entry.dtype
+        entries[name] = Entry(own, entry.shape, number, 0)
+        unchanged = partial(base.read_entries, name) if own == entry.dtype else partial(_round, base, name)
         every.append(fills.get(name, unchanged))
     sources = (base, *others)
     return View(
@@ -80,6 +89,7 @@ def view(
         hashes=ChunkHashes(),
         fills=tuple(every),
         sources=sources,
+        stored=stored,
     )
 
 

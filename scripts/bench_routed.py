@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -46,15 +47,11 @@ def reader(method: Any, model: Any) -> Callable[[str], Tensor]:
     wanted |= method.extras(shapes, len(TASKS))
 
     def read(key: str) -> Tensor:
-        part = wanted[key]
-        if part.dtype != "U8":
-            return 1e-2 * torch.randn(part.shape)
-        name = key.removeprefix("masks.")
-        from mergecli.methods._bits import pack
-        from mergecli.methods.efficient_weight_ensembling_moe import above_quantile
-
-        entries = torch.Size(shapes[name]).numel()
-        return pack(torch.stack([above_quantile(torch.rand(entries), method.density) for _ in TASKS]))
+        name = key.removeprefix("masks.").removeprefix("experts.")
+        torch.manual_seed(zlib.crc32(name.encode()))
+        if key != name and f"masks.{name}" in wanted:  # the bits and the values of the same task vectors
+            return method.expert_values(name, 1e-2 * torch.randn(len(TASKS), *shapes[name]))[key]
+        return 1e-2 * torch.randn(wanted[key].shape)
 
     return read
 
@@ -72,8 +69,8 @@ def looped(handle: Any) -> None:
                     own: Any = getattr(layer.mlp, name)
                     weight, bias = own.weight.clone(), own.bias.clone()
                     for place, factor in enumerate(share):
-                        weight += factor * layer.experts[f"{name}_weight"].values[place].view_as(weight)
-                        bias += factor * layer.experts[f"{name}_bias"].values[place]
+                        weight += factor * layer.get_submodule(f"{name}_experts").values[place]
+                        bias += factor * layer.get_buffer(f"{name}_offsets")[place]
                     tokens = linear(tokens, weight, bias)
                     tokens = layer.mlp.activation_fn(tokens) if name == "fc1" else tokens
                 results.append(tokens)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergecli.cli import options, show
 from mergecli.errors import InputError
+
+if TYPE_CHECKING:
+    from mergecli.inspection import Info
 
 
 def info(
@@ -58,16 +61,28 @@ def info(
         return
     facts = {
         "path": found.path,
-        "kind": found.kind + (" (vision tower of a whole CLIP)" if found.whole_clip else ""),
+        "kind": found.kind + _note(found),
         "parameters": f"{found.parameters:,}",
         "tensors": str(len(found.tensors)),
         "dtypes": ", ".join(f"{dtype} ({count:,})" for dtype, count in found.dtypes.items()),
-        "size": f"{found.size:,} bytes in {found.files} file{'s' if found.files > 1 else ''}",
+        "size": f"{found.size:,} bytes {_where(found.files)}",
         "digest": found.digest,
     }
     facts |= {**found.adapter, **found.mixture}
     if "mergecli" in found.metadata:
         facts["written by"] = f"mergecli {found.metadata['mergecli']}"
-    facts |= {key: found.metadata[key] for key in ("method", "task") if key in found.metadata}
+    facts |= {key: found.metadata[key] for key in ("method", "task", "tower") if key in found.metadata}
     facts |= {f"input {name}": digest for name, digest in found.inputs.items()}
     show.table(Table((Column("fact"), Column("value")), tuple(facts.items())), form)
+
+
+def _note(found: Info) -> str:
+    if found.whole_clip:
+        return " (vision tower of a whole CLIP)"
+    return "" if found.is_model else " (no model that this version knows)"
+
+
+def _where(files: int) -> str:
+    if not files:
+        return "if it had a file of its own, in the dtypes of the whole"
+    return f"in {files} file{'s' if files > 1 else ''}"

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from mergecli.clip.features import feature_file
 from mergecli.clip.routes import route_files
 from mergecli.errors import UsageError
-from mergecli.layout import DTYPE_BYTES
 from mergecli.mixtures import mixture_of
 from mergecli.output import check_target, check_targets
 from mergecli.provenance import looked_at, made_of
@@ -39,7 +38,7 @@ def subjects(
     models: Sequence[Tower], scores: Scores, settings: Settings, tasks: Sequence[str], individual: bool
 ) -> list[Subject]:
     """A subject for each tower, or one of all together, each on its own task."""
-    sizes = [tensor_bytes(model.checkpoint) for model in models]
+    sizes = [model.checkpoint.nbytes for model in models]
     counts = [parameters(model.checkpoint) for model in models]
     if individual:
         own = {name: each for one in scores.tasks for name, each in one.items()}
@@ -63,7 +62,7 @@ def _about(tower: Tower, base_digest: str, settings: Settings) -> dict[str, str 
     kind = metadata.get("kind", "checkpoint")
     found = {"name": tower.name, "path": tower.label, "digest": digest, "kind": kind, "method": method}
     if tower.checkpoint.is_mixture:
-        found["routing"] = settings.routing if mixture_of(tower.checkpoint).is_routed else "task"
+        found["routing"] = mixture_of(tower.checkpoint).routing(settings.routing) or "task"
     return found | made_of(metadata)[0]
 
 
@@ -73,11 +72,6 @@ def parameters(checkpoint: Checkpoint) -> int:
         entry.size for entry in checkpoint.entries.values() if entry.is_float or not checkpoint.is_mixture
     ]
     return sum(counts)
-
-
-def tensor_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of all tensors together."""
-    return sum(entry.size * DTYPE_BYTES[entry.dtype] for entry in checkpoint.entries.values())
 
 
 def check_files(

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergecli.checkpoint import VISION, Checkpoint
-from mergecli.methods._mixture import Routed
+from mergecli.checkpoint import Checkpoint
 from mergecli.mixtures import OpenMixture, mixture_of
 from mergecli.models import one_tower
 from mergecli.output import write_text
@@ -83,10 +82,7 @@ def routed(stored: Checkpoint) -> OpenMixture:
 
 def install_routing(stored: Checkpoint, tower: nn.Module) -> None:
     """Puts a file's routing layers into a tower that has the shared weights; each image routes by itself."""
-    mixture = routed(stored)
-    assert isinstance(mixture.method, Routed)
-    installed = mixture.method.install(tower, stored.read, mixture.tasks, "sample", VISION)
-    setattr(tower, _ROUTING, installed)
+    setattr(tower, _ROUTING, routed(stored).install(tower, "sample"))
 
 
 def has_routing(module: nn.Module) -> bool:

@@ -136,12 +136,16 @@ def score(
         _check(clip, tower, [task for task in tasks if not own_task_only or task.name == tower.name])
         for tower in towers
     ]
-    for option, given in (("routes", settings.routes), ("routing", settings.routing == "batch")):
-        if given and not any(experts):
-            raise UsageError(
-                f"--{option}: none of the checkpoints holds a tower that routes",
-                "`weight_ensembling_moe`, `efficient_weight_ensembling_moe` and `smile` make some",
-            )
+    if settings.routes and not any(experts):
+        raise UsageError(
+            "--routes: none of the checkpoints holds a tower that routes",
+            "`weight_ensembling_moe`, `efficient_weight_ensembling_moe` and `smile` make some",
+        )
+    if settings.routing == "batch" and not any(_routes_batches(tower) for tower in towers):
+        raise UsageError(
+            "--routing: none of the checkpoints holds a tower that routes batches otherwise than images",
+            "`weight_ensembling_moe` and `efficient_weight_ensembling_moe` make some",
+        )
     keeps = settings.max_size > 0
     subjects = [
         subject_of(task, load_images(task, settings.split, remember=keeps), settings.limit) for task in tasks
@@ -188,6 +192,12 @@ def _check(clip: Clip, tower: Tower, tasks: Sequence[Task]) -> tuple[str, ...]:
     for task in tasks:
         mixture.of_task(task.name)
     return ()
+
+
+def _routes_batches(tower: Tower) -> bool:
+    from mergecli.mixtures import mixture_of
+
+    return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).routing("batch") == "batch"
 
 
 def _score(subject: Subject, tally: Tally, settings: Settings) -> TaskScore:

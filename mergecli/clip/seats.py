@@ -8,9 +8,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mergecli.checkpoint import VISION
 from mergecli.errors import InputError
-from mergecli.methods._mixture import Installed, Routed, Routing
+from mergecli.methods._mixture import Installed, Routing
 from mergecli.mixtures import mixture_of
 
 if TYPE_CHECKING:
@@ -57,11 +56,9 @@ class Seat:
             set_tower(self.clip, checkpoint)
         else:
             mixture = mixture_of(checkpoint)
-            if isinstance(mixture.method, Routed):
+            if mixture.is_routed:
                 set_tower(self.clip, mixture.shared)
-                self.installed = mixture.method.install(
-                    self.clip.tower, checkpoint.read, mixture.tasks, self.routing, VISION
-                )
+                self.installed = mixture.install(self.clip.tower, self.routing)
             else:
                 set_tower(self.clip, mixture.of_task(task))
                 self.correction = mixture.correction(task, self.clip.device)

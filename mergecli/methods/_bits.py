@@ -31,3 +31,25 @@ def unpack(bits: Tensor, entries: int) -> Tensor:
 
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
     return ((bits[..., None] >> shifts) & 1).flatten(-2)[..., :entries].bool()
+
+
+class ContradictionError(ValueError):
+    """The masks in a file are not those of the values beside them."""
+
+
+def kept(key: str, bits: Tensor, values: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """(k,) the places whose bit is set, ascending, and (k,) their values, of (ceil(n / 8),) bits and (at least k,)
+    values padded with zeros; `key` is what messages call the bits.
+
+    Raises:
+        ContradictionError: there are more places than values, or values without a place.
+    """
+    places = unpack(bits, entries).nonzero()[:, 0]
+    count, room = len(places), len(values)
+    if count > room:
+        raise ContradictionError(
+            f"`{key}`: expected at most {room} bits that are set, one for a value, got {count}"
+        )
+    if bool(values[count:].any()):
+        raise ContradictionError(f"`{key}`: expected a bit for each value that is not 0, got {count}")
+    return places, values[:count]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from mergecli.methods._kinds import Group, Method, merge_group
 
@@ -104,6 +104,11 @@ class Installed(Protocol):
 @dataclass(frozen=True)
 class Routed(Mixture):
     """Mixtures that find out the task, or what is best for an image or token, by themselves."""
+
+    own_tower: ClassVar[str] = "the tower that it computes when everything goes to the task"
+    """What `weights` gives for a task, in a few words."""
+    routes_batches: ClassVar[bool] = True
+    """Whether routing by batches differs from routing by samples."""
 
     def install(
         self, tower: nn.Module, read: Read, tasks: Sequence[str], routing: Routing, prefix: str, /

@@ -1,11 +1,11 @@
 """Multilayer perceptrons whose weights are put together anew for each image, or each batch of images.
 
-Letters in shapes: B images, S tokens, d the tower's width, T tasks, n entries of a weight.
+Letters in shapes: B images, S tokens, d the tower's width, T tasks, n inputs and m outputs of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,80 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergecli.methods._bits import unpack
+from mergecli.methods._expert_products import Dense, Pruned, linear
 from mergecli.methods._mixture import Routing
 from mergecli.methods._smile_layers import put
-
-CHUNK = 1 << 27
-"""Bytes of the images' own weights that are held at a time."""
-
-
-SMALL = 1 << 17
-"""Entries of task vectors, of biases for one, that are kept dense: making them so each time would drive out weights."""
-
-
-class Scratch:
-    """One tensor's task vectors at a time, made dense; layers take turns."""
-
-    def __init__(self) -> None:
-        self.owner: object = None
-        self.dense: Tensor | None = None
-
-    def take(self, owner: object, entries: int, like: Tensor) -> tuple[Tensor, bool]:
-        """(entries,) room, and whether it still holds what the owner put there."""
-        if self.dense is None or len(self.dense) < entries:
-            self.dense = like.new_zeros(entries)
-            self.owner = None
-        held, self.owner = self.owner is owner, owner
-        return self.dense[:entries], held
-
-
-class Experts(nn.Module):
-    """(T, n) task vectors of one tensor: dense, or as the entries that pruning has left."""
-
-    values: Tensor
-    places: Tensor | None
-
-    def __init__(self, values: Tensor, bits: Tensor | None, entries: int, scratch: Scratch) -> None:
-        """`values` (T, ...) all of them, or with `bits` (T, ceil(n / 8)) uint8 the (T, k) kept, padded with zeros."""
-        super().__init__()
-        self.tasks, self.entries, self.scratch = len(values), entries, scratch
-        places = None
-        if bits is not None:
-            rows = [unpack(row, entries).nonzero()[:, 0] for row in bits]
-            own = [each[: len(row)] for each, row in zip(values, rows, strict=True)]
-            values = torch.cat(own)
-            places = torch.cat([row + place * entries for place, row in enumerate(rows)])
-            places = places.int() if self.tasks * entries < 1 << 31 else places
-            if self.tasks * entries <= SMALL:
-                values = values.new_zeros(self.tasks * entries).index_put_((places,), values)
-                places, values = None, values.view(self.tasks, entries)
-        self.register_buffer("values", values if places is not None else values.flatten(1), persistent=False)
-        self.register_buffer("places", places, persistent=False)
-
-    def stack(self) -> Tensor:
-        """(T, n) all task vectors, valid until another tensor's are asked for."""
-        if self.places is None:
-            return self.values
-        room, held = self.scratch.take(self, self.tasks * self.entries, self.values)
-        if not held:
-            room.zero_()[self.places] = self.values
-        return room.view(self.tasks, self.entries)
-
-
-class Mix(torch.autograd.Function):
-    """base + coefficients times task vectors; keeps none of them for the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, base: Tensor, experts: Experts) -> Tensor:
-        """(B, n) of (B, T) coefficients and (n,) base."""
-        ctx.experts = experts
-        return torch.addmm(base[None], coefficients, experts.stack())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """(B, T): inner products with the task vectors."""
-        return grads[0] @ ctx.experts.stack().T, None, None
 
 
 class Router(nn.Module):
@@ -119,10 +48,20 @@ class Router(nn.Module):
 class RoutedMlp(nn.Module):
     """A tower's `mlp` whose weights are the base's plus what the router weighs the task vectors with."""
 
-    def __init__(self, mlp: Any, experts: Mapping[str, Experts], router: Router, routing: Routing) -> None:
+    def __init__(
+        self,
+        mlp: Any,
+        experts: Sequence[Dense | Pruned],
+        offsets: Sequence[Tensor],
+        router: Router,
+        routing: Routing,
+    ) -> None:
+        """`experts`: task vectors of the weights of `fc1` and `fc2`; `offsets`: (T, m) those of the biases."""
         super().__init__()
         self.mlp, self.router, self.routing = mlp, router, routing
-        self.experts = nn.ModuleDict({name.replace(".", "_"): each for name, each in experts.items()})
+        for name, own, offset in zip(("fc1", "fc2"), experts, offsets, strict=True):
+            self.add_module(f"{name}_experts", own)
+            self.register_buffer(f"{name}_offsets", offset, persistent=False)
         self.shares = torch.zeros(0)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -138,28 +77,9 @@ class RoutedMlp(nn.Module):
     def _linear(self, name: str, inputs: Tensor, shares: Tensor) -> Tensor:
         """(B, S, m) of (B, S, n): each image with weights of its own, or all with the same."""
         layer: Any = getattr(self.mlp, name)
-        if len(shares) == 1:
-            return functional.linear(
-                inputs,
-                self._mixed(name, "weight", layer, shares)[0],
-                self._mixed(name, "bias", layer, shares)[0],
-            )
-        many = max(1, CHUNK // (layer.weight.numel() * layer.weight.element_size()))
-        results = [
-            torch.baddbmm(
-                self._mixed(name, "bias", layer, share)[:, None],
-                part,
-                self._mixed(name, "weight", layer, share).transpose(1, 2),
-            )
-            for part, share in zip(inputs.split(many), shares.split(many), strict=True)
-        ]
-        return torch.cat(results)
-
-    def _mixed(self, name: str, kind: str, layer: Any, shares: Tensor) -> Tensor:
-        """(B, ...) the weights or biases that (B, T) shares give."""
-        base: Tensor = getattr(layer, kind)
-        mixed: Any = Mix.apply(shares, base.detach().reshape(-1), self.experts[f"{name}_{kind}"])
-        return mixed.view(len(shares), *base.shape)
+        experts: Any = self.get_submodule(f"{name}_experts")
+        weight, bias = layer.weight.detach(), layer.bias.detach()
+        return linear(inputs, shares, weight, bias, experts, self.get_buffer(f"{name}_offsets"))
 
 
 @dataclass(frozen=True)

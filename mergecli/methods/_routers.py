@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mergecli.methods._adapted import Adapted, Change, State, Trial
 from mergecli.methods._descent import adam_step
@@ -30,6 +30,8 @@ class WeightEnsembling(Routed, Adapted):
     work: ClassVar[str] = (
         "steps of Adam on the routers, each a forward and a backward pass of every task's batch"
     )
+
+    own_tower: ClassVar[str] = "that task's MLPs; the rest is shared by all tasks"
 
     learning_rate: Annotated[float, Range(0)] = 1e-4
     """Of Adam."""
@@ -114,10 +116,11 @@ class WeightEnsembling(Routed, Adapted):
     ) -> Installed:
         import torch
 
-        from mergecli.methods._routed_layers import RoutedMlp, RoutedTower, Router, Scratch
+        from mergecli.methods._routed_layers import RoutedMlp, RoutedTower, Router
         from mergecli.methods._smile_layers import put
 
-        scratch, layers, parameters = Scratch(), {}, cast("dict[str, Tensor]", {})
+        layers: dict[str, RoutedMlp] = {}
+        parameters: dict[str, Tensor] = {}
         routers: dict[str, Router] = {}
         paths = [path for path, _ in tower.named_modules() if _MLP.match(f"{prefix}{path}.{_FIRST}")]
         for path in paths:
@@ -136,19 +139,22 @@ class WeightEnsembling(Routed, Adapted):
                         routers[key].own[list(own).index(each)] = parameters[key + each]
                     else:
                         parameters[key + each] = parameter
-            experts = {
-                name: self.experts(f"{prefix}{path}.{name}", weight, read, scratch)
-                for name, weight in mlp.named_parameters()
-            }
-            layers[path] = RoutedMlp(mlp, experts, routers[key], routing)
+            linear = {f"{prefix}{path}.{name}": mlp.get_submodule(name) for name in ("fc1", "fc2")}
+            experts = [self.experts(f"{name}.weight", each.weight, read) for name, each in linear.items()]
+            offsets = [self.dense(f"{name}.bias", each.bias, read) for name, each in linear.items()]
+            layers[path] = RoutedMlp(mlp, experts, offsets, routers[key], routing)
             put(tower, path, layers[path])
         return RoutedTower(tower, layers, parameters)
 
-    def experts(self, name: str, like: Tensor, read: Read, scratch: Any) -> Any:
-        """The task vectors of one tensor, where and in the dtype that they are computed with."""
-        from mergecli.methods._routed_layers import Experts
+    def experts(self, name: str, like: Tensor, read: Read) -> Any:
+        """The task vectors of one weight, where and in the dtype that they are computed with."""
+        from mergecli.methods._expert_products import Dense
 
-        return Experts(read(f"experts.{name}").to(like), None, like.numel(), scratch)
+        return Dense(self.dense(name, like, read))
+
+    def dense(self, name: str, like: Tensor, read: Read) -> Tensor:
+        """(T, ...) the same of any tensor, every entry."""
+        return read(f"experts.{name}").to(like)
 
     def begin(self, trial: Trial, /) -> State:
         import torch

@@ -21,9 +21,9 @@ class SmileLinear(nn.Linear):
     """
 
     left: Tensor
-    """(T, k, m) U S, turned."""
+    """(T, k, m) U S, turned; or (T, n, m) whole matrices."""
     right: Tensor
-    """(T, k, n) V^T."""
+    """(T, k, n) V^T; beside whole matrices only what tokens are compared with."""
     biases: Tensor | None
     """(T, m) b_i - b0."""
     routes: Tensor
@@ -38,11 +38,12 @@ class SmileLinear(nn.Linear):
         gate_rank: int,
         experts_per_token: int,
     ) -> None:
-        """`left` (T, m, k), `right` (T, k, n) and, of a layer with a bias, `biases` (T, m) as in the file."""
+        """`left` (T, m, k or n), `right` (T, k, n) and, of a layer with a bias, `biases` (T, m) as in the file."""
         super().__init__(linear.in_features, linear.out_features, bias=biases is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.train(linear.training)
         self.gate_rank = gate_rank
+        self.is_whole = left.shape[2] != right.shape[1]
         self.experts_per_token = experts_per_token
         self.register_buffer("left", left.to(self.weight).transpose(1, 2).contiguous(), persistent=False)
         self.register_buffer("right", right.to(self.weight).contiguous(), persistent=False)
@@ -73,13 +74,18 @@ class SmileLinear(nn.Linear):
         result = tokens.new_zeros(len(tokens), self.out_features)
         for left, right, share in zip(self.left, self.right, shares.T, strict=True):
             own = share.nonzero()[:, 0]
-            inner = functional.linear(tokens.index_select(0, own), right) * share[own, None]
+            inner = self._inner(tokens.index_select(0, own), right) * share[own, None]
             result.index_add_(0, own, inner @ left)
         return result
 
+    def _inner(self, tokens: Tensor, right: Tensor) -> Tensor:
+        """(N, k) what `left` is for, of (N, n) tokens: V^T x, or x itself."""
+        return tokens if self.is_whole else functional.linear(tokens, right)
+
     def all_experts(self, tokens: Tensor, shares: Tensor) -> Tensor:
         """(N, m) what the experts add: all compute all tokens at once."""
-        inner = functional.linear(tokens, self.right.flatten(0, 1)).view(len(tokens), len(self.right), -1)
+        inner = self._inner(tokens, self.right.flatten(0, 1))
+        inner = inner[:, None] if self.is_whole else inner.view(len(tokens), len(self.right), -1)
         return (inner * shares[..., None]).flatten(1) @ self.left.flatten(0, 1)
 
 

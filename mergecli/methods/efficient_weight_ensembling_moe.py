@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from mergecli.methods._adapted import State, Trial
-from mergecli.methods._bits import pack, packed_size, unpack
+from mergecli.methods._bits import kept, pack, packed_size
 from mergecli.methods._mixture import SAME, Part, Read
 from mergecli.methods._routers import WeightEnsembling
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+HALF = 0.5
+"""The density above which task vectors take less memory with every entry than with the place of each."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,16 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
     r(h) = A_2 relu(A_1 h + b_1) + b_2, one router for all layers
 
     Of the task vectors only what is kept is written, with a bit an entry that says where it belongs. The published 90 %
-    are those that are cut off: `density = 0.1`. Routing as in `weight_ensembling_moe`.
+    are those that are cut off: `density = 0.1`. Routing as in `weight_ensembling_moe`; a routing weight of 1
+    gives that task's MLPs, pruned.
     """
 
     title: ClassVar[str] = "weight ensembling with one router for all layers and pruned task vectors"
     paper: ClassVar[str] = (
         "Shen et al., Efficient and effective weight-ensembling MoE, arXiv 2410.21804, section 4"
     )
+
+    own_tower: ClassVar[str] = "that task's MLPs, pruned; the rest is shared by all tasks"
 
     density: Annotated[float, Range(0, 1, open_low=True)] = 0.1
     """Fraction of entries kept of each task vector of each tensor."""
@@ -41,7 +47,8 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
     """Sines and cosines of the layer's number that routers get before each token; the published size is 8, the default
     none."""
     router_density: Annotated[float, Range(0, 1, open_low=True)] = 1.0
-    """Fraction of the entries of each router's weights that is left after learning."""
+    """Fraction of the entries of each router's weights that is left after learning; the others become 0, and take as much
+    room in the file as before."""
 
     @property
     def shares_router(self) -> bool:
@@ -63,24 +70,34 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
 
         rows = deltas.flatten(1)
         masks = torch.stack([above_quantile(row.abs(), self.density) for row in rows])
-        kept = torch.zeros(len(rows), kept_of(rows.shape[1], self.density), device=rows.device)
-        for row, mask, left in zip(rows, masks, kept, strict=True):
+        values = torch.zeros(len(rows), kept_of(rows.shape[1], self.density), device=rows.device)
+        for row, mask, left in zip(rows, masks, values, strict=True):
             own = row[mask]
             left[: len(own)] = own
-        return {f"experts.{name}": kept, f"masks.{name}": pack(masks)}
+        return {f"experts.{name}": values, f"masks.{name}": pack(masks)}
 
     def expert(self, name: str, place: int, shape: Sequence[int], read: Read) -> Tensor:
+        bits, values = read(f"masks.{name}")[place], read(f"experts.{name}")[place].float()
+        return _filled(kept(f"masks.{name}", bits, values, math.prod(shape)), shape)
+
+    def experts(self, name: str, like: Tensor, read: Read) -> Any:
+        from mergecli.methods._expert_products import Dense, Pruned
+
+        if self.density > HALF:
+            return Dense(self.dense(name, like, read))
+        rows, columns = like.shape
+        return Pruned(self._kept(name, like, read), rows, columns)
+
+    def dense(self, name: str, like: Tensor, read: Read) -> Tensor:
         import torch
 
-        mask = unpack(read(f"masks.{name}")[place], math.prod(shape))
-        values = read(f"experts.{name}")[place].float()
-        return torch.zeros(len(mask)).masked_scatter_(mask, values).view(*shape)
+        return torch.stack([_filled(each, like.shape) for each in self._kept(name, like, read)])
 
-    def experts(self, name: str, like: Tensor, read: Read, scratch: Any) -> Any:
-        from mergecli.methods._routed_layers import Experts
-
-        bits = read(f"masks.{name}").to(like.device)
-        return Experts(read(f"experts.{name}").to(like), bits, like.numel(), scratch)
+    def _kept(self, name: str, like: Tensor, read: Read) -> list[tuple[Tensor, Tensor]]:
+        """For each task the places that are kept, and their values."""
+        key = f"masks.{name}"
+        rows = zip(read(key).to(like.device), read(f"experts.{name}").to(like), strict=True)
+        return [kept(key, bits, values, like.numel()) for bits, values in rows]
 
     def finish(self, trial: Trial, state: State, /) -> State:
         found = super().finish(trial, state)
@@ -88,6 +105,12 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
             if key.endswith(".weight") and self.router_density < 1:
                 value *= above_quantile(value.abs().flatten(), self.router_density).view_as(value)
         return found
+
+
+def _filled(kept: tuple[Tensor, Tensor], shape: Sequence[int]) -> Tensor:
+    """(...) the values at their places, and 0 elsewhere."""
+    places, values = kept
+    return values.new_zeros(math.prod(shape)).index_copy_(0, places, values).view(*shape)
 
 
 def kept_of(entries: int, density: float) -> int:

@@ -45,7 +45,7 @@ class RepresentationSurgery(Conditioned, Looking):
     """
 
     title: ClassVar[str] = (
-        "on top of any merge: a small correction of each task's image features, learnt without labels"
+        "on top of a merged tower: a small correction of each task's image features, learnt without labels"
     )
     paper: ClassVar[str] = "Yang et al., Representation Surgery, ICML 2024, arXiv 2402.02705"
     looks_at: ClassVar[str] = "unlabelled images of every task"
@@ -54,7 +54,8 @@ class RepresentationSurgery(Conditioned, Looking):
     late: ClassVar[frozenset[str]] = frozenset()
 
     merged: str | None = None
-    """The tower that is corrected: a merged checkpoint, as a path relative to the current folder or another source."""
+    """The tower that is corrected: a merged checkpoint, as a path relative to the current folder or another source. It is
+    one plain tower: one that routes, or a file of several, cannot be corrected."""
     rank: Annotated[int, Range(1)] = 16
     """The number of rows of D."""
     steps: Annotated[int, Range(0)] = 1000

@@ -22,7 +22,7 @@ _LINEAR = re.compile(r"(_proj|\bfc[12])\.(?P<kind>weight|bias)$")
 class Smile(Routed, PerTensor):
     """y = W_0 x + b_0 + sum_i p_i(x) (U_i S_i V_i^T x + b_i - b_0),  theta = (W, b), for each linear layer
 
-    U_i S_i V_i^T   W_i - W_0, cut to its `rank` largest singular values
+    U_i S_i V_i^T   W_i - W_0, cut to its `rank` largest singular values; whole where that takes less room
     p(x)            softmax of |V_i^T x|, V_i cut to `gate_rank` columns, over the `experts_per_token` tasks where it
                     is largest; 0 for the others
 
@@ -31,12 +31,15 @@ class Smile(Routed, PerTensor):
     the base's.
     """
 
+    own_tower: ClassVar[str] = "that task's linear layers, cut to the experts' rank"
+    routes_batches: ClassVar[bool] = False
     title: ClassVar[str] = "the base's linear layers with low-rank experts, among which each token chooses"
     paper: ClassVar[str] = "Tang et al., SMILE, arXiv 2408.10174"
     work: ClassVar[str] = "a singular value decomposition of each linear layer of each model"
 
     rank: Annotated[int, Range(1)] = 128
-    """Singular vectors of an expert, at most as many as there are."""
+    """Singular vectors of an expert, at most as many as there are; W_i - W_0 is kept whole where factors would take
+    more room."""
     gate_rank: Annotated[int, Range(1)] = 1
     """Singular vectors with which tokens are compared, at most `rank`."""
     experts_per_token: Annotated[int, Range(1)] = 1
@@ -56,9 +59,18 @@ class Smile(Routed, PerTensor):
             return own | {f"deltas.{name}": Part(SAME, (tasks, *shape))}
         if kind is None:
             return own
-        rank = min(self.rank, *shape)
-        left, right = (tasks, shape[0], rank), (tasks, rank, shape[1])
-        return own | {f"left.{name}": Part(SAME, left), f"right.{name}": Part(SAME, right)}
+        rank = self._rank(shape)
+        left = Part(SAME, (tasks, shape[0], shape[1] if rank is None else rank))
+        right = Part(SAME, (tasks, self._gate(shape) if rank is None else rank, shape[1]))
+        return own | {f"left.{name}": left, f"right.{name}": right}
+
+    def _rank(self, shape: tuple[int, ...]) -> int | None:
+        """k of a matrix; None where whole matrices and the vectors that tokens are compared with take less room."""
+        (rows, columns), rank = shape, min(self.rank, *shape)
+        return rank if rank * (rows + columns) <= columns * (rows + self._gate(shape)) else None
+
+    def _gate(self, shape: tuple[int, ...]) -> int:
+        return min(self.gate_rank, *shape)
 
     def expand(self, group: Group, learnt: Any, /) -> dict[str, Tensor]:
         import torch
@@ -70,8 +82,9 @@ class Smile(Routed, PerTensor):
             return own | {f"deltas.{name}": deltas}
         if kind is None:
             return {name: total(deltas).div_(group.tasks).add_(group.base)} if self.average_others else own
-        triplets = [decompose(delta, self.rank) for delta in deltas]
-        left = torch.stack([(u * s).float() for u, s, _ in triplets])
+        rank = self._rank(tuple(group.shape))
+        triplets = [decompose(delta, self.gate_rank if rank is None else rank) for delta in deltas]
+        left = torch.stack([(u * s).float() for u, s, _ in triplets]) if rank is not None else deltas
         right = torch.stack([v.T.float() for _, _, v in triplets])
         return own | {f"left.{name}": left, f"right.{name}": right}
 
@@ -82,7 +95,10 @@ class Smile(Routed, PerTensor):
             return own + read(f"deltas.{name}")[place]
         if kind is None:
             return own
-        return own + read(f"left.{name}")[place].float() @ read(f"right.{name}")[place].float()
+        left = read(f"left.{name}")[place].float()
+        return own + (
+            left if self._rank(tuple(own.shape)) is None else left @ read(f"right.{name}")[place].float()
+        )
 
     def install(
         self, tower: nn.Module, read: Read, tasks: Sequence[str], routing: Routing, prefix: str, /

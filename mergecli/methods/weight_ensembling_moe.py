@@ -17,6 +17,8 @@ class WeightEnsemblingMoe(WeightEnsembling):
     one router r a layer, h what the layer's MLP gets. The routers minimise the mean entropy of predictions on unlabelled
     images, by Adam.
 
+    A routing weight of 1 for one task gives that task's MLPs; elsewhere the tower is that of all tasks still.
+
     The published tables took one l for a whole batch of images of one task, which tells the model the task; here each
     image has its own unless evaluation is asked for `routing = "batch"`.
     """

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import mergecli
 from tests.conftest import Run
@@ -24,16 +26,23 @@ def files(tmp_path: Path) -> Path:
 def test_mixtures_are_evaluated_and_reported_with_their_size_and_routes(files: Path, run: Run) -> None:
     done = run(
         "eval", "smile.safetensors", "emr.safetensors", "toy:base", "--clip", "toy:base", "--tasks", "digits,shapes",
-        "--limit", 8, "--routing", "batch", "--routes", "routes", "-o", "out",
+        "--limit", 8, "--routes", "routes", "-o", "out",
     )  # fmt: skip
     assert done.status == 0, done.err
     assert done.out.splitlines()[0] == "model\tmethod\tsize\trouting\tdigits\tshapes\taverage"
     heads, *rows = (files / "routes" / "smile.csv").read_text().splitlines()
     assert heads == "task,layer,digits,shapes"
     assert {row.split(",")[0] for row in rows} == {"digits", "shapes"}
-    assert {file.name for file in (files / "routes").iterdir()} <= {"smile.csv", "smile.png"}
+    assert {file.name for file in (files / "routes").iterdir()} == {"smile.csv", "smile.png"}
+    refused = run(
+        "eval", "smile.safetensors", "--clip", "toy:base", "--tasks", "digits", "--routing", "batch"
+    )
+    assert (refused.status, refused.out) == (2, "")
+    assert refused.err.startswith(
+        "error: --routing: none of the checkpoints holds a tower that routes batches"
+    )
     result = json.loads((files / "out" / "smile.json").read_text())
-    assert result["checkpoint"]["routing"] == "batch"
+    assert result["checkpoint"]["routing"] == "sample"
     assert result["model_info"]["relative_size"] > 1
     page = run("report", "out/smile.json", "out/base.json", "-o", "r.html")
     assert page.status == 0, page.err
@@ -41,6 +50,8 @@ def test_mixtures_are_evaluated_and_reported_with_their_size_and_routes(files: P
 
 
 def test_one_tower_of_a_mixture_is_named_by_its_task(files: Path, run: Run) -> None:
+    done = run("info", "emr.safetensors#digits")
+    assert " bytes if it had a file of its own, in the dtypes of the whole\n" in done.out
     done = run("info", "emr.safetensors")
     assert "kind\tmixture\n" in done.out
     assert "tasks\tdigits, shapes\nrouting\tneeds the task\n" in done.out
@@ -71,3 +82,16 @@ def test_a_folder_for_transformers_cannot_hold_several_towers(run: Run, tmp_path
     assert (ended.status, ended.out) == (2, "")
     assert "folder: `emr` writes more than one tower" in ended.err
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_file_of_ours_of_an_unknown_kind_is_shown_and_refused_as_a_model(files: Path, run: Run) -> None:
+    with safe_open(files / "emr.safetensors", "pt") as stored:
+        about: dict[str, str] = stored.metadata()
+    save_file(load_file(files / "emr.safetensors"), files / "later.safetensors", {**about, "kind": "banana"})
+    assert "kind\tbanana (no model that this version knows)\n" in run("info", "later.safetensors").out
+    refused = run("eval", "later.safetensors", "--clip", "toy:base", "--tasks", "digits")
+    assert (refused.status, refused.out) == (3, "")
+    assert refused.err == (
+        "error: later.safetensors: its kind: expected checkpoint, task vector or mixture, got `banana`\n"
+        "hint: it holds no model, or was written by a later version: `mergecli info` says by which\n"
+    )

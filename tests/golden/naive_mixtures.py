@@ -70,7 +70,11 @@ def smile(
         left, values, right = torch.linalg.svd(
             model[f"{layer}.weight"].double() - weight, full_matrices=False
         )
-        experts.append((left[:, :rank], values[:rank], right[:rank], model[f"{layer}.bias"].double() - bias))
+        rows, columns = weight.shape
+        factors = min(rank, rows, columns) * (rows + columns)
+        whole = factors > columns * (rows + min(gate_rank, rows, columns))  # what takes less room is kept
+        k = None if whole else rank
+        experts.append((left[:, :k], values[:k], right[:k], model[f"{layer}.bias"].double() - bias))
     outputs = torch.zeros(*inputs.shape[:2], len(weight), dtype=torch.float64)
     routes = torch.zeros(*inputs.shape[:2], len(tuned), dtype=torch.float64)
     for image in range(len(inputs)):

@@ -215,7 +215,7 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch(
     torch.testing.assert_close(tower(pixels[order]).pooler_output, whole[order], atol=ROUNDING, rtol=0)
     one = torch.cat([tower(pixel[None]).pooler_output for pixel in pixels])
     torch.testing.assert_close(one, whole, atol=ROUNDING, rtol=0)
-    monkeypatch.setattr("mergecli.methods._routed_layers.CHUNK", 10_000)
+    monkeypatch.setattr("mergecli.methods._expert_products.CACHE", 10_000)
     torch.testing.assert_close(tower(pixels).pooler_output, whole, atol=ROUNDING, rtol=0)
     shared, _ = installed(path, "batch")
     assert float((shared(pixels).pooler_output - whole).detach().abs().max()) > 1e-3

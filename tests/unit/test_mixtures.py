@@ -27,6 +27,9 @@ from tests.tiny import make_image_task, make_tiny_clip
 TASKS = ("one", "two", "three")
 TOLD = ("emr", "tall_mask", "tsv_c")
 """Mixtures that must be told the task."""
+LEARNT = ("weight_ensembling_moe", "efficient_weight_ensembling_moe")
+"""Mixtures with routers."""
+ROUTED = ("smile", *LEARNT)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +47,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tables = [f'[tasks.{task}]\ndata = "images/{task}"\ntemplates = ["a {{}} picture"]\n' for task in TASKS]
     tuned = [f'{task} = "{task}.safetensors"\n' for task in TASKS]
     (folder / "r.toml").write_text(f'base = "clip"\n[tuned]\n{"".join(tuned)}{"".join(tables)}')
-    for method in (*TOLD, "smile"):
-        mergecli.merge(folder / "r.toml", method=method, output=folder / f"{method}.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MERGECLI_HOME", str(folder / "home"))
+        for method in (*TOLD, *ROUTED):
+            settings = {"steps": 0, "router_spread": 1.0} if method in LEARNT else {}
+            output = folder / f"{method}.safetensors"
+            mergecli.merge(folder / "r.toml", method=method, settings=settings, output=output)
     return folder
 
 
@@ -67,7 +74,9 @@ def scores(place: Path, checkpoint: object, **more: Any) -> dict[str, tuple[int,
 # what they are
 
 
-@pytest.mark.parametrize(("method", "told"), [("emr", "needs the task"), ("smile", "routes")])
+@pytest.mark.parametrize(
+    ("method", "told"), [("emr", "needs the task"), *((method, "routes") for method in ROUTED)]
+)
 def test_info_tells_the_tasks_how_the_task_is_told_and_the_size(place: Path, method: str, told: str) -> None:
     found = mergecli.info(place / f"{method}.safetensors")
     stored = load_file(place / f"{method}.safetensors")
@@ -108,7 +117,7 @@ def test_a_task_of_a_mixture_is_merged_like_any_tower(place: Path, tmp_path: Pat
         torch.testing.assert_close(value, (first[name] + other[name]) / 2, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["emr", "smile"])
+@pytest.mark.parametrize("method", ["emr", *ROUTED])
 def test_a_mixture_where_one_tower_is_needed_is_one_clear_error(
     place: Path, method: str, tmp_path: Path
 ) -> None:
@@ -130,13 +139,14 @@ def test_a_mixture_where_one_tower_is_needed_is_one_clear_error(
     assert list(tmp_path.glob("*.safetensors")) == []
 
 
-def test_cos_sim_takes_the_tower_of_each_task(place: Path) -> None:
+@pytest.mark.parametrize("method", ["emr", *ROUTED])
+def test_cos_sim_takes_the_tower_of_each_task(place: Path, method: str) -> None:
     found = mergecli.cos_sim(
-        {"emr": place / "emr.safetensors", "two": place / "two.safetensors"}, base=place / "clip"
+        {"m": place / f"{method}.safetensors", "two": place / "two.safetensors"}, base=place / "clip"
     )
-    assert found.names == ("emr#one", "emr#two", "emr#three", "two")
+    assert found.names == ("m#one", "m#two", "m#three", "two")
     single = mergecli.cos_sim(
-        {"a": f"{place}/emr.safetensors#two", "b": place / "two.safetensors"}, base=place / "clip"
+        {"a": f"{place}/{method}.safetensors#two", "b": place / "two.safetensors"}, base=place / "clip"
     )
     assert found.cosines[1][3] == pytest.approx(single.cosines[0][1], abs=1e-12)
 
@@ -166,8 +176,9 @@ def test_a_task_that_a_mixture_lacks_is_an_error_before_the_first_image(
     assert raised.value.hint == "it holds towers for one, two"
 
 
-def test_towers_that_route_do_not_look_at_the_rest_of_the_batch(place: Path) -> None:
-    file = place / "smile.safetensors"
+@pytest.mark.parametrize("method", ROUTED)
+def test_towers_that_route_do_not_look_at_the_rest_of_the_batch(place: Path, method: str) -> None:
+    file = place / f"{method}.safetensors"
     want = scores(place, file)
     others = [scores(place, file, batch_size=size) for size in (1, 5, 128)]
     for other in (*others, scores(place, file, tasks=TASKS[::-1])):
@@ -176,24 +187,43 @@ def test_towers_that_route_do_not_look_at_the_rest_of_the_batch(place: Path) -> 
     assert scores(place, f"{file}#one")["one"][1] != pytest.approx(want["one"][1], abs=1e-5)
 
 
+@pytest.mark.parametrize("method", LEARNT)
+def test_a_batch_that_shares_its_weights_is_not_cut_into_pieces(
+    place: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = place / f"{method}.safetensors"
+    sample, batch = (scores(place, file, routing=each, cache=False) for each in ("sample", "batch"))
+    monkeypatch.setattr("mergecli.clip.seats.PIECE", 1)
+    monkeypatch.setattr("mergecli.clip.seats.FEWEST", 2)
+    for routing, want in (("sample", sample), ("batch", batch)):
+        for task, (correct, loss) in scores(place, file, routing=routing, cache=False).items():
+            assert (correct, loss) == (want[task][0], pytest.approx(want[task][1], abs=1e-5))
+    one_by_one = scores(place, file, routing="batch", batch_size=1, cache=False)
+    for task, (_, loss) in sample.items():
+        assert abs(batch[task][1] - loss) > 1e-3, "the images of a batch share their weights"
+        assert one_by_one[task][1] == pytest.approx(loss, abs=1e-5), "a batch of one is an image by itself"
+
+
 def test_results_say_how_the_task_was_told_and_how_large_the_checkpoint_is(
     place: Path, tmp_path: Path
 ) -> None:
-    files = {name: place / f"{name}.safetensors" for name in ("smile", "emr", "one")}
+    files = {name: place / f"{name}.safetensors" for name in ("smile", *LEARNT, "emr", "one")}
     mergecli.evaluate(files, recipe=place / "r.toml", routing="batch", limit=3, output=tmp_path / "out")
     read = {name: evaluation.read_result(tmp_path / "out" / f"{name}.json") for name in files}
     told = {name: each.checkpoint.get("routing") for name, each in read.items()}
-    assert told == {"smile": "batch", "emr": "task", "one": None}
+    assert told == {"smile": "sample", **dict.fromkeys(LEARNT, "batch"), "emr": "task", "one": None}
     one = sum(each.nbytes for each in load_file(files["one"]).values())
     for name, file in files.items():
         size = sum(each.nbytes for each in load_file(file).values())
         assert (read[name].bytes, read[name].relative_size) == (size, size / one)
-    table = mergecli.report([read["smile"], read["one"]])
+    table = mergecli.report([read[LEARNT[0]], read["one"]])
     assert [column.name for column in table.columns[:4]] == ["model", "method", "size", "routing"]
     assert [row[3] for row in table.rows] == ["batch", None]
-    assert f"| {read['smile'].relative_size:.2f} | batch |" in table.text("md")
+    assert f"| {read[LEARNT[0]].relative_size:.2f} | batch |" in table.text("md")
     assert "| 1.00 | - |" in table.text("md")
-    assert f">{read['smile'].relative_size:.2f}</td>" in table.text("html")
+    assert f">{read[LEARNT[0]].relative_size:.2f}</td>" in table.text("html")
+    assert "the task leaks" in table.text("md")
+    assert "leaks" not in mergecli.report([read["smile"], read["one"]]).text("md")
     plain = mergecli.report([read["one"]])
     assert [column.name for column in plain.columns[:3]] == ["model", "method", "one"]
 
@@ -312,11 +342,10 @@ def test_routes_of_checkpoints_that_do_not_route_are_refused(place: Path, tmp_pa
 
 
 def test_a_routing_of_checkpoints_that_do_not_route_is_refused(place: Path) -> None:
-    with pytest.raises(
-        UsageError, match="--routing: none of the checkpoints holds a tower that routes"
-    ) as raised:
-        scores(place, place / "emr.safetensors", routing="batch")
-    assert raised.value.hint.endswith("and `smile` make some")
+    for method in ("emr", "smile"):
+        with pytest.raises(UsageError, match=r"--routing: none .* routes batches otherwise than") as raised:
+            scores(place, place / f"{method}.safetensors", routing="batch")
+        assert raised.value.hint == "`weight_ensembling_moe` and `efficient_weight_ensembling_moe` make some"
 
 
 def test_a_picture_of_many_experts_and_layers_has_a_readable_size(tmp_path: Path) -> None:
@@ -333,11 +362,18 @@ def test_a_picture_of_many_experts_and_layers_has_a_readable_size(tmp_path: Path
 # loaded
 
 
-def test_a_pool_loads_a_tower_that_routes_and_the_tower_of_a_task(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ROUTED)
+def test_a_pool_loads_a_tower_that_routes_and_the_tower_of_a_task(
+    place: Path, tmp_path: Path, method: str
+) -> None:
     from transformers import CLIPVisionModel
 
     pool = mergecli.ModelPool(
-        {"base": place / "clip", "m": place / "smile.safetensors", "t": f"{place}/emr.safetensors#two"}
+        {
+            "base": place / "clip",
+            "m": place / f"{method}.safetensors",
+            "t": f"{place}/{method}.safetensors#two",
+        }
     )
     torch.manual_seed(0)
     pixels = torch.randn(3, 3, 16, 16)
@@ -351,7 +387,7 @@ def test_a_pool_loads_a_tower_that_routes_and_the_tower_of_a_task(place: Path, t
         pool.save_model(tower, tmp_path / "t.safetensors")
     pool.save_model(pool.load_model("t"), tmp_path / "t.safetensors")
     got = mergecli.info(tmp_path / "t.safetensors").digest
-    assert got == mergecli.info(f"{place}/emr.safetensors#two").digest
+    assert got == mergecli.info(f"{place}/{method}.safetensors#two").digest
 
 
 @pytest.mark.parametrize("load", ["load_model", "load_clip_model"])
@@ -443,6 +479,187 @@ def test_a_file_whose_metadata_lies_is_refused_by_name(place: Path, tmp_path: Pa
         counts(place, tmp_path / "liar.safetensors", limit=3)
     assert what in raised.value.message
     assert raised.value.hint
+
+
+WEIGHT = "vision_model.encoder.layers.0.mlp.fc1.weight"
+BITS = f"masks.{WEIGHT}"
+OWN_LIES: dict[str, tuple[str, str, Lie]] = {
+    f"{method}: {lie}": (method, what, change)
+    for method, *lies in (
+        ("tall_mask", ("a part is missing", f"lacks tensor `summed.{NAME}`", f"summed.{NAME}")),
+        ("tsv_c", ("a factor is missing", f"lacks tensor `right.{WEIGHT}`", f"right.{WEIGHT}")),
+        ("smile", ("a factor is missing", f"lacks tensor `right.{WEIGHT}`", f"right.{WEIGHT}")),
+        *(
+            (each, ("an expert is missing", f"lacks tensor `experts.{WEIGHT}`", f"experts.{WEIGHT}"))
+            for each in LEARNT
+        ),
+    )
+    for lie, what, gone in lies
+    for change in [lambda _, tensors, gone=gone: tensors.pop(gone)]
+}
+CONTRADICTIONS: dict[str, tuple[str, Callable[[Tensors], object]]] = {
+    "every bit is set": (
+        rf"`{BITS}`: expected at most 52 bits that are set, one for a value, got 512",
+        lambda tensors: tensors[BITS].fill_(255),
+    ),
+    "no bit is set": (
+        rf"`{BITS}`: expected a bit for each value that is not 0, got 0",
+        lambda tensors: tensors[BITS].zero_(),
+    ),
+    "one bit too few in one row": (
+        rf"`{BITS}`: expected a bit for each value that is not 0, got \d\d",
+        lambda tensors: tensors[BITS][1].__setitem__(int(tensors[BITS][1].nonzero()[0]), 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", OWN_LIES)
+def test_a_file_that_lacks_a_part_of_its_method_is_refused_by_name(
+    place: Path, tmp_path: Path, lie: str
+) -> None:
+    method, what, change = OWN_LIES[lie]
+    file = changed(place, tmp_path, method, change)
+    for attempt in (lambda: counts(place, file, limit=3), lambda: mergecli.info(file)):
+        with pytest.raises(InputError, match=r"liar\.safetensors: is not what its metadata says") as raised:
+            attempt()
+        assert what in raised.value.message
+
+
+@pytest.mark.parametrize("lie", CONTRADICTIONS)
+def test_masks_that_are_not_those_of_the_values_are_refused_by_name(
+    place: Path, tmp_path: Path, lie: str
+) -> None:
+    what, change = CONTRADICTIONS[lie]
+    file = changed(place, tmp_path, LEARNT[1], lambda _, tensors: change(tensors))
+    pool = mergecli.ModelPool({"base": place / "clip", "m": file})
+    for attempt in (
+        lambda: counts(place, file, limit=3),
+        lambda: mergecli.info(f"{file}#two"),
+        lambda: pool.load_model("m"),
+    ):
+        with pytest.raises(InputError, match=rf"liar\.safetensors: {what}\n") as raised:
+            attempt()
+        assert raised.value.hint
+
+
+def test_a_file_of_ours_of_a_kind_that_is_not_known_is_refused_as_a_model_and_shown(
+    place: Path, tmp_path: Path
+) -> None:
+    file = changed(place, tmp_path, "emr", lambda about, _: about.update(kind="banana"))
+    with pytest.raises(InputError, match=r"liar\.safetensors: its kind: expected .*, got `banana`") as raised:
+        counts(place, file)
+    assert "a later version" in raised.value.hint
+    found = mergecli.info(file)
+    assert (found.kind, found.is_model) == ("banana", False)
+    save_file(load_file(place / "one.safetensors"), file, {"kind": "banana"})  # another program's
+    assert mergecli.info(file).is_model
+    assert counts(place, file, limit=3) == counts(place, place / "one.safetensors", limit=3)
+
+
+def test_what_another_command_left_out_of_a_checkpoint_does_not_keep_it_from_evaluation(
+    place: Path, tmp_path: Path
+) -> None:
+    about = {"mergecli": "0", "kind": "checkpoint", "left_out": '["logit_scale"]'}
+    save_file(load_file(place / "one.safetensors"), tmp_path / "m.safetensors", about)
+    assert counts(place, tmp_path / "m.safetensors") == counts(place, place / "one.safetensors")
+
+
+def changed(place: Path, folder: Path, method: str, change: Lie) -> Path:
+    """The mixture of a method, of which something is no longer true."""
+    with safe_open(place / f"{method}.safetensors", "pt") as file:
+        metadata: dict[str, str] = file.metadata()
+    tensors = load_file(place / f"{method}.safetensors")
+    change(metadata, tensors)
+    save_file(tensors, folder / "liar.safetensors", metadata)
+    return folder / "liar.safetensors"
+
+
+# what cannot be written
+
+
+@pytest.mark.parametrize("name", ["masks.a.weight", "unified.layer.weight", "rescalers.a", "router.a"])
+def test_names_that_a_mixture_has_for_its_own_tensors_are_refused_before_anything_is_read(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergecli.models.Models.map", refuse)
+    for file in ("base", "a"):
+        save_file({name: torch.ones(2), "layer.weight": torch.ones(2)}, tmp_path / f"{file}.safetensors")
+    models, base = {"a": tmp_path / "a.safetensors"}, tmp_path / "base.safetensors"
+    with pytest.raises(InputError, match=rf"base\.safetensors: `{name}`: expected names that") as raised:
+        mergecli.merge(models, base=base, method="emr", output=tmp_path / "m.safetensors")
+    assert "`masks.`" in raised.value.hint
+    monkeypatch.undo()
+    mergecli.merge(models, base=base, method="average", output=tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("method", ["smile"])
+def test_models_without_a_layer_that_the_method_has_experts_for_are_refused(
+    tmp_path: Path, method: str
+) -> None:
+    for file in ("base", "a"):
+        save_file({"layer.weight": torch.ones(2, 2)}, tmp_path / f"{file}.safetensors")
+    models, base = {"a": tmp_path / "a.safetensors"}, tmp_path / "base.safetensors"
+    with pytest.raises(InputError, match=rf"expected tensors that `{method}` has experts for, got none"):
+        mergecli.merge(models, base=base, method=method, output=tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_experts_of_full_rank_take_no_more_room_than_models(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "m.safetensors"
+    mergecli.merge(place / "r.toml", method="smile", settings={"rank": 9999}, output=output)
+    size = float(mergecli.info(output).mixture["relative size"].split()[0])
+    assert size < 1 + len(TASKS) * 1.1
+    with open_checkpoint(output) as stored:
+        tower = mixture_of(stored).of_task("two")
+        assert_near(tower.read(WEIGHT), load_file(place / "two.safetensors")[WEIGHT])
+
+
+@pytest.mark.parametrize("method", LEARNT)
+def test_one_task_with_all_of_its_entries_and_a_factor_of_one_is_that_tasks_model(
+    place: Path, tmp_path: Path, method: str
+) -> None:
+    settings: dict[str, Any] = {"start": 1.0, "steps": 0, "router_spread": 0.0}
+    settings |= {"density": 1.0} if method == LEARNT[1] else {}
+    recipe, output = tmp_path / "r.toml", tmp_path / "m.safetensors"
+    text = f'base = "{place}/clip"\n[tuned]\none = "{place}/one.safetensors"\n[tasks.one]\n'
+    recipe.write_text(f'{text}data = "{place}/images/one"\ntemplates = ["a {{}} picture"]\n')
+    mergecli.merge(recipe, method=method, settings=settings, output=output)
+    want = load_file(place / "one.safetensors")
+    with open_checkpoint(output) as stored:
+        tower = mixture_of(stored).of_task("one")
+        for name, value in want.items():
+            assert_near(tower.read(name), value)
+    got, alone = (scores(place, each, tasks=["one"])["one"] for each in (output, place / "one.safetensors"))
+    assert got == (alone[0], pytest.approx(alone[1], abs=1e-5))
+
+
+def assert_near(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "tower"),
+    [
+        ("emr", None),
+        (LEARNT[0], "that task's MLPs; the rest is shared by all tasks"),
+        (LEARNT[1], "that task's MLPs, pruned; the rest is shared by all tasks"),
+    ],
+)
+def test_info_of_a_task_says_what_its_tower_is_and_what_its_file_would_take(
+    place: Path, tmp_path: Path, method: str, tower: str | None
+) -> None:
+    settings = {"steps": 0} if method in LEARNT else {}
+    output = tmp_path / "m.safetensors"
+    mergecli.merge(
+        place / "r.toml", method=method, settings=settings, changes=["dtype=float16"], output=output
+    )
+    found = mergecli.info(f"{output}#one")
+    assert found.metadata.get("tower") == tower
+    assert (found.files, found.size) == (0, 2 * found.parameters)
+    assert set(found.dtypes) == {"F32"}
+    (result,) = mergecli.evaluate(f"{output}#one", recipe=place / "r.toml", tasks=["one"], limit=3)
+    one = sum(each.nbytes for each in load_file(place / "one.safetensors").values())
+    assert (result.bytes, result.relative_size) == (one / 2, 0.5)
 
 
 def test_a_plain_tower_called_a_mixture_is_refused(place: Path, tmp_path: Path) -> None:

@@ -297,8 +297,12 @@ def test_a_merged_tower_that_is_none_is_refused(zoo: Zoo, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="is a task vector, a merged tower was expected"):
         operate(zoo, output, merged=str(zoo.folder / "b.safetensors"))
     operate(zoo, wrong, steps=1)
-    with pytest.raises(InputError, match="holds several towers, one was expected"):
+    with pytest.raises(InputError, match=r"`method.merged`: expected one plain tower, got towers of several"):
         operate(zoo, output, merged=str(wrong))
+    routed = tmp_path / "routed.safetensors"
+    merge(zoo.folder / "zoo.toml", method="smile", output=routed)
+    with pytest.raises(InputError, match=r"`method.merged`: expected one plain tower, got one that routes"):
+        operate(zoo, output, merged=str(routed))
     operate(zoo, output, steps=1, merged=f"{wrong}#a")
     output.unlink()
     tower = load_file(zoo.folder / "merged.safetensors")
