@@ -107,6 +107,7 @@ def files_for(
     models: Models, method: Calibrated, recipe: Recipe, folder: Path | None
 ) -> list[StatisticsFile]:
     """The files that a merge needs, there or not."""
+    from mergecli.clip.heads import surroundings
     from mergecli.clip.laboratory import subject
 
     assert recipe.base is not None
@@ -115,9 +116,7 @@ def files_for(
     if method.shuffle:
         settings["seed"] = recipe.seed
     common: dict[str, Any] = {"method": name, "settings": settings}
-    if method.needs_head:
-        with open_checkpoint(locate(recipe.base)) as clip:
-            common["clip"] = clip.digest()
+    common["clip"] = surroundings(locate(recipe.base), head=method.needs_head)
     found: list[StatisticsFile] = []
     for tasks in [tuple(models.tuned)] if method.joint else [(task,) for task in models.tuned]:
         title = name if method.joint else tasks[0]

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from mergecli.clip.model import Clip
     from mergecli.clip.trial import Seen, TowerTrial
 
-_PROCESSING = ("preprocessor_config.json", "processor_config.json")
-
 
 @dataclass(frozen=True)
 class Adaptation:
@@ -82,12 +80,11 @@ class Adaptation:
     @property
     def key(self) -> str:
         """A name for files of this work."""
-        from mergecli.clip.heads import clip_digests
+        from mergecli.clip.heads import clip_digests, processing_texts
 
         facts = [
             methods.name_of(self.method), methods.table_of(self.method), self.recipe.seed, list(self.inputs.items()),
-            self.looked_at, clip_digests(self.folder),
-            [(self.folder / name).read_text("utf-8", "replace") for name in _PROCESSING if (self.folder / name).is_file()],
+            self.looked_at, clip_digests(self.folder), processing_texts(self.folder),
         ]  # fmt: skip
         return sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
