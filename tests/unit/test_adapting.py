@@ -138,6 +138,13 @@ def test_a_damaged_state_is_begun_anew(
     assert learn(world, tmp_path) == again
 
 
+def test_a_whole_number_is_as_good_as_one_with_a_point(world: AdaptedWorld, tmp_path: Path) -> None:
+    learnt = learn(world, tmp_path, steps=2, start=1)
+    assert learn(world, tmp_path, steps=2, start=1.0) == learnt
+    masks = {"mask_steps": 1, "steps": 1, "inner_rate": 1, "initial_logits": 3, "temperature": 1}
+    learn(world, tmp_path, "concrete_ada_merging", start=1, **masks)
+
+
 def test_what_was_learnt_before_is_found_again_by_content(world: AdaptedWorld, tmp_path: Path) -> None:
     first, told = learn(world, tmp_path), list[str]()
     assert learn(world, tmp_path, progress=lambda text, *_: told.append(text)) == first
