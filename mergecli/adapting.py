@@ -4,7 +4,7 @@ without images."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +45,7 @@ def coefficients(
     path = files.coefficients or _learn(models, method, recipe, progress)
     used, learnt, stored = _read(path, models, method, recipe, stack)
     if is_first():
-        share(path, trace_table(learnt), files)
+        share(path, trace_table(learnt, used, said(stored, "adapted_on")), files)
     return used, learnt, stored
 
 
@@ -79,14 +79,16 @@ def _learn(models: Models, method: Adapted, recipe: Recipe, progress: Progress |
     return path
 
 
-def trace_table(learnt: Learnt) -> Table:
+def trace_table(learnt: Learnt, method: Adapted, looked_at: Collection[str]) -> Table:
     """A row for each step: the entropy of each task that was looked at, their mean, and each task's coefficient (of
-    layer-wise coefficients the mean)."""
+    layer-wise coefficients the mean), or what the method shows instead.
+
+    Row k has the entropies that step k found, which are of the model before it, and the coefficients after it.
+    """
     losses, shown = learnt.tensors["trace.entropies"], learnt.tensors["trace.coefficients"]
-    looked = [place for place in range(len(learnt.tasks)) if losses.numel() and bool(losses[:, place].any())]
-    names = learnt.tasks if shown.shape[1] == len(learnt.tasks) else ("all tasks",)
+    looked = [place for place, name in enumerate(learnt.tasks) if name in looked_at]
     columns = ["step", "entropy", *(f"entropy {learnt.tasks[place]}" for place in looked)]
-    columns += [f"coefficient {name}" for name in names]
+    columns += [method.one_shown] if method.one_shown else [f"coefficient {name}" for name in learnt.tasks]
     rows = [
         (
             step + 1,

@@ -74,8 +74,10 @@ def read_learnt(
         raise InputError(f"{path}: holds no coefficients", "expected a file that `--save-coefficients` wrote")
     if metadata.get("method") != name:
         raise UsageError(f"{path}: was learnt by `{metadata.get('method')}`, the recipe's method is `{name}`")
-    known, settings, _, _ = (said(stored, key) for key in ("tasks", "settings_table", "adapted_on", "seed"))
-    if not (isinstance(known, list) and isinstance(settings, dict)):
+    known, settings, looked, _ = (
+        said(stored, key) for key in ("tasks", "settings_table", "adapted_on", "seed")
+    )
+    if not (isinstance(known, list) and isinstance(settings, dict) and isinstance(looked, dict)):
         raise _silent(path)
     if known != list(tasks):
         raise InputError(

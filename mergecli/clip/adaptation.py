@@ -103,12 +103,12 @@ class Adaptation:
         trial = self._trial(surveyed, ranks, device)
         method, total, mean = self.method, self.method.total_steps, 0.0
         with torch.no_grad():
-            run = Run(partial, self.key, method.begin(trial))
+            run = Run(partial, self.key, method.begin(trial), method.phases, method.patience)
             run.load(ranks, len(self.models.tuned), len(method.shown(run.state)))
             try:
-                while run.step < total and not run.stands_still(method.patience):
+                while run.number < total:
                     interrupts.check()
-                    losses, change = method.step(trial, run.state, run.step)
+                    losses, change = method.step(trial, run.state, run.number)
                     mean = float(losses.sum()) / len(self.images)
                     if not math.isfinite(mean):
                         break
@@ -116,7 +116,7 @@ class Adaptation:
                         change()
                         run.add(losses, method.shown(run.state))
                     if progress is not None and is_first():
-                        progress(f"adapting: mean entropy {mean:.3f}", run.step, total)
+                        progress(f"adapting: mean entropy {mean:.3f}", run.number, total)
                     run.save_sometimes()
                 kept = {key: each.cpu() for key, each in method.finish(trial, run.state).items()}
             except BaseException:

@@ -93,6 +93,8 @@ class Adapted(Looking):
 
     looks_at: ClassVar[str] = "unlabelled images of every task"
     late: ClassVar[frozenset[str]] = frozenset()
+    one_shown: ClassVar[str] = ""
+    """What `shown` gives, where it is one number and not a coefficient of each task."""
 
     learning_rate: Annotated[float, Range(0)] = 1e-3
     """Of Adam."""
@@ -104,14 +106,20 @@ class Adapted(Looking):
     adapt_on: tuple[str, ...] = ()
     """The tasks whose images are looked at; all by default."""
     patience: Annotated[int, Range(0)] = 0
-    """Stop when the mean entropy over so many steps is no lower than over as many before; 0 never stops early."""
+    """Stop when the mean entropy over so many steps is no lower than over as many before, or of a method that learns one
+    thing after another go on to the next; 0 never stops early."""
     vectors: Literal["float32", "bfloat16"] = "float32"
     """The dtype in which task vectors are held while adapting; the merge itself takes them as they are."""
 
     @property
-    def total_steps(self) -> int:
-        """Steps of all phases together."""
+    def phases(self) -> tuple[int, ...]:
+        """Steps at most of each thing that is learnt after another; `step` counts them through."""
         raise NotImplementedError
+
+    @property
+    def total_steps(self) -> int:
+        """Steps at most of all phases together."""
+        return sum(self.phases)
 
     def survey(self, groups: Groups, /) -> State:
         """What `prepared` needs to know of the whole models; kept with what is learnt."""
@@ -140,7 +148,7 @@ class Adapted(Looking):
         raise NotImplementedError
 
     def shown(self, state: State, /) -> Tensor:
-        """(T,) or (1,) one number a task that tells how far it has come: its coefficient, or the mean of them."""
+        """(T,) or (1,) what tells how far it has come: each task's coefficient, or the mean of them, or `one_shown`."""
         raise NotImplementedError
 
 

@@ -44,8 +44,8 @@ class AdaMerging(Adapted):
     """With `preprocess = "ties"`: the fraction of entries kept of each task vector."""
 
     @property
-    def total_steps(self) -> int:
-        return self.steps
+    def phases(self) -> tuple[int, ...]:
+        return (self.steps,)
 
     def survey(self, groups: Groups, /) -> State:
         if self.preprocess == "none":

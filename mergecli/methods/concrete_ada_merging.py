@@ -68,8 +68,8 @@ class ConcreteAdaMerging(Adapted):
     """The order of the steps on coefficients and mask."""
 
     @property
-    def total_steps(self) -> int:
-        return self.mask_steps + self.steps
+    def phases(self) -> tuple[int, ...]:
+        return (self.mask_steps, self.steps)
 
     def begin(self, trial: Trial, /) -> State:
         import torch

@@ -38,6 +38,7 @@ class ConcreteTaskArithmetic(Adapted):
     """
 
     title: ClassVar[str] = "task arithmetic under a mask learnt on unlabelled images"
+    one_shown: ClassVar[str] = "mask probability"
     paper: ClassVar[str] = "Tang et al., Concrete Subspace Learning, arXiv 2312.06173, algorithm 1"
 
     scaling_factor: Annotated[float, Range()] = 0.3
@@ -52,8 +53,8 @@ class ConcreteTaskArithmetic(Adapted):
     """The mask that is kept: one more sample, the chance of each entry, or 0 or 1 drawn with that chance."""
 
     @property
-    def total_steps(self) -> int:
-        return self.steps
+    def phases(self) -> tuple[int, ...]:
+        return (self.steps,)
 
     def prepared(self, group: Group, surveyed: Mapping[str, Tensor], /) -> Tensor:
         del surveyed
