@@ -95,6 +95,11 @@ class Adaptation:
 
         The state is written to the file `partial` now and then, and taken from it.
 
+        Each of several processes computes the gradients of its own tasks; only those of coefficients, mask logits or
+        routers are added, in the order of the ranks. So many processes always give the same bytes. Other numbers of
+        them round sums otherwise: coefficients are within a thousandth of `learning_rate` a step of each other, except
+        those whose gradient is nothing but rounding (biases of keys), from which Adam makes whole steps.
+
         Raises:
             InputError: the entropy is no longer a number, or the base and the models do not fit together.
         """
