@@ -26,6 +26,7 @@ from mergecli.sources import locate
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergecli.checkpoint import Checkpoint
     from mergecli.clip.images import Images
     from mergecli.clip.model import Clip
     from mergecli.clip.trial import Seen, TowerTrial
@@ -42,9 +43,13 @@ class Adaptation:
     """The tasks that are looked at."""
     inputs: Mapping[str, str]
     """Input -> digest."""
+    masks: Checkpoint | None = None
+    """The file of masks that the method begins with, if it names one."""
 
     @classmethod
-    def of(cls, models: Models, method: Adapted, recipe: Recipe) -> Adaptation:
+    def of(
+        cls, models: Models, method: Adapted, recipe: Recipe, masks: Checkpoint | None = None
+    ) -> Adaptation:
         """Raises UsageError if a model is not named after a task; InputError if its images are not there."""
         from mergecli.clip.images import load_images
 
@@ -60,7 +65,10 @@ class Adaptation:
             task = find(name, recipe)
             split = {"train": task.train_split, "test": task.split}.get(method.split, method.split)
             images[name] = task, load_images(task, split)
-        return cls(models, method, recipe, images, {"base": models.base.digest(), **models.digests()})
+        inputs = {"base": models.base.digest(), **models.digests()}
+        if masks is not None:
+            inputs["learnt masks"] = masks.digest()
+        return cls(models, method, recipe, images, inputs, masks)
 
     @property
     def folder(self) -> Path:
@@ -83,8 +91,8 @@ class Adaptation:
         from mergecli.clip.heads import clip_digests, processing_texts
 
         facts = [
-            methods.name_of(self.method), methods.table_of(self.method), self.recipe.seed, list(self.inputs.items()),
-            self.looked_at, clip_digests(self.folder), processing_texts(self.folder),
+            methods.name_of(self.method), methods.table_of(self.method, without={*self.method.unlearnt, "masks"}),
+            self.recipe.seed, list(self.inputs.items()), self.looked_at, clip_digests(self.folder), processing_texts(self.folder),
         ]  # fmt: skip
         return sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
@@ -141,7 +149,7 @@ class Adaptation:
 
         from mergecli.checkpoint import VISION
         from mergecli.clip.model import check_tower, load_clip
-        from mergecli.clip.trial import TOGETHER, TowerTrial
+        from mergecli.clip.trial import TOGETHER, Moved, TowerTrial
 
         assert self.models.base is not None
         clip = load_clip(self.folder)
@@ -160,15 +168,17 @@ class Adaptation:
             return TowerTrial(clip, tasks, {}, {}, looked, size, seed, ranks, installed, together)
         base: dict[str, Tensor] = {}
         deltas: dict[str, Tensor] = {}
-        dtype = getattr(torch, self.method.vectors)
+        dtype, place = getattr(torch, self.method.vectors), self.method.vectors_on or device
 
         def look(_: int, group: Any) -> tuple[str, Tensor, Tensor]:
             vectors = self.method.prepared(group, surveyed)
-            return group.name, group.base.to(device, copy=True), vectors.to(device, dtype, copy=True)
+            return group.name, group.base.to(device, copy=True), vectors.to(place, dtype, copy=True)
 
         for name, own, vectors in self.models.map(look, blocks=False):
-            base[name], deltas[name] = own, vectors
-        return TowerTrial(clip, tasks, base, deltas, looked, size, seed, ranks)
+            pin = place == "cpu" and device.startswith("cuda")  # else copies would wait for each other
+            base[name], deltas[name] = own, vectors.pin_memory() if pin else vectors
+        given = self.masks.read if self.masks else None
+        return TowerTrial(clip, tasks, base, Moved(deltas, device), looked, size, seed, ranks, given=given)
 
     def _installed(self, clip: Clip, method: WeightEnsembling, device: str) -> Installed:
         """Puts the tower that routes into the CLIP, its routers still without weights."""

@@ -102,9 +102,10 @@ def name_of(method: Method) -> str:
 
 
 def table_of(method: Method, without: Collection[str] = ()) -> dict[str, Any]:
-    """The method's settings, defaults included, as a recipe writes them, but for those of some names: other methods as
-    tables with their name."""
-    fields = [field.name for field in dataclasses.fields(method) if field.name not in without]
+    """The method's settings, defaults included, as a recipe writes them, but for those of some names and those that no
+    number depends on: other methods as tables with their name."""
+    left_out = {*without, *method.unrecorded}
+    fields = [field.name for field in dataclasses.fields(method) if field.name not in left_out]
     values = {name: getattr(method, name) for name in fields}
     return {
         key: {"name": name_of(value), **table_of(value, without)} if isinstance(value, Method) else value

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mergecli.clip.trial import Seen
+from mergecli.clip.trial import Moved, Seen
 from mergecli.engine import merge
 from mergecli.errors import InputError, MergecliError, UsageError
 from tests.adapted import CASES, SHORT, AdaptedWorld, learn, make_adapted_world
@@ -230,6 +230,35 @@ def test_a_base_without_a_text_tower_cannot_be_learnt_with(world: AdaptedWorld, 
     (world.folder / "vision.toml").write_text(text)
     with pytest.raises(InputError, match="is not a whole CLIP"):
         merge(world.folder / "vision.toml", method="ada_merging", output=tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(("method", "settings"), CASES)
+def test_vectors_in_the_machines_memory_change_no_number(
+    world: AdaptedWorld,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    settings: dict[str, Any],
+) -> None:
+    here = learn(world, tmp_path, method, **settings)
+    merged = (tmp_path / "merged.safetensors").read_bytes()
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
+    assert learn(world, tmp_path, method, vectors_on="cpu", **settings) == here
+    assert (tmp_path / "merged.safetensors").read_bytes() == merged
+    merge(
+        world.recipe, method=method, settings={"vectors_on": "cpu"}, output=tmp_path / "merged.safetensors",
+        coefficients=tmp_path / "learnt.safetensors",
+    )  # fmt: skip
+    assert (tmp_path / "merged.safetensors").read_bytes() == merged
+
+
+def test_of_vectors_held_elsewhere_only_what_is_asked_for_is_copied_and_nothing_kept() -> None:
+    held = {"a": torch.ones(2, 3), "b": torch.zeros(2, 4)}
+    moved = Moved(held, "meta")
+    assert list(moved) == ["a", "b"]
+    assert (moved["a"].is_meta, moved["a"].shape) == (True, (2, 3))
+    assert not any(each.is_meta for each in held.values())
+    assert Moved(held, "cpu")["b"] is held["b"], "a copy would take as much again"
 
 
 def test_every_image_is_looked_at_once_a_round_in_an_order_of_its_own() -> None:
