@@ -51,6 +51,7 @@ def coefficients(
     masks = None if files.coefficients else _masks(models, method, stack)
     if masks is not None:
         files.refuse_inputs(output, {MASKS: masks.path})
+        assert isinstance(method, ConcreteAdaMerging)
         method = replace(method, masks=parse_source(str(method.masks), Path()).label)  # without folders
     path = files.coefficients or _learn(models, method, recipe, progress, masks)
     wanted = {key: recipe.settings[key] for key in method.applied if key in recipe.settings}

@@ -117,6 +117,9 @@ class Run:
             self._take(*(ranks.first(each).cpu() for each in trace))
 
     def _take(self, entropies: Tensor, coefficients: Tensor) -> None:
+        self.number = 0
+        for rows in (self.entropies, self.coefficients, self._sums):
+            rows.clear()
         for losses, shown in zip(entropies, coefficients, strict=True):
             self.add(losses, shown)
         self._saved = self.step

@@ -119,10 +119,11 @@ class Adapted(Looking):
     """Stop when the mean entropy over so many steps is no lower than over as many before, or of a method that learns one
     thing after another go on to the next; 0 never stops early."""
     vectors: Literal["float32", "bfloat16"] = "float32"
-    """The dtype in which task vectors are held while adapting; the merge itself takes them as they are."""
+    """The dtype in which AdaMerging and Concrete hold the task vectors while adapting: `bfloat16` halves their T towers. The
+    merge itself takes them as they are."""
     vectors_on: Literal["cpu"] | None = None
-    """Where AdaMerging and Concrete hold the task vectors while adapting: on the device, or with `cpu` in the machine's own
-    memory, from which each tensor's are copied when they are needed; that is slower, and gives the same numbers."""
+    """Where they hold them: on the device, or with `cpu` in the machine's own memory, from which each tensor's are copied when
+    they are needed; that is slower, and gives the same numbers."""
 
     @property
     def phases(self) -> tuple[int, ...]:

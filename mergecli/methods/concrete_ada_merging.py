@@ -49,6 +49,12 @@ class ConcreteAdaMerging(Adapted):
     paper: ClassVar[str] = "Tang et al., Concrete Subspace Learning, arXiv 2312.06173, algorithm 2"
     applied: ClassVar[frozenset[str]] = frozenset({"mask"})
 
+    work: ClassVar[str] = (
+        "steps of Adam, those on the mask two and those on the coefficients one forward and backward pass of every task's "
+        "batch; in memory T + 7 towers (base, task vectors, merged weights, gradients, a mask, its logits and their two "
+        "moments), with `masks` T + 5, and the activations of a batch"
+    )
+
     granularity: Literal["task", "layer"] = "layer"
     """One coefficient a task, or one for each task and tensor."""
     mask_steps: Annotated[int, Range(0)] = 1000

@@ -44,6 +44,12 @@ class ConcreteTaskArithmetic(Adapted):
     one_shown: ClassVar[str] = "mask probability"
     paper: ClassVar[str] = "Tang et al., Concrete Subspace Learning, arXiv 2312.06173, algorithm 1"
 
+    work: ClassVar[str] = (
+        "steps of Adam on a number for each weight, each a forward and a backward pass of every task's batch; in memory 8 "
+        "towers (base, sum of the task vectors, merged weights, gradients, a mask, its logits and their two moments), however "
+        "many tasks there are, and the activations of a batch"
+    )
+
     scaling_factor: Annotated[float, Range()] = 0.3
     """lambda."""
     steps: Annotated[int, Range(0)] = 2000
