@@ -4,37 +4,41 @@ without images."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli import methods
-from mergecli.checkpoint import Checkpoint
-from mergecli.errors import InputError
+from mergecli.checkpoint import Checkpoint, open_checkpoint
+from mergecli.errors import InputError, quoted
 from mergecli.learnt_files import KIND, finite, read_learnt, said, share, write_learnt
-from mergecli.methods._adapted import UNSAVED, Adapted, Learnt
+from mergecli.methods._adapted import UNSAVED, Adapted, Learnt, State
+from mergecli.methods._masks import logits_key, mask_shapes
+from mergecli.methods.concrete_ada_merging import ConcreteAdaMerging
 from mergecli.models import Models
 from mergecli.parallel import is_first, is_first_here, join, wait
 from mergecli.passes import Passes
 from mergecli.progress import Progress
+from mergecli.provenance import inputs_of
 from mergecli.recipe import Recipe
-from mergecli.sources import home
+from mergecli.sources import home, locate, parse_source
 from mergecli.tables import Column, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergecli.learning import Learning
+    from mergecli.merge_output import Output
+
+MASKS = "learnt masks"
+"""What a result calls the file of masks that it began with; no task has such a name."""
+_MASKED = ("concrete_task_arithmetic", "concrete_ada_merging")
 
 
 def coefficients(
-    models: Models,
-    method: Adapted,
-    recipe: Recipe,
-    stack: ExitStack,
-    progress: Progress | None,
-    files: Learning,
+    models: Models, output: Output, stack: ExitStack, progress: Progress | None, files: Learning
 ) -> tuple[Adapted, Learnt, Checkpoint]:
     """The method with the settings that it learnt with, what it learnt, and the file of that; read, or learnt now.
 
@@ -42,51 +46,94 @@ def coefficients(
         UsageError: there are no images for a task, or the file is of another method. InputError: the file is damaged,
             or is of other models.
     """
-    path = files.coefficients or _learn(models, method, recipe, progress)
-    used, learnt, stored = _read(path, models, method, recipe, stack)
+    method, recipe = output.method, output.recipe
+    assert isinstance(method, Adapted)
+    masks = None if files.coefficients else _masks(models, method, stack)
+    if masks is not None:
+        files.refuse_inputs(output, {MASKS: masks.path})
+        assert isinstance(method, ConcreteAdaMerging)
+        method = replace(method, masks=parse_source(str(method.masks), Path()).label)  # without folders
+    path = files.coefficients or _learn(models, method, recipe, progress, masks)
+    wanted = {key: recipe.settings[key] for key in method.applied if key in recipe.settings}
+    used, stored = read_learnt(path, method, recipe, models.tuned, stack, ours=wanted, open_=("masks",))
+    learnt, _ = _learnt(stored, used, models)
     if is_first():
-        share(path, trace_table(learnt), files)
+        share(path, trace_table(learnt, used, said(stored, "adapted_on")), files)
     return used, learnt, stored
 
 
-def _learn(models: Models, method: Adapted, recipe: Recipe, progress: Progress | None) -> Path:
+def _masks(models: Models, method: Adapted, stack: ExitStack) -> Checkpoint | None:
+    """The file of masks that the method begins with, open until `stack` ends, once it is known that it was learnt on
+    these models; None if it names none."""
+    if not isinstance(method, ConcreteAdaMerging) or method.masks is None:
+        return None
+    stored = stack.enter_context(open_checkpoint(locate(parse_source(method.masks, Path()))))
+    path, learnt_by = stored.path, stored.metadata.get("method")
+    if stored.metadata.get("kind") != KIND or learnt_by not in _MASKED:
+        raise InputError(
+            f"{path}: holds no masks",
+            f"expected what {quoted(_MASKED)} learnt, as `--save-coefficients` writes it",
+        )
+    if said(stored, "tasks") != list(models.tuned):
+        raise InputError(f"{path}: holds masks for other models", f"these are {quoted(models.tuned)}")
+    assert models.base is not None
+    digests = {"base": models.base.digest(), **models.digests()}
+    origin = inputs_of(stored.metadata)
+    if other := [name for name, digest in digests.items() if origin.get(name) != digest]:
+        raise InputError(f"{path}: its masks were learnt on other weights of {quoted(other)}")
+    shapes = {name: models.reference.entries[name].shape for name in models.floats}
+    _expect(stored, mask_shapes(shapes))
+    for name in shapes:
+        finite(stored, logits_key(name), stored.read(logits_key(name)))
+    return stored
+
+
+def _learn(
+    models: Models, method: Adapted, recipe: Recipe, progress: Progress | None, masks: Checkpoint | None
+) -> Path:
     """The file of the store with what the method learns on these models and images."""
     from mergecli.clip.adaptation import Adaptation
 
-    work = Adaptation.of(models, method, recipe)
-    path = home() / KIND / methods.name_of(method) / f"{work.key}.safetensors"
+    work = Adaptation.of(models, method, recipe, masks)
+    folder = home() / KIND / methods.name_of(method)
+    others = "".join(f"-{getattr(method, key)}" for key in sorted(method.unlearnt))
+    path, partial = folder / f"{work.key}{others}.safetensors", folder / f"{work.key}.partial.safetensors"
     ranks, device = join(models.device)
     if not ranks.all(path.exists(), device):
-        surveyed = method.survey(Passes(models, method.by_blocks, progress if is_first() else None))
-        partial = path.with_suffix(".partial.safetensors")
-        state, trace = work.run(surveyed, partial, progress, ranks, device)
+        like = next(iter(sorted(folder.glob(f"{work.key}-*.safetensors"))), None)
+        if ranks.all(like is not None, device):
+            kept = _like(like, method, models) if like and is_first_here() else {}
+        else:
+            surveyed = method.survey(Passes(models, method.by_blocks, progress if is_first() else None))
+            state, trace = work.run(surveyed, partial, progress, ranks, device)
+            kept = {**surveyed, **state, **trace}
         if is_first_here() and not path.exists():
-            tensors = {**surveyed, **state, **trace}
-            kept = {key: each.contiguous() for key, each in tensors.items() if not key.startswith(UNSAVED)}
-            write_learnt(
-                path,
-                kept,
-                method,
-                recipe,
-                models.tuned,
-                work.inputs,
-                work.looked_at,
-                tensors=json.dumps(models.floats),
-            )
+            tensors = {key: each.contiguous() for key, each in kept.items() if not key.startswith(UNSAVED)}
+            more = {"tensors": json.dumps(models.floats)}
+            write_learnt(path, tensors, method, recipe, models.tuned, work.inputs, work.looked_at, **more)
         if is_first():
             partial.unlink(missing_ok=True)
         wait()
     return path
 
 
-def trace_table(learnt: Learnt) -> Table:
+def _like(path: Path, method: Adapted, models: Models) -> State:
+    """What the method would learn, of a file that differs in nothing that is learnt."""
+    with open_checkpoint(path) as stored:
+        _, renewed = _learnt(stored, method, models)
+        return {key: stored.read(key) for key in stored.entries} | renewed
+
+
+def trace_table(learnt: Learnt, method: Adapted, looked_at: Collection[str]) -> Table:
     """A row for each step: the entropy of each task that was looked at, their mean, and each task's coefficient (of
-    layer-wise coefficients the mean)."""
+    layer-wise coefficients the mean), or what the method shows instead.
+
+    Row k has the entropies that step k found, which are of the model before it, and the coefficients after it.
+    """
     losses, shown = learnt.tensors["trace.entropies"], learnt.tensors["trace.coefficients"]
-    looked = [place for place in range(len(learnt.tasks)) if losses.numel() and bool(losses[:, place].any())]
-    names = learnt.tasks if shown.shape[1] == len(learnt.tasks) else ("all tasks",)
+    looked = [place for place, name in enumerate(learnt.tasks) if name in looked_at]
     columns = ["step", "entropy", *(f"entropy {learnt.tasks[place]}" for place in looked)]
-    columns += [f"coefficient {name}" for name in names]
+    columns += [method.one_shown] if method.one_shown else [f"coefficient {name}" for name in learnt.tasks]
     rows = [
         (
             step + 1,
@@ -99,41 +146,35 @@ def trace_table(learnt: Learnt) -> Table:
     return Table(tuple(Column(name, "number") for name in columns), tuple(rows))
 
 
-def _read(
-    path: Path, models: Models, method: Adapted, recipe: Recipe, stack: ExitStack
-) -> tuple[Adapted, Learnt, Checkpoint]:
-    """What stands in a file, once it is known that it is of this method and these models."""
-    used, stored = read_learnt(path, method, recipe, models.tuned, stack)
+def _learnt(stored: Checkpoint, method: Adapted, models: Models) -> tuple[Learnt, State]:
+    """What the file holds, once it is known that nothing is missing, and what of it was made anew for the method's settings;
+    masks are read when they are needed."""
     tensors = [str(name) for name in said(stored, "tensors")]
     if set(tensors) != set(models.floats):
-        raise InputError(f"{path}: is for models with other tensors")
+        raise InputError(f"{stored.path}: is for models with other tensors")
     shapes = {each: models.reference.entries[each].shape for each in tensors}
-    return (
-        used,
-        _learnt(stored, used, tuple(models.tuned), shapes, said(stored, "seed"), models.device),
-        stored,
-    )
+    _expect(stored, method.shapes(len(models.tuned), shapes))
+
+    def read(key: str, start: int, stop: int) -> Tensor:
+        return finite(stored, key, stored.read_entries(key, start, stop)).to(models.device)
+
+    held = {
+        key: finite(stored, key, stored.read(key))
+        for key in stored.entries
+        if not key.startswith(logits_key(""))
+    }
+    learnt = Learnt(tuple(models.tuned), tuple(tensors), held, said(stored, "seed"), read)
+    before = said(stored, "settings_table")
+    if all(getattr(method, key) == before.get(key) for key in method.applied):
+        return learnt, {}
+    renewed = method.renewed(learnt, shapes)
+    return replace(learnt, tensors=held | renewed), renewed
 
 
-def _learnt(
-    stored: Checkpoint,
-    method: Adapted,
-    tasks: tuple[str, ...],
-    tensors: Mapping[str, tuple[int, ...]],
-    seed: int,
-    device: str,
-) -> Learnt:
-    """What the file holds, once it is known that nothing is missing; masks are read when they are needed."""
-    for key, shape in method.shapes(len(tasks), tensors).items():
+def _expect(stored: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError unless the file has tensors of these shapes."""
+    for key, shape in shapes.items():
         have = stored.entries[key].shape if key in stored.entries else None
         if have != shape:
             found = "is missing" if have is None else f"has shape {have}"
             raise InputError(f"{stored.path}: `{key}` {found}, expected shape {shape}")
-
-    def read(key: str, start: int, stop: int) -> Tensor:
-        return finite(stored, key, stored.read_entries(key, start, stop)).to(device)
-
-    held = {
-        key: finite(stored, key, stored.read(key)) for key in stored.entries if not key.startswith("logits.")
-    }
-    return Learnt(tasks, tuple(tensors), held, seed, read)

@@ -107,7 +107,7 @@ class Learning:
         if isinstance(method, Adapted):
             from mergecli.adapting import coefficients
 
-            used, learnt, file = coefficients(models, method, recipe, stack, progress, self)
+            used, learnt, file = coefficients(models, output, stack, progress, self)
             about = {"adapted_on": file.metadata["adapted_on"]}
             return Lesson(replace(output, method=used), learnt, {"coefficients": file}, about)
         if isinstance(method, RepresentationSurgery):

@@ -61,8 +61,8 @@ def read_learnt(
 ) -> tuple[Any, Checkpoint]:
     """The method with the settings that it learnt with, and the file, open until `stack` ends.
 
-    `ours` are settings that are not learnt with: they hold whatever the file says. `open_` are those that the learning
-    was to find: the file's hold.
+    `ours` are settings that need not be those it was learnt with: they hold whatever the file says. `open_` are those of
+    which the file's hold.
 
     Raises:
         UsageError: the file is of another method, or of other settings than the recipe's.
@@ -74,14 +74,16 @@ def read_learnt(
         raise InputError(f"{path}: holds no coefficients", "expected a file that `--save-coefficients` wrote")
     if metadata.get("method") != name:
         raise UsageError(f"{path}: was learnt by `{metadata.get('method')}`, the recipe's method is `{name}`")
-    known, settings, _, _ = (said(stored, key) for key in ("tasks", "settings_table", "adapted_on", "seed"))
-    if not (isinstance(known, list) and isinstance(settings, dict)):
+    known, settings, looked, _ = (
+        said(stored, key) for key in ("tasks", "settings_table", "adapted_on", "seed")
+    )
+    if not (isinstance(known, list) and isinstance(settings, dict) and isinstance(looked, dict)):
         raise _silent(path)
     if known != list(tasks):
         raise InputError(
             f"{path}: is for the models {quoted(map(str, known))}, in this order; these are {quoted(tasks)}"
         )
-    ours = ours or {}
+    ours, open_ = ours or {}, {*open_, *method.unrecorded}
     given = {key: frozen(value) for key, value in recipe.settings.items() if key not in (*ours, *open_)}
     if differing := [key for key, value in given.items() if frozen(settings.get(key)) != value]:
         learnt = ", ".join(f"`{key} = {shown(settings.get(key))}`" for key in differing)
@@ -90,7 +92,8 @@ def read_learnt(
             f"{path}: was learnt with {learnt}, the recipe says {wanted}",
             "leave the setting out, or learn again without `--coefficients`",
         )
-    return methods.create(name, {**settings, **ours}), stored
+    every = {**settings, **ours}
+    return methods.create(name, {key: value for key, value in every.items() if value is not None}), stored
 
 
 def said(stored: Checkpoint, key: str) -> Any:

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from mergecli.checkpoint import Checkpoint, open_checkpoint
 from mergecli.errors import InputError, listed, shown
 from mergecli.methods._calibrated import Calibrated
 from mergecli.models import Models
+from mergecli.parallel import is_first, join, wait
 from mergecli.provenance import about
 from mergecli.recipe import Recipe
 from mergecli.sources import home, locate
@@ -107,6 +108,7 @@ def files_for(
     models: Models, method: Calibrated, recipe: Recipe, folder: Path | None
 ) -> list[StatisticsFile]:
     """The files that a merge needs, there or not."""
+    from mergecli.clip.heads import surroundings
     from mergecli.clip.laboratory import subject
 
     assert recipe.base is not None
@@ -115,9 +117,7 @@ def files_for(
     if method.shuffle:
         settings["seed"] = recipe.seed
     common: dict[str, Any] = {"method": name, "settings": settings}
-    if method.needs_head:
-        with open_checkpoint(locate(recipe.base)) as clip:
-            common["clip"] = clip.digest()
+    common["clip"] = surroundings(locate(recipe.base), head=method.needs_head)
     found: list[StatisticsFile] = []
     for tasks in [tuple(models.tuned)] if method.joint else [(task,) for task in models.tuned]:
         title = name if method.joint else tasks[0]
@@ -140,18 +140,29 @@ def measure_missing(
     recipe: Recipe,
     progress: Progress | None,
 ) -> tuple[str, ...]:
-    """Measures what is not there, once it is known that what is there fits; the names of the new files."""
+    """Measures what is not there, once it is known that what is there fits; the names of the new files.
+
+    Several processes share the files among them, each measures some whole, and all wait until none is missing.
+    """
     missing = [each for each in files if not each.path.exists()]
     for each in files:
         if each not in missing:
             _opened(each, models, method).close()
-    if missing:
+    ranks, device = join(models.device)
+    wait()  # nobody writes before all have looked
+    if own := missing[ranks.own :: ranks.count]:
         from mergecli.clip.laboratory import Laboratory
 
-        subjects = [one for each in missing for one in each.subjects]
-        laboratory = Laboratory(method, models, recipe, subjects)
-        for each in missing:
-            laboratory.write(each.path, each.subjects, each.metadata(), progress)
+        subjects = [one for each in own for one in each.subjects]
+        laboratory = Laboratory(method, replace(models, device=device), recipe, subjects)
+        for each in own:
+            laboratory.write(each.path, each.subjects, each.metadata(), progress if is_first() else None)
+    wait()
+    if lost := [each.path for each in missing if not each.path.exists()]:
+        raise InputError(
+            f"{lost[0]}: was measured by another process, and is not here",
+            "name a folder that all machines see, or copy the files",
+        )
     return tuple(each.name for each in missing)
 
 

@@ -28,7 +28,7 @@ class Measured:
     paths: Mapping[str, Path]
     """Task -> its file; for a method that measures all tasks together, its name and their one file."""
     new: tuple[str, ...]
-    """Those that were measured now; the others were there already, and fit."""
+    """Those that were measured now, by any of several processes; the others were there already, and fit."""
 
 
 def measure(
@@ -46,7 +46,8 @@ def measure(
 
     There is a file for each task, so different processes or machines may measure different tasks at one time; each
     needs the base, and the models and images of its own tasks only. Files that are there already are kept if they fit.
-    Methods that go through the merged model layer by layer (`reg_mean_plus_plus`) have one file for all tasks.
+    Processes that `torchrun` starts share the tasks among them, and end when all are measured; the files are those that one
+    process writes, to the byte. Methods that go through the merged model layer by layer (`reg_mean_plus_plus`) have one file for all tasks.
 
     Args:
         output: a folder.

@@ -118,6 +118,7 @@ def merge_sweep(
     *,
     device: str = "cpu",
     statistics: Path | None = None,
+    coefficients: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Merged, ...]:
     """Writes one checkpoint a point into the folder `output`, each called after its point."""
@@ -126,7 +127,7 @@ def merge_sweep(
     if target.suffix == ".safetensors":
         raise UsageError(f"{target}: a sweep writes several files, so the output is a folder")
     files = {target / f"{point.name}.safetensors": point.recipe for point in points}
-    return merge_points(files, device=device, learning=Learning(statistics), progress=progress)
+    return merge_points(files, device=device, learning=Learning(statistics, coefficients), progress=progress)
 
 
 def _range(written: str, text: str) -> tuple[Any, ...]:

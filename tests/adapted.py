@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergecli.engine import merge
 from tests.conftest import Weights
 from tests.tiny import make_image_task, make_tiny_clip
 
 CLASSES = {"one": ("red", "green", "blue"), "two": ("cat", "dog"), "three": ("a", "b", "c", "d")}
 TEMPLATE = "a photo of {}"
 VISION = "vision_model."
+SHORT: dict[str, Any] = {"batch_size": 3, "steps": 6, "learning_rate": 1e-2}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("ada_merging", {}),
+    ("ada_merging", {"preprocess": "ties", "granularity": "task"}),
+    ("concrete_task_arithmetic", {}),
+    ("concrete_ada_merging", {"mask_steps": 4, "steps": 2}),
+    ("concrete_ada_merging", {"mask_steps": 4, "steps": 2, "order": "published", "granularity": "task"}),
+]
 
 
 @dataclass(frozen=True)
@@ -59,3 +69,25 @@ def images_of(world: AdaptedWorld, name: str, split: str = "test") -> Sequence[o
     datasets.disable_progress_bars()
     file = world.folder / f"data-{name}" / f"{split}-00000-of-00001.parquet"
     return list(datasets.Dataset.from_parquet(str(file), cache_dir=str(world.folder / "cache"))["image"])
+
+
+def learn(world: AdaptedWorld, folder: Path, method: str = "ada_merging", **more: Any) -> bytes:
+    """The bytes of the file of what was learnt."""
+    known = ("progress", "coefficients", "trace", "plot", "tensorboard", "changes")
+    given = {key: more.pop(key) for key in known if key in more}
+    file = folder / "learnt.safetensors"
+    merge(
+        world.recipe, method=method, settings={**SHORT, **more}, output=folder / "merged.safetensors",
+        save_coefficients=file, **given,
+    )  # fmt: skip
+    return file.read_bytes()
+
+
+def stopping(after: int) -> Callable[[str, int, int], None]:
+    """A `progress` that interrupts when so many steps have been done."""
+
+    def progress(description: str, done: int, total: int) -> None:
+        if description.startswith("adapting") and done == after:
+            raise KeyboardInterrupt
+
+    return progress

@@ -194,7 +194,7 @@ def evaluate(
         raise UsageError(f"{other}: belongs to a sweep", "say over what with `--sweep KEY=VALUES`")
     with show.progress() as progress:
         results = evaluation.evaluate(
-            named_sources(checkpoints or []) or (), recipe=known, only=only.split(",") if only else (),
+            named_sources(checkpoints or []) or (), recipe=known, only=options.names("--only", only),
             individual=individual, clip=clip, tasks=named, batch_size=batch_size, split=split, limit=limit,
             corruption=corruption, severity=severity or 1, device=device, dtype=dtype, workers=workers, cache=cache,
             cache_size=cache_size, fresh=fresh, routing=routing, output=output, predictions=predictions, features=features,

@@ -29,18 +29,21 @@ def measure(
     """Measure what a method needs to know of each model before it merges; prints one path a line.
 
     Different tasks may be measured by different processes or machines at one time: the files are all that a merge
-    needs of the images. Interrupted, the same command measures what is still missing.
+    needs of the images. Processes that `torchrun` starts share the tasks among them. Interrupted, the same command
+    measures what is still missing.
 
     mergecli measure recipe.toml --method fisher -o stats/
 
     mergecli merge recipe.toml --method fisher --statistics stats/ -o fisher.safetensors
     """
-    from mergecli import measuring
+    from mergecli import measuring, parallel
 
     with show.progress() as progress:
         done = measuring.measure(
-            recipe, output=output, method=method, only=only.split(",") if only else (), device=device,
+            recipe, output=output, method=method, only=options.names("--only", only), device=device,
             changes=changes or [], progress=progress,
         )  # fmt: skip
+    if not parallel.is_first():
+        return
     for path in done.paths.values():
         show.line(str(path))

@@ -80,11 +80,16 @@ def merge(
 
             if shard_size is not None:
                 raise UsageError("--shard-size: a sweep writes single files")
-            if coefficients or save_coefficients or trace or plot or tensorboard:
-                raise UsageError("a sweep has no single file of coefficients, trace or plot")
+            if save_coefficients or trace or plot or tensorboard:
+                raise UsageError("a sweep has no single file of coefficients to save, trace or plot")
             points = sweeping.points_of(what, sweep, base=base, method=method, changes=changes or [])
             written = sweeping.merge_sweep(
-                points, output, device=device, statistics=statistics, progress=progress
+                points,
+                output,
+                device=device,
+                statistics=statistics,
+                coefficients=coefficients,
+                progress=progress,
             )
         else:
             written = [

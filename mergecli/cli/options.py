@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mergecli.errors import UsageError
+
 
 def complete_methods(incomplete: str) -> list[str]:
     """Names of methods, for the shell."""
@@ -47,6 +49,18 @@ Base = Annotated[
     str | None, typer.Option("--base", metavar="SOURCE", help="The base model: hf:, ms:, toy: or a path.")
 ]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .svg or .pdf file.")]
+
+
+def names(option: str, written: str | None) -> tuple[str, ...]:
+    """The names between commas, without those that are empty; none where the option is not given.
+
+    Raises:
+        UsageError: it is given, and all of them are empty.
+    """
+    found = tuple(name.strip() for name in (written or "").split(",") if name.strip())
+    if written is not None and not found:
+        raise UsageError(f"{option}: expected names with commas between them, got `{written}`")
+    return found
 
 
 def is_recipe(arguments: list[str]) -> bool:

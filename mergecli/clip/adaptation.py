@@ -26,11 +26,10 @@ from mergecli.sources import locate
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergecli.checkpoint import Checkpoint
     from mergecli.clip.images import Images
     from mergecli.clip.model import Clip
     from mergecli.clip.trial import Seen, TowerTrial
-
-_PROCESSING = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,13 @@ class Adaptation:
     """The tasks that are looked at."""
     inputs: Mapping[str, str]
     """Input -> digest."""
+    masks: Checkpoint | None = None
+    """The file of masks that the method begins with, if it names one."""
 
     @classmethod
-    def of(cls, models: Models, method: Adapted, recipe: Recipe) -> Adaptation:
+    def of(
+        cls, models: Models, method: Adapted, recipe: Recipe, masks: Checkpoint | None = None
+    ) -> Adaptation:
         """Raises UsageError if a model is not named after a task; InputError if its images are not there."""
         from mergecli.clip.images import load_images
 
@@ -62,7 +65,10 @@ class Adaptation:
             task = find(name, recipe)
             split = {"train": task.train_split, "test": task.split}.get(method.split, method.split)
             images[name] = task, load_images(task, split)
-        return cls(models, method, recipe, images, {"base": models.base.digest(), **models.digests()})
+        inputs = {"base": models.base.digest(), **models.digests()}
+        if masks is not None:
+            inputs["learnt masks"] = masks.digest()
+        return cls(models, method, recipe, images, inputs, masks)
 
     @property
     def folder(self) -> Path:
@@ -82,12 +88,11 @@ class Adaptation:
     @property
     def key(self) -> str:
         """A name for files of this work."""
-        from mergecli.clip.heads import clip_digests
+        from mergecli.clip.heads import clip_digests, processing_texts
 
         facts = [
-            methods.name_of(self.method), methods.table_of(self.method), self.recipe.seed, list(self.inputs.items()),
-            self.looked_at, clip_digests(self.folder),
-            [(self.folder / name).read_text("utf-8", "replace") for name in _PROCESSING if (self.folder / name).is_file()],
+            methods.name_of(self.method), methods.table_of(self.method, without={*self.method.unlearnt, "masks"}),
+            self.recipe.seed, list(self.inputs.items()), self.looked_at, clip_digests(self.folder), processing_texts(self.folder),
         ]  # fmt: skip
         return sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
@@ -98,6 +103,11 @@ class Adaptation:
 
         The state is written to the file `partial` now and then, and taken from it.
 
+        Each of several processes computes the gradients of its own tasks; only those of coefficients, mask logits or
+        routers are added, in the order of the ranks. So many processes always give the same bytes. Other numbers of
+        them round sums otherwise: coefficients are within a thousandth of `learning_rate` a step of each other, except
+        those whose gradient is nothing but rounding (biases of keys), from which Adam makes whole steps.
+
         Raises:
             InputError: the entropy is no longer a number, or the base and the models do not fit together.
         """
@@ -106,12 +116,12 @@ class Adaptation:
         trial = self._trial(surveyed, ranks, device)
         method, total, mean = self.method, self.method.total_steps, 0.0
         with torch.no_grad():
-            run = Run(partial, self.key, method.begin(trial))
+            run = Run(partial, self.key, method.begin(trial), method.phases, method.patience)
             run.load(ranks, len(self.models.tuned), len(method.shown(run.state)))
             try:
-                while run.step < total and not run.stands_still(method.patience):
+                while run.number < total:
                     interrupts.check()
-                    losses, change = method.step(trial, run.state, run.step)
+                    losses, change = method.step(trial, run.state, run.number)
                     mean = float(losses.sum()) / len(self.images)
                     if not math.isfinite(mean):
                         break
@@ -119,7 +129,7 @@ class Adaptation:
                         change()
                         run.add(losses, method.shown(run.state))
                     if progress is not None and is_first():
-                        progress(f"adapting: mean entropy {mean:.3f}", run.step, total)
+                        progress(f"adapting: mean entropy {mean:.3f}", run.number, total)
                     run.save_sometimes()
                 kept = {key: each.cpu() for key, each in method.finish(trial, run.state).items()}
             except BaseException:
@@ -139,7 +149,7 @@ class Adaptation:
 
         from mergecli.checkpoint import VISION
         from mergecli.clip.model import check_tower, load_clip
-        from mergecli.clip.trial import TOGETHER, TowerTrial
+        from mergecli.clip.trial import TOGETHER, Moved, TowerTrial
 
         assert self.models.base is not None
         clip = load_clip(self.folder)
@@ -158,15 +168,17 @@ class Adaptation:
             return TowerTrial(clip, tasks, {}, {}, looked, size, seed, ranks, installed, together)
         base: dict[str, Tensor] = {}
         deltas: dict[str, Tensor] = {}
-        dtype = getattr(torch, self.method.vectors)
+        dtype, place = getattr(torch, self.method.vectors), self.method.vectors_on or device
 
         def look(_: int, group: Any) -> tuple[str, Tensor, Tensor]:
             vectors = self.method.prepared(group, surveyed)
-            return group.name, group.base.to(device, copy=True), vectors.to(device, dtype, copy=True)
+            return group.name, group.base.to(device, copy=True), vectors.to(place, dtype, copy=True)
 
         for name, own, vectors in self.models.map(look, blocks=False):
-            base[name], deltas[name] = own, vectors
-        return TowerTrial(clip, tasks, base, deltas, looked, size, seed, ranks)
+            pin = place == "cpu" and device.startswith("cuda")  # else copies would wait for each other
+            base[name], deltas[name] = own, vectors.pin_memory() if pin else vectors
+        given = self.masks.read if self.masks else None
+        return TowerTrial(clip, tasks, base, Moved(deltas, device), looked, size, seed, ranks, given=given)
 
     def _installed(self, clip: Clip, method: WeightEnsembling, device: str) -> Installed:
         """Puts the tower that routes into the CLIP, its routers still without weights."""

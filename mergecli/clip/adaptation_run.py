@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,10 +30,18 @@ class Run:
     key: str
     """The work that it belongs to."""
     state: State
+    phases: tuple[int, ...]
+    """Steps at most of each."""
+    patience: int
+    """A phase ends when so many steps in it were on average no better than as many before; 0: it never ends early."""
+    number: int = 0
+    """The next step, counted through all phases as if none ended early."""
     entropies: list[Tensor] = field(default_factory=list["Tensor"])
     """(T,) of each step."""
     coefficients: list[Tensor] = field(default_factory=list["Tensor"])
     """(T,) or (1,) of each step."""
+    _sums: list[float] = field(default_factory=list[float])
+    """The sum of all tasks' entropies in each step of this phase."""
     _saved: int = 0
     """The step whose state stands in the file."""
     _due: float = field(default_factory=lambda: time.monotonic() + SAVE_EVERY)
@@ -43,16 +52,21 @@ class Run:
         return len(self.entropies)
 
     def add(self, losses: Tensor, shown: Tensor) -> None:
-        """Counts a step, whose change is in the state by now."""
+        """Counts a step, whose change is in the state by now: the entropies are of before it, what is shown is of after
+        it."""
         self.coefficients.append(shown.cpu())
         self.entropies.append(losses.cpu())
+        self._sums.append(float(self.entropies[-1].sum()))
+        self.number += 1
+        end = next(end for end in accumulate(self.phases) if end >= self.number)
+        if self._stands_still():
+            self.number = end
+        if self.number == end:
+            self._sums.clear()
 
-    def stands_still(self, patience: int) -> bool:
-        """Whether the last `patience` steps were on average no better than as many before."""
-        if not patience or self.step < 2 * patience:
-            return False
-        sums = [float(each.sum()) for each in self.entropies[-2 * patience :]]
-        return sum(sums[patience:]) >= sum(sums[:patience])
+    def _stands_still(self) -> bool:
+        last, before = self._sums[-self.patience :], self._sums[-2 * self.patience : -self.patience]
+        return 0 < self.patience == len(before) and sum(last) >= sum(before)
 
     def trace(self, tasks: int) -> State:
         """The trace as tensors: (steps, T) and (steps, T or 1)."""
@@ -103,7 +117,11 @@ class Run:
             self._take(*(ranks.first(each).cpu() for each in trace))
 
     def _take(self, entropies: Tensor, coefficients: Tensor) -> None:
-        self.entropies, self.coefficients = list(entropies), list(coefficients)
+        self.number = 0
+        for rows in (self.entropies, self.coefficients, self._sums):
+            rows.clear()
+        for losses, shown in zip(entropies, coefficients, strict=True):
+            self.add(losses, shown)
         self._saved = self.step
 
     def _stored(self) -> State | None:

@@ -24,6 +24,9 @@ _TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "specia
                "vocab.json", "merges.txt")  # fmt: skip
 
 
+_PROCESSING = ("preprocessor_config.json", "processor_config.json")
+
+
 class ClipDigests(NamedTuple):
     """Digests of a CLIP's parts; together they tell two CLIPs apart."""
 
@@ -48,6 +51,41 @@ def clip_digests(folder: Path) -> ClipDigests:
             sha256("\n".join(parts).encode()).hexdigest(),
             _part(stored, rest).digest(),
         )
+
+
+def processing_texts(folder: Path) -> list[str]:
+    """The files of a CLIP's folder that say how its images are prepared."""
+    files = [folder / name for name in _PROCESSING]
+    return [file.read_text("utf-8", "replace") for file in files if file.is_file()]
+
+
+def surroundings(folder: Path, *, head: bool) -> dict[str, str]:
+    """What decides the features, or with `head` the logits, that a vision tower in this CLIP gives besides its own
+    weights: name -> digest. Of a tower alone, which cannot be run, nothing is said."""
+    with open_checkpoint(folder) as stored:
+        if not folder.is_dir() or not stored.is_whole_clip:
+            return {}
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        found["config"] = _config((folder / "config.json").read_text("utf-8", "replace"))
+    if texts := processing_texts(folder):
+        found["processing"] = json.dumps(texts)
+    if head:
+        digests = clip_digests(folder)
+        found["head"] = f"{digests.text} {digests.rest}"
+    return {name: sha256(each.encode()).hexdigest() for name, each in found.items()}
+
+
+def _config(text: str) -> str:
+    """What `config.json` says of all but the text tower."""
+    try:
+        known = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    table = known if isinstance(known, dict) else {}
+    return json.dumps(
+        {key: each for key, each in table.items() if not key.startswith("text_")}, sort_keys=True
+    )
 
 
 def head_key(clip: Clip, text: str, classes: Sequence[str], templates: Sequence[str]) -> str:

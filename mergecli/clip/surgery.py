@@ -32,7 +32,6 @@ LOSSES = "trace.losses"
 """(steps, T) the loss of each step's batch."""
 DEVICE_PIECE = 128
 """Images that go through the tower at once on a device beside the processor."""
-_PROCESSING = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,13 @@ class Surgery:
     @cached_property
     def keys(self) -> dict[str, str]:
         """Task -> a name for the file of what is learnt for it, which depends on no other task."""
-        from mergecli.clip.heads import clip_digests
+        from mergecli.clip.heads import clip_digests, processing_texts
 
         settings = methods.table_of(self.method, without=("merged", "feature_size"))
-        files = [self.folder / name for name in _PROCESSING]
-        processing = [file.read_text("utf-8", "replace") for file in files if file.is_file()]
         assert self.models.base is not None
         common = [
-            settings, self.recipe.seed, self.merged.digest(), self.models.base.digest(), clip_digests(self.folder), processing,
+            settings, self.recipe.seed, self.merged.digest(), self.models.base.digest(), clip_digests(self.folder),
+            processing_texts(self.folder),
         ]  # fmt: skip
         own = {name: [name, each.digest(), self.looked_at[name]] for name, each in self.models.tuned.items()}
         return {

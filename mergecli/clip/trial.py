@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from mergecli.methods._kinds import uniform
 from mergecli.methods._mixture import Installed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from mergecli.clip.model import Clip
@@ -23,6 +24,22 @@ if TYPE_CHECKING:
 
 TOGETHER = 16
 """Images that go through the tower at once: several tasks' small batches are put together."""
+
+
+class Moved(Mapping[str, "Tensor"]):
+    """Tensors in the machine's own memory; each look at one is a copy of it on the device, or itself if that is there."""
+
+    def __init__(self, held: Mapping[str, Tensor], device: torch.device | str) -> None:
+        self._held, self._device = held, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._held[name].to(self._device, non_blocking=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
 
 @dataclass(frozen=True)
@@ -62,15 +79,16 @@ class TowerTrial:
         ranks: Ranks,
         installed: Installed | None = None,
         together: int = TOGETHER,
+        given: Callable[[str], Tensor] | None = None,
     ) -> None:
-        """`installed` are the layers of a tower that routes: their parameters are then what is learnt.
+        """`given` reads a file that the method names. `installed` are the layers of a tower that routes: their parameters are then what is learnt.
 
         Up to `together` images of several tasks go through the tower as one batch.
         """
         self.tasks, self.base, self.deltas = tasks, base, deltas
         self._clip, self._seen, self._size, self._seed, self._ranks = clip, seen, size, seed, ranks
         self._normalised = Normalisation(clip)
-        self._installed, self._together = installed, together
+        self._installed, self._together, self._given = installed, together, given
         own = {VISION + name: each for name, each in clip.tower.named_parameters()}
         found = own if installed is None else installed.parameters
         self._parameters = {name: each.requires_grad_(True) for name, each in found.items()}
@@ -118,6 +136,11 @@ class TowerTrial:
     def total(self, tensor: Tensor) -> Tensor:
         """(...) the sum over all processes, added in the order of their ranks."""
         return self._ranks.total(tensor)
+
+    def given(self, key: str) -> Tensor:
+        """(...) a tensor of the file that the method names, on the device."""
+        assert self._given is not None
+        return self._given(key).to(self._clip.device, copy=True)
 
     def routes(self) -> Tensor:
         """(T,) routing weights in the last step, means over layers, images and tasks."""

@@ -12,7 +12,7 @@ from mergecli.errors import UsageError, did_you_mean
 from mergecli.methods._kinds import Looking, Method, PerTensor, TwoPass
 from mergecli.methods._mixture import Mixture
 from mergecli.methods._modifier import Modifier
-from mergecli.methods._settings import Setting, frozen, setting_problems, settings_of
+from mergecli.methods._settings import Setting, setting_problems, settings_of, settled
 
 __all__ = [
     "Looking", "Method", "Modifier", "PerTensor", "Setting", "TwoPass", "create", "find", "name_of", "names", "problems", "settings", "table_of",
@@ -92,7 +92,8 @@ def create(name: str, values: Mapping[str, Any]) -> Method:
         raise UsageError("\n".join(f"`method.{key}`: {what}" for key, what in found))
     method = find(name)
     inner = {key: create(table.pop("name"), table) for key, table in _inner(method, values).items()}
-    return method(**{key: frozen(value) for key, value in values.items()} | inner)
+    known = settings_of(method)
+    return method(**{key: settled(value, known[key].kind) for key, value in values.items()} | inner)
 
 
 def name_of(method: Method) -> str:
@@ -101,9 +102,10 @@ def name_of(method: Method) -> str:
 
 
 def table_of(method: Method, without: Collection[str] = ()) -> dict[str, Any]:
-    """The method's settings, defaults included, as a recipe writes them, but for those of some names: other methods as
-    tables with their name."""
-    fields = [field.name for field in dataclasses.fields(method) if field.name not in without]
+    """The method's settings, defaults included, as a recipe writes them, but for those of some names and those that no
+    number depends on: other methods as tables with their name."""
+    left_out = {*without, *method.unrecorded}
+    fields = [field.name for field in dataclasses.fields(method) if field.name not in left_out]
     values = {name: getattr(method, name) for name in fields}
     return {
         key: {"name": name_of(value), **table_of(value, without)} if isinstance(value, Method) else value

@@ -45,7 +45,8 @@ class Trial(Protocol):
 
     @property
     def deltas(self) -> Mapping[str, Tensor]:
-        """Name -> (T, ...) task vectors as the method prepared them, perhaps in bfloat16."""
+        """Name -> (T, ...) task vectors as the method prepared them, perhaps in bfloat16. Where they are held elsewhere
+        than the weights, each look at them is a copy: only one tensor's should be kept at a time."""
         ...
 
     @property
@@ -58,6 +59,10 @@ class Trial(Protocol):
         at), and name -> (...) gradient of their sum with respect to the weights, which may be overwritten. Where
         several processes share the tasks, the gradient is of this process's own: `total` makes one of what is computed
         from it."""
+        ...
+
+    def given(self, key: str) -> Tensor:
+        """(...) a tensor of the file of masks that the method's setting `masks` names."""
         ...
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -93,6 +98,13 @@ class Adapted(Looking):
 
     looks_at: ClassVar[str] = "unlabelled images of every task"
     late: ClassVar[frozenset[str]] = frozenset()
+    unrecorded: ClassVar[frozenset[str]] = frozenset({"vectors_on"})
+    applied: ClassVar[frozenset[str]] = frozenset()
+    """Settings that may be others than those it was learnt with when what was learnt is applied."""
+    unlearnt: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that change nothing that is learnt: what was learnt once serves all their values."""
+    one_shown: ClassVar[str] = ""
+    """What `shown` gives, where it is one number and not a coefficient of each task."""
 
     learning_rate: Annotated[float, Range(0)] = 1e-3
     """Of Adam."""
@@ -104,14 +116,24 @@ class Adapted(Looking):
     adapt_on: tuple[str, ...] = ()
     """The tasks whose images are looked at; all by default."""
     patience: Annotated[int, Range(0)] = 0
-    """Stop when the mean entropy over so many steps is no lower than over as many before; 0 never stops early."""
+    """Stop when the mean entropy over so many steps is no lower than over as many before, or of a method that learns one
+    thing after another go on to the next; 0 never stops early."""
     vectors: Literal["float32", "bfloat16"] = "float32"
-    """The dtype in which task vectors are held while adapting; the merge itself takes them as they are."""
+    """The dtype in which AdaMerging and Concrete hold the task vectors while adapting: `bfloat16` halves their T towers. The
+    merge itself takes them as they are."""
+    vectors_on: Literal["cpu"] | None = None
+    """Where they hold them: on the device, or with `cpu` in the machine's own memory, from which each tensor's are copied when
+    they are needed; that is slower, and gives the same numbers."""
+
+    @property
+    def phases(self) -> tuple[int, ...]:
+        """Steps at most of each thing that is learnt after another; `step` counts them through."""
+        raise NotImplementedError
 
     @property
     def total_steps(self) -> int:
-        """Steps of all phases together."""
-        raise NotImplementedError
+        """Steps at most of all phases together."""
+        return sum(self.phases)
 
     def survey(self, groups: Groups, /) -> State:
         """What `prepared` needs to know of the whole models; kept with what is learnt."""
@@ -135,12 +157,17 @@ class Adapted(Looking):
         """What is kept of the state after the last step."""
         raise NotImplementedError
 
+    def renewed(self, learnt: Learnt, tensors: Mapping[str, tuple[int, ...]], /) -> State:
+        """What is kept besides the learning itself, made anew because settings of `applied` are others."""
+        del learnt, tensors
+        return {}
+
     def shapes(self, tasks: int, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Key -> shape of what is kept of the learning on merged tensors of these names and shapes."""
         raise NotImplementedError
 
     def shown(self, state: State, /) -> Tensor:
-        """(T,) or (1,) one number a task that tells how far it has come: its coefficient, or the mean of them."""
+        """(T,) or (1,) what tells how far it has come: each task's coefficient, or the mean of them, or `one_shown`."""
         raise NotImplementedError
 
 

@@ -159,6 +159,8 @@ class Method:
     """Which images must be there."""
     late: ClassVar[frozenset[str]] = frozenset({"scaling_factor"})
     """Settings that `survey` does not look at: merges that differ in nothing else share one survey."""
+    unrecorded: ClassVar[frozenset[str]] = frozenset()
+    """Settings that no number depends on; results do not say them."""
 
     @property
     def by_blocks(self) -> bool:

@@ -5,12 +5,13 @@ Tang et al., Concrete Subspace Learning, arXiv 2312.06173; the distribution: Mad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergecli.methods._adapted import Learnt, State, Trial
 from mergecli.methods._descent import adam_step
-from mergecli.methods._kinds import Group
+from mergecli.methods._kinds import Group, uniform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,9 +93,29 @@ def kept_masks(trial: Trial, state: State, kind: Kind, temperature: float) -> St
     for name, weight in trial.weights.items():
         drawn = trial.uniform(name, FINAL).view(weight.shape)
         mask = mask_of(kind, state[logits_key(name)], drawn, temperature)
-        means.append(float(mask.double().mean()) if mask.numel() else 1.0)
+        means.append(mean_of(mask))
     logits = {key: each for key, each in state.items() if key.startswith(logits_key(""))}
     return {**logits, "mask_means": torch.tensor(means)}
+
+
+def mean_of(mask: Tensor) -> float:
+    """The mean of a mask, 1 if it has no entry."""
+    return float(mask.double().mean()) if mask.numel() else 1.0
+
+
+def mask_means(
+    learnt: Learnt, tensors: Mapping[str, tuple[int, ...]], kind: Kind, temperature: float
+) -> Tensor:
+    """(P,) the means of masks of a kind, of the logits that were learnt."""
+    import torch
+
+    means: list[float] = []
+    for name in learnt.names:
+        shape = tensors[name]
+        logits = learnt.read(logits_key(name), 0, math.prod(shape)).view(shape)
+        drawn = uniform(learnt.seed, name, FINAL, 0, logits.numel()).view(shape).to(logits.device)
+        means.append(mean_of(mask_of(kind, logits, drawn, temperature)))
+    return torch.tensor(means)
 
 
 def mask_shapes(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

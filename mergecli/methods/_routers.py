@@ -58,8 +58,8 @@ class WeightEnsembling(Routed, Adapted):
         return 0
 
     @property
-    def total_steps(self) -> int:
-        return self.steps
+    def phases(self) -> tuple[int, ...]:
+        return (self.steps,)
 
     def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
         own = {name: Part(SAME, shape)}

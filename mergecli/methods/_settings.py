@@ -111,6 +111,20 @@ def frozen(value: Any) -> Any:
     return tuple(frozen(each) for each in value) if isinstance(value, list) else value
 
 
+def settled(value: Any, kind: Any) -> Any:
+    """The value, which fits the kind, as a method holds it: lists are tuples, and numbers are floats where not only whole
+    ones are allowed."""
+    bare, _ = _parts(kind)
+    inner = [each for each in get_args(bare) if each not in (type(None), ...)]
+    if isinstance(value, list | tuple):
+        return tuple(settled(each, inner[0]) for each in value)
+    if get_origin(bare) in (dict, Mapping):
+        return {key: settled(each, inner[1]) for key, each in value.items()}
+    kinds = [_parts(each)[0] for each in inner] or [bare]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and float in kinds and int not in kinds else value
+
+
 def _parts(kind: Any) -> tuple[Any, Range | None]:
     if get_origin(kind) is Annotated:
         bare, *extras = get_args(kind)

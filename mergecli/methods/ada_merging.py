@@ -30,6 +30,11 @@ class AdaMerging(Adapted):
     title: ClassVar[str] = "coefficients learnt by making predictions on unlabelled images sure"
     paper: ClassVar[str] = "Yang et al., AdaMerging, ICLR 2024, arXiv 2310.02575, equations 4 to 6"
 
+    work: ClassVar[str] = (
+        "steps of Adam on the coefficients, each a forward and a backward pass of every task's batch; in memory T + 3 towers "
+        "(base, task vectors, merged weights, gradients) and the activations of a batch"
+    )
+
     granularity: Literal["task", "layer"] = "layer"
     """One coefficient a task, or one for each task and tensor."""
     steps: Annotated[int, Range(0)] = 1000
@@ -44,8 +49,8 @@ class AdaMerging(Adapted):
     """With `preprocess = "ties"`: the fraction of entries kept of each task vector."""
 
     @property
-    def total_steps(self) -> int:
-        return self.steps
+    def phases(self) -> tuple[int, ...]:
+        return (self.steps,)
 
     def survey(self, groups: Groups, /) -> State:
         if self.preprocess == "none":

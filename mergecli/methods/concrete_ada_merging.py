@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from mergecli.methods._adapted import UNSAVED, Adapted, Change, State, Trial, combine
+from mergecli.methods._adapted import UNSAVED, Adapted, Change, Learnt, State, Trial, combine
 from mergecli.methods._descent import adam_step
 from mergecli.methods._kinds import Group
 from mergecli.methods._masks import (
@@ -16,9 +16,11 @@ from mergecli.methods._masks import (
     final_mask,
     kept_masks,
     logits_key,
+    mask_means,
     mask_of,
     mask_shapes,
     mask_slope,
+    mean_of,
     move_masks,
     rescaled,
     sampled,
@@ -45,6 +47,13 @@ class ConcreteAdaMerging(Adapted):
 
     title: ClassVar[str] = "coefficients, and before them a mask, learnt on unlabelled images"
     paper: ClassVar[str] = "Tang et al., Concrete Subspace Learning, arXiv 2312.06173, algorithm 2"
+    applied: ClassVar[frozenset[str]] = frozenset({"mask"})
+
+    work: ClassVar[str] = (
+        "steps of Adam, those on the mask two and those on the coefficients one forward and backward pass of every task's "
+        "batch; in memory T + 7 towers (base, task vectors, merged weights, gradients, a mask, its logits and their two "
+        "moments), with `masks` T + 5, and the activations of a batch"
+    )
 
     granularity: Literal["task", "layer"] = "layer"
     """One coefficient a task, or one for each task and tensor."""
@@ -63,13 +72,17 @@ class ConcreteAdaMerging(Adapted):
     initial_logits: Annotated[float, Range()] = 0.0
     """phi before the first step; 0 is a chance of a half."""
     mask: Kind = "sample"
-    """The mask that is kept: one more sample, the chance of each entry, or 0 or 1 drawn with that chance."""
+    """The mask that is applied: one more sample, the chance of each entry, or 0 or 1 drawn with that chance. Coefficients
+    are learnt under it; `--coefficients` can apply them under another."""
+    masks: str | None = None
+    """A file of what this method or `concrete_task_arithmetic` learnt on the same models, as a path relative to the current
+    folder or another source: its mask is taken, and only the coefficients are learnt."""
     order: Literal["corrected", "published"] = "corrected"
     """The order of the steps on coefficients and mask."""
 
     @property
-    def total_steps(self) -> int:
-        return self.mask_steps + self.steps
+    def phases(self) -> tuple[int, ...]:
+        return (self.mask_steps if self.masks is None else 0, self.steps)
 
     def begin(self, trial: Trial, /) -> State:
         import torch
@@ -80,14 +93,18 @@ class ConcreteAdaMerging(Adapted):
         table = {name: torch.zeros(len(trial.tasks), columns, device=device) for name in names}
         table["coefficients"] += self.start
         table["inner"] += self.start
-        return {**begin_masks(trial, self.initial_logits), **table}
+        if self.masks is None:
+            return {**begin_masks(trial, self.initial_logits), **table}
+        keys = [logits_key(name) for name in trial.weights]
+        return {**{key: trial.given(key) for key in keys}, **table}
 
     def step(self, trial: Trial, state: State, number: int, /) -> tuple[Tensor, Change]:
-        if number < self.mask_steps:
+        first, _ = self.phases
+        if number < first:
             return self._mask_step(trial, state, number)
         masks = {name: self._final(trial, state, name) for name in trial.weights}
-        slope, losses = self._slope(trial, masks, state["coefficients"], self.mask_steps + number)
-        at = number - self.mask_steps + 1
+        slope, losses = self._slope(trial, masks, state["coefficients"], first + number)
+        at = number - first + 1
         return losses, lambda: adam_step(
             state["coefficients"], slope, state["mean"], state["square"], self.learning_rate, at
         )
@@ -143,7 +160,7 @@ class ConcreteAdaMerging(Adapted):
         if (key := f"{UNSAVED}{name}") not in state:
             drawn = trial.uniform(name, FINAL).view(trial.weights[name].shape)
             mask = mask_of(self.mask, state[logits_key(name)], drawn, self.temperature)
-            mean = float(mask.double().mean()) if mask.numel() else 1.0
+            mean = mean_of(mask)
             state[key] = mask / mean if mean else mask
         return state[key]
 
@@ -154,6 +171,9 @@ class ConcreteAdaMerging(Adapted):
     def shapes(self, tasks: int, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         count = len(tensors) if self.granularity == "layer" else 1
         return {**mask_shapes(tensors), "coefficients": (tasks, count)}
+
+    def renewed(self, learnt: Learnt, tensors: Mapping[str, tuple[int, ...]], /) -> State:
+        return {"mask_means": mask_means(learnt, tensors, self.mask, self.temperature)}
 
     def shown(self, state: State, /) -> Tensor:
         return state["coefficients"].mean(1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from mergecli.methods._adapted import Adapted, Change, State, Trial
+from mergecli.methods._adapted import Adapted, Change, Learnt, State, Trial
 from mergecli.methods._kinds import Group, total
 from mergecli.methods._masks import (
     Kind,
@@ -14,6 +14,7 @@ from mergecli.methods._masks import (
     final_mask,
     kept_masks,
     logits_key,
+    mask_means,
     mask_shapes,
     mask_slope,
     move_masks,
@@ -38,7 +39,16 @@ class ConcreteTaskArithmetic(Adapted):
     """
 
     title: ClassVar[str] = "task arithmetic under a mask learnt on unlabelled images"
+    applied: ClassVar[frozenset[str]] = frozenset({"mask"})
+    unlearnt: ClassVar[frozenset[str]] = frozenset({"mask"})
+    one_shown: ClassVar[str] = "mask probability"
     paper: ClassVar[str] = "Tang et al., Concrete Subspace Learning, arXiv 2312.06173, algorithm 1"
+
+    work: ClassVar[str] = (
+        "steps of Adam on a number for each weight, each a forward and a backward pass of every task's batch; in memory 8 "
+        "towers (base, sum of the task vectors, merged weights, gradients, a mask, its logits and their two moments), however "
+        "many tasks there are, and the activations of a batch"
+    )
 
     scaling_factor: Annotated[float, Range()] = 0.3
     """lambda."""
@@ -49,11 +59,12 @@ class ConcreteTaskArithmetic(Adapted):
     initial_logits: Annotated[float, Range()] = 0.0
     """phi before the first step; 0 is a chance of a half."""
     mask: Kind = "sample"
-    """The mask that is kept: one more sample, the chance of each entry, or 0 or 1 drawn with that chance."""
+    """The mask that is applied: one more sample, the chance of each entry, or 0 or 1 drawn with that chance. What was
+    learnt once serves all three."""
 
     @property
-    def total_steps(self) -> int:
-        return self.steps
+    def phases(self) -> tuple[int, ...]:
+        return (self.steps,)
 
     def prepared(self, group: Group, surveyed: Mapping[str, Tensor], /) -> Tensor:
         del surveyed
@@ -76,6 +87,9 @@ class ConcreteTaskArithmetic(Adapted):
 
     def finish(self, trial: Trial, state: State, /) -> State:
         return kept_masks(trial, state, self.mask, self.temperature)
+
+    def renewed(self, learnt: Learnt, tensors: Mapping[str, tuple[int, ...]], /) -> State:
+        return {"mask_means": mask_means(learnt, tensors, self.mask, self.temperature)}
 
     def shown(self, state: State, /) -> Tensor:
         return mean_chances(state)

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 @styled
 def traces(table: Table, path: Path) -> None:
-    """Writes a picture of a trace: the entropy of each task and their mean above, the coefficients below.
+    """Writes a picture of a trace: the entropy of each task and their mean above, below what is learnt.
 
     Args:
-        table: columns `step`, `entropy`, `entropy TASK` and `coefficient TASK`, as `merge --trace` writes them.
+        table: columns `step`, `entropy`, `entropy TASK` and then `coefficient TASK` or another `WORD NAME`, as
+            `merge --trace` writes them.
 
     Raises:
         UsageError: the suffix of `path` is none of a picture's.
@@ -28,7 +29,7 @@ def traces(table: Table, path: Path) -> None:
     values = {column.name: [row[place] for row in rows] for place, column in enumerate(table.columns)}
     parts = {
         kind: {name.removeprefix(kind): each for name, each in values.items() if name.startswith(kind)}
-        for kind in ("entropy ", "coefficient ")
+        for kind in ("entropy ", table.columns[-1].name.partition(" ")[0] + " ")
     }
     names = list(dict.fromkeys(name for each in parts.values() for name in each))
     styles: dict[str, Any] = {

@@ -93,7 +93,7 @@ def test_two_processes_learn_what_one_does(world: AdaptedWorld, run: Run, tmp_pa
     assert (got["trace.entropies"] - want["trace.entropies"]).abs().max() < 1e-5
     matter = [place for place, name in enumerate(world.base) if not name.endswith("k_proj.bias")]
     # sums of the tasks' gradients round otherwise; keys' biases have none but rounding
-    assert (got["coefficients"] - want["coefficients"])[:, matter].abs().max() < 1e-5
+    assert (got["coefficients"] - want["coefficients"])[:, matter].abs().max() < 1e-3 * 0.01
 
 
 def test_more_processes_than_tasks_and_an_interrupted_state_are_no_trouble(

@@ -11,6 +11,12 @@ from mergecli import methods
 
 TESTS = Path(__file__).parents[1] / "golden"
 REQUIRED: dict[str, dict[str, object]] = {"weighted_average": {"weights": [1.0]}}
+NUMBERS = [
+    (name, setting.name)
+    for name in methods.names()
+    for setting in methods.settings(name).values()
+    if setting.expected.removeprefix("a list, each ").startswith("a number")
+]
 REFERENCES = (
     "naive",
     "naive_more",
@@ -47,6 +53,17 @@ def test_a_method_is_a_frozen_value(name: str) -> None:
     if fields := dataclasses.fields(method):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(one, fields[0].name, 1)
+
+
+@pytest.mark.parametrize(("name", "key"), NUMBERS)
+def test_a_whole_number_for_a_setting_that_may_be_another_is_held_as_a_float(name: str, key: str) -> None:
+    setting = methods.settings(name)[key]
+    several = setting.expected.startswith("a list")
+    given = [1, 2] if several else 0 if setting.problem(1) else 1
+    method = methods.create(name, {**REQUIRED.get(name, {}), key: given})
+    held = getattr(method, key) if several else [getattr(method, key)]
+    assert [type(each) for each in held] == [float] * len(held)
+    assert list(held) == (given if several else [given])
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mergecli.clip import adaptation_run
-from mergecli.clip.trial import Seen
+from mergecli.clip.trial import Moved, Seen
 from mergecli.engine import merge
 from mergecli.errors import InputError, MergecliError, UsageError
-from tests.adapted import AdaptedWorld, make_adapted_world
+from tests.adapted import CASES, SHORT, AdaptedWorld, learn, make_adapted_world
+from tests.tiny import make_image_task
 
 pytestmark = pytest.mark.usefixtures("own_store")
-
-SHORT: dict[str, Any] = {"batch_size": 3, "steps": 6, "learning_rate": 1e-2}
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("ada_merging", {}),
-    ("ada_merging", {"preprocess": "ties", "granularity": "task"}),
-    ("concrete_task_arithmetic", {}),
-    ("concrete_ada_merging", {"mask_steps": 4, "steps": 2}),
-    ("concrete_ada_merging", {"mask_steps": 4, "steps": 2, "order": "published", "granularity": "task"}),
-]
 
 
 @pytest.fixture(scope="module")
@@ -37,105 +27,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> AdaptedWorld:
     return make_adapted_world(tmp_path_factory.mktemp("adapting"))
 
 
-def learn(world: AdaptedWorld, folder: Path, method: str = "ada_merging", **more: Any) -> bytes:
-    """The bytes of the file of what was learnt."""
-    known = ("progress", "coefficients", "trace", "plot", "tensorboard", "changes")
-    given = {key: more.pop(key) for key in known if key in more}
-    file = folder / "learnt.safetensors"
-    merge(
-        world.recipe, method=method, settings={**SHORT, **more}, output=folder / "merged.safetensors",
-        save_coefficients=file, **given,
-    )  # fmt: skip
-    return file.read_bytes()
-
-
-def stopping(after: int) -> Callable[[str, int, int], None]:
-    """A `progress` that interrupts when so many steps have been done."""
-
-    def progress(description: str, done: int, total: int) -> None:
-        if description.startswith("adapting") and done == after:
-            raise KeyboardInterrupt
-
-    return progress
-
-
-@pytest.mark.parametrize(("method", "settings"), CASES)
-@pytest.mark.parametrize("after", [1, 5, 6])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(
-    world: AdaptedWorld,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    method: str,
-    settings: dict[str, Any],
-    after: int,
-) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        learn(world, tmp_path, method, progress=stopping(after), **settings)
-    (partial,) = (tmp_path / "home" / "coefficients").rglob("*.partial.safetensors")
-    done: list[int] = []
-    resumed = learn(
-        world, tmp_path, method, **settings,
-        progress=lambda text, step, _: done.append(step) if text.startswith("adapting") else None,
-    )  # fmt: skip
-    assert done[:1] == ([after + 1] if after < 6 else [])
-    assert not partial.exists()
-    merged = (tmp_path / "merged.safetensors").read_bytes()
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
-    assert learn(world, tmp_path, method, **settings) == resumed
-    assert (tmp_path / "merged.safetensors").read_bytes() == merged
-
-
-def test_an_interruption_in_the_middle_of_a_step_leaves_it_out(
-    world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mergecli.clip.trial import TowerTrial
-
-    original, calls = TowerTrial.slopes, 0
-
-    def slopes(self: TowerTrial, draw: int) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 6:  # the second half of the third step
-            raise KeyboardInterrupt
-        return original(self, draw)
-
-    settings = {"mask_steps": 4, "steps": 2, "order": "published"}
-    monkeypatch.setattr(TowerTrial, "slopes", slopes)
-    with pytest.raises(KeyboardInterrupt):
-        learn(world, tmp_path, "concrete_ada_merging", **settings)
-    resumed = learn(world, tmp_path, "concrete_ada_merging", **settings)
-    assert calls == 6 + 2 * 2 + 2
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
-    assert learn(world, tmp_path, "concrete_ada_merging", **settings) == resumed
-
-
-def test_the_state_is_saved_on_the_way_too(
-    world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(adaptation_run, "SAVE_EVERY", 0.0)
-    seen: list[int] = []
-
-    def progress(description: str, done: int, total: int) -> None:
-        seen.extend(
-            len(load_file(file)["trace.entropies"]) for file in (tmp_path / "home").rglob("*.partial.*")
-        )
-
-    learn(world, tmp_path, progress=progress)
-    assert seen
-    assert not list((tmp_path / "home").rglob("*.partial.*"))
-
-
-@pytest.mark.parametrize("damage", [b"", b"not safetensors", None])
-def test_a_damaged_state_is_begun_anew(
-    world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
-) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        learn(world, tmp_path, progress=stopping(3))
-    (partial,) = (tmp_path / "home").rglob("*.partial.safetensors")
-    partial.write_bytes(partial.read_bytes()[:-7] if damage is None else damage)
-    again = learn(world, tmp_path)
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
-    assert learn(world, tmp_path) == again
+def test_a_whole_number_is_as_good_as_one_with_a_point(world: AdaptedWorld, tmp_path: Path) -> None:
+    learnt = learn(world, tmp_path, steps=2, start=1)
+    assert learn(world, tmp_path, steps=2, start=1.0) == learnt
+    masks = {"mask_steps": 1, "steps": 1, "inner_rate": 1, "initial_logits": 3, "temperature": 1}
+    learn(world, tmp_path, "concrete_ada_merging", start=1, **masks)
 
 
 def test_what_was_learnt_before_is_found_again_by_content(world: AdaptedWorld, tmp_path: Path) -> None:
@@ -180,12 +76,15 @@ def test_the_file_says_which_images_were_looked_at(world: AdaptedWorld, tmp_path
     assert (looked["two"]["split"], looked["two"]["images"]) == ("validation", 2)
 
 
-def test_early_stopping_ends_when_the_entropy_stands_still(world: AdaptedWorld, tmp_path: Path) -> None:
-    learn(world, tmp_path, steps=400, learning_rate=0.0, patience=10)
-    trace = load_file(tmp_path / "learnt.safetensors")["trace.entropies"]
-    assert 20 <= len(trace) < 400
-    before, after = trace[-20:-10].double().sum(), trace[-10:].double().sum()
-    assert after >= before
+def test_a_task_of_one_class_stands_in_the_trace(tmp_path: Path) -> None:
+    own = make_adapted_world(tmp_path / "world")
+    make_image_task(tmp_path / "world" / "data-two", ("cat",))
+    learn(own, tmp_path, trace=tmp_path / "t.csv")
+    head, *rows = (tmp_path / "t.csv").read_text().splitlines()
+    assert head.startswith("step,entropy,entropy one,entropy two,entropy three,")
+    values = [float(value) for value in rows[0].split(",")]
+    assert values[3] == 0
+    assert values[1] == pytest.approx((values[2] + values[4]) / 3, rel=1e-4)
 
 
 def test_the_trace_has_a_row_a_step_and_only_the_tasks_looked_at(world: AdaptedWorld, tmp_path: Path) -> None:
@@ -218,7 +117,7 @@ def test_a_trace_of_no_steps_and_one_of_masks_are_written(world: AdaptedWorld, t
     learn(world, tmp_path, steps=0, trace=tmp_path / "none.csv", plot=tmp_path / "none.svg")
     assert len((tmp_path / "none.csv").read_text().splitlines()) == 1
     learn(world, tmp_path, "concrete_task_arithmetic", trace=tmp_path / "m.csv", plot=tmp_path / "m.pdf")
-    assert (tmp_path / "m.csv").read_text().splitlines()[0].endswith(",coefficient all tasks")
+    assert (tmp_path / "m.csv").read_text().splitlines()[0].endswith(",entropy three,mask probability")
     assert (tmp_path / "m.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -241,6 +140,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"metadata": {"tasks": "[[[["}}, "does not say what it was learnt on"),
     ({"metadata": {"settings_table": "[1]"}}, "does not say what it was learnt on"),
     ({"metadata": {"settings_table": '{"steps": "many"}'}}, "steps"),
+    ({"metadata": {"adapted_on": "7"}}, "does not say what it was learnt on"),
     ({"metadata": {"adapted_on": None}}, "does not say what it was learnt on"),
     ({"metadata": {"tensors": '["other"]'}}, "is for models with other tensors"),
     ({"metadata": {"tasks": '["two", "one", "three"]'}}, "is for the models `two`, `one`, `three`, in this order"),
@@ -330,6 +230,35 @@ def test_a_base_without_a_text_tower_cannot_be_learnt_with(world: AdaptedWorld, 
     (world.folder / "vision.toml").write_text(text)
     with pytest.raises(InputError, match="is not a whole CLIP"):
         merge(world.folder / "vision.toml", method="ada_merging", output=tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(("method", "settings"), CASES)
+def test_vectors_in_the_machines_memory_change_no_number(
+    world: AdaptedWorld,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    settings: dict[str, Any],
+) -> None:
+    here = learn(world, tmp_path, method, **settings)
+    merged = (tmp_path / "merged.safetensors").read_bytes()
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
+    assert learn(world, tmp_path, method, vectors_on="cpu", **settings) == here
+    assert (tmp_path / "merged.safetensors").read_bytes() == merged
+    merge(
+        world.recipe, method=method, settings={"vectors_on": "cpu"}, output=tmp_path / "merged.safetensors",
+        coefficients=tmp_path / "learnt.safetensors",
+    )  # fmt: skip
+    assert (tmp_path / "merged.safetensors").read_bytes() == merged
+
+
+def test_of_vectors_held_elsewhere_only_what_is_asked_for_is_copied_and_nothing_kept() -> None:
+    held = {"a": torch.ones(2, 3), "b": torch.zeros(2, 4)}
+    moved = Moved(held, "meta")
+    assert list(moved) == ["a", "b"]
+    assert (moved["a"].is_meta, moved["a"].shape) == (True, (2, 3))
+    assert not any(each.is_meta for each in held.values())
+    assert Moved(held, "cpu")["b"] is held["b"], "a copy would take as much again"
 
 
 def test_every_image_is_looked_at_once_a_round_in_an_order_of_its_own() -> None:

@@ -106,6 +106,59 @@ def test_a_seed_matters_only_where_images_are_drawn(zoo: Zoo) -> None:
         merged(zoo, "reg_mean", other, statistics=zoo.folder / "grams")
 
 
+def changed(file: Path, **values: Any) -> None:
+    """Changes keys of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_a_base_that_prepares_images_otherwise_is_measured_again(
+    zoo: Zoo, tmp_path: Path, method: str
+) -> None:
+    first = merged(zoo, method, statistics=None)
+    store = tmp_path / "home" / "statistics" / method
+    before = files(store)
+    changed(zoo.folder / "clip" / "preprocessor_config.json", image_mean=[0.9, 0.9, 0.9])
+    second = merged(zoo, method, statistics=None)
+    assert second != first
+    assert len(files(store)) == 2 * len(before)
+    config = json.loads((zoo.folder / "clip" / "config.json").read_text())
+    changed(
+        zoo.folder / "clip" / "config.json", vision_config={**config["vision_config"], "hidden_act": "relu"}
+    )
+    assert merged(zoo, method, statistics=None) != second
+    assert len(files(store)) == 3 * len(before)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_the_text_tower_and_its_words_matter_only_where_there_is_a_head(zoo: Zoo, method: str) -> None:
+    merged(zoo, method)
+    clip = zoo.folder / "clip"
+    words = json.loads((clip / "tokenizer.json").read_text())
+    changed(clip / "tokenizer.json", model={**words["model"], "vocab": {"a": 0}})
+    config = json.loads((clip / "config.json").read_text())
+    changed(clip / "config.json", text_config={**config["text_config"], "hidden_act": "relu"})
+    weights = load_file(clip / "model.safetensors")
+    weights["text_projection.weight"] += 1
+    save_file(weights, clip / "model.safetensors")
+    if method == "fisher":
+        refused(zoo, r"`measured\.clip\.head`: it was measured on")
+    else:
+        merged(zoo, method)
+
+
+def test_statistics_serve_a_base_that_is_a_tower_alone(zoo: Zoo) -> None:
+    want = merged(zoo, "fisher")
+    save_file(dict(zoo.base), zoo.folder / "tower.safetensors")
+    merge(
+        {name: zoo.folder / f"{name}.safetensors" for name in "abc"}, base=zoo.folder / "tower.safetensors",
+        method="fisher", settings=FEW, output=zoo.folder / "x.safetensors", statistics=zoo.folder / "stats",
+    )  # fmt: skip
+    (zoo.folder / "want.safetensors").write_bytes(want)
+    got = load_file(zoo.folder / "x.safetensors")
+    assert all(got[name].equal(each) for name, each in load_file(zoo.folder / "want.safetensors").items())
+
+
 def refused(zoo: Zoo, match: str, method: str = "fisher", **more: Any) -> InputError:
     with pytest.raises(InputError, match=match) as caught:
         merged(zoo, method, **more)
