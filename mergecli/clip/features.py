@@ -25,7 +25,12 @@ class LayerFeatures:
     encoder; `labels` (N,), and `index` (N,), the images' numbers in the split. It takes its name when closed whole."""
 
     def __init__(
-        self, clip: Clip, path: Path, labels: Sequence[int], numbers: Sequence[int], metadata: Mapping[str, str]
+        self,
+        clip: Clip,
+        path: Path,
+        labels: Sequence[int],
+        numbers: Sequence[int],
+        metadata: Mapping[str, str],
     ) -> None:
         import torch
 

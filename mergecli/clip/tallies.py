@@ -78,9 +78,7 @@ def tallies_of(
         with ExitStack() as files:
             writers = [
                 files.enter_context(
-                    LayerFeatures(
-                        clip, target, labels, numbers, _feature_facts(towers[n], subject, keys[n])
-                    )
+                    LayerFeatures(clip, target, labels, numbers, _feature_facts(towers[n], subject, keys[n]))
                 )
                 if (target := targets[n])
                 else None
