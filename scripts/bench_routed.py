@@ -47,11 +47,18 @@ def reader(method: Any, model: Any) -> Callable[[str], Tensor]:
     wanted |= method.extras(shapes, len(TASKS))
 
     def read(key: str) -> Tensor:
+        part = wanted[key]
         name = key.removeprefix("masks.").removeprefix("experts.")
-        torch.manual_seed(zlib.crc32(name.encode()))
-        if key != name and f"masks.{name}" in wanted:  # the bits and the values of the same task vectors
-            return method.expert_values(name, 1e-2 * torch.randn(len(TASKS), *shapes[name]))[key]
-        return 1e-2 * torch.randn(wanted[key].shape)
+        if key == name or f"masks.{name}" not in wanted:
+            return 1e-2 * torch.randn(part.shape)
+        from mergecli.methods._bits import pack
+
+        torch.manual_seed(zlib.crc32(name.encode()))  # the bits and the values of the same task vectors
+        room = wanted[f"experts.{name}"].shape[1]
+        mask = torch.rand(len(TASKS), torch.Size(shapes[name]).numel()) < method.density
+        mask &= mask.cumsum(1) <= room
+        kept = torch.arange(room) < mask.sum(1, keepdim=True)
+        return pack(mask) if key.startswith("masks.") else 1e-2 * torch.randn(kept.shape) * kept
 
     return read
 
