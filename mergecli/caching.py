@@ -20,8 +20,7 @@ from mergecli.provenance import inputs_of
 from mergecli.sources import home
 
 PASSING = ("pixels", "heads", "results", "digests", "data")
-"""Processed images; zero-shot heads; what unfinished evaluations have so far; digests of large data files; data that older
-versions converted."""
+"""Images; heads; what unfinished evaluations have so far; digests of large data files; data that older versions converted."""
 LASTING = ("statistics", "coefficients")
 """What merges have measured, and learnt. It does not count in the size that the cache may grow to."""
 KINDS = (*PASSING, *LASTING)
@@ -93,10 +92,8 @@ def cache(kinds: Sequence[str] = (), *, clear: bool = False, max_size: str | int
     if clear:
         removed = [entry for entry in every if entry.kind in (kinds or PASSING)]
     elif max_size is not None:
-        gone = {
-            file.path
-            for file in _oldest(bound, kinds=[each for each in PASSING if not kinds or each in kinds])
-        }
+        passing = [each for each in kinds or PASSING if each in PASSING]
+        gone = {file.path for file in _oldest(bound, kinds=passing)}
         removed = [entry for entry in every if entry.path in gone]
     for entry in removed:
         _remove(entry.path)

@@ -24,9 +24,8 @@ from mergecli.tables import Cell, Column, Table
 
 ROOM = 4 << 30
 """Bytes of checkpoints that lie in the temporary folder at a time; each round of them costs one pass over the models."""
-_SCRATCH = "mergecli-sweep-"
-_STALE = 24 * 3600
-"""Seconds after which a temporary folder was left by a program that was killed."""
+_SCRATCH, _STALE = "mergecli-sweep-", 24 * 3600
+"""What temporary folders are called, and seconds after which one was left by a program that was killed."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Swept:
         """What may be concluded of the best point."""
         best, confirmed = self.results[self.best], self.confirmed
         text = f"{self.points[self.best].name} is the best on {self.chosen_on}"
-        reported = best if confirmed is None else confirmed
+        reported = confirmed or best
         if confirmed is not None:
             text += f"; on the tasks' own split it has {100 * confirmed.average.accuracy:.1f} %"
         else:

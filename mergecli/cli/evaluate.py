@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mergecli.cli import options, show
-from mergecli.errors import ThresholdError, UsageError, did_you_mean, listed
-
-if TYPE_CHECKING:
-    from mergecli.recipe import Recipe
-    from mergecli.scores import Evaluation
+from mergecli.cli.floors import check_floors, floors_of
+from mergecli.errors import UsageError
 
 
 def _complete_corruptions(incomplete: str) -> list[str]:
@@ -152,12 +148,8 @@ def evaluate(
     from mergecli.reporting import accuracy_table
     from mergecli.sources import named_sources
 
-    for option, text in {
-        "--tasks": tasks,
-        "--only": only,
-        "--split": split,
-        "--corruption": corruption,
-    }.items():
+    chosen = {"--tasks": tasks, "--only": only, "--split": split, "--corruption": corruption}
+    for option, text in chosen.items():
         if text is not None and not text.strip(" ,"):
             raise UsageError(f"{option}: is empty", "leave the option out for what it is by default")
     if severity is not None and corruption is None:
@@ -166,7 +158,7 @@ def evaluate(
         raise UsageError("--set: there is no recipe to change", "name one with `--recipe`")
     known = read_recipe(recipe, changes or [], method) if recipe else None
     named = tasks.split(",") if tasks else None
-    floors = _floors(min_task or [], named, known) if min_task else {}
+    floors = floors_of(min_task or [], named, known) if min_task else {}
     swept = {"--method": method, "--select": select, "--keep": keep, "--plot": plot}
     if sweep:
         from mergecli import sweep_scores
@@ -188,7 +180,7 @@ def evaluate(
             )  # fmt: skip
         show.table(found.table, form)
         show.note(found.note)
-        _check_floors([found.confirmed or found.results[found.best]], floors, min_average)
+        check_floors([found.confirmed or found.results[found.best]], floors, min_average)
         return
     if (other := next((name for name, value in swept.items() if value), None)) is not None:
         raise UsageError(f"{other}: belongs to a sweep", "say over what with `--sweep KEY=VALUES`")
@@ -201,54 +193,4 @@ def evaluate(
             routes=routes, progress=progress,
         )  # fmt: skip
     show.table(accuracy_table(results), form)
-    _check_floors(results, floors, min_average)
-
-
-def _check_floors(results: Sequence[Evaluation], floors: dict[str, float], min_average: float | None) -> None:
-    """Raises ThresholdError if a result is below what was asked for."""
-    below = [
-        f"{each.checkpoint['path']}: {task}: " + _said(each, task, least)
-        for task, least in floors.items()
-        for each in results
-        if task not in each.tasks or each.tasks[task].accuracy < least
-    ]
-    if min_average is not None:
-        lines = [
-            f"{each.checkpoint['path']}: {each.average.accuracy:.4f}"
-            for each in results
-            if each.average.accuracy < min_average
-        ]
-        below += [f"average accuracy below {min_average:g}: {'; '.join(lines)}"] if lines else []
-    if below:
-        raise ThresholdError(below[0] if len(below) == 1 else f"accuracies too low:\n{listed(below, 20)}")
-
-
-def _said(result: Evaluation, task: str, least: float) -> str:
-    score = result.tasks.get(task)
-    return (
-        f"{score.accuracy:.4f}, below {least:g}" if score else f"not evaluated, so not known to be {least:g}"
-    )
-
-
-def _floors(texts: list[str], tasks: list[str] | None, recipe: Recipe | None) -> dict[str, float]:
-    """Task -> the least accuracy, as `--min TASK=X` says."""
-    from mergecli.clip.tasks import find
-    from mergecli.evaluation import tasks_of
-
-    known = [task.name for task in tasks_of(tasks, recipe)]
-    floors: dict[str, float] = {}
-    for text in texts:
-        written, equals, number = text.partition("=")
-        try:
-            least = float(number)
-        except ValueError:
-            least = -1.0
-        if not equals or not 0 <= least <= 1:
-            raise UsageError(f"--min {text}: expected `TASK=X` with a fraction X from 0 to 1")
-        name = find(written, recipe).name
-        if name not in known:
-            raise UsageError(f"--min {text}: `{name}` is not among the tasks{did_you_mean(name, known)}")
-        if name in floors:
-            raise UsageError(f"--min {text}: `{name}` has one already, {floors[name]:g}")
-        floors[name] = least
-    return floors
+    check_floors(results, floors, min_average)

@@ -223,7 +223,7 @@ def test_damaged_and_foreign_files_are_refused(zoo: Zoo) -> None:
 
 def test_statistics_are_no_model(zoo: Zoo) -> None:
     merged(zoo, "fisher")
-    with pytest.raises(InputError, match="do not fit together"):
+    with pytest.raises(InputError, match="expected checkpoint, task vector or mixture, got `statistics`"):
         merge(
             {"a": zoo.folder / "stats" / "a.safetensors"},
             base=zoo.folder / "clip",
