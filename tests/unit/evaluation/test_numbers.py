@@ -84,7 +84,7 @@ def test_counts_and_losses_are_those_of_a_plain_loop(place, recipe, tmp_path):
     [
         ("mnist", True),
         ("sign_digits", False),
-        *[pytest.param(name, name == "emnist_letters", marks=pytest.mark.slow) for name in OTHERS],
+        *[(name, name == "emnist_letters") for name in OTHERS],
     ],
 )
 def test_real_images_are_counted_as_by_a_plain_loop(place, tmp_path, name, built_in):
