@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from mergecli import references
 from mergecli.catalogue import read_recipe
 from mergecli.clip.tasks import expand, names
 
@@ -86,4 +88,4 @@ def test_make_shows_the_plan_of_every_table(tmp_path: Path) -> None:
         assert file.stem == "toy" or f"RECIPE={file.name}" in done.stdout
     assert done.stdout.count("--split contrast") > 10
     assert "mergecli report" in done.stdout
-    assert "--reference clip-vit-large-patch14-ta8" in done.stdout
+    assert set(re.findall(r"--reference (\S+)", done.stdout)) == set(references.names())

@@ -95,6 +95,12 @@ def test_the_longest_unused_go_until_the_rest_fits():
     assert cache(max_size=0).entries == ()
 
 
+def test_of_the_kinds_that_are_named_only_those_are_made_smaller():
+    pixels, heads = put("pixels", "a", 10), put("heads", "b", 5)
+    assert [entry.path for entry in cache(["pixels", "statistics"], max_size=0).removed] == [pixels]
+    assert heads.exists()
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("0", 0), ("500", 500), ("500B", 500), ("3kb", 3000), ("1.5 GB", 1_500_000_000), ("2T", 2 * 10**12)],
