@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from mergecli import interrupts
+from mergecli.runtime import interrupts
 
 
 def main() -> None:

@@ -101,11 +101,11 @@ def bare(trial: Any, size: int) -> Callable[[int], None]:
 
 def measure(folder: Path, method: str, changes: list[str], steps: int, alone: bool) -> None:
     """Prints a line for each step: seconds of it, and of the bare passes."""
-    from mergecli.catalogue import recipe_from
-    from mergecli.clip.adaptation import Adaptation
-    from mergecli.merge_output import Output
-    from mergecli.models import open_models
-    from mergecli.parallel import Ranks
+    from mergecli.merging.learning.adaptation_loop import Adaptation
+    from mergecli.merging.models import open_models
+    from mergecli.merging.outputs import Output
+    from mergecli.recipe.reading import recipe_from
+    from mergecli.runtime.distributed import Ranks
 
     sources = {name: folder / f"{name}.safetensors" for name in TASKS}
     recipe = recipe_from(folder / "base", sources, [f"method.{each}" for each in changes], method, {})

@@ -135,9 +135,10 @@ Rates = dict[str, list[tuple[float, float | None]]]
 def measure(folder: Path, given: argparse.Namespace) -> Rates:
     """Does everything once in each round."""
     from mergecli.clip.model import load_clip, pixels
-    from mergecli.evaluation import evaluate
-    from mergecli.recipe import Recipe, TaskTable
-    from mergecli.sources import parse_source
+    from mergecli.data.tasks import TaskTable
+    from mergecli.evaluation.evaluate import evaluate
+    from mergecli.recipe.schema import Recipe
+    from mergecli.storage.sources import parse_source
 
     towers = make_clip(folder, given.towers)
     data = make_images(folder / "data", given.images)
@@ -171,8 +172,8 @@ def measure(folder: Path, given: argparse.Namespace) -> Rates:
     def one_by_one() -> None:
         from pyarrow import parquet
 
-        from mergecli.clip.decoding import Encoded, decoded
         from mergecli.clip.heads import zero_shot_head
+        from mergecli.data.decoding import Encoded, decoded
 
         zero_shot_head(clip, CLASSES, TEMPLATES)
         rows = parquet.read_table(data / "test.parquet")["image"]

@@ -51,7 +51,7 @@ def reader(method: Any, model: Any) -> Callable[[str], Tensor]:
         name = key.removeprefix("masks.").removeprefix("experts.")
         if key == name or f"masks.{name}" not in wanted:
             return 1e-2 * torch.randn(part.shape)
-        from mergecli.methods._bits import pack
+        from mergecli.methods._bitmasks import pack
 
         torch.manual_seed(zlib.crc32(name.encode()))  # the bits and the values of the same task vectors
         room = wanted[f"experts.{name}"].shape[1]

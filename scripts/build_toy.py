@@ -1,4 +1,4 @@
-"""Builds the toy zoo that ships in `mergecli/toy/models`: pre-trains the base, fine-tunes eight towers, checks them.
+"""Builds the toy zoo that ships in `mergecli/data/toy/models`: pre-trains the base, fine-tunes eight towers, checks them.
 
     python scripts/build_toy.py base      # about forty minutes on two idle cores; resumes from --work
     python scripts/build_toy.py towers    # with `mergecli.finetune`; about four minutes
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mergecli.scripts.toy_captions import compose, kind_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from transformers import (
@@ -38,8 +39,7 @@ from transformers import (
 )
 
 import mergecli
-from mergecli.toy import TASKS
-from mergecli.toy.captions import compose, kind_of
+from mergecli.data.toy import TASKS
 
 MODELS = Path(__file__).parent.parent / "mergecli" / "toy" / "models"
 MEAN, SPREAD = (0.5, 0.45, 0.45), (0.32, 0.3, 0.3)

@@ -110,7 +110,7 @@ class Experiment:
             pool = mergecli.ModelPool({"base": "toy:base", "tower": str(tower)})
             fresh = self.folder / "base.partial"
             pool.load_clip_model("tower").save_pretrained(fresh)
-            toy = Path(mergecli.__file__).parent / "toy/models/base"
+            toy = Path(mergecli.__file__).parent / "data/toy/models/base"
             for file in toy.iterdir():
                 if not file.name.startswith(("model", "config")):
                     shutil.copy(file, fresh / file.name)

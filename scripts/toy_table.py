@@ -95,7 +95,7 @@ def scored(folder: Path, path: Path, routing: str) -> float:
 
 def size(path: Path) -> float:
     """Bytes relative to one model."""
-    base = RECIPE.parents[1] / "mergecli/toy/models/base/model.safetensors"
+    base = RECIPE.parents[1] / "mergecli/data/toy/models/base/model.safetensors"
     with safe_open(base, "pt") as stored:
         one = sum(stored.get_tensor(key).nbytes for key in stored.keys() if key.startswith("vision_model."))  # noqa: SIM118
     return path.stat().st_size / one
@@ -105,11 +105,11 @@ def pace(path: Path, routing: str) -> float:
     """Images a second relative to the plain tower, as `eval` shows batches of 128 to a tower; turns in one process."""
     import torch
 
-    from mergecli.checkpoint import open_checkpoint
     from mergecli.clip.heads import zero_shot_head
     from mergecli.clip.model import load_clip
-    from mergecli.clip.seats import Forward, Seat
-    from mergecli.sources import locate, parse_source
+    from mergecli.evaluation.forward import Forward, Seat
+    from mergecli.storage.checkpoint import open_checkpoint
+    from mergecli.storage.sources import locate, parse_source
 
     base = locate(parse_source("toy:base", Path()))
     clip = load_clip(base)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergecli.engine import merge
+from mergecli.merging.merge import merge
 from tests.conftest import Weights
 from tests.tiny import make_image_task, make_tiny_clip
 

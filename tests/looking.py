@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergecli.clip.images import load_images
 from mergecli.clip.model import Clip, load_clip, pixels
-from mergecli.clip.tasks import find
-from mergecli.recipe import Recipe, TaskTable
-from mergecli.sources import parse_source
+from mergecli.data.images import load_images
+from mergecli.data.tasks import TaskTable, find
+from mergecli.recipe.schema import Recipe
+from mergecli.storage.sources import parse_source
 from tests.tiny import make_image_task, make_tiny_clip
 
 TEMPLATES = ("a {} picture", "something {}")

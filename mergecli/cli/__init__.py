@@ -12,7 +12,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from mergecli import interrupts
 from mergecli.cli import (
     cache,
     cos_sim,
@@ -25,11 +24,12 @@ from mergecli.cli import (
     merge,
     methods,
     report,
-    show,
     tasks,
     taskvector,
 )
-from mergecli.errors import ExitStatus, MergecliError
+from mergecli.cli import output as show
+from mergecli.runtime import interrupts
+from mergecli.runtime.errors import ExitStatus, MergecliError
 
 app = typer.Typer(
     name="mergecli",
@@ -38,18 +38,44 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+
 app.command("fetch")(fetch.fetch)
+
+
 app.command("taskvector")(taskvector.taskvector)
+
+
 app.command("merge")(merge.merge)
+
+
 app.command("eval")(evaluate.evaluate)
+
+
 app.command("measure")(measure.measure)
+
+
 app.command("cos-sim")(cos_sim.cos_sim)
+
+
 app.command("report")(report.report)
+
+
 app.command("finetune")(finetune.finetune)
+
+
 app.command("extract")(extract.extract)
+
+
 app.command("info")(info.info)
+
+
 app.command("cache")(cache.cache)
+
+
 app.command("methods")(methods.methods)
+
+
 app.command("tasks")(tasks.tasks)
 
 

@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options, show
+from mergecli.cli import options
+from mergecli.cli import output as show
 
 
 def _complete_kinds(incomplete: str) -> list[str]:
-    from mergecli.caching import KINDS
+    from mergecli.storage.cache import KINDS
 
     return [kind for kind in KINDS if kind.startswith(incomplete)]
 
@@ -42,8 +43,9 @@ def cache(
 
     mergecli cache statistics coefficients --clear
     """
-    from mergecli import caching
-    from mergecli.tables import Column, Table
+    from mergecli.results.cells import Column
+    from mergecli.results.tables import Table
+    from mergecli.storage import cache as caching
 
     show.check_format(form)
     found = caching.cache(kinds or [], clear=clear, max_size=max_size)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options, show
+from mergecli.cli import options
+from mergecli.cli import output as show
 
 
 def cos_sim(
@@ -32,8 +33,8 @@ def cos_sim(
 
     mergecli cos-sim vectors/*.safetensors -o cos.csv --plot cos.png
     """
-    from mergecli import similarity
-    from mergecli.sources import named_sources
+    from mergecli.merging import cos_sim as similarity
+    from mergecli.storage.sources import named_sources
 
     show.check_format(form)
     with show.progress() as progress:

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options, show
-from mergecli.cli.floors import check_floors, floors_of
-from mergecli.errors import UsageError
+from mergecli.cli import options
+from mergecli.cli import output as show
+from mergecli.cli.thresholds import check_floors, floors_of
+from mergecli.runtime.errors import UsageError
 
 
 def _complete_corruptions(incomplete: str) -> list[str]:
-    from mergecli.clip.corruptions import NAMES
+    from mergecli.data.corruptions import NAMES
 
     return [name for name in NAMES if name.startswith(incomplete)]
 
@@ -143,10 +144,10 @@ def evaluate(
     if min_average is not None and not 0 <= min_average <= 1:
         raise UsageError(f"--min-average: expected a fraction from 0 to 1, got {min_average:g}")
     show.check_format(form)
-    from mergecli import evaluation
-    from mergecli.catalogue import read_recipe
-    from mergecli.reporting import accuracy_table
-    from mergecli.sources import named_sources
+    from mergecli.evaluation import evaluate as evaluation
+    from mergecli.recipe.reading import read_recipe
+    from mergecli.results.report import accuracy_table
+    from mergecli.storage.sources import named_sources
 
     chosen = {"--tasks": tasks, "--only": only, "--split": split, "--corruption": corruption}
     for option, text in chosen.items():
@@ -161,7 +162,7 @@ def evaluate(
     floors = floors_of(min_task or [], named, known) if min_task else {}
     swept = {"--method": method, "--select": select, "--keep": keep, "--plot": plot}
     if sweep:
-        from mergecli import sweep_scores
+        from mergecli.evaluation import sweep as sweep_scores
 
         whole = {"a checkpoint": checkpoints, "--only": only, "--individual": individual, "--predictions": predictions,
                  "--features": features, "--routes": routes, "--clip": clip}  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options, show
+from mergecli.cli import options
+from mergecli.cli import output as show
 
 
 def extract(
@@ -40,7 +41,7 @@ def extract(
 
     mergecli extract vectors/digits.safetensors --energy 0.9 --modules q_proj,v_proj -o digits-lora/
     """
-    from mergecli import extraction
+    from mergecli.merging import extract as extraction
 
     with show.progress() as progress:
         found = extraction.extract(

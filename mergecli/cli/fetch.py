@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import options, show
+from mergecli.cli import options
+from mergecli.cli import output as show
 
 if TYPE_CHECKING:
-    from mergecli.fetching import Fetched
-    from mergecli.progress import Progress
+    from mergecli.hub.fetch import Fetched
+    from mergecli.runtime.progress import Progress
 
 
 def fetch(
@@ -61,7 +62,7 @@ def fetch(
 
     mergecli fetch recipe.toml
     """
-    from mergecli import fetching
+    from mergecli.hub import fetch as fetching
 
     with show.progress() as progress:
         try:
@@ -100,7 +101,8 @@ def _telling(progress: Progress | None) -> Progress:
 
 
 def _show_plan(done: Fetched) -> None:
-    from mergecli.tables import Column, Table
+    from mergecli.results.cells import Column
+    from mergecli.results.tables import Table
 
     columns = (Column("source"), Column("file"), Column("bytes", "count"), Column("host"))
     rows = tuple((each.source, each.path, each.size, each.host) for each in done.downloads)

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options, show
-from mergecli.errors import UsageError
+from mergecli.cli import options
+from mergecli.cli import output as show
+from mergecli.runtime.errors import UsageError
 
 
 def finetune(
@@ -76,9 +77,9 @@ def finetune(
         raise UsageError(f"--schedule: expected cosine or constant, got `{schedule}`")
     if recipe is None and base is None:
         raise UsageError("there is no base to start from", "name a recipe, or the base with `--base`")
-    from mergecli import finetuning
-    from mergecli.catalogue import read_recipe
-    from mergecli.parallel import is_first
+    from mergecli.recipe.reading import read_recipe
+    from mergecli.runtime.distributed import is_first
+    from mergecli.training import finetune as finetuning
 
     known = read_recipe(recipe, changes or []) if recipe else None
     with show.progress() as progress, _telling(output):
@@ -99,7 +100,7 @@ def _telling(output: Path) -> Generator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from mergecli.training.stored import state_file
+        from mergecli.training.resume import state_file
 
         if state_file(output).exists():
             with suppress(OSError):

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import options, show
-from mergecli.errors import InputError
+from mergecli.cli import options
+from mergecli.cli import output as show
+from mergecli.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from mergecli.inspection import Info
+    from mergecli.formats.info import Info
 
 
 def info(
@@ -33,8 +34,9 @@ def info(
 
     mergecli info merged.safetensors
     """
-    from mergecli import inspection
-    from mergecli.tables import Column, Table
+    from mergecli.formats import info as inspection
+    from mergecli.results.cells import Column
+    from mergecli.results.tables import Table
 
     show.check_format(form)
     found = inspection.info(checkpoint)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options, show
+from mergecli.cli import options
+from mergecli.cli import output as show
 
 
 def measure(
@@ -36,7 +37,8 @@ def measure(
 
     mergecli merge recipe.toml --method fisher --statistics stats/ -o fisher.safetensors
     """
-    from mergecli import measuring, parallel
+    from mergecli.merging.learning import measure as measuring
+    from mergecli.runtime import distributed as parallel
 
     with show.progress() as progress:
         done = measuring.measure(

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options, show
-from mergecli.errors import UsageError
+from mergecli.cli import options
+from mergecli.cli import output as show
+from mergecli.runtime.errors import UsageError
 
 
 def merge(
@@ -61,8 +62,9 @@ def merge(
 
     mergecli merge recipe.toml --method ties --sweep method.scaling_factor=0.1:0.5:0.1 -o swept/
     """
-    from mergecli import engine, parallel
-    from mergecli.sources import named_sources
+    from mergecli.merging import merge as engine
+    from mergecli.runtime import distributed as parallel
+    from mergecli.storage.sources import named_sources
 
     if options.is_recipe(models):
         if base is not None:
@@ -76,7 +78,7 @@ def merge(
         what = named_sources(models)
     with show.progress() as progress:
         if sweep:
-            from mergecli import sweeping
+            from mergecli.merging import sweep_points as sweeping
 
             if shard_size is not None:
                 raise UsageError("--shard-size: a sweep writes single files")

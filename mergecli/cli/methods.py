@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mergecli.cli import options, show
-from mergecli.errors import shown
+from mergecli.cli import options
+from mergecli.cli import output as show
+from mergecli.runtime.errors import shown
 
 
 def methods(
@@ -25,7 +26,8 @@ def methods(
     mergecli methods ties
     """
     from mergecli import methods as registry
-    from mergecli.tables import Column, Table
+    from mergecli.results.cells import Column
+    from mergecli.results.tables import Table
 
     show.check_format(form)
     if name is None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.errors import UsageError
+from mergecli.runtime.errors import UsageError
 
 
 def complete_methods(incomplete: str) -> list[str]:
@@ -19,7 +19,7 @@ def complete_methods(incomplete: str) -> list[str]:
 
 def complete_tasks(incomplete: str) -> list[str]:
     """Names of tasks and sets of tasks, for the shell; after a comma, the next one."""
-    from mergecli.clip.tasks import names, sets
+    from mergecli.data.tasks import names, sets
 
     before, comma, last = incomplete.rpartition(",")
     return [before + comma + name for name in (*names(), *sets()) if name.startswith(last)]
@@ -27,7 +27,7 @@ def complete_tasks(incomplete: str) -> list[str]:
 
 def complete_formats(incomplete: str) -> list[str]:
     """Formats of tables, for the shell."""
-    from mergecli.tables import FORMATS
+    from mergecli.results.tables import FORMATS
 
     return [name for name in FORMATS if name.startswith(incomplete)]
 
@@ -38,6 +38,8 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="Change one key of the recipe; the value is TOML. Repeatable."
     ),
 ]
+
+
 Format = Annotated[
     str | None,
     typer.Option(
@@ -45,9 +47,13 @@ Format = Annotated[
         help="table, tsv, csv, json, md, latex or html. Default: table on a terminal, tsv in a pipe.",
     ),
 ]  # fmt: skip
+
+
 Base = Annotated[
     str | None, typer.Option("--base", metavar="SOURCE", help="The base model: hf:, ms:, toy: or a path.")
 ]
+
+
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .svg or .pdf file.")]
 
 

@@ -7,17 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from mergecli.cli import options, show
+from mergecli.cli import options
+from mergecli.cli import output as show
 
 
 def _complete_references(incomplete: str) -> list[str]:
-    from mergecli.references import names
+    from mergecli.results.references import names
 
     return [name for name in names() if name.startswith(incomplete)]
 
 
 def _complete_kinds(incomplete: str) -> list[str]:
-    from mergecli.plots import KINDS
+    from mergecli.results.plots import KINDS
 
     return [name for name in KINDS if name.startswith(incomplete)]
 
@@ -78,7 +79,7 @@ def report(
 
     mergecli report out/*.json --against base --intervals -o report.html
     """
-    from mergecli import reporting
+    from mergecli.results import report as reporting
 
     chosen: Any = show.check_format(form)
     measure: Any = metric

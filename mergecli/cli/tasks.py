@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options, show
+from mergecli.cli import options
+from mergecli.cli import output as show
 
 
 def tasks(
@@ -22,8 +23,9 @@ def tasks(
 
     mergecli tasks eurosat
     """
-    from mergecli.clip import tasks as registry
-    from mergecli.tables import Column, Table
+    from mergecli.data import tasks as registry
+    from mergecli.results.cells import Column
+    from mergecli.results.tables import Table
 
     show.check_format(form)
     known = registry.sets()

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options, show
+from mergecli.cli import options
+from mergecli.cli import output as show
 
 
 def taskvector(
@@ -26,7 +27,7 @@ def taskvector(
 
     mergecli taskvector toy:digits --base toy:base -o digits.safetensors
     """
-    from mergecli import vectors
+    from mergecli.merging import taskvector as vectors
 
     with show.progress() as progress:
         for path in vectors.taskvector(

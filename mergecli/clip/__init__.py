@@ -1,1 +1,1 @@
-"""The model room: CLIP, its zero-shot heads, its tasks and their images."""
+"""A CLIP in memory: weights in and out, zero-shot heads, preprocessing, cached pixels."""

@@ -13,13 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergecli import caching
-from mergecli.checkpoint import VISION, Checkpoint, open_checkpoint
-from mergecli.chunks import ChunkHashes
-from mergecli.clip.model import Clip, features, save_tensors
-from mergecli.errors import InputError
+from mergecli.clip.model import Clip, features
+from mergecli.runtime.errors import InputError
+from mergecli.storage import cache as caching
+from mergecli.storage.checkpoint import VISION, Checkpoint, ChunkHashes, open_checkpoint
+from mergecli.storage.safetensors_writer import save_tensors
 
 _TEXT = ("text_model.", "text_projection.")
+
+
 _TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                "vocab.json", "merges.txt")  # fmt: skip
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mergecli.checkpoint import VISION, Checkpoint, open_checkpoint
-from mergecli.errors import InputError, listed
-from mergecli.layout import TORCH_NAMES
-from mergecli.output import SafetensorsWriter, expect_finite, whole_folder, write_text
-from mergecli.provenance import model_folder_files
+from mergecli.runtime.errors import InputError, listed
+from mergecli.storage.atomic import expect_finite, whole_folder, write_text
+from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
+from mergecli.storage.metadata import model_folder_files
+from mergecli.storage.safetensors_writer import save_tensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -152,18 +152,6 @@ def save_tower(clip: Clip, path: Path, metadata: Mapping[str, str], dtype: torch
         save_tensors(state, folder / "model.safetensors", metadata)
         for name, text in model_folder_files(clip.path).items():
             write_text(folder / name, text)
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes tensors that are in memory as one safetensors file."""
-    names = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
-    layout = {
-        name: (names[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    }
-    with SafetensorsWriter(path, layout, metadata) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
 
 
 def _expect(folder: Path, *names: str) -> None:

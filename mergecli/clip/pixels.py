@@ -5,25 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from mergecli import caching, interrupts
-from mergecli.clip.decoding import Corruption, Decoders, Job, Unreadable, frames, workers_for
-from mergecli.clip.processing import frame_of
-from mergecli.errors import InputError
-from mergecli.output import SafetensorsWriter
+from mergecli.clip.preprocessing import Normalisation, frame_of
+from mergecli.data.decoding import Corruption, Decoders, Job, Unreadable, frames, workers_for
+from mergecli.runtime import interrupts
+from mergecli.runtime.errors import InputError
+from mergecli.storage import cache as caching
+from mergecli.storage.safetensors_writer import SafetensorsWriter
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from mergecli.clip.images import Images
     from mergecli.clip.model import Clip
+    from mergecli.data.images import Images
 
 BLOCK = 32
 """Images that one worker decodes at a time, at most."""
@@ -213,7 +215,7 @@ def _opened(path: Path, shape: tuple[int, ...]) -> Tensor | None:
     import numpy as np
     import torch
 
-    from mergecli.checkpoint import open_checkpoint
+    from mergecli.storage.checkpoint import open_checkpoint
 
     with contextlib.suppress(InputError, OSError, KeyError), open_checkpoint(path) as stored:
         entry = stored.entries["pixels"]
@@ -248,3 +250,37 @@ class _Store:
         if writer is not None:
             with contextlib.suppress(InputError, OSError):
                 writer.__exit__(kind, error, trace)
+
+
+DECODED = 256
+"""Images that are decoded at a time, or about so many, where they are not in the cache."""
+
+
+def batches(clip: Clip, images: Images, size: int) -> Iterator[Tensor]:
+    """(B, 3, H, W) float32 batches of `size` images, in order, where the CLIP is.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
+    normalised = Normalisation(clip)
+    how = Processing(max_size=caching.allowed_size())
+    with closing(spans(clip, images, how, size * max(DECODED // size, 1), 0)) as parts:
+        for pixels in parts:
+            for start in range(0, len(pixels), size):
+                interrupts.check()
+                yield normalised(pixels.batch(start, min(start + size, len(pixels))))
+
+
+PIECE = 4 << 20
+"""Bytes of activations that a processor works on at a time: on ViT-B/32 a sixth more images a second than 128 at once."""
+
+
+FEWEST = 8
+"""Images that a processor works on at a time, whatever they take: fewer are slower again, for they read all weights."""
+
+
+def piece_of(clip: Clip) -> int:
+    """How many images' widest activations take about `PIECE` bytes, at least `FEWEST`."""
+    config = clip.model.config.vision_config
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    return max(FEWEST, PIECE // (4 * tokens * max(config.intermediate_size, 1)))

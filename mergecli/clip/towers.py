@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mergecli.checkpoint import VISION, Checkpoint
-from mergecli.errors import InputError, listed
-from mergecli.output import check_target, write_text
-from mergecli.provenance import about
+from mergecli.runtime.errors import InputError, listed
+from mergecli.storage.atomic import check_target, write_text
+from mergecli.storage.checkpoint import VISION, Checkpoint
+from mergecli.storage.metadata import about
 
 
 def load_tower(folder: Path, checkpoint: Checkpoint, base: Checkpoint | None = None) -> Any:
@@ -72,8 +72,8 @@ def save_module(model: Any, path: Path) -> Path:
 
     A vision tower's keys begin with `vision_model.`; other modules' stay as they are.
     """
-    from mergecli.checkpoint import canonical_names
-    from mergecli.clip.model import save_tensors
+    from mergecli.storage.checkpoint import canonical_names
+    from mergecli.storage.safetensors_writer import save_tensors
 
     check_target(path, folder=not path.suffix)
     if any(tensor.is_meta for tensor in model.state_dict().values()):

@@ -19,16 +19,18 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from urllib.parse import quote
 
-from mergecli.errors import HubError, did_you_mean, quoted
-from mergecli.hub.contract import Body, RemoteFile, TransientError
-from mergecli.hub.needs import named
-from mergecli.hub.network import check_variables, host_of, reason_of, wait_of, without_password
-from mergecli.hub.patience import Patience, retried
-from mergecli.lock import is_commit
-from mergecli.sources import DEFAULT_BRANCH, Source
+from mergecli.hub.client import Body, RemoteFile, TransientError
+from mergecli.hub.environment import check_variables, host_of, reason_of, wait_of, without_password
+from mergecli.hub.retry import Patience, retried
+from mergecli.hub.wanted import named
+from mergecli.recipe.lock import is_commit
+from mergecli.runtime.errors import HubError, did_you_mean, quoted
+from mergecli.storage.sources import DEFAULT_BRANCH, Source
 
 OWN = ("https://huggingface.co", "https://hf.co", "https://hub-ci.huggingface.co")
 """The hub's own endpoints, which the token is for."""
+
+
 CONVERTED = "refs/convert/parquet"
 """The branch in which the hub keeps a data set's images as Parquet files."""
 
@@ -46,7 +48,7 @@ class HuggingFace:
         from huggingface_hub import constants
         from huggingface_hub.utils import get_token_to_send, logging
 
-        from mergecli.provenance import version
+        from mergecli.storage.metadata import version
 
         if not os.environ.get("HF_HUB_VERBOSITY") and not constants.HF_DEBUG:
             logging.set_verbosity_error()

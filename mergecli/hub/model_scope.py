@@ -17,16 +17,17 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-from mergecli.errors import HubError, did_you_mean, quoted
-from mergecli.hub.contract import Body, RemoteFile, TransientError
-from mergecli.hub.needs import named
-from mergecli.hub.network import check_variables, host_of, reason_of, was_broken_off, without_password
-from mergecli.hub.patience import Patience, retried
-from mergecli.lock import is_commit
-from mergecli.sources import DEFAULT_BRANCH, Source
+from mergecli.hub.client import Body, RemoteFile, TransientError
+from mergecli.hub.environment import check_variables, host_of, reason_of, was_broken_off, without_password
+from mergecli.hub.retry import Patience, retried
+from mergecli.hub.wanted import named
+from mergecli.recipe.lock import is_commit
+from mergecli.runtime.errors import HubError, did_you_mean, quoted
+from mergecli.storage.sources import DEFAULT_BRANCH, Source
 
 OWN = tuple(f"https://{www}modelscope.{land}" for www in ("", "www.") for land in ("cn", "ai"))
 """The hub's own endpoints, which the token is for."""
+
 
 _BLOCK = 1 << 16
 

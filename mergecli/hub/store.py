@@ -12,36 +12,27 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any
 
-from mergecli.errors import HubError, InputError, UsageError
-from mergecli.hub.choose import LISTED_SUFFIXES
-from mergecli.hub.contract import RemoteFile
-from mergecli.lock import LockedFile, is_safe
-from mergecli.output import write_errors, write_text
-from mergecli.sources import DEFAULT_BRANCH, Source
+from mergecli.hub.client import RemoteFile
+from mergecli.hub.file_selection import LISTED_SUFFIXES
+from mergecli.recipe.lock import LockedFile, is_safe
+from mergecli.runtime.errors import HubError, InputError, UsageError
+from mergecli.storage.atomic import write_text, writing
+from mergecli.storage.sources import DEFAULT_BRANCH, Source
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 MANIFEST = ".mergecli.json"
+
+
 COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 """A whole commit, as git names it."""
-
-
-@contextmanager
-def writing(path: Path, hint: str = "name another store with `--into` or MERGECLI_HOME") -> Generator[None]:
-    """The operating system's refusals as one clear error about `path`, with a hint that fits where no output was named."""
-    try:
-        with write_errors(path):
-            yield
-    except InputError as error:
-        raise InputError(error.message, hint if "`-o`" in error.hint else error.hint) from error
 
 
 @dataclass(frozen=True)

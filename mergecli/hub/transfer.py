@@ -16,15 +16,18 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from mergecli.errors import HubError
-from mergecli.hub.contract import Hub, RemoteFile, TransientError
-from mergecli.hub.patience import Patience, StoppedError
-from mergecli.hub.store import size_of, writing
-from mergecli.lock import LockedFile
-from mergecli.sources import Source
+from mergecli.hub.client import Hub, RemoteFile, TransientError
+from mergecli.hub.retry import Patience, StoppedError
+from mergecli.hub.store import size_of
+from mergecli.recipe.lock import LockedFile
+from mergecli.runtime.errors import HubError
+from mergecli.storage.atomic import writing
+from mergecli.storage.sources import Source
 
 _SMALL = 1 << 27
 """Bytes."""
+
+
 Tell = Callable[[int], None]
 """Called with how many bytes of the file are here."""
 

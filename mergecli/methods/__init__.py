@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergecli.errors import UsageError, did_you_mean
-from mergecli.methods._kinds import Looking, Method, PerTensor, TwoPass
+from mergecli.methods._base import Looking, Method, PerTensor, TwoPass
 from mergecli.methods._mixture import Mixture
 from mergecli.methods._modifier import Modifier
 from mergecli.methods._settings import Setting, setting_problems, settings_of, settled
+from mergecli.runtime.errors import UsageError, did_you_mean
 
 __all__ = [
     "Looking", "Method", "Modifier", "PerTensor", "Setting", "TwoPass", "create", "find", "name_of", "names", "problems", "settings", "table_of",

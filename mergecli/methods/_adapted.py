@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 
-from mergecli.methods._kinds import Group, Groups, Looking
+from mergecli.methods._base import Group, Groups, Looking
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 State = dict[str, "Tensor"]
 """Everything that changes from step to step, by name: what is learnt, and its optimiser's moments."""
 
+
 Change = Callable[[], None]
 """What changes a state in place. It only adds what a step has computed, so that a step is done whole or not at all."""
 
+
 BLOCK = 1 << 14
 """Entries of task vectors in bfloat16 that are made float32 at a time, few enough for a processor's cache."""
+
 
 UNSAVED = "unsaved."
 """Keys of a state that begin so can be made again, and are left out of files."""

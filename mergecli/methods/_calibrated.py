@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
-from mergecli.methods._kinds import Group, Looking, total
+from mergecli.methods._base import Group, Looking, total
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor -> shape, of every tensor that is merged."""
+
+
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Tensor -> dtype (as safetensors call it) and shape, of everything that is measured."""
 

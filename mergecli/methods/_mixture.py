@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
-from mergecli.methods._kinds import Group, Method, merge_group
+from mergecli.methods._base import Group, Method, merge_group
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 SAME = "same"
 """The dtype of the tower's own tensors, which the recipe may change."""
 
+
 Read = Callable[[str], "Tensor"]
 """Key -> the tensor, as it stands in the file."""
+
 
 Routing = Literal["sample", "batch"]
 """Whether each image has weights of its own, or a batch's images share the mean of them, as in the published tables: then

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from mergecli.methods._kinds import Group, Groups, Method, TwoPass, merge_group
+from mergecli.methods._base import Group, Groups, Method, TwoPass, merge_group
 
 if TYPE_CHECKING:
     from torch import Tensor

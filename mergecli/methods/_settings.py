@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from mergecli.errors import did_you_mean, shown
-from mergecli.methods._kinds import Method
+from mergecli.methods._base import Method
+from mergecli.runtime.errors import did_you_mean, shown
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Range:
 
 MOST = 1e30
 """The largest number a setting may be: weights are float32."""
+
 
 Fraction = Annotated[float, Range(0, 1, open_low=True)]
 """A share of the entries: above 0, at most 1."""

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from mergecli.methods._adam import adam_step
 from mergecli.methods._adapted import Adapted, Change, Learnt, State, Trial, combine, inner
-from mergecli.methods._descent import adam_step
-from mergecli.methods._kinds import Group, Groups, total
-from mergecli.methods._select import keep_largest, magnitude_thresholds
+from mergecli.methods._base import Group, Groups, total
+from mergecli.methods._kth_largest import keep_largest, magnitude_thresholds
 from mergecli.methods._settings import Fraction, Range
 
 if TYPE_CHECKING:

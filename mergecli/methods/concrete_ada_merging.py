@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from mergecli.methods._adam import adam_step
 from mergecli.methods._adapted import UNSAVED, Adapted, Change, Learnt, State, Trial, combine
-from mergecli.methods._descent import adam_step
-from mergecli.methods._kinds import Group
-from mergecli.methods._masks import (
+from mergecli.methods._base import Group
+from mergecli.methods._concrete_masks import (
     FINAL,
     Kind,
     begin_masks,

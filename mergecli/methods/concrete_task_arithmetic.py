@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from mergecli.methods._adapted import Adapted, Change, Learnt, State, Trial
-from mergecli.methods._kinds import Group, total
-from mergecli.methods._masks import (
+from mergecli.methods._base import Group, total
+from mergecli.methods._concrete_masks import (
     Kind,
     begin_masks,
     final_mask,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, cast
 
-from mergecli.methods._kinds import Group, Method
+from mergecli.methods._base import Group, Method
 from mergecli.methods._modifier import Modifier
 from mergecli.methods._settings import Range
 from mergecli.methods.task_arithmetic import TaskArithmetic

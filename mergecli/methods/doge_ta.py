@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from mergecli.methods._descent import adam
-from mergecli.methods._kinds import Group, Groups, TwoPass, total
-from mergecli.methods._layers import layer_of
-from mergecli.methods._select import Rank, kth_largest
+from mergecli.methods._adam import adam
+from mergecli.methods._base import Group, Groups, TwoPass, total
+from mergecli.methods._depth import layer_of
+from mergecli.methods._kth_largest import Rank, kth_largest
 from mergecli.methods._settings import Fraction, Range
-from mergecli.methods._spectra import decompose
+from mergecli.methods._svd import decompose
 
 if TYPE_CHECKING:
     from torch import Tensor

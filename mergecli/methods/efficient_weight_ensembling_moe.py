@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from mergecli.methods._adapted import State, Trial
-from mergecli.methods._bits import kept, pack, packed_size
+from mergecli.methods._bitmasks import kept, pack, packed_size
 from mergecli.methods._mixture import SAME, Part, Read
-from mergecli.methods._routers import WeightEnsembling
 from mergecli.methods._settings import Range
+from mergecli.methods._wemoe import WeightEnsembling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,7 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
         return _filled(kept(f"masks.{name}", bits, values, math.prod(shape)), shape)
 
     def experts(self, name: str, like: Tensor, read: Read) -> Any:
-        from mergecli.methods._expert_products import Dense, Pruned
+        from mergecli.methods._wemoe_layers import Dense, Pruned
 
         if self.density > HALF:
             return Dense(self.dense(name, like, read))

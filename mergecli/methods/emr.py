@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mergecli.methods._bits import pack, packed_size, unpack
-from mergecli.methods._kinds import Group, Groups, TwoPass, total
+from mergecli.methods._base import Group, Groups, TwoPass, total
+from mergecli.methods._bitmasks import pack, packed_size, unpack
 from mergecli.methods._mixture import SAME, Conditioned, Part, Read
 
 if TYPE_CHECKING:

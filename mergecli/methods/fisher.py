@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
+from mergecli.methods._base import Group, total
 from mergecli.methods._calibrated import Calibrated, Layout, Probe, Shapes, Statistics
-from mergecli.methods._kinds import Group, total
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PART = 8
 """Images whose activations are held at a time; a batch's gradient is the sum of its parts'."""
+
 
 SQUARES = "squares"
 """(L,) float64 sums of the squares of every tensor's F, in the order of the tensors' names."""

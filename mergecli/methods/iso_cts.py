@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from mergecli.methods._kinds import Group, PerTensor, total
+from mergecli.methods._base import Group, PerTensor, total
 from mergecli.methods._settings import Range
-from mergecli.methods._spectra import PositionEmbedding, decompose, is_matrix, polar
+from mergecli.methods._svd import PositionEmbedding, decompose, is_matrix, polar
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from mergecli.methods._kinds import Group, Groups, Method
-from mergecli.methods._layers import depths
+from mergecli.methods._base import Group, Groups, Method
+from mergecli.methods._depth import depths
 from mergecli.methods._modifier import Modifier
 from mergecli.methods._settings import Range
 from mergecli.methods.task_arithmetic import TaskArithmetic

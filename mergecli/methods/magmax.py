@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from mergecli.methods._kinds import Group, PerTensor
+from mergecli.methods._base import Group, PerTensor
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:

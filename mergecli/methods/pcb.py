@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
-from mergecli.methods._kinds import Group, Groups, TwoPass, total
-from mergecli.methods._select import Rank, kth_largest
+from mergecli.methods._base import Group, Groups, TwoPass, total
+from mergecli.methods._kth_largest import Rank, kth_largest
 from mergecli.methods._settings import Fraction, Range
 
 if TYPE_CHECKING:

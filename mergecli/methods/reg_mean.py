@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
+from mergecli.methods._base import Group
 from mergecli.methods._calibrated import Calibrated, Layout, Probe, Shapes, Statistics, mean
-from mergecli.methods._kinds import Group
-from mergecli.methods._regression import Grams, Regression, is_linear, owner
+from mergecli.methods._least_squares import Grams, Regression, is_linear, owner
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+from mergecli.methods._base import Group
 from mergecli.methods._calibrated import Calibrated, JointProbe, Layout, Shapes, Statistics, mean
-from mergecli.methods._kinds import Group
-from mergecli.methods._layers import layer_of
-from mergecli.methods._regression import Grams, Regression, is_linear, owner
+from mergecli.methods._depth import layer_of
+from mergecli.methods._least_squares import Grams, Regression, is_linear, owner
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:

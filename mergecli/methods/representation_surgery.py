@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from mergecli import interrupts
-from mergecli.errors import InputError
-from mergecli.methods._descent import adam_step
-from mergecli.methods._kinds import Group, Looking, uniform
+from mergecli.methods._adam import adam_step
+from mergecli.methods._base import Group, Looking, uniform
 from mergecli.methods._mixture import SAME, Conditioned, Part, Read
 from mergecli.methods._settings import Range
+from mergecli.runtime import interrupts
+from mergecli.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from mergecli.methods._geometry import cosines, inner_products
-from mergecli.methods._kinds import Group, PerTensor
+from mergecli.methods._base import Group, PerTensor
+from mergecli.methods._cosine import cosines, inner_products
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from mergecli.methods._kinds import Group, PerTensor, total
+from mergecli.methods._base import Group, PerTensor, total
 from mergecli.methods._mixture import SAME, Installed, Part, Read, Routed, Routing
 from mergecli.methods._settings import Range
-from mergecli.methods._spectra import decompose
+from mergecli.methods._svd import decompose
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

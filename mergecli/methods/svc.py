@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from mergecli.methods._kinds import Group, Method
+from mergecli.methods._base import Group, Method
 from mergecli.methods._modifier import Modifier
 from mergecli.methods._settings import Range
-from mergecli.methods._spectra import PositionEmbedding, decompose, is_matrix
+from mergecli.methods._svd import PositionEmbedding, decompose, is_matrix
 from mergecli.methods.task_arithmetic import TaskArithmetic
 
 if TYPE_CHECKING:

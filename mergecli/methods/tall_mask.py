@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from mergecli.errors import did_you_mean
-from mergecli.methods._bits import pack, packed_size, unpack
-from mergecli.methods._kinds import Group, PerTensor, total
+from mergecli.methods._base import Group, PerTensor, total
+from mergecli.methods._bitmasks import pack, packed_size, unpack
 from mergecli.methods._mixture import SAME, Conditioned, Part, Read
 from mergecli.methods._settings import Range
+from mergecli.runtime.errors import did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
-from mergecli.methods._kinds import Group, Groups, TwoPass, total
-from mergecli.methods._select import keep_largest, magnitude_thresholds
+from mergecli.methods._base import Group, Groups, TwoPass, total
+from mergecli.methods._kth_largest import keep_largest, magnitude_thresholds
 from mergecli.methods._settings import Fraction, Range
 
 if TYPE_CHECKING:

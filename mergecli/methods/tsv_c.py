@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mergecli.methods._kinds import Group, PerTensor
+from mergecli.methods._base import Group, PerTensor
 from mergecli.methods._mixture import SAME, Conditioned, Part, Read
 from mergecli.methods._settings import Fraction
-from mergecli.methods._spectra import PositionEmbedding, decompose, is_matrix
+from mergecli.methods._svd import PositionEmbedding, decompose, is_matrix
 
 if TYPE_CHECKING:
     from torch import Tensor

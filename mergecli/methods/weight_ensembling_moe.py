@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mergecli.methods._routers import WeightEnsembling
+from mergecli.methods._wemoe import WeightEnsembling
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mergecli.adapter_files import check_adapter_folder
-from mergecli.errors import UsageError, listed, quoted
-from mergecli.output import check_target
+from mergecli.formats.lora_files import check_adapter_folder
+from mergecli.runtime.errors import UsageError, listed, quoted
+from mergecli.storage.atomic import check_target
 
 SCHEDULES = ("cosine", "constant")
+
+
 DTYPES = ("float32", "float16", "bfloat16")
+
+
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 

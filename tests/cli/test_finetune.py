@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from mergecli.finetuning import finetune
+from mergecli.training.finetune import finetune
 from tests.conftest import Run, assert_same
 from tests.tiny import make_image_task, make_tiny_clip
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mergecli import references
-from mergecli.catalogue import read_recipe
-from mergecli.clip.tasks import expand, names
+from mergecli.data.tasks import expand, names
+from mergecli.recipe.reading import read_recipe
+from mergecli.results import references
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 MERGED = [file for file in RECIPES if "[tuned]" in file.read_text("utf-8")]

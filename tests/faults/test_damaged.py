@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mergecli.checkpoint import open_checkpoint
-from mergecli.errors import InputError
+from mergecli.runtime.errors import InputError
+from mergecli.storage.checkpoint import open_checkpoint
 from tests.conftest import Run, World
 
 
@@ -160,7 +160,7 @@ def test_the_program_says_the_same_with_status_3_and_leaves_nothing(world: World
 
 @pytest.mark.parametrize("length", [640, 896, 1152, 1408])
 def test_a_header_whose_length_looks_like_a_pickles_first_bytes_is_read(tmp_path: Path, length: int) -> None:
-    from mergecli.conversion import is_pickled
+    from mergecli.formats.convert import is_pickled
 
     file = tmp_path / "m.safetensors"
     for filler in range(length):

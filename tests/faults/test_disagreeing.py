@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mergecli.engine import merge
-from mergecli.errors import InputError, UsageError
+from mergecli.merging.merge import merge
+from mergecli.runtime.errors import InputError, UsageError
 from tests.conftest import Run, World
 
 

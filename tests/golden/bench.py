@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergecli.engine import merge
+from mergecli.merging.merge import merge
 from tests.conftest import World
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergecli.methods._kinds import Group
+from mergecli.methods._base import Group
 from tests.golden.naive import Weights, flat, floats, unflat
 
 

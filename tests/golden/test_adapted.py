@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mergecli import models
-from mergecli.clip.trial import Seen
-from mergecli.engine import merge
-from mergecli.methods._kinds import uniform
+from mergecli.merging import models
+from mergecli.merging.learning.trial import Seen
+from mergecli.merging.merge import merge
+from mergecli.methods._base import uniform
 from tests.adapted import CLASSES, TEMPLATE, VISION, AdaptedWorld, images_of, make_adapted_world
 from tests.conftest import Weights, assert_same
 from tests.golden import naive, naive_adapted

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergecli.errors import UsageError
+from mergecli.runtime.errors import UsageError
 from tests.conftest import World, assert_same
 from tests.golden import naive
 from tests.golden.bench import merged, with_models

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mergecli import methods, models
+from mergecli import methods
 from mergecli.clip.heads import logits, zero_shot_head
-from mergecli.engine import merge
-from mergecli.measuring import measure
-from mergecli.methods._kinds import Group, merge_group
+from mergecli.merging import models
+from mergecli.merging.learning.measure import measure
+from mergecli.merging.merge import merge
+from mergecli.methods._base import Group, merge_group
 from tests.conftest import Weights, assert_same
 from tests.golden import naive, naive_calibrated
 from tests.golden.test_promises import same_bytes
@@ -295,7 +296,7 @@ def test_keys_queries_and_values_have_one_input(zoo: Zoo, tmp_path: Path) -> Non
 
 
 def test_an_exclusion_that_is_no_pattern_is_refused(zoo: Zoo) -> None:
-    from mergecli.errors import UsageError
+    from mergecli.runtime.errors import UsageError
 
     with pytest.raises(UsageError, match=r"`method.exclude`|`\(` is not a regular expression"):
         merged(zoo, "fisher", exclude=["("])

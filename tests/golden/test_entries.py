@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mergecli.errors import UsageError
+from mergecli.runtime.errors import UsageError
 from tests.conftest import World, assert_same, random_weights
 from tests.golden import naive, naive_more
 from tests.golden.bench import merged, with_models

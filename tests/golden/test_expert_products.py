@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergecli.methods import _expert_products
-from mergecli.methods._expert_products import Dense, Pruned, linear
+from mergecli.methods import _wemoe_layers as _expert_products
+from mergecli.methods._wemoe_layers import Dense, Pruned, linear
 
 T, M, N, B, S = 3, 23, 5, 7, 4
 

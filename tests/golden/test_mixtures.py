@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mergecli import methods
-from mergecli.methods._bits import pack, packed_size, unpack
-from mergecli.methods._kinds import Group, PerTensor, TwoPass
+from mergecli.methods._base import Group, PerTensor, TwoPass
+from mergecli.methods._bitmasks import pack, packed_size, unpack
 from mergecli.methods._mixture import Conditioned, Installed, Mixture, Routed, outcomes
 from mergecli.methods._smile_layers import SmileLinear
 from tests.conftest import Weights, assert_same, random_weights

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mergecli.methods._layers import depths, layer_of
+from mergecli.methods._depth import depths, layer_of
 from tests.conftest import Weights, World, assert_same
 from tests.golden import naive, naive_more, naive_spectral
 from tests.golden.bench import merged, with_models

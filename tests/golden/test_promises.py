@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from mergecli import methods, models
-from mergecli.methods._kinds import Group, Looking, Method, TwoPass, merge_group
+from mergecli import methods
+from mergecli.merging import models
+from mergecli.methods._base import Group, Looking, Method, TwoPass, merge_group
 from mergecli.methods._mixture import Mixture
 from tests.conftest import Weights, World, assert_same
 from tests.golden.bench import merged, with_models

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mergecli.checkpoint import VISION, open_checkpoint
-from mergecli.clip.trial import Seen
-from mergecli.engine import merge
+from mergecli.formats.mixture import mixture_of
+from mergecli.merging.learning.trial import Seen
+from mergecli.merging.merge import merge
 from mergecli.methods._mixture import Routed
-from mergecli.methods._routers import WeightEnsembling
+from mergecli.methods._wemoe import WeightEnsembling
 from mergecli.methods.efficient_weight_ensembling_moe import above_quantile, kept_of
-from mergecli.mixtures import mixture_of
+from mergecli.storage.checkpoint import VISION, open_checkpoint
 from tests.adapted import CLASSES, TEMPLATE, AdaptedWorld, images_of, make_adapted_world
 from tests.conftest import assert_same
 from tests.golden import naive_routed
@@ -215,7 +215,7 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch(
     torch.testing.assert_close(tower(pixels[order]).pooler_output, whole[order], atol=ROUNDING, rtol=0)
     one = torch.cat([tower(pixel[None]).pooler_output for pixel in pixels])
     torch.testing.assert_close(one, whole, atol=ROUNDING, rtol=0)
-    monkeypatch.setattr("mergecli.methods._expert_products.CACHE", 10_000)
+    monkeypatch.setattr("mergecli.methods._wemoe_layers.CACHE", 10_000)
     torch.testing.assert_close(tower(pixels).pooler_output, whole, atol=ROUNDING, rtol=0)
     shared, _ = installed(path, "batch")
     assert float((shared(pixels).pooler_output - whole).detach().abs().max()) > 1e-3

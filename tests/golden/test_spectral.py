@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergecli.methods._kinds import Group
-from mergecli.methods._spectra import decompose, gram, is_matrix, polar
+from mergecli.methods._base import Group
+from mergecli.methods._svd import decompose, gram, is_matrix, polar
 from tests.conftest import Weights, World, assert_same
 from tests.golden import naive, naive_spectral
 from tests.golden.bench import merged, with_models

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mergecli.errors import UsageError
+from mergecli.runtime.errors import UsageError
 from tests.conftest import Weights, World, assert_same, random_weights
 from tests.golden import naive_more
 from tests.golden.bench import merged, with_models

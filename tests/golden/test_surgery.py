@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mergecli import methods
-from mergecli.errors import InputError
-from mergecli.methods._kinds import uniform
+from mergecli.methods._base import uniform
 from mergecli.methods.representation_surgery import DOWN, UP, RepresentationSurgery
+from mergecli.runtime.errors import InputError
 from tests.golden import naive_surgery
 
 

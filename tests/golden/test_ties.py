@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mergecli.methods import _select
+from mergecli.methods import _kth_largest as _select
 from tests.conftest import World, assert_same
 from tests.golden import naive
 from tests.golden.bench import merged, with_models

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save
 
 import mergecli
-from mergecli.catalogue import read_recipe
-from mergecli.clip.images import load_images
-from mergecli.clip.tasks import find
-from mergecli.errors import HubError, InputError, UsageError
-from mergecli.fetching import fetch
-from mergecli.lock import lock_path
+from mergecli.data.images import load_images
+from mergecli.data.tasks import find
+from mergecli.hub.fetch import fetch
+from mergecli.recipe.lock import lock_path
+from mergecli.recipe.reading import read_recipe
+from mergecli.runtime.errors import HubError, InputError, UsageError
 from tests.conftest import Run, random_weights
 from tests.hub.conftest import RECIPE, Hubs, pickled
 from tests.hub.servers import Act

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergecli.errors import HubError
-from mergecli.fetching import fetch
-from mergecli.hub.choose import data_files
-from mergecli.hub.contract import RemoteFile
-from mergecli.sources import Source, locate
+from mergecli.hub.client import RemoteFile
+from mergecli.hub.fetch import fetch
+from mergecli.hub.file_selection import data_files
+from mergecli.runtime.errors import HubError
+from mergecli.storage.sources import Source, locate
 from tests.conftest import Run
 from tests.hub.conftest import Hubs, parquet
 from tests.hub.servers import Repository
@@ -71,7 +71,7 @@ def test_built_in_tasks_get_their_configuration(hubs: Hubs, tmp_path: Path) -> N
 
 
 def test_every_built_in_task_is_found_where_its_table_says(hubs: Hubs, tmp_path: Path) -> None:
-    from mergecli.clip import tasks
+    from mergecli.data import tasks
 
     for name in tasks.TALL20:
         task = tasks.find(name)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mergecli.checkpoint import open_checkpoint
-from mergecli.errors import HubError, InputError, UsageError
-from mergecli.fetching import fetch
-from mergecli.sources import locate, parse_source
+from mergecli.hub.fetch import fetch
+from mergecli.runtime.errors import HubError, InputError, UsageError
+from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.storage.sources import locate, parse_source
 from tests.conftest import Run
 from tests.hub.conftest import USED, Hubs, pickled
 from tests.hub.servers import Repository, altered

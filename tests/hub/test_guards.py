@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from mergecli.cli import run as in_process
-from mergecli.errors import HubError, InputError, UsageError
-from mergecli.fetching import LockNotWrittenError, fetch
-from mergecli.hub.contract import TransientError
-from mergecli.hub.network import host_of, wait_of, without_password
-from mergecli.hub.patience import Patience, StoppedError
+from mergecli.hub.client import TransientError
+from mergecli.hub.environment import host_of, wait_of, without_password
+from mergecli.hub.fetch import LockNotWrittenError, fetch
+from mergecli.hub.retry import Patience, StoppedError
 from mergecli.hub.store import Store
-from mergecli.lock import lock_path, read_lock
-from mergecli.sources import Source
+from mergecli.recipe.lock import lock_path, read_lock
+from mergecli.runtime.errors import HubError, InputError, UsageError
+from mergecli.storage.sources import Source
 from tests.conftest import Run
 from tests.hub.conftest import Hubs, pickled
 from tests.hub.servers import ModelScopeServer, Repository, status
@@ -152,7 +152,7 @@ def test_a_lock_that_cannot_be_written_holds_back_no_paths(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("mergecli.hub.outcome.write_lock", refuse)
+    monkeypatch.setattr("mergecli.hub.fetch.write_lock", refuse)
     with pytest.raises(LockNotWrittenError, match="cannot write: permission denied") as refused:
         fetch(recipe)
     assert "`-o`" not in refused.value.hint
@@ -210,8 +210,8 @@ def test_a_lock_with_a_byte_order_mark_is_read(hubs: Hubs, recipe: Path) -> None
 def test_what_another_program_brought_meanwhile_is_not_counted(
     hubs: Hubs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    acquire = "mergecli.hub.work._acquire"
-    from mergecli.hub import work
+    acquire = "mergecli.hub.download._acquire"
+    from mergecli.hub import download as work
 
     plain = work._acquire  # pyright: ignore[reportPrivateUsage]
 

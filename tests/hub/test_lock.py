@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mergecli.catalogue import read_recipe
-from mergecli.errors import HubError, InputError, UsageError
-from mergecli.fetching import fetch
-from mergecli.lock import Entry, Lock, LockedFile, lock_path, pin, pinned_source, read_lock, write_lock
-from mergecli.sources import locate, parse_source
+from mergecli.hub.fetch import fetch
+from mergecli.recipe.lock import Entry, Lock, LockedFile, lock_path, pin, pinned_source, read_lock, write_lock
+from mergecli.recipe.reading import read_recipe
+from mergecli.runtime.errors import HubError, InputError, UsageError
+from mergecli.storage.sources import locate, parse_source
 from tests.conftest import Run
 from tests.hub.conftest import RECIPE, USED, Hubs, pickled
 from tests.hub.servers import Repository

@@ -17,10 +17,10 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save, save_file
 
 import mergecli
-from mergecli.catalogue import read_recipe
-from mergecli.clip.tasks import Task, expand, find
-from mergecli.lock import lock_path
-from mergecli.recipe import Recipe
+from mergecli.data.tasks import Task, expand, find
+from mergecli.recipe.lock import lock_path
+from mergecli.recipe.reading import read_recipe
+from mergecli.recipe.schema import Recipe
 from tests.hub.servers import HuggingFaceServer, ModelScopeServer, Repository
 from tests.tiny import make_tiny_clip
 

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from mergecli.errors import HubError
-from mergecli.fetching import fetch
+from mergecli.hub.fetch import fetch
+from mergecli.runtime.errors import HubError
 from tests.conftest import Run
 from tests.hub.conftest import USED, Hubs
 from tests.hub.servers import Request, status

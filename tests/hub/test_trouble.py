@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from mergecli.errors import HubError
-from mergecli.fetching import fetch
-from mergecli.hub.contract import TransientError
-from mergecli.hub.patience import Patience, StoppedError, in_threads, retried
+from mergecli.hub.client import TransientError
+from mergecli.hub.fetch import fetch
+from mergecli.hub.retry import Patience, StoppedError, in_threads, retried
+from mergecli.runtime.errors import HubError
 from tests.conftest import Run
 from tests.hub.conftest import Hubs
 from tests.hub.servers import ModelScopeServer, Repository, Request, cut, stall, status

@@ -1,0 +1,142 @@
+"""What people and pipes see: data on stdout, messages and progress on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any, TextIO
+
+from mergecli.runtime.distributed import telling
+from mergecli.runtime.errors import MergecliWarning, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from mergecli.results.tables import Table
+    from mergecli.runtime.progress import Progress
+
+
+def line(text: str) -> None:
+    """One line of data on stdout."""
+    print(text)
+
+
+def warning(text: str) -> None:
+    """Something the user should know, on stderr."""
+    _told(f"{_painted('warning:', '33', sys.stderr)} {text}")
+
+
+def note(text: str) -> None:
+    """What may be concluded, on stderr."""
+    _told(f"note: {text}")
+
+
+def error(message: str, hint: str = "") -> None:
+    """What went wrong and, after `hint:`, how to mend it, on stderr."""
+    lines = [f"{_painted('error:', '31', sys.stderr)} {message}"]
+    if hint:
+        lines.append(f"{_painted('hint:', '36', sys.stderr)} {hint}")
+    with suppress(OSError):  # there is nobody left to tell
+        _told("\n".join(lines))
+
+
+def _told(text: str) -> None:
+    """The text on stderr; where several processes would say the same, once."""
+    with telling(text) as is_new:
+        if is_new:
+            print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def warnings_of_ours() -> Generator[None]:
+    """Says what is warned of as everything else is said; the same thing once."""
+
+    def tell(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int,
+        file: TextIO | None = None, line: str | None = None,
+    ) -> None:  # fmt: skip
+        if issubclass(category, MergecliWarning):
+            warning(str(message))
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", MergecliWarning)
+        others, warnings.showwarning = warnings.showwarning, tell
+        yield
+
+
+def hush() -> None:
+    """Sends what is still to be printed nowhere: the reader has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+
+
+def table(content: Table, form: str | None) -> None:
+    """The table on stdout: drawn on a terminal, TSV in a pipe, or in the format asked for."""
+    if form is None:
+        form = "table" if sys.stdout.isatty() else "tsv"
+    if form == "table":
+        _drawn(content)
+    else:
+        sys.stdout.write(content.text(form))
+
+
+def check_format(form: str | None) -> str | None:
+    """The format, if there is such a one: for `--format`, before any work is done."""
+    from mergecli.results.tables import FORMATS
+
+    if form is not None and form not in FORMATS:
+        raise UsageError(
+            f"--format: expected one of {', '.join(FORMATS)}, got `{form}`{did_you_mean(form, FORMATS)}"
+        )
+    return form
+
+
+def _drawn(content: Table) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    drawn = RichTable(title=content.title or None, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for column in content.columns:
+        drawn.add_column(column.name, justify="left" if column.unit == "text" else "right", no_wrap=True)
+    for row in content.rows:
+        drawn.add_row(*(column.shown(value) for column, value in zip(content.columns, row, strict=True)))
+    console = Console(highlight=False)
+    # a narrow terminal wraps a line; cut numbers would be lost
+    console.width = max(
+        console.width, console.measure(drawn, options=console.options.update(width=10_000)).maximum
+    )
+    console.print(drawn)
+
+
+@contextmanager
+def progress() -> Generator[Progress | None]:
+    """A function that draws progress on stderr if that is a terminal, else None."""
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+    with bars:
+        known: dict[str, Any] = {}
+
+        def tell(description: str, done: int, total: int) -> None:
+            word = description.split(":")[0]
+            if word not in known:
+                known[word] = bars.add_task(description, total=total)
+            bars.update(known[word], completed=done, total=total, description=description)
+
+        yield tell
+
+
+def _painted(text: str, colour: str, stream: IO[str]) -> str:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    return text if plain else f"\x1b[1;{colour}m{text}\x1b[0m"

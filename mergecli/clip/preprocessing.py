@@ -1,0 +1,68 @@
+"""A CLIP's image processor in two parts: what it does to the picture, and what it makes of the numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mergecli.data.decoding import Framing
+from mergecli.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergecli.clip.model import Clip
+
+
+def frame_of(clip: Clip) -> tuple[Framing, tuple[int, int]]:
+    """What the CLIP's processor does before it rescales, and the height and width that come out.
+
+    Raises:
+        InputError: its processor does something else, or gives images of several sizes.
+    """
+    known = clip.processor
+    size, crop = known.size, known.crop_size
+    fixed = (size.height, size.width) if known.do_resize and size.height and size.width else None
+    shorter = size.shortest_edge if known.do_resize and not fixed else None
+    cut = (crop.height, crop.width) if known.do_center_crop else None
+    result = cut or fixed
+    if result is None or known.do_pad or (known.do_resize and (not (fixed or shorter) or size.longest_edge)):
+        raise InputError(
+            f"{clip.path}: its image processor is not one of CLIP's",
+            "`preprocessor_config.json` should have `size` with `shortest_edge`, and `crop_size`",
+        )
+    return Framing(shorter, fixed, int(known.resample), cut), result
+
+
+class Normalisation:
+    """(B, 3, H, W) uint8 -> float32 on the CLIP's device: what its processor makes of resized and cropped images, bit
+    by bit."""
+
+    def __init__(self, clip: Clip) -> None:
+        import numpy as np
+        import torch
+
+        known = clip.processor
+        values = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (1, 256, 3))
+        made = known(
+            images=[values], do_resize=False, do_center_crop=False, input_data_format="channels_last", return_tensors="pt"
+        )  # fmt: skip
+        self._table: Tensor = made["pixel_values"][0].float().to(clip.device)  # (3, 1, 256)
+        scale = 1 / known.rescale_factor if known.do_rescale else 1.0
+        mean, std = (known.image_mean, known.image_std) if known.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+        # a divisor on the device: by a number, a GPU multiplies with the reciprocal, which rounds otherwise
+        self._scale = torch.tensor(scale, device=clip.device)
+        self._mean = torch.tensor(mean, device=clip.device).view(3, 1, 1)
+        self._std = torch.tensor(std, device=clip.device).view(3, 1, 1)
+        every = torch.arange(256, dtype=torch.uint8, device=clip.device).expand(1, 3, 1, 256)
+        self._exact = torch.equal(self._computed(every)[0], self._table)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        import torch
+
+        pixels = pixels.to(self._table.device, non_blocking=True)
+        if self._exact:
+            return self._computed(pixels)
+        return torch.stack([self._table[each, 0][pixels[:, each].int()] for each in range(3)], dim=1)
+
+    def _computed(self, pixels: Tensor) -> Tensor:
+        return pixels.float().div_(self._scale).sub_(self._mean).div_(self._std)

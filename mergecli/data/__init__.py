@@ -1,0 +1,1 @@
+"""Image tasks: class names and prompts, images on disk, decoding, corruptions, the toy world."""

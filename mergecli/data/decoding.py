@@ -1,0 +1,239 @@
+"""Images decoded, resized and cropped as the model's processor does it, also by processes beside this one; no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+    from PIL.Image import Image
+
+FEW = 512
+"""So many images are decoded by this process alone: others would take longer to start."""
+
+
+class Encoded(NamedTuple):
+    """An image that is not decoded yet, and can be sent to another process."""
+
+    content: bytes | str | tuple[str, str, int] | None
+    """An image file, as bytes or as its path; or task, split and number of a toy's drawing; None if there is none."""
+    mode: str | None = None
+    """What it is converted to before it becomes RGB, as PIL calls it."""
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What an image processor does before it rescales; lengths in pixels."""
+
+    shortest_edge: int | None
+    """The shorter side after resizing; else `size`."""
+    size: tuple[int, int] | None
+    """Height and width after resizing; None with no `shortest_edge`: nothing is resized."""
+    resample: int
+    """PIL's number of the filter."""
+    crop: tuple[int, int] | None
+    """Height and width of the middle that is kept; an image that is smaller gets a black margin."""
+
+
+class Corruption(NamedTuple):
+    """What is done to every image after it was cropped."""
+
+    name: str
+    severity: int
+
+
+class Job(NamedTuple):
+    """Images that one process frames at a time."""
+
+    images: Sequence[Encoded]
+    framing: Framing
+    corruption: Corruption | None
+    seeds: Sequence[str]
+    """What the chance in a corruption depends on, for each image."""
+
+
+class Unreadable(NamedTuple):
+    """The first image of a job that cannot be read, and why."""
+
+    number: int
+    reason: str
+
+
+def decoded(encoded: Encoded) -> Image:
+    """The image as RGB, turned as its EXIF orientation says.
+
+    Raises:
+        OSError, ValueError, ...: one of PIL's many; `UNREADABLE` is all of them.
+    """
+    from PIL import ExifTags, ImageOps
+    from PIL import Image as Pictures
+
+    content = encoded.content
+    if isinstance(content, tuple):
+        from mergecli.data.toy.drawing import draw
+
+        return draw(*content)[0]
+    if content is None or (isinstance(content, str) and not Path(content).is_file()):
+        raise OSError("there is none")
+    image: Image = Pictures.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation) is not None:
+        image = ImageOps.exif_transpose(image)
+    if encoded.mode and encoded.mode != image.mode:
+        image = image.convert(encoded.mode)
+    return image.convert("RGB")
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """Every kind of error that a damaged image may raise."""
+    from PIL import Image, UnidentifiedImageError
+
+    return (
+        UnidentifiedImageError,
+        OSError,
+        TypeError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    )
+
+
+def framed(image: Image, framing: Framing) -> ndarray[Any, Any]:
+    """(3, H, W) uint8: resized and cropped, bit by bit as transformers' processor of PIL does it."""
+    import numpy as np
+
+    width, height = image.size
+    if framing.shortest_edge is not None:
+        edge = framing.shortest_edge
+        size = (edge, edge * height // width) if width <= height else (edge * width // height, edge)
+        image = image.resize(size, framing.resample)
+    elif framing.size is not None:
+        image = image.resize((framing.size[1], framing.size[0]), framing.resample)
+    array = np.asarray(image)
+    if framing.crop is not None:
+        array = _middle(array, *framing.crop)
+    return np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _middle(array: ndarray[Any, Any], height: int, width: int) -> ndarray[Any, Any]:
+    """(height, width, 3): the middle of an (H, W, 3) image, which lies in the middle of black if it is smaller."""
+    import numpy as np
+
+    above, left = -((array.shape[0] - height) // 2), -((array.shape[1] - width) // 2)
+    if above > 0 or left > 0:
+        margins = [
+            (max(place, 0), max(length - size - max(place, 0), 0))
+            for place, length, size in ((above, height, array.shape[0]), (left, width, array.shape[1]))
+        ]
+        array = np.pad(array, (*margins, (0, 0)))
+    top, first = max(-above, 0), max(-left, 0)
+    return array[top : top + height, first : first + width]
+
+
+def frames(job: Job) -> ndarray[Any, Any] | Unreadable:
+    """(B, 3, H, W) uint8, or what cannot be read."""
+    import numpy as np
+
+    found: list[Any] = []
+    errors = unreadable()
+    for number, encoded in enumerate(job.images):
+        try:
+            array = framed(decoded(encoded), job.framing)
+        except errors as error:
+            return Unreadable(number, str(error))
+        if job.corruption is not None:
+            array = _corrupted(array, job.corruption, job.seeds[number])
+        found.append(array)
+    return np.stack(found)
+
+
+def _corrupted(array: ndarray[Any, Any], corruption: Corruption, seed: str) -> ndarray[Any, Any]:
+    import numpy as np
+    from PIL import Image as Pictures
+
+    from mergecli.data.corruptions import corrupt
+
+    image = corrupt(Pictures.fromarray(array.transpose(1, 2, 0)), corruption.name, corruption.severity, seed)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+class Decoders:
+    """Processes that frame images, one job at a time each; with one worker, this process itself."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._threads = ThreadPoolExecutor(workers)
+        self._own = threading.local()
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def submit(self, make: Callable[[], Job]) -> Future[ndarray[Any, Any] | Unreadable]:
+        """What `frames` says of the job, which is made by another thread."""
+        return self._threads.submit(self._frames, make)
+
+    def _frames(self, make: Callable[[], Job]) -> ndarray[Any, Any] | Unreadable:
+        job = make()
+        if self.workers == 1:
+            return frames(job)
+        try:
+            child = getattr(self._own, "child", None) or self._start()
+            assert child.stdin is not None
+            assert child.stdout is not None
+            pickle.dump(job, child.stdin)
+            child.stdin.flush()
+            return pickle.load(child.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):  # it was killed, or cannot be started here
+            return frames(job)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        home = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+        child = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", "from mergecli.data.decoding import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,
+        )  # fmt: skip  Ctrl-C is for this process alone, which ends the others
+        self._own.child = child
+        self._children.append(child)
+        return child
+
+    def __enter__(self) -> Decoders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        for child in self._children:
+            with contextlib.suppress(BrokenPipeError), child:  # one that died still has a job in its pipe
+                child.kill()
+
+
+def serve() -> None:
+    """Frames the jobs that come on stdin and sends the images to stdout, until there are no more."""
+    answers: IO[bytes] = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            pickle.dump(frames(pickle.load(sys.stdin.buffer)), answers, protocol=5)
+            answers.flush()
+
+
+def workers_for(images: int, given: int | None = None) -> int:
+    """How many processes frame so many images: as given, else one for each processor, at most eight."""
+    if given is not None:
+        return given
+    if images <= FEW:
+        return 1
+    available = getattr(os, "sched_getaffinity", None)
+    return min(8, len(available(0)) if available else os.cpu_count() or 1)

@@ -1,0 +1,231 @@
+"""Labelled images on disk, or drawn: Parquet files, image folders and the toy tasks, seen as one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mergecli.data.decoding import Encoded, decoded, unreadable
+from mergecli.data.parquet import Rows, parquet_rows, picture_rows
+from mergecli.data.splits import VALIDATION_NAMES, digest, fingerprint, folder_splits, parquet_splits
+from mergecli.runtime.errors import InputError, UsageError, quoted
+from mergecli.storage.sources import locate
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mergecli.data.tasks import Task
+
+VALIDATION = "validation"
+
+
+REMAINDER = "train-without-validation"
+"""The nine tenths of the training images that are left where `validation` is the tenth."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of one split: `images[i]` is the i-th as an RGB image, and its label (0 is the first class)."""
+
+    split: str
+    classes: tuple[str, ...] | None
+    """The class names that the data itself gives, or None."""
+    fingerprint: str
+    """`xxh3:` and 32 hex digits of the content; the same wherever the data lie."""
+    where: str
+    """What messages call it."""
+    columns: tuple[str, str]
+    """Where images and labels come from; the same content may have several."""
+    every_label: Sequence[int] = field(repr=False)
+    """The labels of all rows, chosen or not."""
+    encoded: Callable[[int], Encoded] = field(repr=False)
+    """The image of a row, not decoded."""
+    rows: Sequence[int] | None = field(default=None, repr=False)
+    """The chosen rows; None is all, in order."""
+
+    def __len__(self) -> int:
+        return len(self.every_label if self.rows is None else self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Image, int]:
+        row = self.row(index)
+        try:
+            return decoded(self.encoded(row)), self.every_label[row]
+        except unreadable() as error:
+            raise self.cannot_read(row, str(error)) from error
+
+    def __iter__(self) -> Iterator[tuple[Image, int]]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def labels(self) -> list[int]:
+        """The label of each image."""
+        rows = range(len(self.every_label)) if self.rows is None else self.rows
+        return [self.every_label[row] for row in rows]
+
+    def row(self, index: int) -> int:
+        """The row in the data of the image number `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return index if self.rows is None else self.rows[index]
+
+    def chosen(self, numbers: Sequence[int]) -> Images:
+        """Only the images of these numbers, in this order."""
+        return replace(self, rows=[self.row(number) for number in numbers])
+
+    def cannot_read(self, row: int, reason: str) -> InputError:
+        """The error that says so of a row."""
+        return InputError(f"{self.where}, image {row}: cannot be read: {reason}")
+
+
+def load_images(task: Task, split: str | None = None, *, remember: bool = True) -> Images:
+    """The images of the task's own split, or of another; with `remember`, the digest of large files is kept in the cache.
+
+    `validation` is the split of that name, or where the data have none a tenth of the training images, drawn
+    as `torch.utils.data.random_split` does with a generator of seed 0; `train-without-validation` is the rest, which is all of them where there is a split for validation.
+
+    Raises:
+        InputError: the data are missing, damaged, or do not fit the task's classes.
+        UsageError: the data have no such split.
+    """
+    wanted = split or task.split
+    if task.data.kind == "toy":
+        load, known = _toy(task)
+    else:
+        load, known = _on_disk(task, remember)
+    own = VALIDATION_NAMES if wanted == VALIDATION else (wanted,)
+    if wanted == REMAINDER and any(name in known for name in VALIDATION_NAMES):
+        own = (task.train_split,)
+    named = next((name for name in own if name in known), None)
+    if named is not None:
+        return load(named)
+    if wanted in (VALIDATION, REMAINDER) and task.train_split in known:
+        whole = load(task.train_split)
+        order: list[int] = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).tolist()
+        kept = len(order) - int(0.1 * len(order))
+        rows = order[:kept] if wanted == REMAINDER else order[kept:]
+        if not rows:
+            raise InputError(f"{_where(task)}: a tenth of {len(order)} images is none", "name another split")
+        return replace(whole, split=wanted, rows=rows)
+    missing = task.train_split if wanted == REMAINDER else wanted
+    raise UsageError(f"{_where(task)}: has no split `{missing}`", f"it has {quoted(known)}")
+
+
+def _where(task: Task) -> str:
+    return str(task.data.path or f"{task.data.kind}:{task.data.name}") + f" (task `{task.name}`)"
+
+
+Loader = tuple[Callable[[str], Images], tuple[str, ...]]
+
+
+def _toy(task: Task) -> Loader:
+    """How to draw a split of a toy task, and its splits."""
+    from mergecli.data.toy import TASKS
+    from mergecli.data.toy.drawing import draw
+
+    name = task.data.name
+    if name not in TASKS:
+        raise UsageError(
+            f"toy:{name} (task `{task.name}`): is not one of the toy tasks", f"they are {quoted(TASKS)}"
+        )
+    toy = TASKS[name]
+
+    def load(split: str) -> Images:
+        count = toy.train if split == "train" else toy.test
+        code = sorted(Path(draw.__code__.co_filename).parent.glob("*.py"))
+        found = Images(
+            split=split,
+            classes=tuple(toy.classes),
+            fingerprint=digest(f"{name} {split} {count}\n", *(file.read_text("utf-8") for file in code)),
+            where=f"{_where(task)}: split `{split}`",
+            columns=("image", "label"),
+            every_label=[index % len(toy.classes) for index in range(count)],
+            encoded=lambda row: Encoded((name, split, row)),
+        )
+        return _checked(task, found)
+
+    return load, ("train", "test")
+
+
+def _on_disk(task: Task, remember: bool) -> Loader:
+    """How to read a split of a folder or Parquet file, and its splits."""
+    root = locate(task.data)
+    if not root.exists():
+        raise InputError(f"{_where(task)}: no such folder")
+    tables = parquet_splits(root, task.config, _where(task))
+    folders = {} if tables else folder_splits(root)
+    if not tables and not folders:
+        raise InputError(
+            f"{_where(task)}: holds neither Parquet files nor a folder of images for each class",
+            "expected `test-00000-of-00001.parquet` or `test/<class>/<image>.png`",
+        )
+    files: Mapping[str, list[Path]] = tables or folders
+    classes = sorted({file.parent.name for found in folders.values() for file in found})
+
+    def load(split: str) -> Images:
+        content = fingerprint(files[split], with_names=not tables, remember=remember)
+        where = f"{_where(task)}: split `{split}`"
+        rows = parquet_rows(files[split], where) if tables else picture_rows(files[split], classes)
+        return _images(task, split, rows, content, remember)
+
+    return load, tuple(files)
+
+
+def _images(task: Task, split: str, data: Rows, content: str, remember: bool) -> Images:
+    """The rows as images, once the columns and labels are known to fit the task."""
+    columns = {
+        use: next((name for name in (own, use) if name in data.columns), None)
+        for use, own in (("image", task.image_column), ("label", task.label_column))
+    }
+    image, label = columns["image"], columns["label"]
+    where = f"{_where(task)}: split `{split}`"
+    if image is None or label is None:
+        lacking = quoted(use for use, name in columns.items() if name is None)
+        raise InputError(f"{where} has no column {lacking}", f"it has {quoted(data.columns)}")
+    try:
+        encoded = data.images(image)
+    except TypeError as error:
+        raise InputError(f"{where}: column `{image}` does not hold images, but {error}") from error
+    elsewhere = [file for path in dict.fromkeys(data.paths(image)) if (file := Path(path)).is_file()]
+    if elsewhere:
+        content = digest(content, fingerprint(elsewhere, with_names=False, remember=remember))
+    values: Sequence[Any] = data.labels(label)
+    for row, value in enumerate(values):
+        if not isinstance(value, int):
+            raise InputError(f"{where}, row {row}: expected a whole number as label, got {value!r}")
+    found = Images(
+        split=split,
+        classes=data.classes(label),
+        fingerprint=content,
+        where=where,
+        columns=(image, label),
+        every_label=[int(value) for value in values],
+        encoded=encoded,
+    )
+    return _checked(task, found)
+
+
+def _checked(task: Task, images: Images) -> Images:
+    """The images, once it is sure that there are some and that their labels fit the task's classes."""
+    where, labels = images.where, images.every_label
+    if not labels:
+        raise InputError(f"{where}: has no images")
+    classes = task.classes or images.classes
+    if classes is None:
+        raise InputError(
+            f"{where}: has no class names of its own", f"give `classes` under `[tasks.{task.name}]`"
+        )
+    if min(labels) < 0 or max(labels) >= len(classes):
+        raise InputError(
+            f"{where}: labels go from {min(labels)} to {max(labels)}, but the task has {len(classes)} classes",
+            f"`classes` under `[tasks.{task.name}]` names all of them, in the order of the labels",
+        )
+    if images.classes is not None and len(images.classes) < len(classes):
+        raise InputError(
+            f"{where}: the data have {len(images.classes)} classes, the task has {len(classes)}",
+            f"`classes` under `[tasks.{task.name}]` names those of the data, in the order of the labels",
+        )
+    return images

@@ -1,0 +1,216 @@
+"""The rows of a data set on disk: labels at once, encoded images one by one as they are asked for."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergecli.data.decoding import Encoded
+from mergecli.runtime.errors import InputError
+
+HELD = 512 << 20
+"""Bytes of encoded images that are held in memory, over all data sets together; those used last stay."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The columns of one split."""
+
+    columns: tuple[str, ...]
+    count: int
+    classes: Callable[[str], tuple[str, ...] | None]
+    """The class names that the labels of a column stand for, if the data say so."""
+    labels: Callable[[str], Sequence[Any]]
+    """The values of a column."""
+    images: Callable[[str], Callable[[int], Encoded]]
+    """A function that gives a column's image in a row; TypeError says that the column holds something else."""
+    paths: Callable[[str], Sequence[str]]
+    """The files that images of a column lie in which are not in the table itself, and which its digest knows nothing of."""
+
+
+def picture_rows(files: Sequence[Path], names: Sequence[str]) -> Rows:
+    """Image files: the name of each one's folder is its class."""
+    return Rows(
+        columns=("image", "label"),
+        count=len(files),
+        classes=lambda _: tuple(names),
+        labels=lambda _: [names.index(file.parent.name) for file in files],
+        images=lambda _: lambda row: Encoded(str(files[row])),
+        paths=lambda _: (),
+    )
+
+
+def parquet_rows(files: Sequence[Path], where: str) -> Rows:
+    """Parquet files one after another, as if they were one; they stay as they are, and only what is used is read.
+
+    Raises:
+        InputError: one is damaged, or there are no rows.
+    """
+    from pyarrow import parquet
+
+    try:
+        opened = [parquet.ParquetFile(file, memory_map=True) for file in files]
+        count = sum(file.metadata.num_rows for file in opened)
+        schema = opened[0].schema_arrow
+        features = _features(schema.metadata)
+    except (OSError, ValueError) as error:
+        raise _damaged(where, error) from error
+    if not count:
+        raise InputError(f"{where}: has no images")
+    columns: tuple[str, ...] = tuple(map(str, schema.names))
+
+    def classes(column: str) -> tuple[str, ...] | None:
+        feature = features.get(column, {})
+        names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
+        return tuple(map(str, names)) if isinstance(names, list) else None
+
+    def labels(column: str) -> list[Any]:
+        try:
+            return [value for file in opened for value in file.read([column])[column].to_pylist()]
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(where, error) from error
+
+    def images(column: str) -> Callable[[int], Encoded]:
+        kind = schema.field(column).type
+        _check_images(kind)
+        mode = features.get(column, {}).get("mode")
+        return _ParquetImages(opened, column, where, mode if isinstance(mode, str) else None)
+
+    def paths(column: str) -> list[str]:
+        kind = schema.field(column).type
+        try:
+            return [each for file in opened for each in _paths(file, column, kind)]
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(where, error) from error
+
+    return Rows(columns, count, classes, labels, images, paths)
+
+
+def _paths(file: Any, column: str, kind: Any) -> list[str]:
+    """The paths of a column's images in one file, of those that have no bytes."""
+    from pyarrow import types
+
+    if types.is_string(kind) or types.is_large_string(kind):
+        return [each for each in file.read([column])[column].to_pylist() if each]
+    if not types.is_struct(kind) or kind.get_field_index("path") < 0:
+        return []
+    found: list[str] = []
+    for group in range(file.metadata.num_row_groups):
+        if _have_bytes(file.metadata.row_group(group), column):
+            continue
+        rows = file.read_row_group(group, [column])[column].to_pylist()
+        found += [each["path"] for each in rows if each and each.get("bytes") is None and each["path"]]
+    return found
+
+
+def _have_bytes(group: Any, column: str) -> bool:
+    """Whether a row group is known to have the bytes of every image."""
+    for number in range(group.num_columns):
+        part = group.column(number)
+        if part.path_in_schema == f"{column}.bytes":
+            return bool(
+                part.statistics and part.statistics.has_null_count and part.statistics.null_count == 0
+            )
+    return False
+
+
+def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
+    """Column -> what the `datasets` library noted of it in the file."""
+    try:
+        known: Any = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {str(name): feature for name, feature in known.items() if isinstance(feature, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _check_images(kind: Any) -> None:
+    """Raises TypeError unless an Arrow type is one of those that may hold images."""
+    from pyarrow import types
+
+    plain = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_list)
+    if any(test(kind) for test in plain):
+        return
+    if types.is_struct(kind) and {kind.field(number).name for number in range(kind.num_fields)} & {
+        "bytes",
+        "path",
+    }:
+        return
+    raise TypeError(str(kind))
+
+
+class _ParquetImages:
+    """The images of one column of several Parquet files; whole row groups are read, from any thread."""
+
+    def __init__(self, files: Sequence[Any], column: str, where: str, mode: str | None) -> None:
+        self._files, self._column, self._where, self._mode = files, column, where, mode
+        self._groups = [(file, group) for file in files for group in range(file.metadata.num_row_groups)]
+        self._own = object()
+        self._starts = [0]
+        for file, group in self._groups:
+            self._starts.append(self._starts[-1] + file.metadata.row_group(group).num_rows)
+
+    def __call__(self, row: int) -> Encoded:
+        number = bisect.bisect_right(self._starts, row) - 1
+        value: Any = self._group(number)[row - self._starts[number]].as_py()
+        if isinstance(value, dict):
+            value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        return Encoded(value, self._mode)
+
+    def _group(self, number: int) -> Any:
+        """The column's values in one row group."""
+        key = (self._own, number)
+        with _held.lock:
+            if key not in _held.groups:
+                file, group = self._groups[number]
+                try:
+                    values: Any = file.read_row_group(group, [self._column])[self._column].combine_chunks()
+                except (OSError, ValueError, KeyError) as error:
+                    raise _damaged(self._where, error) from error
+                _held.add(key, _as_files(values))
+            _held.groups.move_to_end(key)
+            return _held.groups[key]
+
+
+class _Held:
+    """The row groups in memory, those used last at the end."""
+
+    def __init__(self) -> None:
+        self.groups: OrderedDict[tuple[object, int], Any] = OrderedDict()
+        self.lock = threading.Lock()
+        self._size = 0
+
+    def add(self, key: tuple[object, int], values: Any) -> None:
+        """Keeps one more, and forgets those used longest ago where they are too large together."""
+        self.groups[key] = values
+        self._size += values.nbytes
+        while self._size > HELD and len(self.groups) > 1:
+            self._size -= self.groups.popitem(last=False)[1].nbytes
+
+
+_held = _Held()
+
+
+def _as_files(values: Any) -> Any:
+    """The images as files, where the column has their pixels as lists of numbers."""
+    from pyarrow import types
+
+    if not types.is_list(values.type):
+        return values
+    import datasets
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of whole numbers that are stored as larger ones than bytes
+        return datasets.Image().cast_storage(values)
+
+
+def _damaged(where: str, error: Exception) -> InputError:
+    return InputError(
+        f"{where}: cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    )

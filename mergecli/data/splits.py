@@ -1,0 +1,139 @@
+"""A data folder: which files belong to which split, what they hold, and the digest of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path, PurePath
+
+from mergecli.runtime.errors import InputError, quoted
+from mergecli.storage import cache as caching
+from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.storage.safetensors_writer import SafetensorsWriter
+
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+
+
+_NAMES = ("train", "test", *VALIDATION_NAMES)
+
+
+_SHARD = re.compile(r"[-_]?\d+(-of-\d+)?(-[0-9a-f]{16})?$")
+
+
+def split_of(path: PurePath) -> tuple[str, PurePath]:
+    """The split of `test-00000-of-00002.parquet`, `test.parquet` or `test/0.parquet`, and the folder around it, which
+    says of which configuration it is."""
+    split, folder = _SHARD.sub("", path.stem), path.parent
+    if not split or (split not in _NAMES and folder.name in _NAMES):
+        return folder.name or "test", folder.parent
+    return split, folder
+
+
+LARGE = 16 << 20
+"""Files that have so many bytes together are not read again for their digest as long as nobody has touched them."""
+
+
+_SETTLED = 5.0
+"""Seconds since the last change of a file, after which a file system's clock tells the next one from it."""
+
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def parquet_splits(root: Path, config: str | None, where: str) -> dict[str, list[Path]]:
+    """Split -> its Parquet files, from names as `test-00000-of-00002.parquet`, `test.parquet` or `test/0.parquet`.
+
+    They may lie at any depth; where there is a folder called `config`, only those in it count.
+
+    Raises:
+        InputError: files of one split lie in several folders, which are different configurations.
+    """
+    every = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
+    paths = {file: file.relative_to(root if root.is_dir() else root.parent) for file in every}
+    paths = {
+        file: path for file, path in paths.items() if not any(part.startswith(".") for part in path.parts)
+    }
+    chosen = {file: path for file, path in paths.items() if config in path.parts}
+    found: dict[str, list[Path]] = {}
+    homes: dict[str, set[PurePath]] = {}
+    for file, path in (chosen or paths).items():
+        split, folder = split_of(path)
+        found.setdefault(split, []).append(file)
+        homes.setdefault(split, set()).add(folder)
+    for split, folders in homes.items():
+        if len(folders) > 1:
+            names = [folder.as_posix() for folder in sorted(folders)]
+            raise InputError(
+                f"{where}: has split `{split}` in several folders: {quoted(names)}",
+                "give one of them as the task's `data`",
+            )
+    return found
+
+
+def folder_splits(root: Path) -> dict[str, list[Path]]:
+    """Split -> its images, which lie in `<split>/<class>/`, or in `<class>/` for data of one split, called `test`."""
+    if not root.is_dir():
+        return {}
+    top = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    splits = {folder.name: found for folder in top if (found := _pictures(folder))}
+    return splits or ({"test": found} if (found := _pictures(root)) else {})
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*/*") if file.suffix.lower() in _SUFFIXES)
+
+
+def fingerprint(files: Sequence[Path], with_names: bool, remember: bool = True) -> str:
+    """The digest of the files' contents, in order; an image folder's class names count too.
+
+    With `remember` that of large files is kept in the cache, for the next time that they are the same files: of the
+    same size, and changed at the same time.
+    """
+    seen = _untouched(files, with_names) if remember else None
+    place = None if seen is None else caching.place("digests", sha256(seen.encode()).hexdigest()[:32])
+    if place is not None:
+        with contextlib.suppress(InputError, KeyError), open_checkpoint(place) as stored:
+            caching.touch(place)
+            return stored.metadata["digest"]
+    found = digest(*_lines(files, with_names))
+    room = place is not None and caching.make_room(1 << 10, caching.allowed_size())
+    if place is not None and room and seen == _untouched(files, with_names):
+        about = {"what": f"the digest of {len(files)} files in {files[0].parent.name}", "digest": found}
+        with contextlib.suppress(InputError, OSError), SafetensorsWriter(place, {}, about):
+            pass
+    return found
+
+
+def _untouched(files: Sequence[Path], with_names: bool) -> str | None:
+    """What tells these files, as they are now, from others; None if they are small, or have just been changed."""
+    states = [file.stat() for file in files]
+    latest = max(max(each.st_mtime, each.st_ctime) for each in states)
+    if sum(each.st_size for each in states) < LARGE or not latest < time.time() - _SETTLED:
+        return None
+    facts = [
+        [str(file.absolute()), each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns]
+        for file, each in zip(files, states, strict=True)
+    ]
+    return json.dumps([with_names, facts])
+
+
+def _lines(files: Sequence[Path], with_names: bool) -> list[str]:
+    """A line with the digest of each file."""
+    import xxhash
+
+    lines: list[str] = []
+    for file in files:
+        state = xxhash.xxh3_128()
+        with file.open("rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                state.update(block)
+        lines.append(f"{file.parent.name if with_names else ''} {state.hexdigest()}\n")
+    return lines
+
+
+def digest(*parts: str) -> str:
+    return "xxh3:" + sha256("".join(parts).encode()).hexdigest()[:32]

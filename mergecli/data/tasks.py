@@ -1,0 +1,266 @@
+"""The tasks a tower is evaluated on: class names, prompts and where the images lie; no torch."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+from mergecli.runtime.errors import UsageError, did_you_mean
+from mergecli.storage.sources import Source, parse_source
+
+_PROMPTS = Path(__file__).parent / "prompts"
+"""A TOML file a task; the folder is the registry."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image classification task."""
+
+    name: str
+    description: str
+    data: Source
+    config: str | None
+    """The configuration of a data set that has several, which is a folder in its repository."""
+    split: str
+    """What is evaluated."""
+    train_split: str
+    image_column: str
+    label_column: str
+    classes: tuple[str, ...] | None
+    """In the order of the labels; None takes the names that the data's ClassLabel gives."""
+    templates: tuple[str, ...]
+    """Prompts in which `{}` stands for the class name."""
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """`[tasks.NAME]`: a task that is not built in, or changes to one that is; None where nothing is said."""
+
+    data: Source | None = None
+    classes: tuple[str, ...] | None = None
+    templates: tuple[str, ...] | None = None
+    split: str | None = None
+    train_split: str | None = None
+
+
+class TasksOfRecipe(Protocol):
+    """What a recipe says of tasks; `Recipe` has it."""
+
+    @property
+    def tasks(self) -> Mapping[str, TaskTable]: ...
+
+    @property
+    def eval_tasks(self) -> tuple[str, ...]: ...
+
+    def pinned(self, source: Source, /) -> Source:
+        """The source at the commit that the lock names."""
+        ...
+
+
+@cache
+def sets() -> dict[str, tuple[str, ...]]:
+    """Each set's name and its tasks, in order: those of `task_sets.toml`, and all toy tasks."""
+    written = tomllib.loads(_PROMPTS.with_name("task_sets.toml").read_text("utf-8"))
+    prefixes = {name: tuple(written["published"][:count]) for name, count in written["first"].items()}
+    return {**prefixes, "toy8": _toy_names()}
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The names of all built-in tasks: the published ones in the order of their tables, others, the toy ones."""
+    order = list(max(sets().values(), key=len))
+    found = sorted(file.stem for file in _PROMPTS.glob("*.toml"))
+    found.sort(key=lambda name: order.index(name) if name in order else len(order))
+    return (*found, *_toy_names())
+
+
+def find(name: str, recipe: TasksOfRecipe | None = None) -> Task:
+    """The task of that name: a built-in one, changed by the recipe's `[tasks.NAME]`, or one defined there.
+
+    Hyphens and underscores are the same, and a hub id stands for its last part: `stanford_cars`,
+    `tanganke/stanford_cars` and `stanford-cars` are one task, called `stanford-cars` from here on.
+
+    Raises:
+        UsageError: there is no such task, or its table is not complete.
+    """
+    known = _canonical(name, recipe)
+    table = _table(known, recipe)
+    if known in names():
+        task = _built_in(known)
+        task = replace(task, data=recipe.pinned(task.data)) if recipe else task
+        return task if table is None else _changed(task, table)
+    if table is None:
+        raise UsageError(
+            f"unknown task `{name}`{did_you_mean(name, _known(recipe))}",
+            "`mergecli tasks` lists the built-in tasks; a `[tasks.NAME]` table in the recipe defines a new one",
+        )
+    wrong = _table_problems(known, table)
+    if wrong or table.data is None or table.templates is None:
+        raise UsageError(_lines(wrong), "a new task needs `data` and `templates`")
+    return Task(
+        name=known,
+        description="defined in the recipe",
+        data=table.data,
+        config=None,
+        split=table.split or "test",
+        train_split=table.train_split or "train",
+        image_column="image",
+        label_column="label",
+        classes=table.classes,
+        templates=table.templates,
+    )
+
+
+def expand(written: Sequence[str], recipe: TasksOfRecipe | None = None) -> tuple[str, ...]:
+    """The names of the tasks that a list of tasks and sets stands for, in order, each once.
+
+    Raises:
+        UsageError: one of them is neither.
+    """
+    every = sets()
+    found: dict[str, None] = {}
+    for name in written:
+        defined = recipe is not None and name in recipe.tasks
+        for task in every[name] if name in every and not defined else (find(name, recipe).name,):
+            found[task] = None
+    return tuple(found)
+
+
+def problems(recipe: TasksOfRecipe) -> list[tuple[str, str]]:
+    """The key and what is wrong there, for every problem of the recipe's `[eval].tasks` and `[tasks]`."""
+    known = _known(recipe)
+    found = [
+        ("eval.tasks", f"unknown task `{name}`{did_you_mean(name, [*known, *sets()])}")
+        for name in recipe.eval_tasks
+        if name not in sets() and _canonical(name, recipe) not in known
+    ]
+    for name, table in recipe.tasks.items():
+        found += _table_problems(_canonical(name, None), table, name)
+    return found
+
+
+def _table_problems(task: str, table: TaskTable, written: str | None = None) -> list[tuple[str, str]]:
+    """The key and what is wrong there, for every problem of `[tasks.<written>]`, which defines or changes `task`."""
+    key = f"tasks.{written or task}"
+    found: list[tuple[str, str]] = []
+    if task not in names():
+        found += [
+            (key, f"lacks `{lacking}`")
+            for lacking in ("data", "templates")
+            if getattr(table, lacking) is None
+        ]
+    if table.templates is not None and not table.templates:
+        found.append((f"{key}.templates", "is empty"))
+    for template in table.templates or ():
+        if template.count("{}") != 1:
+            found.append((f"{key}.templates", f"expected `{{}}` once, for the class name, got `{template}`"))
+    if table.classes is not None and not table.classes:
+        found.append((f"{key}.classes", "is empty"))
+    seen: set[str] = set()
+    for name in table.classes or ():
+        if not name.strip():
+            found.append((f"{key}.classes", "a class without a name"))
+        elif name in seen:
+            found.append((f"{key}.classes", f"`{name}` stands there twice"))
+        seen.add(name)
+    return found
+
+
+def _lines(problems: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"`{key}`: {what}" for key, what in problems)
+
+
+def _changed(task: Task, table: TaskTable) -> Task:
+    """The built-in task with what the recipe's table says instead."""
+    wrong = _table_problems(task.name, table)
+    if wrong:
+        raise UsageError(_lines(wrong))
+    return replace(
+        task,
+        data=table.data or task.data,
+        config=None if table.data else task.config,
+        split=table.split or task.split,
+        train_split=table.train_split or task.train_split,
+        classes=table.classes or task.classes,
+        templates=table.templates or task.templates,
+    )
+
+
+def _table(task: str, recipe: TasksOfRecipe | None) -> TaskTable | None:
+    """The recipe's table for a task, under whichever spelling of its name."""
+    if recipe is None:
+        return None
+    return next((table for name, table in recipe.tasks.items() if _canonical(name, recipe) == task), None)
+
+
+def _canonical(name: str, recipe: TasksOfRecipe | None) -> str:
+    """The one spelling of a built-in task's name; any other name unchanged."""
+    built_in = names()
+    if name in built_in or (
+        recipe is not None and name in recipe.tasks and _plain(name) not in map(_plain, built_in)
+    ):
+        return name
+    return next((task for task in built_in if _plain(task) == _plain(name)), name)
+
+
+def _plain(name: str) -> str:
+    return name.rpartition("/")[2].replace("_", "-").lower()
+
+
+def _known(recipe: TasksOfRecipe | None) -> list[str]:
+    return [*names(), *(recipe.tasks if recipe else ())]
+
+
+def _toy_names() -> tuple[str, ...]:
+    from mergecli.data.toy import TASKS
+
+    return tuple(TASKS)
+
+
+@cache
+def _built_in(name: str) -> Task:
+    """A built-in task as it is without a recipe."""
+    if name in _toy_names():
+        from mergecli.data.toy import TASKS
+
+        toy = TASKS[name]
+        return Task(
+            name=name,
+            description=toy.description,
+            data=Source(kind="toy", name=name, revision=None, path=None),
+            config=None,
+            split="test",
+            train_split="train",
+            image_column="image",
+            label_column="label",
+            classes=_strings(toy.classes),
+            templates=_strings(toy.templates),
+        )
+    file = _PROMPTS / f"{name}.toml"
+    row: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
+    return Task(
+        name=name,
+        description=row["description"],
+        data=replace(parse_source(row["data"], file.parent), is_data=True),
+        config=row.get("config"),
+        split=row["split"],
+        train_split=row["train_split"],
+        image_column=row.get("image", "image"),
+        label_column=row.get("label", "label"),
+        classes=_strings(row["classes"]),
+        templates=_strings(row["templates"]),
+    )
+
+
+def _strings(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(str(value) for value in values)
+
+
+def digest(strings: Iterable[str]) -> str:
+    """16 hex digits that tell two lists of class names, or of templates, apart."""
+    return sha256("\n".join(strings).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Vision towers times image tasks, to counts, losses, routes and features: `eval` and its sweeps."""

@@ -1,0 +1,336 @@
+"""`evaluate`: how many images of each task a vision tower classifies rightly, and its loss."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from mergecli.evaluation.features import feature_file
+from mergecli.evaluation.routes import route_files, write_routes
+from mergecli.evaluation.scoring import score
+from mergecli.evaluation.settings import Settings, Tower
+from mergecli.formats.mixture import LEFT_OUT, mixture_of
+from mergecli.formats.opening import open_source
+from mergecli.results import plots
+from mergecli.results.result import (
+    FINE_TUNED,
+    SCHEMA,
+    Average,
+    Evaluation,
+    TaskScore,
+    read_result,
+    result_files,
+    write_predictions,
+)
+from mergecli.runtime.errors import InputError, UsageError
+from mergecli.storage.atomic import check_target, check_targets, write_text
+from mergecli.storage.metadata import looked_at, made_of
+from mergecli.storage.sources import Source, locate, parse_source
+
+if TYPE_CHECKING:
+    from mergecli.data.tasks import Task
+    from mergecli.evaluation.settings import Scores, Settings, Tower
+    from mergecli.methods._mixture import Routing
+    from mergecli.recipe.schema import Recipe
+    from mergecli.runtime.progress import Progress
+    from mergecli.storage.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What one result is about, and its scores; see `mergecli.results.result.Evaluation`."""
+
+    checkpoint: Mapping[str, str | None]
+    parameters: int
+    bytes: int
+    tasks: Mapping[str, TaskScore]
+    models: Mapping[str, str]
+    looked_at: Mapping[str, Mapping[str, str]]
+
+
+def subjects(
+    models: Sequence[Tower], scores: Scores, settings: Settings, tasks: Sequence[str], individual: bool
+) -> list[Subject]:
+    """A subject for each tower, or one of all together, each on its own task."""
+    sizes = [model.checkpoint.nbytes for model in models]
+    counts = [parameters(model.checkpoint) for model in models]
+    if individual:
+        own = {name: each for one in scores.tasks for name, each in one.items()}
+        facts = {"name": FINE_TUNED, "path": FINE_TUNED, "digest": None, "kind": None, "method": FINE_TUNED}
+        size = sum(size for size, each in zip(sizes, scores.tasks, strict=True) if each)
+        sources = {model.name: model.label for model in models}
+        return [Subject(facts, counts[0], size, {name: own[name] for name in tasks}, sources, {})]
+    metadata = [model.checkpoint.metadata for model in models]
+    return [
+        Subject(
+            _about(model, scores.clip.vision, settings), count, size, each, made_of(told)[1], looked_at(told)
+        )
+        for model, count, size, each, told in zip(models, counts, sizes, scores.tasks, metadata, strict=True)
+    ]
+
+
+def _about(tower: Tower, base_digest: str, settings: Settings) -> dict[str, str | None]:
+    """What is known about a checkpoint; None where the file does not say."""
+    digest, metadata = tower.checkpoint.digest(), tower.checkpoint.metadata
+    method = metadata.get("method") or ("pretrained" if digest == base_digest else None)
+    kind = metadata.get("kind", "checkpoint")
+    found = {"name": tower.name, "path": tower.label, "digest": digest, "kind": kind, "method": method}
+    if tower.checkpoint.is_mixture:
+        found["routing"] = mixture_of(tower.checkpoint).routing(settings.routing) or "task"
+    return found | made_of(metadata)[0]
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    """Entries of all tensors; of a mixture, whose masks are no parameters, of the floating point ones."""
+    counts = [
+        entry.size for entry in checkpoint.entries.values() if entry.is_float or not checkpoint.is_mixture
+    ]
+    return sum(counts)
+
+
+def check_files(
+    models: Sequence[Tower],
+    tasks: Sequence[Task],
+    settings: Settings,
+    results: Sequence[Path],
+    predictions: str | Path | None,
+    individual: bool,
+) -> None:
+    """Raises UsageError unless everything can be written and replaces no input: found before the work, not after it."""
+    targets: list[tuple[Path, Sequence[str]]] = [(each, ()) for each in results]
+    if predictions is not None:
+        targets.append((Path(predictions), (".parquet",)))
+    several = len(models) > 1 and not individual
+    for model, task in itertools.product(models, tasks):
+        if individual and model.name != task.name:
+            continue
+        if file := feature_file(settings.features, model.name, task.name, several):
+            targets.append((file, ()))
+    if settings.routes is not None:
+        named = [model.name for model in models if model.checkpoint.is_mixture]
+        targets += [(file, ()) for name in named for file in route_files(settings.routes, name)]
+    check_targets(targets, {model.name: file for model in models for file in model.checkpoint.files})
+    for folder in (settings.features, settings.routes):
+        if folder is not None:
+            check_target(folder, folder=True)
+    for task in tasks:
+        for target, _ in targets:
+            if task.data.path and target.absolute().is_relative_to(task.data.path.absolute()):
+                raise UsageError(f"{target}: lies in the data of `{task.name}`, which is never written to")
+
+
+__all__ = [
+    "SCHEMA",
+    "Average",
+    "Evaluation",
+    "TaskScore",
+    "evaluate",
+    "evaluate_open",
+    "read_result",
+    "tasks_of",
+]
+
+
+def evaluate(
+    checkpoints: str | Path | Sequence[str | Path] | Mapping[str, str | Path] = (),
+    *,
+    only: Sequence[str] = (),
+    individual: bool = False,
+    recipe: str | Path | Recipe | None = None,
+    clip: str | Path | None = None,
+    tasks: Sequence[str] | str | None = None,
+    batch_size: int | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    corruption: str | None = None,
+    severity: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    workers: int | None = None,
+    cache: bool = True,
+    cache_size: str | int | None = None,
+    fresh: bool = False,
+    routing: str = "sample",
+    output: str | Path | None = None,
+    predictions: str | Path | None = None,
+    features: str | Path | None = None,
+    routes: str | Path | None = None,
+    progress: Progress | None = None,
+    unfinished: list[Path] | None = None,
+) -> tuple[Evaluation, ...]:
+    """One result for each checkpoint, in order: counts, accuracy and loss on every task.
+
+    A checkpoint is a path or a source such as `toy:digits`; a task vector is added to the base first. Text
+    tower, projection and image processor are those of `clip`, which is the recipe's base unless it is given.
+    Each image is decoded once, however many checkpoints there are, and kept in the cache for the next time. An
+    evaluation that is interrupted goes on where it was when the same call is made again.
+
+    Args:
+        checkpoints: sources, by themselves or under the names that their results get; none stands for all models
+            of the recipe, its base first.
+        only: which models of the recipe, by their names; `base` is its base.
+        individual: each model only on the task that it is named after, all in one result called `fine-tuned`.
+        tasks: names of tasks or sets, as a list or with commas between; else the recipe's `[eval]`, else the tasks of its `[tuned]`.
+        limit: at most so many images of each task, drawn evenly over the classes, always the same ones.
+        corruption: what is done to every image after it was cropped, see `mergecli.data.corruptions`; from
+            `severity` 1 to 5.
+        dtype: of the tower's weights and of what it computes: float32, bfloat16 or float16.
+        workers: processes that decode images; by default as many as there are processors, at most eight.
+        cache: whether images, heads and what is unfinished are kept in the cache and taken from there.
+        cache_size: what the cache may grow to, such as `20GB`.
+        fresh: count again what an interrupted evaluation has counted.
+        routing: how towers that route do so: `sample` for each image by itself, or `batch` for the images of a batch as
+            one, as in published tables; then the task leaks, since a batch's images are of one task.
+        output: a `.json` file; or a folder that gets `<name>.json` for each checkpoint.
+        predictions: a Parquet file that gets a row for each image.
+        features: a folder that gets `<task>.safetensors` with the class token after every layer for each image; of
+            several checkpoints in `<name>/<task>.safetensors`.
+        routes: a folder that gets `<name>.csv` for each checkpoint that routes: the mean routing weight of each expert
+            over the images of each task, layer by layer; and a picture of it, `<name>.png`, where matplotlib is.
+        unfinished: of work that has several evaluations: a list that gets the files from which an interrupted one goes
+            on, which then stay.
+
+    Raises:
+        UsageError: an argument is wrong, or the recipe.
+        InputError: a checkpoint or a data set is missing, damaged or does not fit; found before the first image.
+    """
+    from mergecli.data.decoding import Corruption
+    from mergecli.recipe.reading import named_models, read_recipe
+    from mergecli.storage.cache import allowed_size
+
+    known = read_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
+    base = parse_source(str(clip), Path()) if clip is not None else known.base if known else None
+    if base is None:
+        raise UsageError("no CLIP to evaluate with", "name a recipe that has a `base`, or the base itself")
+    chosen = tasks_of(tasks, known)
+    settings = Settings(
+        batch_size=batch_size if batch_size is not None else known.batch_size if known else 128,
+        split=split,
+        limit=limit,
+        corruption=Corruption(corruption, severity) if corruption else None,
+        device=device,
+        dtype=dtype,
+        workers=workers,
+        max_size=allowed_size(cache_size) if cache else 0,
+        fresh=fresh,
+        routing=cast("Routing", routing),
+        features=Path(features) if features is not None else None,
+        routes=Path(routes) if routes is not None else None,
+    )
+    with contextlib.ExitStack() as files:
+        models = [
+            _opened(name, source, base, files)
+            for name, source in named_models(checkpoints, known, only, with_base=not individual)
+        ]
+        if individual:
+            own = {model.name for model in models}
+            chosen = [task for task in chosen if task.name in own]
+            if not chosen:
+                raise UsageError("no model is named after one of the tasks", "name them: `TASK=PATH`")
+        return evaluate_open(
+            models, base, chosen, settings, individual=individual, output=output, predictions=predictions,
+            progress=progress, unfinished=unfinished,
+        )  # fmt: skip
+
+
+def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[Task]:
+    """The tasks that a call means: those it names, else the recipe's `[eval]`, else the tasks of its `[tuned]`.
+
+    Raises:
+        UsageError: there are none, or one is unknown.
+    """
+    from mergecli.data import tasks as catalogue
+
+    named = tasks.split(",") if isinstance(tasks, str) else tasks
+    wanted = named or ((recipe.eval_tasks or tuple(recipe.tuned)) if recipe else ())
+    if not wanted:
+        raise UsageError(
+            "no tasks to evaluate on", "name tasks or a set such as `ta8`; `mergecli tasks` lists them"
+        )
+    return [catalogue.find(name, recipe) for name in catalogue.expand(wanted, recipe)]
+
+
+def evaluate_open(
+    models: Sequence[Tower],
+    base: Source,
+    tasks: Sequence[Task],
+    settings: Settings,
+    *,
+    individual: bool = False,
+    output: str | Path | None = None,
+    predictions: str | Path | None = None,
+    progress: Progress | None = None,
+    unfinished: list[Path] | None = None,
+) -> tuple[Evaluation, ...]:
+    """As `evaluate`, of towers that are open already, such as merges that are computed while they are read.
+
+    With a list `unfinished`, the files from which an interrupted evaluation goes on stay, and are put into it.
+    """
+    targets = result_files([FINE_TUNED] if individual else [model.name for model in models], output)
+    check_files(models, tasks, settings, targets, predictions, individual)
+
+    scores = score(
+        models,
+        locate(base),
+        tasks,
+        settings,
+        own_task_only=individual,
+        predictions=predictions is not None,
+        progress=progress,
+    )
+    with open_source(base) as whole:
+        tower = whole.vision().nbytes
+    digests = {"digest": scores.clip.vision, "text": scores.clip.text, "rest": scores.clip.rest}
+    clip: dict[str, str | None] = {"path": base.label, **digests, "processing": scores.processing}
+    results = tuple(
+        Evaluation(
+            checkpoint=each.checkpoint,
+            clip=clip,
+            parameters=each.parameters,
+            tasks=each.tasks,
+            batch_size=settings.batch_size,
+            dtype=settings.dtype,
+            bytes=each.bytes,
+            relative_size=each.bytes / tower,
+            device=settings.device.partition(":")[0],
+            models=each.models,
+            looked_at=each.looked_at,
+        )
+        for each in subjects(models, scores, settings, [task.name for task in tasks], individual)
+    )
+    for target, result in zip(targets, results, strict=False):
+        write_text(target, result.to_json())
+    if predictions is not None:
+        write_predictions(Path(predictions), scores.predictions)
+    if settings.routes is not None:
+        write_routes(scores.routes, settings.routes)
+        if plots.has_matplotlib():
+            for each in scores.routes:
+                plots.route_maps(each.experts, each.tasks, route_files(settings.routes, each.name)[1])
+    if unfinished is None:
+        forget(scores.unfinished)
+    else:
+        unfinished += scores.unfinished
+    return results
+
+
+def forget(files: Sequence[Path]) -> None:
+    """Removes what an interrupted evaluation would have gone on from."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def _opened(name: str, source: Source, base: Source, files: contextlib.ExitStack) -> Tower:
+    """A checkpoint that is open until `files` close."""
+    opened = files.enter_context(open_source(source, base)).vision()
+    if left_out := opened.metadata.get(LEFT_OUT):
+        raise InputError(
+            f"{source}: is a tower without {left_out}, which the method's accuracy comes from",
+            "evaluate the whole file, on this task with `--tasks`",
+        )
+    return Tower(name, source.label, opened)

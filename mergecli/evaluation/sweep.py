@@ -1,0 +1,253 @@
+"""`sweep`: a merge for each value of some settings, evaluated without keeping the checkpoints, and the best of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mergecli.evaluation.evaluate import evaluate, forget
+from mergecli.merging.sweep_points import Point, merge_sweep, points_of
+from mergecli.results.cells import Cell, Column
+from mergecli.results.result import Evaluation
+from mergecli.results.statistics import Count, difference_interval
+from mergecli.results.tables import Table
+from mergecli.runtime.errors import UsageError, shown
+from mergecli.runtime.progress import Progress
+from mergecli.storage.atomic import check_targets, write_text
+from mergecli.storage.sources import locate
+
+ROOM = 4 << 30
+"""Bytes of checkpoints that lie in the temporary folder at a time; each round of them costs one pass over the models."""
+
+
+_SCRATCH, _STALE = "mergecli-sweep-", 24 * 3600
+"""What temporary folders are called, and seconds after which one was left by a program that was killed."""
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep found."""
+
+    points: tuple[Point, ...]
+    results: tuple[Evaluation, ...]
+    """One a point."""
+    best: int
+    """Which point has the highest average accuracy; of several the first."""
+    chosen_on: str
+    """The split whose images the best point was chosen on."""
+    confirmed: Evaluation | None
+    """The best point on the tasks' own split, if it was chosen on another."""
+
+    @property
+    def table(self) -> Table:
+        """A row a point: the swept settings, each task, the average, and a mark for the best."""
+        keys = list(self.points[0].values)
+        tasks = list(self.results[0].tasks)
+        columns = [Column(key) for key in keys] + [Column(task, "percent") for task in [*tasks, "average"]]
+        rows: list[tuple[Cell, ...]] = []
+        near = self.near
+        for number, (point, result) in enumerate(zip(self.points, self.results, strict=True)):
+            values = [
+                each if isinstance(each, int | float | str) else shown(each) for each in point.values.values()
+            ]
+            scores = [result.tasks[task].accuracy for task in tasks]
+            mark = "best" if number == self.best else "n.s." if number in near else ""
+            rows.append((*values, *scores, result.average.accuracy, mark))
+        return Table((*columns, Column(f"on {self.chosen_on}")), tuple(rows), notes=(self.note,))
+
+    @property
+    def near(self) -> list[int]:
+        """Points whose average is not told apart from the best one's: the 95 % interval of the difference, as if they had
+        seen different images, holds 0."""
+        best = _counts(self.results[self.best])
+        intervals = [difference_interval(best, _counts(each)) for each in self.results]
+        return [
+            number
+            for number, each in enumerate(intervals)
+            if number != self.best and each.low <= 0 <= each.high
+        ]
+
+    @property
+    def note(self) -> str:
+        """What may be concluded of the best point."""
+        best, confirmed = self.results[self.best], self.confirmed
+        text = f"{self.points[self.best].name} is the best on {self.chosen_on}"
+        reported = confirmed or best
+        if confirmed is not None:
+            text += f"; on the tasks' own split it has {100 * confirmed.average.accuracy:.1f} %"
+        else:
+            text += f" with {100 * best.average.accuracy:.1f} %"
+        if any(reported.tasks[task].split == best.tasks[task].split for task in best.tasks):
+            text += (
+                ", chosen on the images that it is reported on; choose on others with `--select validation`"
+            )
+        if self.near:
+            text += f". n.s.: chance alone may put it before these {len(self.near)}"
+        return text
+
+
+def sweep(
+    recipe: str | Path,
+    over: Sequence[str],
+    *,
+    method: str | None = None,
+    changes: Sequence[str] = (),
+    select: str | None = None,
+    keep: str | Path | None = None,
+    output: str | Path | None = None,
+    plot: str | Path | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    **evaluation: Any,
+) -> Swept:
+    """Merges the recipe's models once for each value of some settings, and evaluates each merge.
+
+    Passes over the models, decoded images and heads are shared by all points. Checkpoints lie in a temporary folder
+    until they are evaluated. A sweep that was interrupted merges again, and evaluates what was left.
+
+    Args:
+        over: `method.SETTING=FIRST:LAST:STEP` or `method.SETTING=VALUE,VALUE,...`; several make a grid.
+        select: a split such as `validation` to choose the best point on; that point is then evaluated on the tasks' own.
+        keep: a folder that gets the checkpoints.
+        output: a folder that gets a result a point, and `best.json`.
+        plot: curves (PNG, SVG or PDF) over the setting that has most values, all of them numbers.
+        evaluation: further arguments of `evaluate`, such as `tasks`, `limit` or `dtype`.
+    """
+    points = points_of(recipe, over, method=method, changes=changes)
+    axis = _axis(points) if plot else None
+    target = Path(output) if output is not None else None
+    if target and target.suffix:
+        raise UsageError(f"{target}: a sweep has several results, so the output is a folder")
+    targets = (
+        [target / f"{name}.json" for name in [*(point.name for point in points), "best"]] if target else []
+    )
+    if plot:
+        from mergecli.results.plots import require_matplotlib
+
+        require_matplotlib(Path(plot))
+    check_targets([(each, ()) for each in [*targets, *([Path(plot)] if plot else [])]], {})
+    kept = Path(keep) if keep is not None else None
+    split = evaluation.pop("split", None)
+    shared: dict[str, Any] = {**evaluation, "device": device, "progress": progress}
+    results: list[Evaluation] = []
+    unfinished: list[Path] = []
+    shared["unfinished"] = unfinished
+    with _scratch() as folder:
+        for number, round_ in _rounds(points, kept):
+            files = {
+                each.path.stem: each.path
+                for each in merge_sweep(round_, kept or folder, device=device, progress=progress)
+            }
+            found = evaluate(files, recipe=points[0].recipe, split=select or split, **shared)
+            results += [_labelled(result, point) for result, point in zip(found, round_, strict=True)]
+            if not kept and number:
+                for file in files.values():
+                    file.unlink()
+        best = max(range(len(points)), key=lambda place: results[place].average.accuracy)
+        confirmed = None
+        if select is not None:
+            path = (kept or folder) / f"{points[best].name}.safetensors"
+            if not path.exists():
+                merge_sweep([points[best]], folder, device=device)
+            (own,) = evaluate({points[best].name: path}, recipe=points[0].recipe, split=split, **shared)
+            confirmed = _labelled(own, points[best])
+    splits = {score.split for score in results[0].tasks.values()}
+    swept = Swept(points, tuple(results), best, select or " and ".join(sorted(splits)), confirmed)
+    chosen = confirmed or results[best]
+    chosen = replace(chosen, checkpoint={**chosen.checkpoint, "selected_on": swept.chosen_on})
+    for path, result in zip(targets, [*results, chosen], strict=False):
+        write_text(path, result.to_json())
+    if plot and axis:
+        _draw(swept, axis, Path(plot))
+    forget(unfinished)
+    return swept
+
+
+class _scratch:  # noqa: N801  used as a function is
+    """A temporary folder that vanishes however the block ends."""
+
+    def __enter__(self) -> Path:
+        for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+            with contextlib.suppress(OSError):
+                status = left.lstat()
+                if status.st_uid == os.getuid() and time.time() - status.st_mtime > _STALE:
+                    shutil.rmtree(left)
+        self._folder = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+        return self._folder
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _rounds(points: Sequence[Point], kept: Path | None) -> Iterator[tuple[int, Sequence[Point]]]:
+    """(rounds still to come, points whose checkpoints there is room for at a time)."""
+    first = points[0].recipe
+    source = first.base or next(iter(first.tuned.values()))
+    path = locate(source)
+    size = sum(file.stat().st_size for file in (path.glob("*.safetensors") if path.is_dir() else [path]))
+    share = len(points) if kept else max(1, ROOM // max(size, 1))
+    starts = range(0, len(points), share)
+    for number, start in enumerate(starts):
+        yield len(starts) - number - 1, points[start : start + share]
+
+
+def _counts(result: Evaluation) -> list[Count]:
+    return [Count(each.correct, each.images) for each in result.tasks.values()]
+
+
+def _labelled(result: Evaluation, point: Point) -> Evaluation:
+    """The result, which says the values of the swept settings."""
+    values = {key: _plain(each) for key, each in point.values.items()}
+    about: Mapping[str, str | None] = {**result.checkpoint, "path": point.name, **values}
+    return replace(result, checkpoint=about)
+
+
+def _axis(points: Sequence[Point]) -> str:
+    """The swept setting along which curves go: of those whose values are numbers, the one with most values."""
+    values = {key: {point.values[key] for point in points} for key in points[0].values}
+    known = [key for key, each in values.items() if all(isinstance(value, int | float) for value in each)]
+    if not known:
+        raise UsageError("a curve needs a swept setting whose values are numbers", "leave `--plot` out")
+    return max(known, key=lambda key: len(values[key]))
+
+
+def _draw(swept: Swept, key: str, path: Path) -> None:
+    """Every task and their average along one setting; where others were swept too, the average for each of their values."""
+    from mergecli.results.plots import curves, save
+
+    x = sorted({float(point.values[key]) for point in swept.points})
+    best = x.index(float(swept.points[swept.best].values[key]))
+    lines: dict[str, list[float | None]] = {}
+    for point, result in zip(swept.points, swept.results, strict=True):
+        scores = (
+            {task: score.accuracy for task, score in result.tasks.items()} if len(point.values) == 1 else {}
+        )
+        for line, accuracy in {**scores, _others(point, key): result.average.accuracy}.items():
+            lines.setdefault(line, [None] * len(x))[x.index(float(point.values[key]))] = 100 * accuracy
+    bold = _others(swept.points[swept.best], key)
+    figure = curves(
+        x, {name: values for name, values in lines.items() if name != bold}, lines[bold], bold=bold,
+        x_label=f"{swept.points[0].recipe.method}: {key.removeprefix('method.')}", best=best,
+        y_label="accuracy (%)" if bold == "average" else "average accuracy (%)", best_label=f"best on {swept.chosen_on}",
+    )  # fmt: skip
+    save(figure, path)
+
+
+def _others(point: Point, key: str) -> str:
+    """What a curve along `key` is called: the values of the other settings; `average` where there are none."""
+    others = {each: value for each, value in point.values.items() if each != key}
+    return (
+        ", ".join(f"{each.removeprefix('method.')} {_plain(value)}" for each, value in others.items())
+        or "average"
+    )
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else shown(value)

@@ -1,0 +1,195 @@
+"""Old checkpoint formats, pickles and open_clip's names, rewritten as safetensors with Hugging Face's names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergecli.formats.lora_files import is_adapter
+from mergecli.formats.open_clip_names import renaming
+from mergecli.formats.pickles import DTYPES, pickled_files, read_state
+from mergecli.runtime import interrupts
+from mergecli.runtime.errors import UsageError, quoted
+from mergecli.runtime.progress import Progress
+from mergecli.storage.atomic import check_targets, whole_folder, writing
+from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.storage.metadata import about
+from mergecli.storage.safetensors_format import TORCH_NAMES
+from mergecli.storage.safetensors_writer import SafetensorsWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def is_pickled(path: Path) -> bool:
+    """Whether the weights at `path` (a file, an index of shards or a folder) are pickled; told by their first bytes.
+
+    Raises:
+        InputError: it is missing, empty, or neither safetensors nor a pickle.
+    """
+    return bool(pickled_files(path))
+
+
+def needs_conversion(path: Path) -> bool:
+    """Whether mergecli can read `path` only after `convert`: it is pickled, or has open_clip's or a wrapper's names.
+
+    Raises:
+        InputError: it is missing, damaged, or has names of open_clip but not the tensors of a CLIP.
+    """
+    if is_pickled(path):
+        return True
+    with open_checkpoint(path) as stored:
+        return renaming(path, {name: entry.shape for name, entry in stored.entries.items()}).changes
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Path:
+    """The file `target`: the tensors of `source` as safetensors, each in its own dtype, with Hugging Face's names.
+
+    `source` is a file of `torch.save`, in its zip or its older format, that holds a state dict or a table with one in
+    it; an index of such shards; a folder with either; or safetensors with open_clip's names. What has no place in
+    `target` is told to `note` and stands in the file's metadata as `left_out`.
+
+    The models that OpenAI trained, and so those fine-tuned from them in work on task arithmetic, need `quick_gelu` as
+    activation, other models of open_clip mostly `gelu`: the weights do not tell, and no `config.json` is written.
+
+    Memory: a zip's tensors are views of the mapped file, and safetensors are read one by one, so that of either only
+    one tensor at a time is copied (none, where it is contiguous). Files of the older format are in memory once.
+
+    Raises:
+        UsageError: it is a pickle and `allow_pickle` is not set, there is nothing to convert, or `target` is an input.
+        InputError: a file is missing, damaged, needs code to be opened, or has no CLIP under the names of one.
+    """
+    import torch
+
+    pickled = pickled_files(source)
+    if pickled and not allow_pickle:
+        raise UsageError(
+            f"{source}: is a pickle: instructions that Python follows when it opens the file, and that may start any "
+            "program; so it is not opened by default",
+            "`--allow-pickle` reads it with torch's restricted unpickler, which makes tensors and refuses all else",
+        )
+    with ExitStack() as stack:
+        stored = None if pickled else stack.enter_context(open_checkpoint(source))
+        files = list(stored.files) if stored else pickled
+        check_targets([(target, [".safetensors"])], {file.name: file for file in files})
+        read: Callable[[str], Tensor]
+        if stored:
+            shapes = {name: entry.shape for name, entry in stored.entries.items()}
+            forms = {
+                name: torch.empty(entry.shape, dtype=getattr(torch, TORCH_NAMES[entry.dtype]), device="meta")
+                for name, entry in stored.entries.items()
+            }
+            read, others = stored.read, list[str]()
+        else:
+            forms, others = read_state(files)
+            shapes = {name: tuple(tensor.shape) for name, tensor in forms.items()}
+            read = forms.__getitem__
+        plan = renaming(source, shapes)
+        if stored and not plan.changes:
+            raise UsageError(f"{source}: is safetensors with names that mergecli knows: nothing to convert")
+        if note and plan.left_out:
+            note(f"{source}: left out {quoted(plan.left_out)}: Hugging Face's model has no place for them")
+        if note and others:
+            note(f"{source}: left out {quoted(others)}: they are no tensors of the model")
+        layout = {name: _form(origin.taken_from(forms[origin.name])) for name, origin in plan.origins.items()}
+        kind = stored.metadata.get("kind", "checkpoint") if stored else "checkpoint"
+        with SafetensorsWriter(
+            target, layout, _metadata(kind, source, files, [*plan.left_out, *others])
+        ) as writer:
+            for number, (name, origin) in enumerate(plan.origins.items(), 1):
+                interrupts.check()
+                writer.write(name, origin.taken_from(read(origin.name)))
+                if progress:
+                    progress("converting", number, len(layout))
+    return target
+
+
+def _form(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    return DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
+
+
+def _metadata(kind: str, source: Path, files: list[Path], left_out: list[str]) -> Mapping[str, str]:
+    digests: dict[str, str] = {}
+    for file in files:
+        with file.open("rb") as opened:
+            digests[_text(file)] = "sha256:" + hashlib.file_digest(opened, "sha256").hexdigest()
+    metadata = about(kind, inputs=digests, converted_from=_text(source))
+    return {**metadata, "left_out": json.dumps(left_out)} if left_out else metadata
+
+
+def _text(path: Path) -> str:
+    """The name of a file, without bytes that are no text."""
+    return path.name.encode("utf-8", "backslashreplace").decode()
+
+
+_COPIED = (".json", ".txt")
+
+
+_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
+
+
+def place(path: Path, home: Path, *, allow_pickle: bool) -> Path:
+    """Where the checkpoint can be read: itself, or else its conversion in the store, one for the same content, which
+    `make` puts there.
+
+    Raises:
+        UsageError: it is a pickle that is not converted yet, and `allow_pickle` is not set. InputError: it is damaged.
+    """
+    if is_adapter(path) or not needs_conversion(path):
+        return path
+    state = hashlib.sha256()
+    for file in _content(path):
+        with file.open("rb") as stream:
+            state.update(hashlib.file_digest(stream, "sha256").digest())
+    folder = home / "converted" / state.hexdigest()[:32]
+    if not (allow_pickle or os.path.isdir(folder)) and is_pickled(path):  # noqa: PTH112  a name that is too long is none
+        raise UsageError(
+            f"{path}: is a pickle, which may start any program when it is opened; so it is not opened by default",
+            "`--allow-pickle` converts it with torch's restricted reader, which makes tensors and refuses all else",
+        )
+    return folder if path.is_dir() else folder / "model.safetensors"
+
+
+def make(path: Path, target: Path) -> None:
+    """Converts the checkpoint to the `place` it has, unless it is there. A folder's configuration and tokenizer files
+    come with it.
+
+    Raises:
+        InputError: it is damaged, would run code, or cannot be written.
+    """
+    if target == path or os.path.exists(target):  # noqa: PTH110
+        return
+    with writing(target), whole_folder(target if path.is_dir() else target.parent) as folder:
+        convert(path, folder / "model.safetensors", allow_pickle=True)
+        for file in _files(path):
+            if path.is_dir() and file.suffix in _COPIED and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / file.name)
+
+
+def _content(path: Path) -> list[Path]:
+    """The files that the conversion depends on."""
+    if path.is_dir():
+        return [file for file in _files(path) if file.suffix in (*_WEIGHTS, *_COPIED)]
+    if not path.name.endswith(".index.json"):
+        return [path]
+    if shards := pickled_files(path):
+        return [path, *shards]
+    with open_checkpoint(path) as stored:
+        return [path, *stored.files]
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]

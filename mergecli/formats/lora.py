@@ -1,0 +1,179 @@
+"""A low-rank adapter seen as a checkpoint: base + s B A, and its closed form where it was linearized, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergecli.formats.lora_files import Adapter
+from mergecli.runtime.errors import InputError, listed
+from mergecli.storage.checkpoint import VISION, Checkpoint
+from mergecli.storage.lazy_checkpoint import Fill, View, view
+from mergecli.storage.safetensors_format import entry_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROWS = 8
+"""Rows of a weight that are multiplied together: always the same ones, so that no entry depends on how the weight is
+cut into blocks. Products of other shapes round otherwise."""
+
+
+KEPT = 4
+"""Weights whose factors are kept in memory: those that several threads read at one time."""
+
+
+def adapted(
+    base: Checkpoint, adapter: Adapter, *, path: Path | None = None, dtype: str | None = None
+) -> View:
+    """The base with the adapter added, as a checkpoint; nothing is computed before it is read.
+
+    LoRA (Hu et al. 2021, arXiv 2106.09685): W + s B A. Linearized at (A0, B0) (Tang et al. 2024, arXiv 2310.04742):
+    W + s (B A0 + B0 A - B0 A0). DoRA (Liu et al. 2024, arXiv 2402.09353): m (W + s B A) / |W + s B A|, the norm of each
+    row. All in float32, rounded once, to `dtype` (a torch name) or else to the base's own. Weights that the adapter
+    holds whole replace the base's. Base and adapter are closed with it.
+
+    Raises:
+        InputError: the adapter was made for another base; everything that does not fit is listed.
+    """
+    if base.is_task_vector:
+        raise InputError(f"{base.path}: is a task vector; an adapter is added to weights")
+    prefix = _prefix(base, adapter)
+    problems = list(_misfits(base, adapter, prefix))
+    if problems:
+        made_on = f"; it says `{adapter.config.base}`" if adapter.config.base else ""
+        raise InputError(
+            f"{adapter.stored.path}: does not fit {base.path}:\n{listed(problems, 10)}",
+            f"name the base that the adapter was trained on{made_on}",
+        )
+    load = lru_cache(KEPT)(partial(_load, adapter))
+    fills: dict[str, Fill] = {}
+    for module, parts in adapter.modules.items():
+        name = f"{prefix}{module}.weight"
+        fills[name] = _Weight(base, name, partial(load, module), adapter.config.scaling(module)).fill
+        if "B.bias" in parts:
+            name = f"{prefix}{module}.bias"
+            scaling = adapter.config.scaling(module)
+            fills[name] = partial(_add, base, name, adapter.stored, parts["B.bias"], scaling)
+    for name, key in adapter.whole.items():
+        fills[prefix + name] = partial(_replace, adapter.stored, key)
+    said = {key: text for key, text in adapter.stored.metadata.items() if key in ("method", "inputs")}
+    seen = view(base, fills, dtype=dtype, path=path, metadata=said, others=(adapter.stored,))
+    return replace(seen, files=(*seen.files, adapter.config.path))
+
+
+def _prefix(base: Checkpoint, adapter: Adapter) -> str:
+    """What our names have before the adapter's, which may be those of the tower inside of a model."""
+    names = [*(f"{module}.weight" for module in adapter.modules), *adapter.whole]
+    inner, outer = (sum(prefix + name in base.entries for name in names) for prefix in (VISION, ""))
+    return VISION if inner > outer else ""
+
+
+def _misfits(base: Checkpoint, adapter: Adapter, prefix: str) -> Iterator[str]:
+    """What of the adapter does not fit the base, and what it lacks by its own configuration."""
+    config = adapter.config
+    if config.fan_in_fan_out and not any(name.startswith(VISION) for name in base.entries):
+        yield "`fan_in_fan_out`: the base is not a CLIP, and may store its weights either way"
+    for module in adapter.modules:
+        weight = base.entries.get(f"{prefix}{module}.weight")
+        if weight is None:
+            yield f"the base has no module `{module}`"
+            continue
+        if config.targets(module, is_linear=len(weight.shape) == 2) is False:
+            yield f"has factors for `{module}`, which its `target_modules` do not name"
+        yield from _other_shapes(base, adapter, prefix, module)
+    for name, key in adapter.whole.items():
+        entry = base.entries.get(prefix + name)
+        is_bias = name.endswith(".bias") and config.bias != "none"
+        if entry is None or not (is_bias or config.saves(name)):
+            yield f"has an extra tensor `{key}`"
+        elif entry.shape != adapter.stored.entries[key].shape:
+            yield f"`{name}` has shape {adapter.stored.entries[key].shape}, the base has {entry.shape}"
+    scope = VISION if prefix or all(each.startswith(VISION) for each in adapter.modules) else ""
+    for name, entry in base.entries.items():
+        own = name.removeprefix(prefix)
+        module, _, last = own.rpartition(".")
+        if not name.startswith(scope) or module in adapter.modules:
+            continue
+        is_linear = len(entry.shape) == 2 and not module.endswith("embedding")
+        if last == "weight" and len(entry.shape) > 1 and config.targets(module, is_linear=is_linear):
+            yield f"lacks factors for `{module}`, which its `target_modules` name"
+        if config.saves(own) and own not in adapter.whole:
+            yield f"lacks `{own}`, which its `modules_to_save` name"
+
+
+def _other_shapes(base: Checkpoint, adapter: Adapter, prefix: str, module: str) -> Iterator[str]:
+    shapes = {part: adapter.stored.entries[key].shape for part, key in adapter.modules[module].items()}
+    weight, bias = (base.entries.get(f"{prefix}{module}.{name}") for name in ("weight", "bias"))
+    if "embedding_A" in shapes:
+        shape = (shapes["embedding_A"][1], shapes["embedding_B"][0])
+    else:
+        shape = (shapes["B"][0], *shapes["A"][1:])
+    if weight and shape != weight.shape:
+        yield f"`{module}`: is for a weight of shape {shape}, the base has {weight.shape}"
+    if adapter.is_linearized and (shapes["A0"], shapes["B0"]) != (shapes["A"], shapes["B"]):
+        yield f"`{module}`: was linearized at factors of other shapes than it has"
+    if "B.bias" in shapes and (bias is None or bias.shape != shapes["B.bias"]):
+        yield f"`{module}`: has a bias of shape {shapes['B.bias']}, the base has {bias.shape if bias else 'none'}"
+    if (magnitudes := entry_count(shapes.get("magnitude_vector", shape[:1]))) != shape[0]:
+        yield f"`{module}`: has {magnitudes} magnitudes for {shape[0]} rows"
+
+
+def _load(adapter: Adapter, module: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(O, k) and (k, I) float32 factors of the change of a weight, whose filters are rows, and (O,) magnitudes."""
+    import torch
+
+    part = {name: adapter.stored.read(key).float() for name, key in adapter.modules[module].items()}
+    if "embedding_A" in part:
+        return part["embedding_A"].T.contiguous(), part["embedding_B"].T.contiguous(), None
+    left, right = part["B"].flatten(1), part["A"].flatten(1)
+    if adapter.is_linearized:
+        left = torch.cat([left, part["B0"].flatten(1)], dim=1)
+        right = torch.cat([part["A0"].flatten(1), right - part["A0"].flatten(1)])
+    magnitudes = part.get("magnitude_vector")
+    return left, right, None if magnitudes is None else magnitudes.flatten()
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One weight of the base, with a change of low rank."""
+
+    base: Checkpoint
+    name: str
+    load: Callable[[], tuple[Tensor, Tensor, Tensor | None]]
+    scaling: float
+
+    def fill(self, start: int, stop: int, into: Tensor) -> None:
+        left, right, magnitudes = self.load()
+        width = right.shape[1]
+        first = start // width // ROWS * ROWS
+        for row in range(first, -(-stop // width), ROWS):
+            rows = slice(row, min(row + ROWS, len(left)))
+            begin, end = rows.start * width, rows.stop * width
+            weight = self.base.read_entries(self.name, begin, end).float().view(-1, width)
+            weight += (left[rows] @ right).mul_(self.scaling)
+            if magnitudes is not None:
+                weight *= (magnitudes[rows] / weight.norm(dim=1)).unsqueeze(1)
+            low, high = max(begin, start), min(end, stop)
+            into[low - start : high - start] = weight.view(-1)[low - begin : high - begin]
+
+
+def _add(
+    base: Checkpoint,
+    name: str,
+    stored: Checkpoint,
+    key: str,
+    scaling: float,
+    start: int,
+    stop: int,
+    into: Tensor,
+) -> None:
+    change = stored.read_entries(key, start, stop).float().mul_(scaling)
+    into.copy_(base.read_entries(name, start, stop).float().add_(change))
+
+
+def _replace(stored: Checkpoint, key: str, start: int, stop: int, into: Tensor) -> None:
+    into.copy_(stored.read_entries(key, start, stop))

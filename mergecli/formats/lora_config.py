@@ -1,0 +1,242 @@
+"""The configuration of a low-rank adapter as peft writes it: read and checked, never assumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeGuard, cast
+
+from mergecli.runtime.errors import InputError, listed, quoted, shown
+
+CONFIG = "adapter_config.json"
+
+
+MERGE_WITH_PEFT = "merge it into its base with peft (`merge_and_unload`) and save that as safetensors"
+
+
+_ONLY_FOR_TRAINING = {
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode", "init_lora_weights",
+    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+
+
+_READ = {
+    "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "r", "rank_pattern", "target_modules",
+    "use_dora", "use_rslora",
+}  # fmt: skip
+
+
+_HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What `adapter_config.json` says that matters for the weights. Modules are called as the adapter calls them."""
+
+    path: Path
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    """Whether the scaling is alpha / sqrt(rank) and not alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)."""
+    use_dora: bool
+    fan_in_fan_out: bool
+    bias: Literal["none", "all", "lora_only"]
+    lora_bias: bool
+    target_modules: str | tuple[str, ...] | None
+    """Names or their ends; or a regular expression; None where nothing is said."""
+    exclude_modules: str | tuple[str, ...]
+    layers_to_transform: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    base: str | None
+    """What it was trained on, as it says itself."""
+
+    def rank_of(self, module: str) -> int:
+        """The rank of one module's factors."""
+        return _matching(self.rank_pattern, module, self.rank)
+
+    def scaling(self, module: str) -> float:
+        """s in W + s B A."""
+        rank = self.rank_of(module)
+        return _matching(self.alpha_pattern, module, self.alpha) / (
+            math.sqrt(rank) if self.use_rslora else rank
+        )
+
+    def saves(self, module: str) -> bool:
+        """Whether the module's own weights are in the adapter, whole."""
+        return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save)
+
+    def targets(self, module: str, *, is_linear: bool) -> bool | None:
+        """Whether the module has low-rank factors, by peft's own rules; None where the configuration does not say."""
+        if _names(self.exclude_modules, module) or self.saves(module):
+            return False
+        if self.target_modules is None:
+            return None
+        if self.target_modules == "all-linear":
+            return is_linear
+        if not _names(self.target_modules, module):
+            return False
+        if not self.layers_to_transform:
+            return True
+        patterns = [rf"(?:^|.*?\.){name}\." for name in self.layers_pattern] or [r".*?\.[^.]*\."]
+        found = next((hit for each in patterns if (hit := re.match(rf"{each}(\d+)\.", module))), None)
+        return found is not None and int(found.group(1)) in self.layers_to_transform
+
+
+def _matching(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first key that matches the end of the module's name, as a regular expression."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _names(names: str | tuple[str, ...], module: str) -> bool:
+    if isinstance(names, str):
+        return bool(names and re.fullmatch(names, module))
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """The configuration of the adapter in a folder.
+
+    Raises:
+        InputError: it is missing or damaged, or the adapter is of a kind that cannot be written as W + s B A; every
+            setting that is wrong or refused is named.
+    """
+    path = folder / CONFIG
+    try:
+        table: Any = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: is not an adapter: it has no `{CONFIG}`") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {(error.strerror or '').lower()}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not an adapter's configuration: it is not JSON") from error
+    if not isinstance(table, dict):
+        raise InputError(f"{path}: is not an adapter's configuration: expected a table")
+    given = cast("dict[str, Any]", table)
+    if given.get("peft_type") != "LORA":
+        raise InputError(
+            f'{path}: `peft_type`: expected "LORA", got {shown(given.get("peft_type"))}', MERGE_WITH_PEFT
+        )
+    known = _READ | _ONLY_FOR_TRAINING
+    refused = [f"{key} = {shown(value)}" for key, value in given.items() if value and key not in known]
+    if refused:
+        raise InputError(f"{path}: is not a plain LoRA: {quoted(refused)}", MERGE_WITH_PEFT)
+    if (init := given.get("init_lora_weights")) not in _HARMLESS_INITS:
+        raise InputError(
+            f"{path}: `init_lora_weights` = {shown(init)}: training has changed the base's weights too",
+            "save it with peft's `path_initial_model_for_weight_conversion`, which makes it a plain LoRA",
+        )
+    read = _Reader(given, [])
+    config = AdapterConfig(
+        path=path,
+        rank=read.rank("r", given.get("r")),
+        alpha=read.number("lora_alpha", given.get("lora_alpha")),
+        rank_pattern={key: read.rank("rank_pattern", each) for key, each in read.pattern("rank_pattern")},
+        alpha_pattern={
+            key: read.number("alpha_pattern", each) for key, each in read.pattern("alpha_pattern")
+        },
+        use_rslora=read.flag("use_rslora"),
+        use_dora=read.flag("use_dora"),
+        fan_in_fan_out=read.flag("fan_in_fan_out"),
+        bias=read.bias(),
+        lora_bias=read.flag("lora_bias"),
+        target_modules=read.names("target_modules") if given.get("target_modules") else None,
+        exclude_modules=read.names("exclude_modules"),
+        layers_to_transform=read.layers(),
+        layers_pattern=read.several("layers_pattern"),
+        modules_to_save=read.several("modules_to_save"),
+        base=str(given["base_model_name_or_path"]) if given.get("base_model_name_or_path") else None,
+    )
+    if read.problems:
+        raise InputError(f"{path}: is damaged:\n{listed(read.problems)}", "copy or fetch the adapter again")
+    return config
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Takes settings out of the table and writes down whatever is wrong with them."""
+
+    given: Mapping[str, Any]
+    problems: list[str]
+
+    def wrong(self, key: str, expected: str, value: object) -> None:
+        self.problems.append(f"`{key}`: expected {expected}, got {shown(value)}")
+
+    def rank(self, key: str, value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.wrong(key, "a whole number, at least 1", value)
+            return 1
+        return value
+
+    def number(self, key: str, value: object) -> float:
+        if not _is_number(value):
+            self.wrong(key, "a number", value)
+            return 0
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.given.get(key) or False
+        if not isinstance(value, bool):
+            self.wrong(key, "true or false", value)
+        return bool(value)
+
+    def bias(self) -> Literal["none", "all", "lora_only"]:
+        value = self.given.get("bias") or "none"
+        if value not in ("none", "all", "lora_only"):
+            self.wrong("bias", "none, all or lora_only", value)
+        return value
+
+    def pattern(self, key: str) -> list[tuple[str, Any]]:
+        value = self.given.get(key) or {}
+        if not isinstance(value, dict):
+            self.wrong(key, "a table", value)
+            return []
+        return [
+            (name, each) for name, each in cast("dict[str, Any]", value).items() if self.is_pattern(key, name)
+        ]
+
+    def several(self, key: str) -> tuple[str, ...]:
+        names = self.names(key)
+        return (names,) if isinstance(names, str) else names
+
+    def names(self, key: str) -> str | tuple[str, ...]:
+        value: Any = self.given.get(key) or []
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in cast("list[Any]", names)):
+            self.wrong(key, "a list of names", value)
+            return ()
+        found = tuple(name for name in cast("list[str]", names) if self.is_pattern(key, name))
+        return (found[0] if found else "") if isinstance(value, str) else found
+
+    def layers(self) -> tuple[int, ...]:
+        value: Any = self.given.get("layers_to_transform")
+        numbers = [value] if isinstance(value, int) else value or []
+        if not isinstance(numbers, list) or not all(
+            isinstance(each, int) for each in cast("list[Any]", numbers)
+        ):
+            self.wrong("layers_to_transform", "a list of whole numbers", value)
+            return ()
+        return tuple(cast("list[int]", numbers))
+
+    def is_pattern(self, key: str, text: str) -> bool:
+        try:
+            re.compile(text)
+        except re.error as error:
+            self.wrong(key, f"a regular expression ({error})", text)
+            return False
+        return True

@@ -1,0 +1,250 @@
+"""Files that hold more than one tower: what their metadata says they are, checked, and the tower of each task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergecli import methods
+from mergecli.methods._bitmasks import ContradictionError
+from mergecli.methods._mixture import SAME, Conditioned, Installed, Mixture, Part, Routed, Routing
+from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed, quoted
+from mergecli.storage.checkpoint import VISION, Checkpoint, ChunkHashes
+from mergecli.storage.lazy_checkpoint import Fill, view
+from mergecli.storage.safetensors_format import FLOATS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+LEFT_OUT = "without"
+"""In the metadata of one task's tower: what there is to the task besides."""
+
+
+_HINT = "it is damaged, or not of this version: merge again"
+
+
+@dataclass(frozen=True)
+class OpenMixture:
+    """A mixture whose tensors are known to be what its method writes."""
+
+    stored: Checkpoint
+    method: Mixture
+    tasks: tuple[str, ...]
+    shared: Checkpoint
+    """The weights that all tasks share, under the tower's own names."""
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether one tower serves all tasks; else each has its own."""
+        return isinstance(self.method, Routed)
+
+    def routing(self, asked: Routing) -> Routing | None:
+        """How it routes when it is asked to do so by samples or by batches; None if it must be told the task."""
+        if not isinstance(self.method, Routed):
+            return None
+        return asked if self.method.routes_batches else "sample"
+
+    def of_task(self, task: str) -> Checkpoint:
+        """One task's tower, computed as it is read; of a tower that routes, what a routing weight of 1 for that
+        task alone gives: the method's `own_tower` says what that is.
+
+        Raises:
+            InputError: there is none.
+        """
+        if task not in self.tasks:
+            raise InputError(
+                f"{self.stored.path}: has no tower for `{task}`{did_you_mean(task, self.tasks)}",
+                f"it holds towers for {', '.join(self.tasks)}",
+            )
+        place = self.tasks.index(task)
+        fills = {
+            name: _fill(self, name, place) for name, entry in self.shared.entries.items() if entry.is_float
+        }
+        kept = {
+            key: self.stored.metadata[key]
+            for key in ("format", "mergecli", "method", "recipe", "inputs")
+            if key in self.stored.metadata
+        }
+        if isinstance(self.method, Routed):
+            kept["tower"] = self.method.own_tower
+        if self._corrects:
+            kept[LEFT_OUT] = "the correction of its features"
+        about = {**kept, "kind": "checkpoint", "task": task}
+        return view(self.shared, fills, dtype="float32", metadata=about, stored=self.shared)
+
+    @property
+    def _corrects(self) -> bool:
+        """Whether what `eval` shows of a task is more than its tower."""
+        return (
+            isinstance(self.method, Conditioned)
+            and type(self.method).correction is not Conditioned.correction
+        )
+
+    def install(self, tower: nn.Module, routing: Routing) -> Installed:
+        """Puts the routing layers into a tower that has the shared weights already.
+
+        Raises:
+            InputError: the file's masks are not those of the values beside them.
+        """
+        assert isinstance(self.method, Routed)
+        with self._named():
+            return self.method.install(tower, self.stored.read, self.tasks, routing, VISION)
+
+    @contextmanager
+    def _named(self) -> Generator[None]:
+        """Errors of reading the tensors name the file."""
+        try:
+            yield
+        except ContradictionError as error:
+            raise InputError(f"{self.stored.path}: {error}", _HINT) from error
+
+    def weights(self, name: str, place: int) -> Tensor:
+        """(...) float32 weights of one tensor for task number `place`; raises InputError as `install` does."""
+        with self._named():
+            return self.method.weights(name, place, self.stored.read)
+
+    def correction(self, task: str, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+        """What changes the (B, D) unit image features of a task."""
+        if not isinstance(self.method, Conditioned):
+            return None
+        return self.method.correction(self.tasks.index(task), lambda key: self.stored.read(key).to(device))
+
+
+def mixture_of(stored: Checkpoint) -> OpenMixture:
+    """The mixture in an open file.
+
+    Raises:
+        InputError: the metadata is not that of a mixture, or the tensors are not those that it asks for.
+    """
+    try:
+        name, tasks = stored.metadata["method"], json.loads(stored.metadata["tasks"])
+        settings: Any = json.loads(stored.metadata["settings_table"])
+        method = methods.create(name, settings)
+        if not isinstance(method, Mixture) or not method.is_mixture:
+            raise ValueError(name)
+        if not isinstance(tasks, list) or not tasks or len({str(task) for task in tasks}) != len(tasks):
+            raise ValueError(tasks)
+        if not all(isinstance(task, str) for task in tasks):
+            raise ValueError(tasks)
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        UsageError,
+    ) as error:
+        why = f": {error.message}" if isinstance(error, UsageError) else ""
+        raise InputError(f"{stored.path}: its metadata is not that of a mixture{why}", _HINT) from error
+    own = _own_names(stored, method, len(tasks))
+    shared = replace(stored, entries={key: stored.entries[key] for key in own}, hashes=ChunkHashes())
+    return OpenMixture(stored, method, tuple(tasks), shared)
+
+
+def _own_names(stored: Checkpoint, method: Mixture, tasks: int) -> list[str]:
+    """The names of the shared tensors, once it is known that every tensor of the file is what it should be."""
+    shapes = {name: entry.shape for name, entry in stored.entries.items()}
+    extras = {key for key in shapes if key.startswith(_PREFIXES)}
+    own = [name for name in shapes if name not in extras]
+    floats = {name: shapes[name] for name in own if stored.entries[name].is_float}
+    wanted: dict[str, Part] = {}
+    for name, shape in floats.items():
+        wanted |= method.parts(name, shape, tasks)
+    wanted |= method.extras(floats, tasks)
+    have = {key: stored.entries[key] for key in shapes if key in extras or key in floats}
+    wrong = [f"lacks tensor `{key}`" for key in sorted(wanted.keys() - have.keys())]
+    wrong += [f"has an extra tensor `{key}`" for key in sorted(have.keys() - wanted.keys())]
+    for key in sorted(wanted.keys() & have.keys()):
+        part, entry = wanted[key], have[key]
+        if entry.shape != part.shape:
+            wrong.append(f"`{key}` has shape {entry.shape}, expected {part.shape}")
+        elif entry.dtype != part.dtype and not (part.dtype == SAME and entry.dtype in FLOATS):
+            wrong.append(f"`{key}` has dtype {entry.dtype}, expected {part.dtype.replace(SAME, 'a float')}")
+    if not floats:
+        wrong.append("has no tensors that all tasks share")
+    if wrong:
+        raise InputError(
+            f"{stored.path}: is not what its metadata says, `{methods.name_of(method)}` of {tasks} tasks:\n{listed(wrong)}",
+            _HINT,
+        )
+    return own
+
+
+_PREFIXES = (
+    "experts.",
+    "masks.",
+    "unified.",
+    "summed.",
+    "left.",
+    "right.",
+    "deltas.",
+    "rescalers",
+    "router.",
+    "surgery.",
+)
+"""What keys begin with that are no names of a tower's tensors."""
+
+
+def check_names(names: Iterable[str], whose: Path) -> None:
+    """Raises InputError if a tower has tensors whose names a mixture has for others."""
+    if taken := [name for name in names if name.startswith(_PREFIXES)]:
+        raise InputError(
+            f"{whose}: {quoted(taken)}: expected names that do not begin as a mixture's own tensors do",
+            f"those begin with {quoted(_PREFIXES)}: rename the tensors, or choose a method that writes one tower",
+        )
+
+
+def _fill(mixture: OpenMixture, name: str, place: int) -> Fill:
+    """Computes the tensor when a part of it is asked for, and keeps it until all of it has been."""
+
+    @lru_cache(maxsize=1)
+    def whole() -> Tensor:
+        return mixture.weights(name, place).reshape(-1)
+
+    def fill(start: int, stop: int, into: Tensor) -> None:
+        values = whole()
+        into.copy_(values[start:stop])
+        if stop == len(values):
+            whole.cache_clear()
+
+    return fill
+
+
+def routed(stored: Checkpoint) -> OpenMixture:
+    """The mixture in an open file; raises InputError unless it routes."""
+    mixture = mixture_of(stored)
+    if not mixture.is_routed:
+        one_tower(stored)
+    return mixture
+
+
+def install_routing(stored: Checkpoint, tower: nn.Module) -> None:
+    """Puts a file's routing layers into a tower that has the shared weights; each image routes by itself."""
+    setattr(tower, _ROUTING, routed(stored).install(tower, "sample"))
+
+
+def has_routing(module: nn.Module) -> bool:
+    """Whether routing layers were put into a tower, or into one that is part of the module."""
+    return any(hasattr(part, _ROUTING) for part in module.modules())
+
+
+_ROUTING = "mergecli_routing"
+"""The attribute of a tower that has its `Installed` routing layers."""
+
+
+def one_tower(opened: Checkpoint) -> Checkpoint:
+    """The vision tower of a checkpoint; raises InputError if it holds more than one."""
+    if not opened.is_mixture:
+        return opened.vision()
+    tasks = list(mixture_of(opened).tasks)
+    shown = ", ".join(tasks[:4]) + (f" and {len(tasks) - 4} more" if len(tasks) > 4 else "")
+    raise InputError(
+        f"{opened.path}: holds towers for {shown}, and one tower is needed",
+        f"name one as `{opened.path}#{tasks[0]}`",
+    )

@@ -1,0 +1,197 @@
+"""The names of a CLIP's tensors in open_clip's and OpenAI's files, and those of Hugging Face for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergecli.runtime.errors import InputError, listed, quoted
+from mergecli.storage.checkpoint import VISION, canonical_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+_TEXT = "text_model."
+
+
+_MARKS = ("class_embedding", "conv1.weight", "ln_pre.weight")
+
+
+_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+
+
+_PARALLEL = re.compile(r"(?:(?:module|_orig_mod)\.)*")
+
+
+_WRAPPED = re.compile(r"(?:(?:module|_orig_mod|model|image_encoder)\.)*")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The tensor of the old file that one of ours is, or is a part of."""
+
+    name: str
+    third: int | None = None
+    """Which third of its rows, where query, key and value (0, 1, 2) stand in one tensor."""
+    transposed: bool = False
+    scalar: bool = False
+    """Whether it has no dimension with us, and may have one of size 1 there."""
+
+    def taken_from(self, tensor: Tensor) -> Tensor:
+        """Ours: a view of the old tensor."""
+        if self.third is not None:
+            return tensor.chunk(3)[self.third]
+        if self.scalar:
+            return tensor.view(())
+        return tensor.t() if self.transposed else tensor
+
+    def problem(self, shape: Shape) -> str:
+        """Why a tensor of this shape cannot become ours; empty if it can."""
+        if self.third is not None and (not shape or not shape[0] or shape[0] % 3):
+            return f"`{self.name}` has shape {shape}, which does not split into query, key and value"
+        if self.scalar and shape not in ((), (1,)):
+            return f"`{self.name}` has shape {shape}, one entry was expected"
+        if self.transposed and len(shape) != 2:
+            return f"`{self.name}` has shape {shape}, two dimensions were expected"
+        return ""
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """Our name -> where it comes from, and the names of the tensors that have no place with us."""
+
+    origins: Mapping[str, Origin]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether any tensor gets another name or is left out."""
+        return bool(self.left_out) or any(name != origin.name for name, origin in self.origins.items())
+
+
+def renaming(path: Path, shapes: Mapping[str, Shape]) -> Renaming:
+    """Our names for the tensors of a file.
+
+    Names of an open_clip vision transformer, under whatever prefix, become those of Hugging Face's CLIPModel if the
+    text tower is there too, else those of its CLIPVisionModel: the projection and what is left of a text tower, which
+    the fine-tuned encoders of task arithmetic carry along, then have no place. Of other files only the prefix is
+    taken off that DataParallel and torch.compile put before every name, and of Hugging Face's CLIP names also
+    `model.` and `image_encoder.`.
+
+    Raises:
+        InputError: there are two towers, or a tower lacks tensors or has more or others than a CLIP's.
+    """
+    roots = [
+        name.removesuffix(_MARKS[0])
+        for name in shapes
+        if name.endswith(_MARKS[0]) and all(name.removesuffix(_MARKS[0]) + mark in shapes for mark in _MARKS)
+    ]
+    if not roots:
+        return _unwrapped(shapes)
+    if len(roots) > 1:
+        raise InputError(
+            f"{path}: holds {len(roots)} vision towers: {quoted(roots)}", "save the one that is meant alone"
+        )
+    return _clip(path, roots[0], shapes)
+
+
+def _clip(path: Path, root: str, shapes: Mapping[str, Shape]) -> Renaming:
+    """The renaming of a CLIP whose vision tower's names begin with `root`."""
+    origins = _tower(root, shapes)
+    inside = [root]
+    whole = root.removesuffix("visual.")
+    text = whole + "text." if any(name.startswith(whole + "text.transformer.") for name in shapes) else whole
+    if root.endswith("visual.") and any(name.startswith(text + "transformer.resblocks.") for name in shapes):
+        inside.append(text + "transformer.")
+        origins |= _text_tower(text, shapes)
+        origins["visual_projection.weight"] = Origin(root + "proj", transposed=True)
+        origins["text_projection.weight"] = Origin(text + "text_projection", transposed=True)
+        origins["logit_scale"] = Origin(whole + "logit_scale", scalar=True)
+    used = {origin.name for origin in origins.values()}
+    left_out = [name for name in shapes if name not in used]
+    problems = [f"lacks tensor `{name}`" for name in sorted(used - shapes.keys())]
+    problems += [
+        f"has an extra tensor `{name}`"
+        for name in left_out
+        if name.startswith(tuple(inside)) and name != root + "proj"
+    ]
+    shaped = [origin.problem(shapes[origin.name]) for origin in origins.values() if origin.name in shapes]
+    problems += [problem for problem in dict.fromkeys(shaped) if problem]
+    if problems:
+        raise InputError(
+            f"{path}: has the names of an open_clip vision transformer, but not the tensors of a CLIP:\n"
+            f"{listed(problems, 40)}",
+            "only OpenAI's architecture, such as ViT-B-32, can be converted",
+        )
+    return Renaming(origins, tuple(left_out))
+
+
+def _tower(root: str, names: Iterable[str]) -> dict[str, Origin]:
+    return {
+        VISION + "embeddings.class_embedding": Origin(root + "class_embedding"),
+        VISION + "embeddings.patch_embedding.weight": Origin(root + "conv1.weight"),
+        VISION + "embeddings.position_embedding.weight": Origin(root + "positional_embedding"),
+        **_pair(VISION + "pre_layrnorm", root + "ln_pre"),
+        **_pair(VISION + "post_layernorm", root + "ln_post"),
+        **_blocks(VISION, root, names),
+    }
+
+
+def _text_tower(root: str, names: Iterable[str]) -> dict[str, Origin]:
+    return {
+        _TEXT + "embeddings.token_embedding.weight": Origin(root + "token_embedding.weight"),
+        _TEXT + "embeddings.position_embedding.weight": Origin(root + "positional_embedding"),
+        **_pair(_TEXT + "final_layer_norm", root + "ln_final"),
+        **_blocks(_TEXT, root, names),
+    }
+
+
+def _blocks(ours: str, root: str, names: Iterable[str]) -> dict[str, Origin]:
+    """As many transformer blocks as there are in the file."""
+    start = root + "transformer.resblocks."
+    numbers = {name.removeprefix(start).partition(".")[0] for name in names if name.startswith(start)}
+    origins: dict[str, Origin] = {}
+    for number in range(len(numbers)):
+        new, old = f"{ours}encoder.layers.{number}.", f"{start}{number}."
+        for theirs, name in _BLOCK.items():
+            origins |= _pair(new + name, old + theirs)
+        for third, letter in enumerate("qkv"):
+            for kind in ("weight", "bias"):
+                origins[f"{new}self_attn.{letter}_proj.{kind}"] = Origin(f"{old}attn.in_proj_{kind}", third)
+    return origins
+
+
+def _pair(ours: str, theirs: str) -> dict[str, Origin]:
+    return {f"{ours}.{kind}": Origin(f"{theirs}.{kind}") for kind in ("weight", "bias")}
+
+
+def _unwrapped(names: Iterable[str]) -> Renaming:
+    every = list(names)
+    lead = _common(every, _WRAPPED)
+    marks = {lead + "embeddings.class_embedding", lead + VISION + "embeddings.class_embedding"}
+    if not marks & set(every):
+        lead = _common(every, _PARALLEL)
+    ours = canonical_names(name.removeprefix(lead) for name in every)
+    left_out = tuple(name for name in every if name.removeprefix(lead) not in ours)
+    return Renaming({new: Origin(lead + old) for old, new in ours.items()}, left_out)
+
+
+def _common(names: list[str], pattern: re.Pattern[str]) -> str:
+    """The longest prefix of wrappers that all names have."""
+    found = pattern.match(names[0]) if names else None
+    lead = found[0] if found else ""
+    while lead and not all(name.startswith(lead) and name != lead for name in names):
+        lead = lead[: lead.rstrip(".").rfind(".") + 1]
+    return lead

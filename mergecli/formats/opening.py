@@ -1,0 +1,109 @@
+"""A source opened as a checkpoint, whatever it is: weights, an adapter on its base, or either rounded to a dtype."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from mergecli.formats.lora import adapted
+from mergecli.formats.lora_files import expect_base, is_adapter, open_adapter
+from mergecli.formats.mixture import mixture_of
+from mergecli.runtime.errors import InputError, UsageError
+from mergecli.storage.checkpoint import MIXTURE, TASK_VECTOR, Checkpoint, open_checkpoint
+from mergecli.storage.lazy_checkpoint import rounded
+from mergecli.storage.sources import Source, home, locate
+
+MODELS = ("checkpoint", TASK_VECTOR, MIXTURE)
+"""The `kind` of files of ours that are opened as models."""
+
+
+def is_model(opened: Checkpoint) -> bool:
+    """Whether it is one as far as is known: of files of ours, whether they say that they are."""
+    return "mergecli" not in opened.metadata or opened.metadata.get("kind", "checkpoint") in MODELS
+
+
+def open_source(source: Source, base: Source | None = None) -> Checkpoint:
+    """The checkpoint that a source means, with its adapter added and rounded to its dtype as it is read.
+
+    Args:
+        base: what the source is added to if it is an adapter itself, and not used otherwise.
+
+    Raises:
+        InputError: it is missing or damaged, or the adapter does not fit the base, or is for another, or
+            there is none.
+    """
+    path = _converted(locate(source))
+    added = locate(source.adapter) if source.adapter else None
+    with ExitStack() as stack:
+        if is_adapter(path):
+            if source.adapter:
+                raise InputError(f"{source}: is an adapter itself, and has `adapter` too")
+            if source.task is not None:
+                raise InputError(f"{source}: is an adapter, and holds no tower of its own for a task")
+            under = _base_of(source, path, base)
+            opened = stack.enter_context(open_source(under))
+            added = path
+        else:
+            under = replace(source, adapter=None, dtype=None)
+            opened = _of_task(_model(stack.enter_context(open_checkpoint(path))), source)
+            if opened.is_mixture and (added or source.dtype):
+                raise InputError(
+                    f"{source}: holds several towers, to which no `{'adapter' if added else 'dtype'}` applies",
+                    "name one of them, `FILE#TASK`, or leave it out",
+                )
+        if added:
+            adapter = open_adapter(added)
+            stack.callback(adapter.stored.close)
+            weights = opened
+            opened = adapted(weights, adapter, path=path, dtype=source.dtype)
+            expect_base(adapter, weights, under)
+        elif source.dtype:
+            opened = rounded(opened, source.dtype)
+        stack.pop_all()
+        return opened
+
+
+def _model(opened: Checkpoint) -> Checkpoint:
+    """The checkpoint; raises InputError if it is a file of ours that says that it is something else."""
+    if not is_model(opened):
+        raise InputError(
+            f"{opened.path}: its kind: expected {', '.join(MODELS[:-1])} or {MODELS[-1]}, got `{opened.metadata['kind']}`",
+            "it holds no model, or was written by a later version: `mergecli info` says by which",
+        )
+    return opened
+
+
+def _of_task(opened: Checkpoint, source: Source) -> Checkpoint:
+    """The tower of the task that the source names, of a mixture; else the checkpoint itself."""
+    if source.task is None:
+        return opened
+    if not opened.is_mixture:
+        raise InputError(f"{source}: the file holds one tower, and none of its own for a task")
+    return mixture_of(opened).of_task(source.task)
+
+
+def _converted(path: Path) -> Path:
+    """The conversion of a pickle on this machine, if `fetch --allow-pickle` has made it; else the path itself."""
+    weights = path.glob("*.safetensors*") if path.is_dir() else [path] if ".safetensors" in path.name else []
+    if any(weights):
+        return path
+    from mergecli.formats.convert import place
+
+    try:
+        found = place(path, home(), allow_pickle=False)
+    except (InputError, UsageError):
+        return path  # whoever opens it says what is wrong with it
+    return found if found.exists() else path
+
+
+def _base_of(source: Source, path: Path, base: Source | None) -> Source:
+    """What the adapter at `path` is added to, if it is there and is no adapter itself."""
+    if base is None:
+        raise InputError(
+            f"{source}: is an adapter, and there is no base to add it to",
+            "name its base with `--base`, or with `base = ...` in the recipe",
+        )
+    if is_adapter(locate(base)):
+        raise InputError(f"{base}: is an adapter, weights were expected as base of {path}")
+    return base

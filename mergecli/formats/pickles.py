@@ -1,0 +1,256 @@
+"""Files that `torch.save` wrote: found by their content, checked, and read without running what they carry."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from mergecli.runtime.errors import InputError, listed, quoted
+from mergecli.storage.safetensors_format import TORCH_NAMES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+"""The name of a torch dtype -> its safetensors dtype."""
+
+
+_ZIP = b"PK\x03\x04"
+
+
+_PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
+
+
+_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+_INSIDE = ("state_dict", "model_state_dict", "model")
+
+
+_MEND = (
+    "open it once where it was made and trusted, and save only its tensors: "
+    "`torch.save(torch.load(OLD, weights_only=False).state_dict(), NEW)`"
+)
+
+
+_MEND_SCRIPT = "save only its tensors: `torch.save(torch.jit.load(OLD).state_dict(), NEW)`"
+
+
+_AGAIN = "the copy or download may not have finished: fetch it again"
+
+
+def pickled_files(path: Path) -> list[Path]:
+    """The pickled files that a file, an index of shards or a folder stands for; none if its weights are safetensors.
+
+    Raises:
+        InputError: it is missing, empty, of another format, an index that cannot be read, or a folder with several.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_dir():
+        return [] if any(path.glob("*.safetensors")) else _in_folder(path)
+    if path.name.endswith(".index.json"):
+        shards = _shards(path)
+        return shards if all(_starts_as_pickle(shard) for shard in shards) else []
+    if not path.is_file():
+        raise InputError(f"{path}: is not a file")
+    return [path] if _starts_as_pickle(path) else []
+
+
+def _in_folder(path: Path) -> list[Path]:
+    whole, index = path / "pytorch_model.bin", path / "pytorch_model.bin.index.json"
+    if whole.exists() or index.exists():
+        return pickled_files(whole if whole.exists() else index)
+    found = [file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES]
+    pickled = [file for file in found if file.is_file() and _starts_as_pickle(file)]
+    if len(pickled) > 1:
+        raise InputError(
+            f"{path}: has {len(pickled)} pickled files: {quoted(f.name for f in pickled)}", "name one"
+        )
+    return pickled
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names: set[Any] = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(f"{index}: is not an index of shards: no readable `weight_map`") from error
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise InputError(f"{index}: is not an index of shards: `weight_map` does not name files beside it")
+    missing = [name for name in sorted(names) if not (index.parent / name).is_file()]
+    if missing:
+        raise InputError(f"{index}: shards are missing:\n{listed(missing)}", _AGAIN)
+    return [index.parent / name for name in sorted(names)]
+
+
+def _starts_as_pickle(file: Path) -> bool:
+    start = _first_bytes(file)
+    if (
+        start.startswith((_ZIP, *_PICKLES)) and start[8:9] != b"{"
+    ):  # a header of 640 bytes begins as a pickle does
+        return True
+    if not start:
+        raise InputError(f"{file}: is empty", _AGAIN)
+    if start[8:9] != b"{" and not start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{file}: is neither a safetensors file nor one that `torch.save` wrote", _AGAIN)
+    return False
+
+
+def _first_bytes(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(32)
+    except OSError as error:
+        raise InputError(f"{file}: cannot open: {(error.strerror or '').lower()}") from error
+
+
+def read_state(files: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
+    """The named tensors of all files together, and the names of everything else in them.
+
+    Raises:
+        InputError: a file is damaged, needs code to be opened, or holds no named tensors; two tensors have one name.
+    """
+    tensors: dict[str, Tensor] = {}
+    others: list[str] = []
+    for file in files:
+        state, rest = _state(file, _load(file))
+        twice = sorted(state.keys() & tensors.keys())
+        if twice:
+            raise InputError(
+                f"{file}: {quoted(twice)} stand{'s' if len(twice) == 1 else ''} in another shard too"
+            )
+        tensors |= state
+        others += [name for name in rest if name not in others]
+    return tensors, others
+
+
+def _load(file: Path) -> object:
+    """What was saved; tensors of the zip format are views of the mapped file, those of the older one are in memory.
+
+    torch's restricted unpickler is told by name to be used, so that no environment variable turns it off.
+    """
+    import torch
+
+    mappable = _first_bytes(file).startswith(_ZIP) and _checked_zip(file)
+    try:
+        with warnings.catch_warnings():
+            # about formats of other versions: what cannot be read fails below
+            warnings.simplefilter("ignore")
+            return torch.load(  # noqa: TID251  the one place; nothing but tensors and plain containers is built
+                str(file), map_location="cpu", weights_only=True, mmap=mappable
+            )
+    except pickle.UnpicklingError as error:
+        raise _refusal(file, str(error)) from error
+    except (
+        RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, EOFError,
+        OSError, MemoryError, struct.error,
+    ) as error:  # fmt: skip
+        detail = re.split(r"\n|\. ", str(error).strip())[0][:160]
+        because = f": {detail}" if detail else ""
+        raise InputError(f"{file}: is damaged, or `torch.save` did not write it{because}", _AGAIN) from error
+
+
+def _refusal(file: Path, reason: str) -> InputError:
+    """What to say when the restricted unpickler gives up."""
+    wanted = re.search(r"GLOBAL ([\w.<>]+)", reason)
+    if wanted:
+        return InputError(
+            f"{file}: holds more than tensors: it wants `{wanted[1]}`, which would run code, so it is not opened",
+            _MEND,
+        )
+    if "Unsupported operand" in reason:
+        return InputError(f"{file}: is damaged, or `torch.save` did not write it", _AGAIN)
+    detail = reason.partition("WeightsUnpickler error:")[2].strip().split("\n")[0][:160]
+    return InputError(
+        f"{file}: holds more than tensors, so it is not opened" + (f": {detail}" if detail else ""), _MEND
+    )
+
+
+def _checked_zip(file: Path) -> bool:
+    """Whether a zip's records can be mapped: none is compressed. torch does not look at the checksums; this does."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            names = {Path(record.filename).name for record in records}
+            if "data.pkl" not in names:
+                raise InputError(f"{file}: is a zip file that `torch.save` did not write")
+            if "constants.pkl" in names:
+                raise InputError(f"{file}: is a TorchScript program, so it is not opened", _MEND_SCRIPT)
+            for record in records:
+                if record.CRC:  # 0 where `torch.serialization.set_crc32_options(False)` was in force
+                    with archive.open(record) as opened:
+                        while opened.read(1 << 20):
+                            pass
+            return all(record.compress_type == zipfile.ZIP_STORED for record in records)
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        struct.error,
+    ) as error:
+        raise InputError(f"{file}: is damaged: {error}", _AGAIN) from error
+
+
+def _state(file: Path, loaded: object) -> tuple[dict[str, Tensor], list[str]]:
+    """The named tensors in what was saved, detached, and the names of everything beside them."""
+    import torch
+
+    others: list[str] = []
+    table = _table(loaded)
+    inside = [key for key in _INSIDE if _has_tensors(_table(table.get(key)))]
+    if len(inside) > 1:
+        raise InputError(
+            f"{file}: holds several state dicts: {quoted(inside)}", "save the one that is meant alone"
+        )
+    if inside:
+        others = [str(key) for key in table if key != inside[0]]
+        table = _table(table[inside[0]])
+    tensors: dict[str, Tensor] = {}
+    for key, value in table.items():
+        if isinstance(key, str) and isinstance(value, torch.Tensor):
+            tensors[key] = _plain(file, key, value.detach())
+        else:
+            others.append(str(key))
+    if not tensors:
+        found = f" ({quoted(others)})" if others else ""
+        raise InputError(f"{file}: holds a {type(loaded).__name__} without named tensors{found}", _MEND)
+    return tensors, others
+
+
+def _table(value: object) -> Mapping[Any, object]:
+    return cast("Mapping[Any, object]", value) if isinstance(value, Mapping) else {}
+
+
+def _has_tensors(table: Mapping[Any, object]) -> bool:
+    import torch
+
+    return any(isinstance(value, torch.Tensor) for value in table.values())
+
+
+def _plain(file: Path, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, if safetensors can hold it and its name."""
+    import torch
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if (
+        tensor.layout != torch.strided
+        or tensor.is_quantized
+        or tensor.device.type != "cpu"
+        or dtype not in DTYPES
+    ):
+        how = dtype if tensor.layout == torch.strided else str(tensor.layout).removeprefix("torch.")
+        raise InputError(f"{file}: `{name}` is a tensor of a kind that safetensors cannot hold ({how})")
+    if name == "__metadata__" or not name.isprintable():
+        raise InputError(f"{file}: {name!r} cannot be the name of a tensor")
+    return tensor.resolve_conj().resolve_neg()

@@ -1,0 +1,218 @@
+"""`extract`: a low-rank adapter out of a task vector or a fine-tuned model, and what it leaves out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergecli.formats.linear_layers import chosen_layers, expect_room, is_end, modules_of
+from mergecli.formats.lora_config import CONFIG
+from mergecli.formats.lora_files import PLAIN, base_name, check_adapter_folder
+from mergecli.merging.models import open_models
+from mergecli.methods._base import Group
+from mergecli.methods._svd import decompose
+from mergecli.recipe.reading import recipe_from
+from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
+from mergecli.runtime.errors import UsageError
+from mergecli.runtime.progress import Progress
+from mergecli.storage.atomic import expect_finite, refuse_inputs, whole_folder
+from mergecli.storage.checkpoint import Checkpoint
+from mergecli.storage.metadata import about, inputs_of
+from mergecli.storage.safetensors_format import DTYPE_BYTES, TORCH_NAMES
+from mergecli.storage.safetensors_writer import SafetensorsWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NAME = "tuned"
+
+
+_SAFETENSORS = {name: dtype for dtype, name in TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """An adapter that was extracted, and how far it is from what it was extracted from."""
+
+    path: Path
+    ranks: Mapping[str, int]
+    """Module -> rank of its factors."""
+    errors: Mapping[str, float]
+    """Tensor -> |change - what is kept of it| / |change|, Frobenius norms; 1 where nothing is kept, 0 without change."""
+    error: float
+    """The same of all tensors together."""
+    error_of_modules: float
+    """The same of the adapter's modules alone."""
+    dropped: tuple[str, ...]
+    """Tensors that were changed and are not in the adapter: biases, norms, embeddings, and what was not chosen."""
+    parameters: int
+    size: int
+    """Bytes of the adapter's weights."""
+    tower_size: int
+    """Bytes of the model that it changes."""
+
+
+def extract(
+    source: str | Path,
+    *,
+    output: str | Path,
+    base: str | Path | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    modules: Sequence[str] = (),
+    dtype: str = "float32",
+    progress: Progress | None = None,
+) -> Extracted:
+    """Writes the folder `output` with an adapter that plain peft loads: the truncated SVD of each weight's change.
+
+    The best approximation of that rank (Eckart and Young 1936): B = U sqrt(S) and A = sqrt(S) V^T, so that W + B A; the
+    configuration's alpha is its rank. One weight after the other; held in memory are those at work and the adapter.
+
+    Args:
+        source: a task vector; or a fine-tuned model, with `base`.
+        rank: of every module's factors, at most the least side of the smallest of them.
+        energy: instead of a rank, the share in (0, 1] of each change's squared norm that its rank has to keep.
+        modules: names of linear layers or their ends, such as `q_proj`; by default all those of the encoder's layers.
+        dtype: of the factors; the error counts what rounding them loses.
+
+    Raises:
+        UsageError: neither or both of `rank` and `energy`; no such module, or one smaller than the rank.
+        InputError: a model is missing or damaged.
+    """
+    if (rank is None) == (energy is None):
+        raise UsageError("expected either a rank or an energy", "`--rank 16`, or `--energy 0.9`")
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank: expected a whole number, at least 1, got {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"energy: expected a number in (0, 1], got {energy}")
+    if dtype not in DTYPES[1:]:
+        raise UsageError(f"dtype: expected one of {', '.join(DTYPES[1:])}, got `{dtype}`")
+    target = Path(output)
+    check_adapter_folder(target)
+    recipe = recipe_from(base, {_NAME: str(source)})
+    with ExitStack() as stack:
+        models = open_models(recipe, stack, needs="deltas")
+        refuse_inputs(target, models.paths)
+        reference = models.reference
+        chosen = chosen_layers(reference, modules)
+        if rank is not None:
+            expect_room(rank, reference, chosen)
+
+        def work(_: int, group: Group) -> tuple[str, _Change]:
+            delta, keep = group.deltas[0], group.name in chosen
+            return group.name, _factored(delta, rank, energy, dtype) if keep else _dropped(delta)
+
+        changes: dict[str, _Change] = {}
+        for name, change in models.map(work, blocks=False):
+            changes[name] = change
+            if progress:
+                progress("extracting", len(changes), len(models.floats))
+        found = {module: changes[name] for name, module in chosen.items()}
+        config = _config(reference, recipe, {module: change.rank for module, change in found.items()})
+        # of a task vector the base is known, though it is not read
+        origin = {key: each for key, each in inputs_of(models.tuned[_NAME].metadata).items() if key == "base"}
+        error, error_of_modules = _relative(changes.values()), _relative(found.values())
+        metadata = about(
+            "adapter", recipe=recipe_text(recipe), inputs={**origin, **models.digests()}, error=f"{error:.6g}",
+            error_of_modules=f"{error_of_modules:.6g}",
+        )  # fmt: skip
+        tensors = {key: factor for module, change in found.items() for key, factor in _keys(module, change)}
+        layout = {key: (_SAFETENSORS[dtype], tuple(factor.shape)) for key, factor in tensors.items()}
+        expect_finite(tensors, target, "look at the model with `mergecli info`")
+        with whole_folder(target) as folder:
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            with SafetensorsWriter(folder / PLAIN, layout, metadata) as writer:
+                for key, factor in tensors.items():
+                    writer.write(key, factor)
+        return Extracted(
+            path=target,
+            ranks={module: change.rank for module, change in found.items()},
+            errors={name: _relative([change]) for name, change in changes.items()},
+            error=error,
+            error_of_modules=error_of_modules,
+            dropped=tuple(name for name, each in changes.items() if each.norm and not each.factors),
+            parameters=sum(factor.numel() for factor in tensors.values()),
+            size=(target / PLAIN).stat().st_size,
+            tower_size=sum(each.size * DTYPE_BYTES[each.dtype] for each in reference.entries.values()),
+        )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Squared norms of a tensor's change and of what is lost of it, and the factors that are kept."""
+
+    norm: float
+    lost: float
+    factors: tuple[Tensor, ...] = ()
+    """(k, I) and (O, k)."""
+
+    @property
+    def rank(self) -> int:
+        return len(self.factors[0])
+
+
+def _dropped(delta: Tensor) -> _Change:
+    norm = _square(delta)
+    return _Change(norm, norm)
+
+
+def _factored(delta: Tensor, rank: int | None, energy: float | None, dtype: str) -> _Change:
+    import torch
+
+    left, values, right = decompose(delta, rank)
+    if energy is not None:
+        kept = values.square().cumsum(0)
+        rank = int((kept < energy * kept[-1]).sum()) + 1
+        left, values, right = left[:, :rank], values[:rank], right[:, :rank]
+    root = values.sqrt()
+    first, second = ((root * each).to(getattr(torch, dtype)) for each in (right, left))
+    first = first.T.contiguous()
+    lost = delta.double() - second.double() @ first.double()
+    return _Change(_square(delta), _square(lost), (first, second))
+
+
+def _square(values: Tensor) -> float:
+    return float(values.double().square().sum())
+
+
+def _relative(changes: Iterable[_Change]) -> float:
+    every = list(changes)
+    norm = math.fsum(change.norm for change in every)
+    return math.sqrt(math.fsum(change.lost for change in every) / norm) if norm else 0.0
+
+
+def _keys(module: str, change: _Change) -> list[tuple[str, Tensor]]:
+    key = f"base_model.model.{module}.lora_"
+    return [(f"{key}{part}.weight", factor) for part, factor in zip("AB", change.factors, strict=True)]
+
+
+def _config(reference: Checkpoint, recipe: Recipe, ranks: Mapping[str, int]) -> dict[str, object]:
+    """The adapter's configuration: every alpha is the rank, so that the factors are not scaled."""
+    ends = sorted({module.rpartition(".")[2] for module in ranks})
+    by_ends = {
+        module
+        for module in modules_of(reference, range(1, 9)).values()
+        if any(is_end(each, module) for each in ends)
+    }
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {module: each for module, each in ranks.items() if each != rank}
+    return {
+        "alpha_pattern": others,
+        "base_model_name_or_path": base_name(recipe.base) if recipe.base else None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": others,
+        "target_modules": ends if by_ends == set(ranks) else sorted(ranks),
+        "use_dora": False,
+        "use_rslora": False,
+    }

@@ -1,0 +1,1 @@
+"""What methods learn from images before a merge: statistics, coefficients, masks, routers, corrections."""

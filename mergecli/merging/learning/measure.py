@@ -1,0 +1,90 @@
+"""`measure`: what calibrated methods need to know of every model, as files, before any merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergecli import methods
+from mergecli.merging.learning.statistics import files_for, measure_missing
+from mergecli.merging.models import open_models
+from mergecli.methods._calibrated import Calibrated
+from mergecli.recipe.reading import read_recipe, with_method
+from mergecli.recipe.schema import Recipe
+from mergecli.runtime.errors import UsageError, did_you_mean, quoted, shown
+from mergecli.storage.atomic import check_target
+
+if TYPE_CHECKING:
+    from mergecli.runtime.progress import Progress
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The files with what was measured."""
+
+    paths: Mapping[str, Path]
+    """Task -> its file; for a method that measures all tasks together, its name and their one file."""
+    new: tuple[str, ...]
+    """Those that were measured now, by any of several processes; the others were there already, and fit."""
+
+
+def measure(
+    recipe: str | Path | Recipe,
+    *,
+    output: str | Path,
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    changes: Sequence[str] = (),
+    only: Sequence[str] = (),
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Measured:
+    """Measures what a calibrated method needs of every model, for merges with `statistics=output`.
+
+    There is a file for each task, so different processes or machines may measure different tasks at one time; each
+    needs the base, and the models and images of its own tasks only. Files that are there already are kept if they fit.
+    Processes that `torchrun` starts share the tasks among them, and end when all are measured; the files are those that one
+    process writes, to the byte. Methods that go through the merged model layer by layer (`reg_mean_plus_plus`) have one file for all tasks.
+
+    Args:
+        output: a folder.
+        method: a method's name; replaces the recipe's.
+        settings: the method's settings, with `method`.
+        only: the tasks to measure; none stands for all.
+
+    Raises:
+        UsageError: the recipe is wrong, or its method measures nothing.
+        InputError: models or images are missing; or a file in the folder was measured on something else.
+    """
+    if isinstance(recipe, Recipe):
+        recipe = with_method(recipe, method, settings, changes)
+    else:
+        more = [f"method.{key}={shown(value)}" for key, value in (settings or {}).items()]
+        recipe = read_recipe(recipe, [*more, *changes], method)
+    chosen = methods.create(recipe.method, recipe.settings) if recipe.method else None
+    if not isinstance(chosen, Calibrated):
+        known = [name for name in methods.names() if issubclass(methods.find(name), Calibrated)]
+        what = f"`{recipe.method}` measures nothing" if recipe.method else "no method is named"
+        raise UsageError(what, f"name one with `--method`: {quoted(known)}")
+    target = Path(output)
+    check_target(target, folder=True)
+    for name in only:
+        if name not in recipe.tuned:
+            raise UsageError(f"the recipe has no model `{name}`{did_you_mean(name, recipe.tuned)}")
+    if only and chosen.joint:
+        raise UsageError(
+            f"`{recipe.method}` cannot measure some tasks only: what goes into a layer comes out of the layers before "
+            "it, merged of all tasks",
+            "measure all tasks at once, or use `reg_mean`",
+        )
+    if only:
+        tuned = {name: source for name, source in recipe.tuned.items() if name in only}
+        recipe = replace(recipe, tuned=tuned)
+    with ExitStack() as stack:
+        models = open_models(recipe, stack, needs="base", device=device)
+        files = files_for(models, chosen, recipe, target)
+        new = measure_missing(files, models, chosen, recipe, progress)
+    return Measured({each.name: each.path for each in files}, new)

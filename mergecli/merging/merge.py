@@ -1,0 +1,224 @@
+"""`merge`: open the models, check that they fit, let the method look, stream block by block, write.
+
+Fixed policies: sums are float32 in the recipe's order, cast once at the end to `dtype` (by default the base
+tensor's own); tensors that are not floating point must be equal in all models and are copied; NaN or infinity is
+an error that names task and tensor; randomness comes from the CPU and depends on seed, tensor name and block only,
+so that the same inputs and recipe give the same bytes. Of a whole CLIP only the vision tower is merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mergecli import methods
+from mergecli.merging.learning.files import Learning, Lesson
+from mergecli.merging.learning.learn import learn
+from mergecli.merging.models import Models, Passes, open_models
+from mergecli.merging.outputs import Output, cast
+from mergecli.methods._base import Group, Method, TwoPass
+from mergecli.methods._mixture import extra_values, outcomes
+from mergecli.recipe.reading import read_recipe, recipe_from, with_method
+from mergecli.recipe.schema import Recipe
+from mergecli.runtime.distributed import is_first
+from mergecli.runtime.errors import UsageError, quoted, shown
+from mergecli.runtime.progress import Progress
+from mergecli.storage.metadata import inputs_of
+from mergecli.storage.safetensors_writer import parse_size
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` wrote."""
+
+    path: Path
+    method: str
+    tasks: tuple[str, ...]
+    tensors: int
+    parameters: int
+    inputs: Mapping[str, str]
+    """Input -> digest of its content."""
+    warnings: tuple[str, ...] = ()
+
+
+def merge(
+    recipe: str | Path | Recipe | Mapping[str, str | Path],
+    *,
+    output: str | Path,
+    base: str | Path | None = None,
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    changes: Sequence[str] = (),
+    device: str = "cpu",
+    shard_size: str | None = None,
+    statistics: str | Path | None = None,
+    coefficients: str | Path | None = None,
+    save_coefficients: str | Path | None = None,
+    trace: str | Path | None = None,
+    plot: str | Path | None = None,
+    tensorboard: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Merged:
+    """Merges fine-tuned models into one checkpoint at `output`, never holding more than a block of each.
+
+    Args:
+        recipe: a recipe or its file; or the fine-tuned models themselves, name -> source, in the order of all sums.
+        output: a `.safetensors` file, or a Hugging Face folder if the name has no suffix.
+        base: the base model, where `recipe` is a mapping.
+        method: a method's name; replaces the recipe's.
+        settings: the method's settings, with `method`.
+        changes: further changes to the recipe, each `key=value` as for `--set`.
+        device: where the method computes; files are read and written by the CPU.
+        shard_size: of the files of a folder, such as `2GB`; by default there is one file.
+        statistics: a folder for what a method measures on images, a file a task; by default the store, where it is
+            found again by content.
+        coefficients: a file with what a method learnt before, to apply without images.
+        save_coefficients: a file for what the method learns.
+        trace: a CSV file with a row for each step in which the method learns.
+        plot: a picture (PNG, SVG or PDF) of that.
+        tensorboard: a folder that gets the same for TensorBoard.
+
+    Raises:
+        UsageError: the recipe is wrong. InputError: a model is missing, damaged, or does not fit the others.
+    """
+    if isinstance(recipe, Mapping):
+        recipe = recipe_from(base, recipe, changes, method, settings)
+    elif isinstance(recipe, Recipe):
+        recipe = with_method(recipe, method, settings, changes)
+    else:
+        more = [f"method.{key}={shown(value)}" for key, value in (settings or {}).items()]
+        recipe = read_recipe(recipe, [*more, *changes], method)
+    given = (statistics, coefficients, save_coefficients, trace, plot, tensorboard)
+    learning = Learning(*(None if each is None else Path(each) for each in given))
+    points = {Path(output): recipe}
+    return merge_points(points, device=device, shard_size=shard_size, learning=learning, progress=progress)[0]
+
+
+def merge_points(
+    points: Mapping[Path, Recipe],
+    *,
+    device: str = "cpu",
+    shard_size: str | None = None,
+    learning: Learning | None = None,
+    progress: Progress | None = None,
+) -> tuple[Merged, ...]:
+    """Merges the same models once for each output; the recipes differ in the method and its settings only.
+
+    Every pass over the models serves all of them, and surveys are shared where their settings are the same.
+    """
+    outputs = [Output.of(recipe, target) for target, recipe in points.items()]
+    size = parse_size(shard_size) if shard_size is not None else None
+    for each in outputs:
+        if size is not None and each.target.suffix:
+            raise UsageError(
+                f"{each.target}: one file has no shards", "name a folder, without suffix, with `--shard-size`"
+            )
+    learning = learning or Learning()
+    for each in outputs:
+        learning.check(each)
+    needs_base = any(each.method.needs_base for each in outputs)
+    with ExitStack() as stack:
+        models = open_models(
+            outputs[0].recipe, stack, needs="base" if needs_base else "weights", device=device
+        )
+        for each in outputs:
+            learning.refuse_inputs(each, models.paths)
+            each.check(models)
+        learnt: dict[str, Lesson] = {}
+        for each in outputs:
+            if _key(each.method) not in learnt:
+                learnt[_key(each.method)] = learn(models, each, learning, stack, progress)
+        lessons = [_taught(each, learnt[_key(each.method)]) for each in outputs]
+        return _stream(models, lessons, size, progress)
+
+
+def _taught(output: Output, lesson: Lesson) -> Lesson:
+    """The lesson for an output whose method may differ in late settings from the one it was learnt for."""
+    method = output.method if output.method.late else lesson.output.method
+    return replace(lesson, output=replace(output, method=method))
+
+
+def _stream(
+    models: Models, lessons: Sequence[Lesson], size: int | None, progress: Progress | None
+) -> tuple[Merged, ...]:
+    """Merges every block, or every tensor, once for each output, and writes it where it belongs; one pass for all."""
+    if not is_first():  # the first of several processes writes
+        return tuple(_merged(models, each.output, {}) for each in lessons)
+    outputs = [each.output for each in lessons]
+    passes = Passes(models, all(each.method.by_blocks for each in outputs), progress)
+    surveys = _surveys([each.method for each in outputs], passes)
+    learnt = [each.learnt if found is None else found for each, found in zip(lessons, surveys, strict=True)]
+    with ExitStack() as stack:
+        writers = [
+            each.output.open(models, size, stack, [*models.read, *each.files], each.about) for each in lessons
+        ]
+        dtypes = [{name: dtype for name, (dtype, _) in each.layout(models).items()} for each in outputs]
+
+        def work(start: int, group: Group) -> None:
+            for number, output in enumerate(outputs):
+                own = group.copy() if number + 1 < len(outputs) else group
+                for key, result in outcomes(output.method, own, learnt[number]).items():
+                    writers[number].write(key, cast(result, dtypes[number][key], key), start)
+
+        for _ in passes.run("merging", work):
+            pass
+        for number, output in enumerate(outputs):
+            for key, result in extra_values(output.method, learnt[number]).items():
+                writers[number].write(key, cast(result, dtypes[number][key], key))
+        digests = models.digests()
+        inputs = [digests | {name: file.digest() for name, file in each.files.items()} for each in lessons]
+        for lesson, own, writer in zip(lessons, inputs, writers, strict=True):
+            writer.describe(lesson.output.metadata(own, lesson.about))
+    return tuple(
+        replace(each, warnings=(*each.warnings, *_foreign_lessons(lesson, own)))
+        for lesson, own, each in zip(
+            lessons,
+            inputs,
+            (_merged(models, *pair) for pair in zip(outputs, inputs, strict=True)),
+            strict=True,
+        )
+    )
+
+
+def _merged(models: Models, output: Output, inputs: Mapping[str, str]) -> Merged:
+    return Merged(
+        output.target, str(output.recipe.method), tuple(models.tuned), len(models.reference.entries),
+        models.reference.parameters, inputs, tuple(_foreign_vectors(models, inputs)) if inputs else (),
+    )  # fmt: skip
+
+
+def _key(method: Method) -> str:
+    """The same for methods that differ only in what neither surveys nor images are looked at for."""
+    return f"{methods.name_of(method)} {methods.table_of(method, without=method.late)}"
+
+
+def _surveys(several: Sequence[Method], passes: Passes) -> list[Any]:
+    """What each method's survey found; those that differ in nothing that a survey looks at share one."""
+    found: dict[str, Any] = {}
+    results: list[Any] = []
+    for method in several:
+        key = _key(method)
+        if key not in found:
+            found[key] = method.survey(passes) if isinstance(method, TwoPass) else None
+        results.append(found[key])
+    return results
+
+
+def _foreign_lessons(lesson: Lesson, digests: Mapping[str, str]) -> Iterator[str]:
+    """A warning for each file that was made with other models than those that are merged."""
+    for file in lesson.files.values():
+        origin = inputs_of(file.metadata)
+        if other := [name for name, digest in origin.items() if digests.get(name, digest) != digest]:
+            how = "merged from" if file.metadata.get("kind") == "checkpoint" else "learnt on"
+            yield f"{file.path}: was {how} other weights of {quoted(other)}"
+
+
+def _foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:
+    """A warning for each task vector that was made on another base than the one it is added to."""
+    for name, each in models.tuned.items():
+        origin, base = inputs_of(each.metadata).get("base"), digests.get("base")
+        if each.is_task_vector and origin and base and origin != base:
+            yield f"{each.path}: `{name}` is a task vector of another base ({origin}) than {base}"

@@ -1,0 +1,270 @@
+"""The models of a merge: open together, known to fit, read in blocks as float32."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from mergecli.formats.mixture import one_tower
+from mergecli.formats.opening import open_source
+from mergecli.methods._base import Group
+from mergecli.recipe.schema import Recipe
+from mergecli.runtime import interrupts
+from mergecli.runtime.distributed import usable_device
+from mergecli.runtime.errors import InputError, UsageError, listed
+from mergecli.runtime.progress import Progress
+from mergecli.storage.checkpoint import Checkpoint
+from mergecli.storage.sources import locate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 1 << 18
+"""Entries of one tensor that are held of each model at a time, by methods that work entry by entry."""
+
+
+Result = TypeVar("Result")
+
+
+BUFFERS = 768 << 20
+"""Bytes that all threads' buffers may take together; a tensor that needs more is still read, by one thread."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The open checkpoints of a merge, known to fit together."""
+
+    base: Checkpoint | None
+    tuned: Mapping[str, Checkpoint]
+    seed: int = 0
+    device: str = "cpu"
+    uses_base: bool = True
+    """Whether the base's weights are read, and not only its names, shapes and dtypes."""
+
+    @property
+    def reference(self) -> Checkpoint:
+        """The checkpoint whose names, shapes and dtypes the result has."""
+        return self.base or next(iter(self.tuned.values()))
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Every file that is read, by what it is read for."""
+        named = {**({"base": self.base} if self.base else {}), **self.tuned}
+        return {
+            f"{name}: {file}" if len(each.files) > 1 else name: file
+            for name, each in named.items()
+            for file in each.files
+        }
+
+    @property
+    def floats(self) -> list[str]:
+        """Names of the tensors that are merged."""
+        return [name for name, entry in self.reference.entries.items() if entry.is_float]
+
+    @property
+    def others(self) -> list[str]:
+        """Names of the tensors that are copied."""
+        return [name for name, entry in self.reference.entries.items() if not entry.is_float]
+
+    @property
+    def size(self) -> int:
+        """Entries of all merged tensors together."""
+        return sum(self.reference.entries[name].size for name in self.floats)
+
+    @property
+    def read(self) -> dict[str, Checkpoint]:
+        """The checkpoints whose weights are read: the base first, if it is one of them."""
+        return {**({"base": self.base} if self.base and self.uses_base else {}), **self.tuned}
+
+    def digests(self) -> dict[str, str]:
+        """Input -> digest; free for what has been read from beginning to end."""
+        return {name: each.digest() for name, each in self.read.items()}
+
+    def map(
+        self, work: Callable[[int, Group], Result], sample: int = 1, *, blocks: bool = True
+    ) -> Iterator[Result]:
+        """What `work(first entry, group)` gives for every block of every merged tensor, in order; with
+        `blocks = False` for every whole tensor.
+
+        Blocks are read and worked on in several threads, each of which has one buffer that it reads all its blocks
+        into: `work` may overwrite the group's tensors, and returns none of them. torch itself runs on one thread in
+        each, so that results do not depend on the number of processors.
+        """
+        import torch
+
+        width = len(self.tuned) + 1
+        pieces = list(self._pieces(sample, blocks=blocks))
+        widest = max((stop - start for _, start, stop in pieces), default=0)
+        workers = max(1, min(os.cpu_count() or 1, BUFFERS // (4 * width * widest + 1)))
+        local = threading.local()
+        are_deltas = tuple(each.is_task_vector for each in self.tuned.values())
+
+        def one(name: str, start: int, stop: int) -> Result:
+            if not hasattr(local, "buffer"):
+                torch.set_num_threads(1)
+                local.buffer = torch.empty(width * widest)
+            rows = self._read(name, start, stop, local.buffer)
+            if self.device != "cpu":
+                rows = rows.to(self.device)
+            if not blocks:
+                rows = rows.view(width, *self.reference.entries[name].shape)
+            base = rows[0] if "base" in self.read else None
+            return work(start, Group(name, base, rows[1:], are_deltas, tuple(self.tuned), self.seed, start))
+
+        threads = torch.get_num_threads()
+        pool = ThreadPoolExecutor(workers)
+        try:
+            waiting: deque[Future[Result]] = deque()
+            for piece in pieces:
+                interrupts.check()
+                waiting.append(pool.submit(one, *piece))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                interrupts.check()
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
+    def _pieces(self, sample: int, *, blocks: bool) -> Iterator[tuple[str, int, int]]:
+        """(tensor, first entry, end) of what is read at a time; a sample takes a short run out of each stretch."""
+        for name in self.floats:
+            count = self.reference.entries[name].size
+            step = (BLOCK if blocks else max(count, 1)) if sample == 1 else 1024 * sample
+            for number, start in enumerate(range(0, count, step) if count else [0]):
+                stop = min(start + step, count)
+                if sample > 1:
+                    run = -(-(stop - start) // sample)
+                    start += (stop - start - run) * (number * 37 % 101) // 101
+                    stop = start + run
+                yield name, start, stop
+
+    def _read(self, name: str, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """(1 + T, stop - start) float32 entries of the base (left as it is where there is none) and of each model."""
+        rows = buffer[: (len(self.tuned) + 1) * (stop - start)].view(len(self.tuned) + 1, stop - start)
+        read = self.read
+        for (task, each), row in zip(read.items(), rows[-len(read) :], strict=True):
+            if each.entries[name].dtype == "F32":
+                each.read_entries(name, start, stop, into=row)
+            else:
+                row.copy_(each.read_entries(name, start, stop))
+            if not math.isfinite(float(row.sum())) and not bool(row.isfinite().all()):
+                bad = "NaN" if bool(row.isnan().any()) else "infinity"
+                raise InputError(f"{each.path}: {task}: `{name}` has {bad}", "such a model cannot be merged")
+        return rows
+
+
+def open_models(
+    recipe: Recipe,
+    stack: ExitStack,
+    *,
+    needs: Literal["base", "weights", "deltas"],
+    device: str = "cpu",
+) -> Models:
+    """The recipe's models, open until `stack` ends, and known to have the same tensors.
+
+    `needs` says what will be looked at: with "weights" a base is needed only for task vectors, with "deltas" only
+    for models that are not.
+
+    Raises:
+        UsageError: there is nothing to merge, or no base. InputError: every difference between the models.
+    """
+    if not recipe.tuned:
+        raise UsageError("there are no fine-tuned models to merge", "name them in `[tuned]` or as arguments")
+    for source in (*recipe.tuned.values(), *([recipe.base] if recipe.base else [])):
+        locate(source)
+    base = one_tower(stack.enter_context(open_source(recipe.base))) if recipe.base else None
+    tuned = {
+        name: one_tower(stack.enter_context(open_source(source, recipe.base)))
+        for name, source in recipe.tuned.items()
+    }
+    vectors = [name for name, each in tuned.items() if each.is_task_vector]
+    weights = [name for name in tuned if name not in vectors]
+    if base is None and (needs == "base" or (vectors if needs == "weights" else weights)):
+        why = "differences to it are needed"
+        if needs == "weights":
+            why = f"`{vectors[0]}` is a task vector"
+        elif needs == "deltas":
+            why = f"`{weights[0]}` is not a task vector"
+        raise UsageError(f"there is no base, and {why}", "name it with `base = ...` or `--base`")
+    if base is not None and base.is_task_vector:
+        raise InputError(f"{base.path}: is a task vector, a base was expected")
+    uses_base = base is not None and bool(needs == "base" or (vectors if needs == "weights" else weights))
+    models = Models(base, tuned, recipe.seed, usable_device(device), uses_base)
+    check_fit(models)
+    return models
+
+
+def check_fit(models: Models) -> None:
+    """Raises InputError with every tensor that is missing, extra, of another shape, or unequal where it must be equal."""
+    reference = models.reference.entries
+    whose = "the base" if models.base else f"`{next(iter(models.tuned))}`"
+    problems: list[str] = []
+    for task, each in models.tuned.items():
+        wanted = {
+            name: entry for name, entry in reference.items() if entry.is_float or not each.is_task_vector
+        }
+        problems += [
+            f"{task}: has an extra tensor `{name}`" for name in each.entries if name not in reference
+        ]
+        problems += [f"{task}: lacks tensor `{name}`" for name in wanted if name not in each.entries]
+        for name, entry in wanted.items():
+            other = each.entries.get(name)
+            if other is None:
+                continue
+            if other.shape != entry.shape:
+                problems.append(f"{task}: `{name}` has shape {other.shape}, {whose} has {entry.shape}")
+            elif other.is_float != entry.is_float or (not entry.is_float and other.dtype != entry.dtype):
+                problems.append(f"{task}: `{name}` has dtype {other.dtype}, {whose} has {entry.dtype}")
+            elif not entry.is_float and not models.reference.read(name).equal(each.read(name)):
+                problems.append(
+                    f"{task}: `{name}` ({entry.dtype}) differs from that of {whose}, and is not averaged"
+                )
+    if not models.floats:
+        problems.append(f"{whose} has no floating point tensors")
+    if problems:
+        raise InputError(
+            f"the checkpoints do not fit together:\n{listed(problems, 40)}",
+            "merge only models that were fine-tuned from the same base",
+        )
+
+
+@dataclass
+class Passes:
+    """Passes over the models, as a method's `survey` asks for them, which tell how far they are."""
+
+    models: Models
+    by_blocks: bool
+    progress: Progress | None
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        return self.models.floats
+
+    def __call__(self, sample: int = 1) -> Iterator[Group]:
+        return self.map(lambda group: group.copy(), sample)
+
+    def map(self, look: Callable[[Group], Result], sample: int = 1) -> Iterator[Result]:
+        return self.run("surveying", lambda _, group: look(group), sample)
+
+    def run(self, what: str, work: Callable[[int, Group], Result], sample: int = 1) -> Iterator[Result]:
+        """What `work(first entry, group)` gives, in order, for one pass."""
+
+        def counted(start: int, group: Group) -> tuple[int, Result]:
+            return group.shape.numel() * sample, work(start, group)
+
+        done = 0
+        for count, result in self.models.map(counted, sample, blocks=self.by_blocks or sample > 1):
+            yield result
+            done += count
+            if self.progress:
+                self.progress(what, min(done, self.models.size), self.models.size)

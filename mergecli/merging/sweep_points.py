@@ -1,0 +1,179 @@
+"""`sweep`: one merge for each value of some settings, every pass over the models shared."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, cast
+
+import tomli
+
+from mergecli.merging.learning.files import Learning
+from mergecli.merging.merge import Merged, merge_points
+from mergecli.recipe.reading import read_recipe, recipe_from
+from mergecli.recipe.schema import Recipe
+from mergecli.runtime.errors import UsageError, shown
+from mergecli.runtime.progress import Progress
+from mergecli.storage.atomic import check_target
+
+MOST = 1000
+"""Points of one sweep; more is a slip of the pen."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One setting and the values it takes."""
+
+    key: str
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value for each axis, and the recipe with them."""
+
+    values: Mapping[str, Any]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """What files and results are called by: `ties,scaling_factor-0.3`."""
+        parts = [
+            f"{key.rpartition('.')[2]}-{_short(each)}"
+            for key, each in self.values.items()
+            if key != "method.name"
+        ]
+        return ",".join([str(self.recipe.method), *parts])
+
+
+def parse_axis(text: str) -> Axis:
+    """`KEY=FIRST:LAST:STEP`, both ends included, or `KEY=VALUE,VALUE,...`; a value is TOML or a bare word.
+
+    Raises:
+        UsageError: it is neither, or the key is no setting of the method.
+    """
+    key, equals, written = (part.strip() for part in text.partition("="))
+    if not equals or not written or not (key.startswith("method.") and len(key) > len("method.")):
+        raise UsageError(
+            f"sweep `{text}`: expected `method.SETTING=FIRST:LAST:STEP` or `method.SETTING=VALUE,VALUE,...`"
+        )
+    values = (
+        _range(written, text) if written.count(":") == 2 else tuple(_value(each) for each in _split(written))
+    )
+    if not values:
+        raise UsageError(f"sweep `{text}`: there are no values")
+    if len(set(map(repr, values))) != len(values):
+        raise UsageError(f"sweep `{text}`: a value stands there twice")
+    return Axis(key, values)
+
+
+def points_of(
+    recipe: str | Path | Mapping[str, str | Path],
+    over: Sequence[str],
+    *,
+    base: str | Path | None = None,
+    method: str | None = None,
+    changes: Sequence[str] = (),
+) -> tuple[Point, ...]:
+    """The points of a sweep, the last axis fastest.
+
+    Raises:
+        UsageError: an axis is wrong, or a value does not fit its setting.
+    """
+    axes = [parse_axis(each) for each in over]
+    keys = [axis.key for axis in axes]
+    if not axes or len(set(keys)) != len(keys):
+        raise UsageError(
+            "a sweep goes over one or more settings, each named once", "`--sweep method.density=0.1,0.2`"
+        )
+    if math.prod(len(axis.values) for axis in axes) > MOST:
+        raise UsageError(f"the sweep has more than {MOST} points")
+    points: list[Point] = []
+    for values in itertools.product(*(axis.values for axis in axes)):
+        chosen = dict(zip(keys, values, strict=True))
+        more = [*changes, *(f"{key}={shown(value)}" for key, value in chosen.items())]
+        try:
+            known = (
+                recipe_from(base, recipe, more, method)
+                if isinstance(recipe, Mapping)
+                else read_recipe(recipe, more, method)
+            )
+        except UsageError as error:
+            raise UsageError(error.message.replace("--set: ", "--sweep: "), error.hint) from error
+        points.append(Point(chosen, known))
+    names = [point.name for point in points]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"two points of the sweep would be called `{twice[0]}`", "sweep over fewer tables")
+    return tuple(points)
+
+
+def merge_sweep(
+    points: Sequence[Point],
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    statistics: Path | None = None,
+    coefficients: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[Merged, ...]:
+    """Writes one checkpoint a point into the folder `output`, each called after its point."""
+    target = Path(output)
+    check_target(target, folder=True)
+    if target.suffix == ".safetensors":
+        raise UsageError(f"{target}: a sweep writes several files, so the output is a folder")
+    files = {target / f"{point.name}.safetensors": point.recipe for point in points}
+    return merge_points(files, device=device, learning=Learning(statistics, coefficients), progress=progress)
+
+
+def _range(written: str, text: str) -> tuple[Any, ...]:
+    """The numbers from first to last; decimal, so that 0.1:0.3:0.1 ends with 0.3."""
+    try:
+        first, last, step = (Decimal(part.strip()) for part in written.split(":"))
+        count = int((last - first) / step) if step else -1
+    except (InvalidOperation, ValueError, OverflowError):
+        count = -1
+        first = step = Decimal(0)
+    if not 0 <= count < MOST:
+        raise UsageError(f"sweep `{text}`: expected `FIRST:LAST:STEP`, such as 0.1:1.0:0.1")
+    values = [first + number * step for number in range(count + 1)]
+    whole = all(value == value.to_integral_value() for value in (first, step)) and "." not in written
+    return tuple(int(value) if whole else float(value) for value in values)
+
+
+def _split(written: str) -> list[str]:
+    """The values between the commas that stand outside of brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in written:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        else:
+            depth += (character in "[{") - (character in "]}")
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _short(value: Any) -> str:
+    """A value as part of a file's name."""
+    if isinstance(value, Mapping):
+        table = cast("Mapping[str, Any]", value)
+        value = "-".join(
+            [str(table.get("name", "")), *(f"{key}-{each}" for key, each in table.items() if key != "name")]
+        )
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", str(value)).strip("-")
+
+
+def _value(written: str) -> Any:
+    try:
+        return tomli.loads(f"value = {written}")["value"]
+    except (ValueError, RecursionError):
+        return written

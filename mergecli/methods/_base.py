@@ -1,0 +1,230 @@
+"""What a merging method is: settings in a frozen dataclass, and one or two functions of tensors.
+
+Letters in shapes: T tasks, n entries of a block, `...` the tensor's own shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Size, Tensor
+
+Result = TypeVar("Result")
+
+
+RUN = 1 << 16
+"""Random numbers are drawn for so many consecutive entries at a time, whatever the size of the blocks."""
+
+
+class Group:
+    """One named tensor, or a block of its entries, across all models, in float32 and in the recipe's order.
+
+    The rows belong to whoever receives the group: methods may overwrite them; the base is only read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        base: Tensor | None,
+        rows: Tensor,
+        are_deltas: tuple[bool, ...],
+        names: tuple[str, ...],
+        seed: int = 0,
+        start: int = 0,
+    ) -> None:
+        self.name = name
+        self.names = names
+        """The tasks, in order."""
+        self._base = base
+        self._rows = rows
+        self._are_deltas = are_deltas
+        self._seed = seed
+        self._start = start
+
+    @property
+    def tasks(self) -> int:
+        """T, the number of fine-tuned models."""
+        return len(self._rows)
+
+    @property
+    def shape(self) -> Size:
+        """The shape of the base, of each row of `deltas`, and of the result."""
+        return self._rows.shape[1:]
+
+    @property
+    def start(self) -> int:
+        """Which entry of the flattened tensor the block begins with; 0 where the group is the whole tensor."""
+        return self._start
+
+    @property
+    def base(self) -> Tensor:
+        """(...) the base's weights."""
+        if self._base is None:
+            raise ValueError("this method was not given a base: set `needs_base`")
+        return self._base
+
+    @property
+    def tuned(self) -> Tensor:
+        """(T, ...) the fine-tuned weights."""
+        return self._as_deltas(wanted=False)
+
+    @property
+    def deltas(self) -> Tensor:
+        """(T, ...) the task vectors, fine-tuned minus base."""
+        return self._as_deltas(wanted=True)
+
+    def _as_deltas(self, *, wanted: bool) -> Tensor:
+        for row, is_delta in zip(self._rows, self._are_deltas, strict=True):
+            if wanted and not is_delta:
+                row.sub_(self.base)
+            elif is_delta and not wanted:
+                row.add_(self.base)
+        self._are_deltas = (wanted,) * self.tasks
+        return self._rows
+
+    def copy(self) -> Group:
+        """The same group with tensors of its own."""
+        base, rows = None if self._base is None else self._base.clone(), self._rows.clone()
+        return Group(self.name, base, rows, self._are_deltas, self.names, self._seed, self._start)
+
+    def uniform(self, task: int) -> Tensor:
+        """(...) random numbers in [0, 1) for one task's entries.
+
+        They depend on the recipe's seed, the tensor's name, the task's name and the entry only, so that order of the
+        tasks, block size, device and threads change nothing.
+        """
+        return self.drawn(self.names[task], self._seed)
+
+    def drawn(self, label: str, seed: int) -> Tensor:
+        """(...) random numbers in [0, 1) that depend on seed, tensor's name, label and entry only."""
+        stop = self._start + self.shape.numel()
+        return uniform(seed, self.name, label, self._start, stop).view(self.shape).to(self._rows.device)
+
+
+def uniform(seed: int, name: str, label: str, start: int, stop: int) -> Tensor:
+    """(stop - start,) random numbers in [0, 1) for entries of a named tensor, drawn by the CPU."""
+    import hashlib
+
+    import torch
+
+    runs: list[Tensor] = []
+    first = start // RUN
+    for run in range(first, -(-stop // RUN)):
+        key = f"{seed} {name} {label} {run}".encode()
+        number = int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
+        runs.append(torch.rand(RUN, generator=torch.Generator().manual_seed(number)))
+    drawn = torch.cat(runs) if runs else torch.empty(0)
+    return drawn[start - first * RUN : stop - first * RUN]
+
+
+class Groups(Protocol):
+    """One pass over all tensors of all models; each call reads the files once."""
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        """The names of all tensors that are merged, known without a pass."""
+        ...
+
+    def __call__(self, sample: int = 1) -> Iterator[Group]:
+        """The groups in order; with `sample = s`, only about one entry in s of every tensor, evenly spread."""
+        ...
+
+    def map(self, look: Callable[[Group], Result], sample: int = 1) -> Iterator[Result]:
+        """What `look` gives for each group, in order; groups are looked at in several threads.
+
+        `look` may overwrite the group's tensors, and returns none of them.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """What all kinds share. A method's docstring is its equation; each setting's docstring says what it does."""
+
+    title: ClassVar[str]
+    """The method's name and one line about it, for lists."""
+    paper: ClassVar[str]
+    """Where it comes from."""
+    needs_base: ClassVar[bool] = True
+    """Whether there is no merge without a base."""
+    elementwise: ClassVar[bool] = True
+    """Whether an entry of the result depends on the same entry of the models only: then blocks of entries do."""
+    passes: ClassVar[int] = 1
+    """How often every model is read from disk."""
+    work: ClassVar[str] = ""
+    """What costs more than reading the models, if anything does."""
+    looks_at: ClassVar[str] = "no images"
+    """Which images must be there."""
+    late: ClassVar[frozenset[str]] = frozenset({"scaling_factor"})
+    """Settings that `survey` does not look at: merges that differ in nothing else share one survey."""
+    unrecorded: ClassVar[frozenset[str]] = frozenset()
+    """Settings that no number depends on; results do not say them."""
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether the method may be given blocks of a tensor's entries in place of the tensor."""
+        return self.elementwise
+
+    @property
+    def reads(self) -> int:
+        """How often this method, as it is set, reads every model."""
+        return self.passes
+
+    @classmethod
+    def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
+        """(setting, problem) pairs of settings that are each valid but do not fit the models of these `tasks`."""
+        del tasks, settings
+        return []
+
+
+@dataclass(frozen=True)
+class PerTensor(Method):
+    """Methods that look at one tensor at a time: one pass."""
+
+    def merge(self, group: Group, /) -> Tensor:
+        """(...) the merged weights of the group's tensor, float32."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TwoPass(Method):
+    """Methods that must have seen the whole model before they can merge a tensor."""
+
+    passes: ClassVar[int] = 2
+
+    def survey(self, groups: Groups, /) -> Any:
+        """What `merge` needs to know of the whole model."""
+        raise NotImplementedError
+
+    def merge(self, group: Group, surveyed: Any, /) -> Tensor:
+        """(...) the merged weights of the group's tensor, float32."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Looking(Method):
+    """Methods that look at images before they merge, and keep what they learnt as files; see `_calibrated` and
+    `_adapted`."""
+
+    def merge(self, group: Group, learnt: Any, /) -> Tensor:
+        """(...) the merged weights of the group's tensor, float32."""
+        raise NotImplementedError
+
+
+def merge_group(method: Method, group: Group, surveyed: Any) -> Tensor:
+    """(...) the merged weights of one group by a method of any kind."""
+    if isinstance(method, TwoPass | Looking):
+        return method.merge(group, surveyed)
+    assert isinstance(method, PerTensor)
+    return method.merge(group)
+
+
+def total(rows: Tensor) -> Tensor:
+    """(...) the sum of (T, ...) rows, added from the first to the last, so that it never depends on the layout."""
+    result = rows[0].clone()
+    for row in rows[1:]:
+        result += row
+    return result

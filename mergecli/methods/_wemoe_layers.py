@@ -1,0 +1,274 @@
+"""Multilayer perceptrons whose weights are put together anew for each image, or each batch of images.
+
+Letters in shapes: B images, S tokens, d the tower's width, T tasks, n inputs and m outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mergecli.methods._mixture import Routing
+from mergecli.methods._smile_layers import put
+
+BLOCK = 1 << 15
+"""Entries of one weight that a processor puts together at a time, about."""
+
+
+FEWEST = 16
+"""Rows of one weight that a processor puts together at a time, at least: narrower products are slow."""
+
+
+CACHE = 1 << 21
+"""Bytes of the images' own weights that a processor holds at a time."""
+
+
+CHUNK = 1 << 27
+"""The same for other devices, which hold whole weights: they are slow at many small products."""
+
+
+class Experts(Protocol):
+    """(T, m, n) task vectors of one weight."""
+
+    def blocks(self, images: int) -> Iterator[tuple[int, int, Tensor]]:
+        """First row, end, and (T, r n) the rows between, which are valid until the next are asked for; as many at a
+        time as are good for that many images."""
+        ...
+
+
+class Dense(nn.Module):
+    """Task vectors of which every entry is held."""
+
+    values: Tensor
+
+    def __init__(self, values: Tensor) -> None:
+        """`values` (T, m, n)."""
+        super().__init__()
+        self.register_buffer("values", values, persistent=False)
+
+    def blocks(self, images: int) -> Iterator[tuple[int, int, Tensor]]:
+        _, total, columns = self.values.shape
+        rows = rows_of(total, columns, self.values.device) if images > 1 else total
+        for start in range(0, total, max(rows, 1)):
+            part = self.values[:, start : start + rows]
+            yield start, start + part.shape[1], part.flatten(1)
+
+
+class Pruned(nn.Module):
+    """Task vectors of which the entries are held that pruning has left, block by block."""
+
+    values: Tensor
+    places: Tensor
+
+    def __init__(self, kept: Sequence[tuple[Tensor, Tensor]], rows: int, columns: int) -> None:
+        """`kept`: for each task (k,) ascending places in a weight of so many rows and columns, and (k,) values."""
+        super().__init__()
+        device = kept[0][0].device
+        step = rows_of(rows, columns, device)
+        self.shape, self.steps = (len(kept), columns), [*range(0, rows, step), rows]
+        edges = torch.tensor(self.steps[1:-1], dtype=torch.long, device=device) * columns
+        cuts = [torch.searchsorted(places, edges).tolist() for places, _ in kept]
+        found: list[Tensor] = []
+        values: list[Tensor] = []
+        for cut, (places, own) in zip(cuts, kept, strict=True):
+            found.extend(places.tensor_split(cut))
+            values.extend(own.tensor_split(cut))
+        blocks = len(self.steps) - 1
+        order = [task * blocks + block for block in range(blocks) for task in range(len(kept))]
+        shifts = [
+            (task * (stop - start) - start) * columns
+            for start, stop in zip(self.steps, self.steps[1:], strict=False)
+            for task in range(len(kept))
+        ]
+        places = [(found[each] + shift).int() for each, shift in zip(order, shifts, strict=True)]
+        counts = torch.tensor([len(each) for each in places]).view(blocks, -1).sum(1)
+        self.counts: list[int] = counts.tolist()
+        self.register_buffer("values", torch.cat([values[each] for each in order]), persistent=False)
+        self.register_buffer("places", torch.cat(places), persistent=False)
+
+    def blocks(self, images: int) -> Iterator[tuple[int, int, Tensor]]:
+        del images
+        tasks, columns = self.shape
+        room = self.values.new_zeros(tasks * self.steps[1] * columns)
+        parts = zip(self.values.split(self.counts), self.places.split(self.counts), strict=True)
+        for start, stop, (values, places) in zip(self.steps, self.steps[1:], parts, strict=False):
+            own = room[: tasks * (stop - start) * columns]
+            own.zero_().index_copy_(0, places.long(), values)
+            yield start, stop, own.view(tasks, -1)
+
+
+def rows_of(rows: int, columns: int, device: torch.device) -> int:
+    """r, of a weight of so many rows and columns."""
+    if device.type != "cpu":
+        return rows
+    return min(rows, max(FEWEST, BLOCK // max(columns, 1) // FEWEST * FEWEST))
+
+
+class Shared(torch.autograd.Function):
+    """One weight that all images share: the base and a share of each task vector."""
+
+    @staticmethod
+    def forward(ctx: Any, shares: Tensor, base: Tensor, experts: Experts) -> Tensor:
+        """(m, n) of (T,) shares and (m, n) base."""
+        ctx.experts = experts
+        result = torch.empty_like(base)
+        for start, stop, vectors in experts.blocks(1):
+            torch.addmv(base[start:stop].view(-1), vectors.T, shares, out=result[start:stop].view(-1))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """(T,): inner products with the task vectors."""
+        slopes = grads[0].contiguous()
+        parts = (vectors @ slopes[start:stop].view(-1) for start, stop, vectors in ctx.experts.blocks(1))
+        return torch.stack(list(parts)).sum(0), None, None
+
+
+class Own(torch.autograd.Function):
+    """Products of each image's tokens with its own weight. On the way back the weights are put together once more, so
+    that none is kept meanwhile."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, shares: Tensor, base: Tensor, experts: Experts) -> Tensor:
+        """(B, S, m) of (B, S, n) inputs, (B, T) shares and (m, n) base."""
+        ctx.save_for_backward(inputs, shares, base)
+        ctx.experts = experts
+        result = inputs.new_empty(*inputs.shape[:2], len(base))
+        for rows, images, weights, _ in _weights(shares, base, experts):
+            torch.bmm(inputs[images], weights.transpose(1, 2), out=result[images, :, rows])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """(B, S, n) and (B, T)."""
+        inputs, shares, base = ctx.saved_tensors
+        back, slopes = torch.zeros_like(inputs), torch.zeros_like(shares)
+        for rows, images, weights, vectors in _weights(shares, base, ctx.experts):
+            given = grads[0][images, :, rows]  # (b, S, r)
+            back[images] += given @ weights
+            slopes[images] += (given.transpose(1, 2) @ inputs[images]).flatten(1) @ vectors.T
+        return back, slopes, None, None
+
+
+def _weights(shares: Tensor, base: Tensor, experts: Experts) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Rows, images, the (b, r, n) rows of those images' weights, and (T, r n) of the task vectors."""
+    columns, on_cpu = base.shape[1], base.device.type == "cpu"
+    for start, stop, vectors in experts.blocks(len(shares)):
+        own = base[start:stop]
+        room = (CACHE if on_cpu else CHUNK) // max(1, own.numel() * own.element_size())
+        many = max(1, room)
+        for first in range(0, len(shares), many):
+            images = slice(first, first + many)
+            mixed = torch.addmm(own.reshape(1, -1), shares[images], vectors)
+            yield slice(start, stop), images, mixed.view(-1, stop - start, columns), vectors
+
+
+def linear(
+    inputs: Tensor, shares: Tensor, weight: Tensor, bias: Tensor, experts: Experts, offsets: Tensor
+) -> Tensor:
+    """(B, S, m) of (B, S, n) inputs and (B, T) shares, or (1, T) that all images share.
+
+    Args:
+        experts: task vectors of the (m, n) weight.
+        offsets: (T, m) those of the bias.
+    """
+    biases = torch.addmm(bias[None], shares, offsets)  # (B, m)
+    if len(shares) == 1:
+        shared: Any = Shared.apply(shares[0], weight, experts)
+        return functional.linear(inputs, shared, biases[0])
+    own: Any = Own.apply(inputs, shares, weight, experts)
+    return own + biases[:, None]
+
+
+class Router(nn.Module):
+    """r(h) = A2 relu(A1 h + b1) + b2 for each token; or A h + b, or b alone."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], position: Tensor) -> None:
+        """`parameters`: `0.weight`, `0.bias`, `1.weight`, ...; `position` (p,) is put before every token."""
+        super().__init__()
+        self.names = list(parameters)
+        self.own = nn.ParameterList([nn.Parameter(value.float()) for value in parameters.values()])
+        self.register_buffer("position", position, persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, T) the mean over the tokens of (B, S, d)."""
+        own = dict(zip(self.names, self.own, strict=True))
+        depth = sum(name.endswith("weight") for name in own)
+        if depth == 0:
+            return own["0.bias"].expand(len(hidden), -1)
+        position = self.get_buffer("position")
+        result = hidden.float()
+        if len(position):
+            result = torch.cat([position.expand(*hidden.shape[:2], -1), result], dim=2)
+        for layer in range(depth):
+            result = functional.linear(
+                result.relu() if layer else result, own[f"{layer}.weight"], own[f"{layer}.bias"]
+            )
+        return result.mean(1)
+
+
+class RoutedMlp(nn.Module):
+    """A tower's `mlp` whose weights are the base's plus what the router weighs the task vectors with."""
+
+    def __init__(
+        self,
+        mlp: Any,
+        experts: Sequence[Dense | Pruned],
+        offsets: Sequence[Tensor],
+        router: Router,
+        routing: Routing,
+    ) -> None:
+        """`experts`: task vectors of the weights of `fc1` and `fc2`; `offsets`: (T, m) those of the biases."""
+        super().__init__()
+        self.mlp, self.router, self.routing = mlp, router, routing
+        for name, own, offset in zip(("fc1", "fc2"), experts, offsets, strict=True):
+            self.add_module(f"{name}_experts", own)
+            self.register_buffer(f"{name}_offsets", offset, persistent=False)
+        self.shares = torch.zeros(0)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, S, d) of (B, S, d)."""
+        shares = self.router(hidden)
+        if self.routing == "batch":
+            shares = shares.mean(0, keepdim=True)
+        self.shares = shares.detach()
+        shares = shares.to(hidden.dtype)
+        inner = self.mlp.activation_fn(self._linear("fc1", hidden, shares))
+        return self._linear("fc2", inner, shares)
+
+    def _linear(self, name: str, inputs: Tensor, shares: Tensor) -> Tensor:
+        """(B, S, m) of (B, S, n): each image with weights of its own, or all with the same."""
+        layer: Any = getattr(self.mlp, name)
+        experts: Any = self.get_submodule(f"{name}_experts")
+        weight, bias = layer.weight.detach(), layer.bias.detach()
+        return linear(inputs, shares, weight, bias, experts, self.get_buffer(f"{name}_offsets"))
+
+
+@dataclass(frozen=True)
+class RoutedTower:
+    """A tower whose multilayer perceptrons route."""
+
+    tower: nn.Module
+    layers: Mapping[str, RoutedMlp]
+    """Path in the tower -> what stands there."""
+    parameters: Mapping[str, Tensor]
+    """Key in the file -> a router's parameter."""
+
+    @property
+    def keeps_batches_whole(self) -> bool:
+        """Whether the images of a batch share their weights."""
+        return any(layer.routing == "batch" for layer in self.layers.values())
+
+    def routes(self) -> Mapping[str, Tensor]:
+        """Layer -> (B, T), or (1, T) where a batch shares them, of the last forward pass."""
+        return {path: layer.shares for path, layer in self.layers.items()}
+
+    def remove(self) -> None:
+        """Puts the tower's own layers back."""
+        for path, layer in self.layers.items():
+            put(self.tower, path, layer.mlp)

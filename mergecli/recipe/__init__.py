@@ -1,0 +1,1 @@
+"""From TOML to a checked Recipe, and the lock beside it."""

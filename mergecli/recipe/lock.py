@@ -1,0 +1,227 @@
+"""`RECIPE.lock`: which commit and which files each source of a recipe was when it was fetched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+import tomli
+
+from mergecli.recipe.schema import Recipe
+from mergecli.runtime.errors import InputError, UsageError, shown
+from mergecli.storage.atomic import write_text
+from mergecli.storage.sources import HUBS, Source, parse_source
+
+SCHEMA = 1
+
+
+Key = tuple[bool, str]
+"""Whether it is a data set, and the source as recipes write it."""
+
+
+_COMMIT = re.compile(r"[0-9a-f]{7,64}")
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class LockedFile:
+    """One file of a repository."""
+
+    path: str
+    """With `/` between names."""
+    size: int
+    """Bytes."""
+    sha256: str
+    made_from: str | None = None
+    """The pickled file that it was converted from; None if it is the hub's own."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one source was."""
+
+    source: str
+    """As the recipe writes it."""
+    is_data: bool
+    fetched: str
+    """`hf:org/name` or `ms:org/name`: where it came from."""
+    commit: str
+    files: tuple[LockedFile, ...]
+
+    @property
+    def key(self) -> Key:
+        return self.is_data, self.source
+
+    @property
+    def origin(self) -> Source:
+        """The repository at that commit."""
+        return replace(parse_source(self.fetched, Path()), revision=self.commit, is_data=self.is_data)
+
+
+@dataclass(frozen=True)
+class Lock:
+    """The content of a lock file."""
+
+    entries: Mapping[Key, Entry] = field(default_factory=dict[Key, Entry])
+
+    def find(self, source: Source) -> Entry | None:
+        """What the source was, if the lock has it."""
+        return self.entries.get(key_of(source))
+
+    def merged(self, entries: Iterable[Entry]) -> Lock:
+        """The lock with these entries in place of its own for the same sources."""
+        return Lock({**self.entries, **{entry.key: entry for entry in entries}})
+
+
+def key_of(source: Source) -> Key:
+    """What a source is found by in a lock."""
+    return source.is_data, str(source)
+
+
+def lock_path(recipe: Path) -> Path:
+    """Where the lock of the recipe at this path lies: beside it."""
+    return recipe.with_suffix(".lock")
+
+
+def lock_of(recipe: Recipe) -> Lock | None:
+    """The recipe's lock, if there is one.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = lock_path(recipe.path) if recipe.path else None
+    return read_lock(path) if path and path.is_file() else None
+
+
+def read_lock(path: Path) -> Lock:
+    """The lock in the file.
+
+    Raises:
+        InputError: it cannot be read, or is not a lock of this version.
+    """
+    try:
+        values = tomli.loads(path.read_bytes().decode("utf-8-sig"))
+        if values.get("schema") != SCHEMA or set(values) - {"schema", "source"}:
+            raise ValueError(f"expected `schema = {SCHEMA}` and [[source]] tables")
+        entries = [_entry(each) for each in values.get("source", [])]
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {(error.strerror or '').lower()}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
+        reason = (
+            f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        )
+        raise InputError(
+            f"{path}: is not a lock file: {reason}",
+            "delete it; `mergecli fetch` with the recipe writes it anew",
+        ) from error
+    return Lock({entry.key: entry for entry in entries})
+
+
+def write_lock(path: Path, lock: Lock) -> None:
+    """Writes the lock; the same content gives the same bytes."""
+    lines = [
+        f"# Written by `mergecli fetch`; `mergecli fetch --locked {path.with_suffix('.toml').name}` fetches the same again.",
+        f"schema = {SCHEMA}",
+    ]
+    for _, entry in sorted(lock.entries.items()):
+        lines += ["", "[[source]]", f"source = {shown(entry.source)}"]
+        lines += ["data = true"] if entry.is_data else []
+        lines += [f"fetched = {shown(entry.fetched)}", f"commit = {shown(entry.commit)}", "files = ["]
+        for file in sorted(entry.files, key=lambda each: each.path):
+            made = f", made_from = {shown(file.made_from)}" if file.made_from else ""
+            lines.append(
+                f"  {{ path = {shown(file.path)}, size = {file.size}, sha256 = {shown(file.sha256)}{made} }},"
+            )
+        lines.append("]")
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def pinned_source(lock: Lock, source: Source) -> Source:
+    """The source, and its adapter, as the lock has it: with `pinned` set; unchanged where the lock has it not."""
+    entry = lock.find(source) if source.kind in HUBS else None
+    adapter = pinned_source(lock, source.adapter) if source.adapter else None
+    if entry is None and adapter == source.adapter:
+        return source
+    return replace(source, pinned=entry.origin if entry else source.pinned, adapter=adapter)
+
+
+def pin(recipe: Recipe) -> Recipe:
+    """The recipe with every source, and every data set of its task tables, as the lock beside it has it.
+
+    Raises:
+        InputError: there is a lock, and it is damaged.
+    """
+    lock = lock_of(recipe)
+    if lock is None:
+        return recipe
+    return replace(
+        recipe,
+        base=pinned_source(lock, recipe.base) if recipe.base else None,
+        tuned={name: pinned_source(lock, source) for name, source in recipe.tuned.items()},
+        tasks={
+            name: replace(table, data=pinned_source(lock, table.data)) if table.data else table
+            for name, table in recipe.tasks.items()
+        },
+        pins={key: entry.origin for key, entry in lock.entries.items()},
+    )
+
+
+def is_commit(text: str) -> bool:
+    """Whether a text is a commit's hexadecimal digits, or the first of them."""
+    return bool(_COMMIT.fullmatch(text))
+
+
+def is_safe(path: str) -> bool:
+    """Whether a path inside a repository stays inside, on every system, when it is joined to a folder."""
+    parts = path.split("/")
+    return not any(part in ("", ".", "..") or set(part) & set("\\:\0") for part in parts)
+
+
+def _entry(value: Any) -> Entry:
+    table = _table(value, {"source", "data", "fetched", "commit", "files"})
+    source, fetched, commit = (_text(table[name], name) for name in ("source", "fetched", "commit"))
+    origin = parse_source(fetched, Path())
+    if origin.kind not in HUBS or origin.revision or origin.inside:
+        raise ValueError(f"`fetched`: expected `hf:org/name` or `ms:org/name`, got `{fetched}`")
+    if not is_commit(commit):
+        raise ValueError(f"`commit`: expected a commit's hexadecimal digits, got `{commit}`")
+    files = [_file(each) for each in table["files"]]
+    if not files:
+        raise ValueError(f"`files` of `{source}`: expected at least one")
+    known = {file.path for file in files}
+    if lost := [file.made_from for file in files if file.made_from and file.made_from not in known]:
+        raise ValueError(f"`made_from`: expected one of the files of `{source}`, got `{lost[0]}`")
+    return Entry(source, table.get("data") is True, fetched, commit, tuple(files))
+
+
+def _file(value: Any) -> LockedFile:
+    table = _table(value, {"path", "size", "sha256", "made_from"})
+    path, sha256 = _text(table["path"], "path"), _text(table["sha256"], "sha256")
+    size, made_from = table["size"], table.get("made_from")
+    if not is_safe(path) or PurePosixPath(path).is_absolute():
+        raise ValueError(f"`path`: expected a file inside the repository, got `{path}`")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise ValueError(f"`size`: expected a number of bytes, got `{size}`")
+    if not _SHA256.fullmatch(sha256):
+        raise ValueError(f"`sha256`: expected 64 hexadecimal digits, got `{sha256}`")
+    return LockedFile(path, size, sha256, None if made_from is None else _text(made_from, "made_from"))
+
+
+def _table(value: Any, known: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a table, got `{value}`")
+    table = cast("dict[str, Any]", value)
+    if unknown := sorted(set(table) - known):
+        raise ValueError(f"unknown key `{unknown[0]}`")
+    return table
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"`{name}`: expected a string, got `{value}`")
+    return value

@@ -1,0 +1,215 @@
+"""A recipe: TOML text to frozen dataclasses, with every problem in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import tomli
+
+from mergecli.data.tasks import TaskTable
+from mergecli.recipe.toml import Problem, Reader, line_of, place_of
+from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed, shown
+from mergecli.storage.sources import Source
+
+DTYPES = ("same", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to merge, how, and on what to evaluate it."""
+
+    path: Path | None = None
+    base: Source | None = None
+    tuned: Mapping[str, Source] = field(default_factory=dict[str, Source])
+    """Task -> fine-tuned model; the order of every sum."""
+    seed: int = 0
+    dtype: str = "same"
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The method's settings as written, without defaults."""
+    eval_tasks: tuple[str, ...] = ()
+    """Names of tasks or of sets of tasks; empty means the tasks of `tuned`."""
+    splits: tuple[str, ...] = ()
+    """Splits of the tasks' data that `fetch` brings besides their own for training and testing."""
+    batch_size: int = 128
+    tasks: Mapping[str, TaskTable] = field(default_factory=dict[str, TaskTable])
+    pins: Mapping[tuple[bool, str], Source] = field(default_factory=dict[tuple[bool, str], Source])
+    """What the lock beside the recipe says: (whether it is a data set, a source as it is written) -> that at a commit."""
+
+    def pinned(self, source: Source) -> Source:
+        """The source as the lock has it."""
+        return replace(source, pinned=self.pins.get((source.is_data, str(source)), source.pinned))
+
+
+Check = Callable[[Recipe], Iterable[Problem]]
+
+
+def read(
+    path: Path, changes: Sequence[str] = (), method: str | None = None, checks: Sequence[Check] = ()
+) -> Recipe:
+    """The recipe in the file `path`, after `--method` and the `key=value` changes of `--set`.
+
+    Relative paths in the file are relative to its folder, those in `changes` to the current one.
+
+    Raises:
+        InputError: no such file.
+        UsageError: everything that is wrong with it, each with file, line and key.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such recipe") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{path}: is a folder, a recipe (TOML) was expected") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: a recipe is UTF-8 text, byte {error.start} is not") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {(error.strerror or '').lower()}") from error
+    try:
+        values = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        raise UsageError(f"{path}:{error.lineno}: not TOML: {error.msg.lower()}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: has a number that is too long, or tables nested too deeply") from error
+    return build(values, path, text, changes, method, checks)
+
+
+def build(
+    values: dict[str, Any],
+    path: Path | None = None,
+    text: str = "",
+    changes: Sequence[str] = (),
+    method: str | None = None,
+    checks: Sequence[Check] = (),
+) -> Recipe:
+    """The recipe that parsed TOML means; `text` is only searched for the lines of what is wrong."""
+    if method is not None:
+        values["method"] = {"name": method}
+    reader = Reader(path.parent if path else Path())
+    if method is not None:
+        reader.overridden["method.name"] = "--method"
+    for change in changes:
+        _apply(values, change, reader)
+    recipe = _recipe(values, path, reader)
+    broken = {problem.key for problem in reader.problems}
+    for check in checks:
+        reader.problems += [problem for problem in check(recipe) if problem.key not in broken]
+    if reader.problems:
+        ordered = sorted(dict.fromkeys(reader.problems), key=lambda each: line_of(text, each.key) or 0)
+        lines = [
+            f"{reader.overridden.get(each.key) or place_of(path, text, each.key)}: `{each.key}`: {each.what}"
+            for each in ordered
+        ]
+        if len(lines) == 1:
+            raise UsageError(lines[0])
+        raise UsageError(f"the recipe has {len(lines)} problems:\n{listed(lines, 20)}")
+    return recipe
+
+
+def _recipe(values: dict[str, Any], path: Path | None, read: Reader) -> Recipe:
+    top = read.table(values, "", ("schema", "base", "seed", "dtype", "tuned", "method", "eval", "tasks"))
+    if top.get("schema", 1) != 1 or not isinstance(top.get("schema", 1), int) or top.get("schema") is True:
+        read.wrong(
+            "schema", f"expected 1, got {top['schema']!r}: this recipe is for another version of mergecli"
+        )
+    dtype = read.text(top["dtype"], "dtype") if "dtype" in top else "same"
+    if dtype and dtype not in DTYPES:
+        read.wrong(
+            "dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}{did_you_mean(dtype, DTYPES)}"
+        )
+    tuned = {
+        read.name(name, f"tuned.{name}"): source
+        for name, value in read.table(top.get("tuned", {}), "tuned").items()
+        if (source := read.source(value, f"tuned.{name}"))
+    }
+    settings = dict(read.table(top.get("method", {}), "method"))
+    method = None
+    if "method" in top:
+        if "name" not in settings:
+            read.wrong("method.name", "is missing: expected the name of a method")
+        else:
+            method = read.text(settings.pop("name"), "method.name") or None
+    evaluation = read.table(top.get("eval", {}), "eval", ("tasks", "batch_size", "splits"))
+    wanted = evaluation.get("tasks", ())
+    tasks = {
+        read.name(name, f"tasks.{name}"): _task(value, f"tasks.{name}", read)
+        for name, value in read.table(top.get("tasks", {}), "tasks").items()
+    }
+    return Recipe(
+        path=path,
+        base=read.source(top["base"], "base") if "base" in top else None,
+        tuned=tuned,
+        seed=read.number(top.get("seed", 0), "seed", 0),
+        dtype=dtype,
+        method=method,
+        settings=settings,
+        eval_tasks=(wanted,)
+        if isinstance(wanted, str)
+        else read.texts(wanted, "eval.tasks")
+        if wanted != ()
+        else (),
+        splits=read.texts(evaluation["splits"], "eval.splits") if "splits" in evaluation else (),
+        batch_size=read.number(evaluation.get("batch_size", 128), "eval.batch_size", 1),
+        tasks=tasks,
+    )
+
+
+def _task(value: object, key: str, read: Reader) -> TaskTable:
+    table = read.table(value, key, ("data", "classes", "templates", "split", "train_split"))
+    data = read.source(table["data"], f"{key}.data") if "data" in table else None
+    return TaskTable(
+        data=replace(data, is_data=True) if data else None,
+        classes=read.texts(table["classes"], f"{key}.classes") if "classes" in table else None,
+        templates=read.texts(table["templates"], f"{key}.templates") if "templates" in table else None,
+        split=read.text(table["split"], f"{key}.split") if "split" in table else None,
+        train_split=read.text(table["train_split"], f"{key}.train_split") if "train_split" in table else None,
+    )
+
+
+def _apply(values: dict[str, Any], change: str, read: Reader) -> None:
+    """Makes one `key.sub=value` change; the value is TOML, or a bare word that is taken as a string."""
+    key, equals, written = change.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        read.wrong(f"--set {change}", "expected `key=value`")
+        return
+    try:
+        parsed = tomli.loads(f"value = {written}")
+        value: object = parsed["value"] if set(parsed) == {"value"} else None
+        if value is None:
+            read.wrong(f"--set {key}", "expected one TOML value")
+            return
+    except (ValueError, RecursionError):
+        if not written.strip() or written.strip()[0] in "\"'[{":
+            read.wrong(f"--set {change}", f"`{written}` is not a TOML value")
+            return
+        value = written.strip()
+    parts = [part.strip() for part in key.split(".", {"tuned": 1, "tasks": 2}.get(key.split(".")[0], -1))]
+    place = values
+    for part in parts[:-1]:
+        inner = place.setdefault(part, {})
+        if not isinstance(inner, dict):
+            read.wrong(key, f"`{part}` is not a table")
+            return
+        place = cast("dict[str, Any]", inner)
+    place[parts[-1]] = value
+    read.overridden[key] = "--set"
+
+
+def recipe_text(recipe: Recipe, method: str | None = None, settings: Mapping[str, Any] | None = None) -> str:
+    """The recipe in effect as TOML: after every change, with the defaults written out."""
+    lines = ["schema = 1"]
+    if recipe.base:
+        lines.append(f"base = {shown(recipe.base.written)}")
+    lines += [f"seed = {recipe.seed}", f"dtype = {shown(recipe.dtype)}", "", "[tuned]"]
+    lines += [
+        f"{name if '.' not in name and '+' not in name else shown(name)} = {shown(source.written)}"
+        for name, source in recipe.tuned.items()
+    ]
+    if method is not None:
+        lines += ["", "[method]", f"name = {shown(method)}"]
+        lines += [f"{key} = {shown(value)}" for key, value in (settings or {}).items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,169 @@
+"""Values taken out of parsed TOML, with everything that is wrong with them, and on which line it stands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from mergecli.runtime.errors import UsageError, did_you_mean
+from mergecli.storage.sources import HUBS, Source, checked_inside, parse_source
+
+SOURCE_KEYS = ("source", "revision", "subfolder", "file", "dtype", "modelscope", "adapter")
+
+
+SOURCE_DTYPES = ("float32", "float16", "bfloat16")
+
+
+COMMAND_LINE = "command line"
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+class Problem(NamedTuple):
+    """Something wrong with a recipe: the dotted key and what was expected."""
+
+    key: str
+    what: str
+
+
+@dataclass
+class Reader:
+    """Takes values out of the parsed TOML and writes down whatever is wrong with them."""
+
+    anchor: Path
+    overridden: dict[str, str] = field(default_factory=dict[str, str])
+    """Key -> the option that set it."""
+    problems: list[Problem] = field(default_factory=list[Problem])
+
+    def wrong(self, key: str, what: str) -> None:
+        self.problems.append(Problem(key, what))
+
+    def table(self, value: object, key: str, known: Sequence[str] | None = None) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self.wrong(key, f"expected a table, got {value!r}")
+            return {}
+        table = cast("dict[str, Any]", value)
+        for name in table if known is not None else ():
+            if name not in (known or ()):
+                dotted = f"{key}.{name}" if key else name
+                self.wrong(dotted, f"unknown key{did_you_mean(name, known or ())}")
+        return table
+
+    def number(self, value: object, key: str, least: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            self.wrong(key, f"expected a whole number, at least {least}, got {value!r}")
+            return least
+        return value
+
+    def text(self, value: object, key: str) -> str:
+        if not isinstance(value, str) or not value:
+            self.wrong(key, f"expected a string, got {value!r}")
+            return ""
+        return value
+
+    def texts(self, value: object, key: str) -> tuple[str, ...]:
+        values = cast("list[object]", value) if isinstance(value, list) else []
+        if not values or not all(isinstance(each, str) and each for each in values):
+            self.wrong(key, f"expected a list of strings, got {value!r}")
+            return ()
+        return tuple(cast("list[str]", values))
+
+    def source(self, value: object, key: str) -> Source | None:
+        """A source, written as a string or as a table that says more."""
+        if isinstance(value, dict):
+            return self._source_table(cast("dict[str, Any]", value), key)
+        if text := self.text(value, key):
+            anchor = Path() if key in self.overridden else self.anchor
+            try:
+                return parse_source(text, anchor)
+            except UsageError as error:
+                self.wrong(key, error.message)
+        return None
+
+    def _source_table(self, value: dict[str, Any], key: str) -> Source | None:
+        table = self.table(value, key, SOURCE_KEYS)
+        if "source" not in table:
+            self.wrong(f"{key}.source", "is missing: expected a source such as `hf:org/name`, or a path")
+            return None
+        found = self.source(table["source"], f"{key}.source") if isinstance(table["source"], str) else None
+        if found is None:
+            if not isinstance(table["source"], str):
+                self.wrong(f"{key}.source", f"expected a string, got {table['source']!r}")
+            return None
+        given = {name: self.text(table[name], f"{key}.{name}") for name in SOURCE_KEYS[1:-1] if name in table}
+        if (revision := given.get("revision")) is not None and (found.revision or found.kind not in HUBS):
+            self.wrong(
+                f"{key}.revision",
+                "the source has one already" if found.revision else "only a hub's source has one",
+            )
+        dtype = given.get("dtype")
+        if dtype and dtype not in SOURCE_DTYPES:
+            self.wrong(
+                f"{key}.dtype",
+                f"expected one of {', '.join(SOURCE_DTYPES)}, got {dtype!r}{did_you_mean(dtype, SOURCE_DTYPES)}",
+            )
+        other = given.get("modelscope")
+        if other and (found.kind != "hf" or other.count("/") != 1):
+            self.wrong(f"{key}.modelscope", f"expected `org/name` beside an `hf:` source, got {other!r}")
+        inside = "/".join(part for part in (found.inside, given.get("subfolder"), given.get("file")) if part)
+        try:
+            inside = checked_inside(inside) if inside else ""
+        except UsageError as error:
+            self.wrong(f"{key}.{'file' if 'file' in given else 'subfolder'}", error.message)
+        adapter = self.source(table["adapter"], f"{key}.adapter") if "adapter" in table else None
+        return replace(
+            found,
+            revision=found.revision or revision,
+            inside=inside or None,
+            dtype=dtype,
+            modelscope=other,
+            adapter=adapter,
+        )
+
+    def name(self, name: str, key: str) -> str:
+        """The name of a task or a model, which files and results are called by."""
+        if name == "base" and key.startswith("tuned."):
+            self.wrong(key, "`base` is the name of the base: give this model another")
+        if name in ("model", "method", "average", "reference", "difference") and key.startswith("tasks."):
+            self.wrong(key, "a column of every report has this name: give the task another")
+        if name == "_pretrained_":
+            self.wrong(
+                key, "the pre-trained model is called `base` here, and stands at the top of the recipe"
+            )
+        elif not _NAME.fullmatch(name):
+            why = "names that begin with an underscore are reserved" if name.startswith("_") else "bad name"
+            self.wrong(
+                key,
+                f"{why}: expected letters, digits, `-`, `_`, `.` or `+`, beginning with a letter or digit",
+            )
+        return name
+
+
+def place_of(path: Path | None, text: str, key: str) -> str:
+    """`FILE:LINE` of a dotted key; without the line if the key is not in the text."""
+    line = line_of(text, key)
+    return f"{path or COMMAND_LINE}:{line}" if line else str(path or COMMAND_LINE)
+
+
+def line_of(text: str, key: str) -> int | None:
+    """The line on which a dotted key, or else the nearest table around it, begins; None if it is not in the text."""
+    table, found, nearest = "", None, 0
+    for number, line in enumerate(text.splitlines(), 1):
+        code = line.strip()
+        if code.startswith("["):
+            table = code.strip("[] ").split("]")[0].replace('"', "").replace(" ", "")
+            dotted = table
+        elif "=" in code and not code.startswith("#"):
+            name = code.split("=", 1)[0].strip().replace('"', "").replace(" ", "")
+            dotted = f"{table}.{name}" if table else name
+        else:
+            continue
+        if dotted == key:
+            return number
+        if len(dotted) > nearest and key.startswith(dotted + "."):
+            found, nearest = number, len(dotted)
+    return found

@@ -1,0 +1,1 @@
+"""What evaluations found: the result file, tables, intervals, published tables, plots, the web page."""

@@ -1,0 +1,56 @@
+"""Cells and columns of a table: values with their units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Unit = Literal["text", "count", "percent", "points", "number", "mixed"]
+
+
+class Estimate(NamedTuple):
+    """A number, its interval, and whether chance alone would hardly give it (None where nobody asked)."""
+
+    value: float
+    low: float
+    high: float
+    significant: bool | None = None
+
+
+class Quantity(NamedTuple):
+    """A cell of a `mixed` column, which says itself what it is."""
+
+    value: str | float | Estimate | None
+    unit: Unit
+
+
+Cell = str | float | Estimate | Quantity | None
+
+
+Plain = str | float | bool | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's heading and what its cells are."""
+
+    name: str
+    unit: Unit = "text"
+
+    def shown(self, value: Cell) -> str:
+        """The cell for people: fractions as percent with one decimal, an interval as its longer side."""
+        if isinstance(value, Quantity):
+            return Column(self.name, value.unit).shown(value.value)
+        if isinstance(value, Estimate):
+            side = Column("", "percent" if self.unit == "points" else self.unit).shown(
+                max(value.high - value.value, value.value - value.low)
+            )
+            return f"{self.shown(value.value)} ±{side}" + (" n.s." if value.significant is False else "")
+        if value is None:
+            return "-"
+        if self.unit in ("percent", "points"):
+            rounded = round(100 * float(value), 1) + 0.0  # no -0.0
+            return f"{rounded:+.1f}" if self.unit == "points" else f"{rounded:.1f}"
+        if self.unit == "number":
+            return f"{float(value):.4f}"
+        return f"{value:,}" if self.unit == "count" else str(value)

@@ -1,0 +1,65 @@
+"""What an adapted method did, step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergecli.results.plots.style import COLOURS, INK, LINES, labels, legend, save, styled
+
+if TYPE_CHECKING:
+    from mergecli.results.tables import Table
+
+
+@styled
+def traces(table: Table, path: Path) -> None:
+    """Writes a picture of a trace: the entropy of each task and their mean above, below what is learnt.
+
+    Args:
+        table: columns `step`, `entropy`, `entropy TASK` and then `coefficient TASK` or another `WORD NAME`, as
+            `merge --trace` writes them.
+
+    Raises:
+        UsageError: the suffix of `path` is none of a picture's.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    rows: list[list[Any]] = [list(row) for row in table.rows]
+    values = {column.name: [row[place] for row in rows] for place, column in enumerate(table.columns)}
+    parts = {
+        kind: {name.removeprefix(kind): each for name, each in values.items() if name.startswith(kind)}
+        for kind in ("entropy ", table.columns[-1].name.partition(" ")[0] + " ")
+    }
+    names = list(dict.fromkeys(name for each in parts.values() for name in each))
+    styles: dict[str, Any] = {
+        name: {"color": COLOURS[place % 8], "linestyle": LINES[place // 8 % 4]}
+        for place, name in enumerate(names)
+    }
+    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+    axes: Any = figure.subplots(2, 1, sharex=True)
+    for panel, (kind, lines) in zip(axes, parts.items(), strict=True):
+        for name, each in lines.items():
+            panel.plot(
+                values["step"], _smooth(each) if kind == "entropy " else each, linewidth=1.2, **styles[name]
+            )
+        panel.set_ylabel(kind.strip())
+        panel.grid(axis="y", color="#b0b0b0", alpha=0.5, linewidth=0.6)
+    axes[0].plot(values["step"], _smooth(values["entropy"]), color=INK, linewidth=2.2)
+    if len(rows) > 1:
+        axes[1].set_xlim(1, len(rows))
+    axes[1].set_xlabel(labels(["step"])[0])
+    handles = [Line2D([], [], linewidth=2.2, color=INK)]
+    handles += [Line2D([], [], linewidth=1.2, **styles[name]) for name in names]
+    legend(figure, ["mean", *names], handles)
+    save(figure, path)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Means over a fiftieth of the steps before each: batches differ more than steps do."""
+    width = max(1, len(values) // 50)
+    return [
+        sum(part) / len(part)
+        for end in range(1, len(values) + 1)
+        if (part := values[max(0, end - width) : end])
+    ]

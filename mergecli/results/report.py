@@ -1,0 +1,188 @@
+"""`report`: result files to one table, with what may be concluded from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from mergecli.results import differences, published, references
+from mergecli.results import rows as scored
+from mergecli.results.cells import Cell, Column
+from mergecli.results.result import FINE_TUNED, Evaluation, read_result
+from mergecli.results.rows import METRICS, Block, Metric, Row, about_images, about_towers
+from mergecli.results.tables import SUFFIXES, Format, Table
+from mergecli.runtime.errors import UsageError, did_you_mean
+from mergecli.storage.atomic import check_targets, write_text
+
+
+def report(
+    results: Sequence[str | Path | Evaluation],
+    *,
+    sort: str | None = None,
+    ascending: bool = False,
+    metric: Metric = "accuracy",
+    seen: Sequence[str] | str = (),
+    normalized: bool = False,
+    fine_tuned: str | Path | Evaluation | None = None,
+    intervals: bool = False,
+    against: str | Path | None = None,
+    predictions: Sequence[str | Path] = (),
+    reference: str | None = None,
+    reference_rows: bool = False,
+    transpose: bool = False,
+    plot: str | Path | None = None,
+    plot_kind: str | None = None,
+    output: str | Path | None = None,
+    format: Format | None = None,
+) -> Table:
+    """One row a result: accuracy on every task and their average; `-` where a result lacks a task.
+
+    Args:
+        results: files of `evaluate`, in the order of the rows.
+        sort: `average`, a task, or `name`; largest first (names from A to Z) unless `ascending`.
+        seen: tasks whose models were merged: adds their average and that of the others.
+        normalized: adds each accuracy divided by that of the `fine_tuned` models, by default the result of that name.
+        intervals: gives each number its 95 % interval, and differences to a published number theirs.
+        against: the name of a result, or the file of one: adds the differences to it, with 95 % intervals, and says
+            which of them chance alone may make. `predictions`: Parquet files of `evaluate`, for paired tests.
+        reference: the name of a published table, such as `clip-vit-base-patch32-ta8`: adds its average for the same
+            method and the difference. `reference_rows` adds its rows too.
+        plot: a picture (PNG, SVG or PDF) of `plot_kind`: bars (default), radar, heatmap or sweep.
+        output: a file for the table, in `format` (by default what its suffix says).
+
+    Raises:
+        UsageError: an argument is wrong. InputError: a file is missing, or not what it should be.
+    """
+    if not results:
+        raise UsageError(
+            "there are no results to report", "name the JSON files that `mergecli eval -o` wrote"
+        )
+    _check(metric, normalized, fine_tuned, intervals, against, predictions, reference, reference_rows)
+    read = {str(each): Path(each) for each in [*results, *predictions, *([fine_tuned] if fine_tuned else [])]
+            if not isinstance(each, Evaluation)}  # fmt: skip
+    _check_files(read | {str(against): Path(against)} if against else read, output, format, plot, plot_kind)
+    theirs = references.find(reference) if reference else None
+    evaluations = [_read(each) for each in results]
+    tasks = scored.tasks_of(evaluations)
+    spelled = seen.split(",") if isinstance(seen, str) else seen
+    chosen = scored.chosen_tasks([each for each in spelled if each], tasks, "--seen")
+    rows = scored.rows_of(evaluations, metric, chosen or (theirs.seen if theirs else ()))
+    if theirs and reference_rows:
+        rows += published.rows(theirs, tasks)
+    rows = scored.ordered(rows, sort, ascending, tasks)
+    blocks = [about_towers(rows), about_images(rows), scored.scores(rows, tasks, metric, intervals)]
+    compared = list(evaluations)
+    if normalized:
+        compared.append(_fine_tuned(fine_tuned, evaluations))
+        blocks.append(scored.normalized(rows, tasks, compared[-1]))
+    if theirs:
+        blocks.append(published.columns(rows, theirs, intervals))
+    if against is not None:
+        compared.append(differences.baseline(against, evaluations))
+        answers = differences.read_predictions(predictions) if predictions else None
+        blocks.append(differences.columns(rows, tasks, compared[-1], answers))
+    table = _table(rows, blocks, list(dict.fromkeys(scored.comparable(compared))))
+    table = table.transposed() if transpose else table
+    if plot or "html" in (format, SUFFIXES.get(Path(output).suffix) if output else None):
+        from mergecli.results import pictures
+
+        chart = pictures.chart(rows, tasks, metric, intervals)
+        if plot:
+            pictures.draw(chart, plot_kind or "bars", Path(plot), evaluations)
+        table = replace(
+            table,
+            figures=pictures.figures(chart, evaluations, plot_kind),
+            origins=tuple(map(pictures.origin, evaluations)),
+        )
+    if output:
+        form = SUFFIXES[Path(output).suffix] if format in (None, "table") else str(format)
+        write_text(Path(output), table.text(form))
+    return table
+
+
+def accuracy_table(evaluations: Sequence[Evaluation]) -> Table:
+    """The table of `report` without any option: model, method, a column for each task, and the average."""
+    rows = scored.rows_of(evaluations)
+    found = scored.scores(rows, scored.tasks_of(evaluations), "accuracy", False)
+    return _table(rows, [about_towers(rows), found], [])
+
+
+def _table(rows: Sequence[Row], blocks: Sequence[Block], warnings: Sequence[str]) -> Table:
+    columns: list[tuple[Column, list[Cell]]] = [
+        (Column("model"), [row.name for row in rows]),
+        (Column("method"), [row.method for row in rows]),
+        *(column for block in blocks for column in block.columns),
+    ]
+    return Table(
+        columns=tuple(column for column, _ in columns),
+        rows=tuple(tuple(cells[place] for _, cells in columns) for place in range(len(rows))),
+        notes=tuple(note for block in blocks for note in block.notes),
+        warnings=(*warnings, *(line for block in blocks for line in block.warnings)),
+    )
+
+
+def _check(
+    metric: str, normalized: bool, fine_tuned: object, intervals: bool, against: object, predictions: object,
+    reference: object, reference_rows: bool,
+) -> None:  # fmt: skip
+    """Raises UsageError where the options do not go together."""
+    if metric not in METRICS:
+        raise UsageError(
+            f"--metric: expected one of {', '.join(METRICS)}, got `{metric}`{did_you_mean(metric, METRICS)}"
+        )
+    of_accuracy = {
+        "--normalized": normalized,
+        "--intervals": intervals,
+        "--against": against,
+        "--reference": reference,
+    }
+    if metric != "accuracy" and (given := [option for option, value in of_accuracy.items() if value]):
+        raise UsageError(f"{given[0]}: is about accuracies", f"leave out `--metric {metric}`")
+    if reference_rows and not reference:
+        raise UsageError("--reference-rows: of which table?", "name it: `--reference NAME`")
+    if fine_tuned and not normalized:
+        raise UsageError("--fine-tuned: is for `--normalized`")
+    if predictions and against is None:
+        raise UsageError("--predictions: compare with which model?", "name it: `--against NAME`")
+
+
+def _check_files(
+    inputs: dict[str, Path], output: str | Path | None, format: str | None, plot: str | Path | None, kind: str | None
+) -> None:  # fmt: skip
+    """Raises UsageError if an output cannot be written, before anything is read."""
+    targets: list[tuple[Path, Sequence[str]]] = []
+    if output:
+        targets.append((Path(output), tuple(SUFFIXES) if format in (None, "table") else ()))
+    if plot or kind:
+        from mergecli.results.plots import check_kind, require_matplotlib
+
+        if kind:
+            check_kind(kind)
+        if plot is None and (not output or Path(output).suffix != ".html") and format != "html":
+            raise UsageError("--plot-kind: there is no picture to draw", "name its file: `--plot FILE`")
+        if plot:
+            require_matplotlib(Path(plot))
+            targets.append((Path(plot), ()))
+    check_targets(targets, inputs)
+
+
+def _read(result: str | Path | Evaluation) -> Evaluation:
+    return result if isinstance(result, Evaluation) else read_result(result)
+
+
+def _fine_tuned(given: str | Path | Evaluation | None, evaluations: Sequence[Evaluation]) -> Evaluation:
+    if given is not None:
+        return _read(given)
+    found = [
+        each
+        for each in evaluations
+        if FINE_TUNED in (each.name, cast("object", each.checkpoint.get("method")))
+    ]
+    if len(found) != 1:
+        raise UsageError(
+            f"--normalized: {len(found) or 'no'} results are called `{FINE_TUNED}`",
+            "`mergecli eval --individual` makes one; name its file: `--fine-tuned FILE`",
+        )
+    return found[0]

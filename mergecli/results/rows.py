@@ -1,0 +1,301 @@
+"""The rows of a report, and the columns that say how well each did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from mergecli.results.cells import Cell, Column, Estimate
+from mergecli.results.result import FINE_TUNED, Evaluation, TaskScore
+from mergecli.results.statistics import Count, mean_interval, wilson
+from mergecli.runtime.errors import UsageError, did_you_mean, quoted
+
+Metric = Literal["accuracy", "loss"]
+
+
+METRICS: tuple[Metric, ...] = ("accuracy", "loss")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model, ours or published."""
+
+    name: str
+    method: str | None
+    values: Mapping[str, float]
+    """Task -> accuracy (a fraction) or loss."""
+    average: float
+    result: Evaluation | None = None
+    """None for a published row."""
+    seen: tuple[str, ...] = ()
+    """Of the tasks, those whose models were merged; empty where nobody said."""
+    averages: Mapping[str, float] | None = None
+    """Averages over the `seen` and `unseen` tasks where a table prints them."""
+
+    def mean(self, part: str) -> float | None:
+        """The average over its `seen` or `unseen` tasks; None where there are none."""
+        if self.averages is not None and part in self.averages:
+            return self.averages[part]
+        chosen = [self.values[task] for task in self.tasks(part)]
+        return sum(chosen) / len(chosen) if chosen else None
+
+    def tasks(self, part: str) -> list[str]:
+        """Its `seen` or `unseen` tasks."""
+        return [task for task in self.values if self.seen and (task in self.seen) == (part == "seen")]
+
+    def counts(self, tasks: Iterable[str]) -> list[Count]:
+        """Right answers and images of those tasks."""
+        scores = self.result.tasks if self.result else {}
+        return [Count(scores[task].correct, scores[task].images) for task in tasks]
+
+
+class Block(NamedTuple):
+    """Neighbouring columns, each with a cell a row, and their footnotes."""
+
+    columns: Sequence[tuple[Column, list[Cell]]] = ()
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
+def rows_of(
+    evaluations: Sequence[Evaluation], metric: Metric = "accuracy", seen: Sequence[str] = ()
+) -> list[Row]:
+    """A row for each result, in order; `seen` for those that do not say it themselves."""
+    rows: list[Row] = []
+    for each in evaluations:
+        values = {task: float(getattr(score, metric)) for task, score in each.tasks.items()}
+        method, on = each.checkpoint.get("method"), each.checkpoint.get("selected_on")
+        average = float(getattr(each.average, metric))
+        name = f"{each.name}, chosen on {on}" if on else each.name
+        rows.append(Row(name, method, values, average, each, tuple(seen) or _merged(each)))
+    return rows
+
+
+def _merged(result: Evaluation) -> tuple[str, ...]:
+    """The tasks whose models were merged, if the result says so and has others too."""
+    merged = tuple(task for task in result.tasks if task in result.models)
+    return merged if 0 < len(merged) < len(result.tasks) else ()
+
+
+def tasks_of(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Every task, in the order of their first appearance."""
+    return list(dict.fromkeys(task for each in evaluations for task in each.tasks))
+
+
+def chosen_tasks(written: Sequence[str], tasks: Sequence[str], option: str) -> tuple[str, ...]:
+    """The tasks that a list of tasks stands for, whichever way their names are spelled.
+
+    Raises:
+        UsageError: one of them is in no result.
+    """
+    spelled = {_plain(task): task for task in tasks}
+    for name in written:
+        if _plain(name) not in spelled:
+            raise UsageError(
+                f"{option}: no result has a task `{name}`{did_you_mean(name, tasks)}",
+                f"the tasks are {quoted(tasks, 30)}",
+            )
+    return tuple(dict.fromkeys(spelled[_plain(name)] for name in written))
+
+
+def _plain(name: str) -> str:
+    return name.strip().replace("_", "-").lower()
+
+
+def ordered(rows: Sequence[Row], by: str | None, ascending: bool, tasks: Sequence[str]) -> list[Row]:
+    """The rows sorted by `average` or a task, largest first unless `ascending`; or by `name`. Rows without that
+    number come last, and equal ones stay in order.
+
+    Raises:
+        UsageError: there is nothing of that name to sort by.
+    """
+    if by is None:
+        if ascending:
+            raise UsageError("--ascending: needs `--sort`, which says by what")
+        return list(rows)
+    if by == "name":
+        return sorted(rows, key=lambda row: row.name, reverse=False)
+    if by not in ("average", *tasks):
+        known = ("average", "name", *tasks)
+        raise UsageError(f"--sort: expected one of {', '.join(known)}, got `{by}`{did_you_mean(by, known)}")
+    sign = 1 if ascending else -1
+
+    def key(row: Row) -> tuple[bool, float]:
+        value = row.average if by == "average" else row.values.get(by)
+        return value is None, sign * (value or 0.0)
+
+    return sorted(rows, key=key)
+
+
+INTERVALS = (
+    "±: the longer side of the 95 % interval. Of an accuracy: Wilson's score interval. Of an average of T tasks: square "
+    "root of the sum of the tasks' squared sides, divided by T (variance of a mean of independent binomials; the tasks "
+    "are taken as given)."
+)
+
+
+def scores(rows: Sequence[Row], tasks: Sequence[str], metric: Metric, intervals: bool) -> Block:
+    """A column for each task, the average, and the averages of seen and unseen tasks where those are known."""
+    unit = "percent" if metric == "accuracy" else "number"
+
+    def task_cell(row: Row, task: str) -> Cell:
+        value = row.values.get(task)
+        if value is None or not intervals or row.result is None:
+            return value
+        return Estimate(value, *wilson(*row.counts([task])[0]))
+
+    def mean_cell(row: Row, value: float | None, counted: Sequence[str]) -> Cell:
+        if value is None or not intervals or row.result is None:
+            return value
+        return Estimate(value, *mean_interval(row.counts(counted)))
+
+    columns = [(Column(task, unit), [task_cell(row, task) for row in rows]) for task in tasks]
+    columns.append((Column("average", unit), [mean_cell(row, row.average, list(row.values)) for row in rows]))
+    notes = [INTERVALS] if intervals else []
+    if any(row.seen for row in rows):
+        for part in ("seen", "unseen"):
+            cells = [mean_cell(row, row.mean(part), row.tasks(part)) for row in rows]
+            columns.append((Column(f"average ({part})", unit), cells))
+        sets = {row.seen: row for row in rows if row.seen}
+        if len(sets) == 1:
+            notes.append(f"seen: {', '.join(next(iter(sets)))}.")
+    return Block(columns, notes, list(_uneven(rows, tasks)))
+
+
+def _uneven(rows: Sequence[Row], tasks: Sequence[str]) -> Iterable[str]:
+    """Who lacks a task, so that its average is of others."""
+    for row in rows:
+        lacking = [task for task in tasks if task not in row.values]
+        if lacking:
+            yield f"`{row.name}` lacks {quoted(lacking)}: its average is of other tasks than the others'"
+
+
+def normalized(rows: Sequence[Row], tasks: Sequence[str], fine_tuned: Evaluation) -> Block:
+    """Each accuracy divided by the fine-tuned models', and the mean of these ratios."""
+
+    def ratio(row: Row, task: str) -> float | None:
+        own = fine_tuned.tasks.get(task)
+        return row.values[task] / own.accuracy if task in row.values and own and own.accuracy else None
+
+    def mean(row: Row) -> float | None:
+        ratios = [ratio(row, task) for task in row.values]
+        known = [each for each in ratios if each is not None]
+        return sum(known) / len(known) if ratios and len(known) == len(ratios) else None
+
+    columns: list[tuple[Column, list[Cell]]] = [
+        (Column(f"{task} (norm.)", "percent"), [ratio(row, task) for row in rows]) for task in tasks
+    ]
+    columns.append((Column("average (norm.)", "percent"), [mean(row) for row in rows]))
+    lacking = [task for task in tasks if task not in fine_tuned.tasks]
+    return Block(
+        columns,
+        [f"(norm.): divided by the accuracy of `{fine_tuned.name}` on the same task; its average is the mean of these."],
+        [f"`{fine_tuned.name}` lacks {quoted(lacking)}: not normalized"] if lacking else [],
+    )  # fmt: skip
+
+
+SAME: Mapping[str, Callable[[TaskScore], object]] = {
+    "images": lambda score: (score.images, score.data.get("fingerprint")),
+    "splits": lambda score: score.split,
+    "corruptions": lambda score: (score.corruption, score.severity),
+    "class names": lambda score: score.classes,
+    "templates": lambda score: score.templates,
+}
+"""What two accuracies on a task have in common if they can be compared."""
+
+
+def comparable(evaluations: Sequence[Evaluation]) -> list[str]:
+    """A line for everything in which the results differ, so that they cannot be compared, or that limits what they say."""
+    lines: list[str] = []
+    every = [score for each in evaluations for score in each.tasks.values()]
+    if limits := sorted({score.limit for score in every if score.limit}):
+        lines.append(f"at most {limits[-1]} images of each task were looked at")
+    if corrupted := sorted({f"{score.corruption} {score.severity}" for score in every if score.corruption}):
+        lines.append(f"the images were corrupted: {quoted(corrupted)}")
+    for what, part in SAME.items():
+        differing = [
+            task
+            for task in tasks_of(evaluations)
+            if len({part(each.tasks[task]) for each in evaluations if task in each.tasks}) > 1
+        ]
+        if differing:
+            lines.append(f"the results are of different {what}: {quoted(differing)}")
+    clips = [{each.clip.get(part) for each in evaluations} - {None} for part in _CLIP]
+    if any(len(known) > 1 for known in clips):
+        lines.append("the results are of different CLIPs")
+    if len({each.clip.get("processing") for each in evaluations} - {None}) > 1:
+        lines.append("the images were processed in different ways")
+    if len({each.dtype for each in evaluations}) > 1:
+        lines.append("the results were computed in different dtypes")
+    lines += [
+        f"`{each.name}` was learnt on the very images that it is evaluated on, without labels: {quoted(own)}"
+        for each in evaluations
+        if (own := looked_at_itself(each))
+    ]
+    return lines
+
+
+_CLIP = ("digest", "text", "rest")
+
+
+def looked_at_itself(result: Evaluation) -> list[str]:
+    """The tasks on whose images the method had looked before."""
+    return [
+        task
+        for task, score in result.tasks.items()
+        if (seen := result.looked_at.get(task))
+        and (seen.get("split"), seen.get("data")) == (score.split, score.data.get("fingerprint"))
+    ]
+
+
+class _Ratio(float):
+    """A number that people see with two decimals, and programs in full."""
+
+    def __str__(self) -> str:
+        return f"{float(self):.2f}"
+
+
+def about_towers(rows: Sequence[Row]) -> Block:
+    """How large each checkpoint is beside one tower, once one is larger or smaller, and how those of several towers
+    are told the task."""
+    sizes = [row.result.relative_size if row.result else None for row in rows]
+    routings = [row.result.checkpoint.get("routing") if row.result else None for row in rows]
+    uneven = any(
+        size is not None and f"{size:.2f}" != "1.00" and row.method != FINE_TUNED
+        for size, row in zip(sizes, rows, strict=True)
+    )
+    columns: list[tuple[Column, list[Cell]]] = []
+    notes: list[str] = []
+    if uneven:
+        columns.append((Column("size", "mixed"), [None if size is None else _Ratio(size) for size in sizes]))
+        notes.append("size: bytes of the checkpoint, divided by those of the CLIP's own vision tower.")
+    if any(routings):
+        columns.append((Column("routing"), list(routings)))
+        told = {
+            "sample": "`sample`, each image by itself",
+            "batch": "`batch`, the images of a batch as one, which are of one task, so that the task leaks",
+            "task": "`task`, the task is given",
+        }
+        known = "; ".join(what for name, what in told.items() if name in routings)
+        notes += [f"routing: {known}."] if known else []
+    return Block(columns, notes)
+
+
+def about_images(rows: Sequence[Row]) -> Block:
+    """Which images each number is of, where rows differ in that."""
+    shown = [_images(row) for row in rows]
+    if len(set(shown) - {None}) < 2:
+        return Block()
+    return Block([(Column("images"), list(shown))])
+
+
+def _images(row: Row) -> str | None:
+    """Splits and corruptions, such as `test, contrast 5`; None for a published row."""
+    if row.result is None:
+        return None
+    said = [
+        each.split + (f", {each.corruption} {each.severity}" if each.corruption else "")
+        for each in row.result.tasks.values()
+    ]
+    return "; ".join(dict.fromkeys(said))

@@ -1,0 +1,169 @@
+"""Several processes at one work, as `torchrun` starts them: who this one is, and sums over all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergecli.runtime import interrupts
+from mergecli.runtime.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all that do the same work."""
+
+    own: int = 0
+    count: int = 1
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """(...) the sum over all processes, added in the order of their ranks, the same in each of them.
+
+        Raises:
+            InputError: another process has ended.
+        """
+        if self.count == 1 or not tensor.numel():
+            return tensor
+        import torch
+        from torch import distributed
+
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        with _together():
+            distributed.all_gather(parts, tensor.contiguous())
+        result = parts[0]
+        for part in parts[1:]:
+            result += part
+        return result
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """(...) the first process's tensor, put into this one's; its shape is the same in all."""
+        if self.count > 1 and tensor.numel():
+            from torch import distributed
+
+            with _together():
+                distributed.broadcast(tensor, 0)
+        return tensor
+
+    def refuse(self, error: UsageError | None, device: str | torch.device) -> None:
+        """Raises the first process's error, if it has one, in all of them."""
+        import torch
+
+        text = json.dumps([error.message, error.hint] if error else []).encode()
+        size = self.first(torch.tensor([len(text)], device=device))
+        own = torch.tensor([*text][: int(size)], dtype=torch.uint8, device=device)
+        told = self.first(own if len(own) == int(size) else own.new_zeros(int(size)))
+        if parts := json.loads(bytes(told.tolist())):
+            raise UsageError(*parts)
+
+    def all(self, holds: bool, device: str) -> bool:
+        """Whether something holds in every process."""
+        import torch
+
+        return bool(self.total(torch.tensor([float(not holds)], device=device)) == 0)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and talks."""
+    return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", "1")) < 2
+
+
+def is_first_here() -> bool:
+    """Whether this is the process that fills its machine's store."""
+    return is_first() or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+@contextmanager
+def telling(text: str) -> Generator[bool]:
+    """Whether a text is still to be told, in the block: of the processes that `torchrun` started on a machine for one
+    work, those that have the same one to tell come after each other, and only the first of them tells it.
+
+    None of them is silent unless another has ended its block.
+    """
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")  # in a folder of each process, in one of this start's
+    if not place or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield True
+        return
+    import fcntl
+
+    name = f"told-{sha256(text.encode('utf-8', 'backslashreplace')).hexdigest()[:16]}"
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context((Path(place).parent.parent / name).open("ab"))
+            fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the process ends, however it does
+        except OSError:
+            yield True
+            return
+        is_new = os.fstat(file.fileno()).st_size == 0
+        yield is_new
+        if is_new:
+            file.write(b"told\n")
+
+
+def join(device: str) -> tuple[Ranks, str]:
+    """This process's ranks, and its own device: `cuda` is one processor a process. Gloo joins CPUs, NCCL GPUs."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count < 2:
+        return Ranks(), device
+    from torch import distributed
+
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if not distributed.is_initialized():
+        import atexit
+
+        with _together():
+            distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        atexit.register(distributed.destroy_process_group)
+    return Ranks(distributed.get_rank(), count), device
+
+
+def wait() -> None:
+    """Waits until all processes have come as far as this one."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        with _together():
+            distributed.barrier()
+
+
+@contextmanager
+def _together() -> Generator[None]:
+    """Turns the failure of what all processes do at once into one clear error."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        interrupts.check()
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} lost the others: {reason}",
+            "look at what another of them says",
+        ) from error
+
+
+def usable_device(name: str) -> str:
+    """The name, once it is sure that torch has such a device here.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if name == "cpu":
+        return name
+    import torch
+
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"device `{name}`: cannot be used here", "`cpu` always works; `cuda` needs a GPU"
+        ) from error
+    return name

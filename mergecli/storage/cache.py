@@ -1,0 +1,264 @@
+"""`cache`: the files that evaluations leave for later ones, how large they may grow, and which go first; and what merges
+have measured and learnt, which stays until it is removed by name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from mergecli.runtime.errors import InputError, UsageError, did_you_mean
+from mergecli.storage.metadata import inputs_of
+from mergecli.storage.safetensors_format import read_header
+from mergecli.storage.sources import home
+
+PASSING = ("pixels", "heads", "results", "digests", "data")
+"""Images; heads; what unfinished evaluations have so far; digests of large data files; data that older versions converted."""
+
+
+LASTING = ("statistics", "coefficients")
+"""What merges have measured, and learnt. It does not count in the size that the cache may grow to."""
+
+
+KINDS = (*PASSING, *LASTING)
+
+
+DEFAULT_SIZE = 20 * 10**9
+
+
+SPARE = 10**9
+"""So many bytes of the disk are left free."""
+
+
+_STALE = 24 * 3600
+"""Seconds after which a file that is not whole was left by a program that was killed."""
+
+
+_UNITS = {"": 1, "B": 1, **{f"{unit}{end}": 10**power for unit, power in
+          (("K", 3), ("M", 6), ("G", 9), ("T", 12)) for end in ("", "B")}}  # fmt: skip
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", re.IGNORECASE)
+
+
+_CONVERTED = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of the cache, or one folder of older versions."""
+
+    kind: str
+    what: str
+    """What it holds, in words."""
+    size: int
+    """Bytes."""
+    last_used: str
+    """ISO 8601, UTC, to the second."""
+    path: Path
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What the cache holds."""
+
+    folder: Path
+    entries: tuple[Entry, ...]
+    """The last used first."""
+    removed: tuple[Entry, ...]
+    max_size: int
+    """Bytes that it may grow to."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all entries."""
+        return sum(entry.size for entry in self.entries)
+
+
+def cache(kinds: Sequence[str] = (), *, clear: bool = False, max_size: str | int | None = None) -> Cache:
+    """What the cache holds, after some of it was removed if that is asked for.
+
+    Args:
+        kinds: of `KINDS`; none stands for all.
+        clear: remove these kinds; without any, the `PASSING` ones.
+        max_size: remove of these kinds, as far as they are `PASSING`, what was used longest ago, until the rest takes no
+            more, such as `5GB`.
+
+    Raises:
+        UsageError: a kind or a size that there is not.
+        InputError: something cannot be removed.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError(
+                f"cache: expected one of {', '.join(KINDS)}, got `{kind}`{did_you_mean(kind, KINDS)}"
+            )
+    bound = allowed_size(max_size)
+    every = entries()
+    removed: list[Entry] = []
+    if clear:
+        removed = [entry for entry in every if entry.kind in (kinds or PASSING)]
+    elif max_size is not None:
+        passing = [each for each in kinds or PASSING if each in PASSING]
+        gone = {file.path for file in _oldest(bound, kinds=passing)}
+        removed = [entry for entry in every if entry.path in gone]
+    for entry in removed:
+        _remove(entry.path)
+    kept = tuple(entry for entry in every if entry not in removed and entry.kind in (kinds or KINDS))
+    return Cache(_folder(), kept, tuple(removed), bound)
+
+
+def entries() -> list[Entry]:
+    """Everything in the cache, the last used first."""
+    return [
+        Entry(
+            kind=file.kind,
+            what=_what(file.path),
+            size=file.size,
+            last_used=datetime.fromtimestamp(file.used, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            path=file.path,
+        )
+        for file in _files(KINDS)
+    ]
+
+
+def place(kind: str, key: str) -> Path:
+    """The file of the kind `kind` that holds what the digest `key` stands for, whether it is there or not."""
+    return _folder() / kind / f"{key.rpartition(':')[2]}.safetensors"
+
+
+def touch(path: Path) -> None:
+    """Notes that the file was used just now, if the disk can be written."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
+def allowed_size(given: str | int | None = None) -> int:
+    """Bytes that the cache may take: as given, else `MERGECLI_CACHE_SIZE`, else 20 GB or half of what the disk has
+    for it, whichever is less.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    if isinstance(given, int):
+        return given
+    text = given if given is not None else os.environ.get("MERGECLI_CACHE_SIZE")
+    if text is None:
+        return min(DEFAULT_SIZE, (_free() + sum(file.size for file in _files())) // 2)
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        name = "cache size" if given is not None else "MERGECLI_CACHE_SIZE"
+        raise UsageError(f"{name}: expected a size such as `500MB` or `20GB`, got `{text}`")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def make_room(size: int, max_size: int) -> bool:
+    """Whether a new file of so many bytes may be written; what was used longest ago is removed for it."""
+    if size > max_size:
+        return False
+    left = [file for file in _files() if file.path.suffix == ".part" and time.time() - file.used > _STALE]
+    for file in left + _oldest(max_size - size, left):
+        with contextlib.suppress(InputError):
+            _remove(file.path)
+    return _free() >= size + SPARE
+
+
+class _File(NamedTuple):
+    """A file of the cache, or a folder of older versions."""
+
+    used: float
+    """Seconds since 1970."""
+    kind: str
+    path: Path
+    size: int
+
+
+def _files(kinds: Sequence[str] = PASSING) -> list[_File]:
+    """Everything of these kinds, the last used first."""
+    found: list[_File] = []
+    for kind, path in _paths(kinds):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            size = _folder_size(path) if path.is_dir() else status.st_size
+            found.append(_File(status.st_mtime, kind, path, size))
+    return sorted(found, key=lambda file: (-file.used, file.path))
+
+
+def _oldest(bound: int, gone: Sequence[_File] = (), kinds: Sequence[str] = PASSING) -> list[_File]:
+    """Those last used longest ago, so that the others (without `gone`) of these kinds take at most `bound` bytes."""
+    every = [file for file in _files(kinds) if file not in gone]
+    total = sum(file.size for file in every)
+    chosen: list[_File] = []
+    while every and total > bound:
+        chosen.append(every.pop())
+        total -= chosen[-1].size
+    return chosen
+
+
+def _folder() -> Path:
+    return home() / "cache"
+
+
+def _paths(kinds: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Kind and path of everything of these kinds, whole or not."""
+    for kind in kinds:
+        folder = home() / kind if kind in LASTING else _folder() / kind
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".safetensors", ".part"):
+                yield kind, path
+    with contextlib.suppress(OSError):
+        for path in sorted(_folder().iterdir()):
+            if _CONVERTED.fullmatch(path.name) and path.is_dir():
+                yield "data", path
+
+
+def _what(path: Path) -> str:
+    """What the file says that it holds."""
+    if path.suffix == ".part":
+        return "not finished"
+    if path.is_dir():
+        return "images that an older version converted"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError:
+        return "cannot be read"
+    try:
+        metadata = read_header(path, descriptor)[1]
+    except InputError:
+        return "damaged"
+    finally:
+        os.close(descriptor)
+    if "method" in metadata:
+        tasks = [name for name in inputs_of(metadata) if name != "base"]
+        return f"{metadata['method']} of {', '.join(tasks)}"
+    return metadata.get("what") or metadata.get("kind", "")
+
+
+def _folder_size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _free() -> int:
+    """Bytes free on the disk of the cache; 0 where that cannot be known."""
+    for folder in (_folder(), *_folder().parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return 0
+
+
+def _remove(path: Path) -> None:
+    """Removes it; programs that have it open read on undisturbed."""
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be removed: {(error.strerror or '').lower()}") from error

@@ -1,0 +1,301 @@
+"""Checkpoints on disk as named tensors, read lazily: one file, shards with an index, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from mergecli.runtime.errors import InputError, listed, quoted
+from mergecli.storage.safetensors_format import (
+    DTYPE_BYTES,
+    FLOATS,
+    PICKLE_HINT,
+    TORCH_NAMES,
+    bytes_of,
+    entry_count,
+    read_header,
+)
+
+if TYPE_CHECKING:
+    import xxhash
+    from torch import Tensor
+
+
+class ChunkHashes:
+    """A hash of every chunk of every tensor, fed by whoever reads; chunks may come in any order and from any thread."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[tuple[str, int], tuple[int, xxhash.xxh3_128]] = {}
+        self._lock = threading.Lock()
+
+    def fed(self, name: str, chunk: int) -> int:
+        """How many bytes of the chunk have been hashed."""
+        return self._chunks[name, chunk][0] if (name, chunk) in self._chunks else 0
+
+    def feed(self, name: str, offset: int, buffer: memoryview, size: int) -> None:
+        """Hashes the bytes of a tensor from byte `offset` on, where they continue what is known of chunks of `size`."""
+        import xxhash
+
+        end = offset + len(buffer)
+        for chunk in range(offset // size, -(-end // size)):
+            start = max(chunk * size, offset)
+            piece = buffer[start - offset : min((chunk + 1) * size, end) - offset]
+            at = start - chunk * size
+            if at == 0 and len(piece) > self.fed(name, chunk):
+                self._chunks[name, chunk] = (len(piece), xxhash.xxh3_128(piece))
+            else:
+                with self._lock:
+                    done, state = self._chunks.get((name, chunk), (0, xxhash.xxh3_128()))
+                    if at <= done < at + len(piece):
+                        state = state.copy()
+                        state.update(piece[done - at :])
+                        self._chunks[name, chunk] = (at + len(piece), state)
+
+    def hex(self, name: str, chunks: int) -> str:
+        """The hash of the chunks' hashes."""
+        import xxhash
+
+        return xxhash.xxh3_128(
+            b"".join(self._chunks[name, chunk][1].digest() for chunk in range(chunks))
+        ).hexdigest()
+
+
+TASK_VECTOR = "task vector"
+"""The `kind` in the metadata of a file that holds differences to a base, not weights."""
+
+
+MIXTURE = "mixture"
+"""The `kind` in the metadata of a file that holds more than one tower; see `mergecli.formats.mixture`."""
+
+
+VISION = "vision_model."
+
+
+_FLAT_MARKS = ("embeddings.class_embedding", "pre_layrnorm.weight")
+
+
+_WHOLE_CLIP_MARKS = (
+    "vision_model.embeddings.class_embedding",
+    "text_model.embeddings.token_embedding.weight",
+)
+
+
+_BUFFERS = ("embeddings.position_ids",)
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies: `start` is its first byte in file number `file`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: int
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the tensor."""
+        return entry_count(self.shape)
+
+    @property
+    def chunk(self) -> int:
+        """Bytes of the tensor that are hashed together: 2^18 entries."""
+        return DTYPE_BYTES[self.dtype] << 18
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the tensor is merged; others must be equal in all models."""
+        return self.dtype in FLOATS
+
+
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """Name in the file -> our name: a CLIP vision tower's keys always begin with `vision_model.`, and the
+    `position_ids` buffers that old versions of transformers saved are left out."""
+    kept = [name for name in names if not name.endswith(_BUFFERS)]
+    flat = all(mark in kept for mark in _FLAT_MARKS)
+    return {name: VISION + name if flat else name for name in kept}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Named tensors on disk; nothing is held in memory but the header.
+
+    `entries` are sorted by name. The files stay open until `close`, so that replacing or deleting them
+    meanwhile does no harm.
+    """
+
+    path: Path
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    files: tuple[Path, ...]
+    descriptors: tuple[int, ...]
+    hashes: ChunkHashes
+
+    @property
+    def is_task_vector(self) -> bool:
+        """Whether the file says that it holds differences to a base."""
+        return self.metadata.get("kind") == TASK_VECTOR
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the file says that it holds more than one tower."""
+        return self.metadata.get("kind") == MIXTURE
+
+    @property
+    def is_whole_clip(self) -> bool:
+        """Whether a CLIP's text tower is in it too."""
+        return all(mark in self.entries for mark in _WHOLE_CLIP_MARKS)
+
+    @property
+    def parameters(self) -> int:
+        """Number of entries of all tensors together."""
+        return sum(entry.size for entry in self.entries.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together, as they are stored."""
+        return sum(entry.size * DTYPE_BYTES[entry.dtype] for entry in self.entries.values())
+
+    def vision(self) -> Checkpoint:
+        """The vision tower of a whole CLIP; anything else unchanged."""
+        if not self.is_whole_clip:
+            return self
+        kept = {name: entry for name, entry in self.entries.items() if name.startswith(VISION)}
+        return replace(self, entries=kept, hashes=ChunkHashes())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in its own dtype and shape."""
+        return self.read_entries(name, 0, self.entries[name].size).view(self.entries[name].shape)
+
+    def read_entries(self, name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
+        """(stop - start,) entries of the flattened tensor in its own dtype; read into `into` if that is given."""
+        import torch
+
+        entry = self.entries[name]
+        if into is None:
+            into = torch.empty(stop - start, dtype=getattr(torch, TORCH_NAMES[entry.dtype]))
+        if stop > start:
+            buffer = bytes_of(into)
+            self._read_bytes(entry, start * DTYPE_BYTES[entry.dtype], buffer)
+            self.hashes.feed(name, start * DTYPE_BYTES[entry.dtype], buffer, entry.chunk)
+        return into
+
+    def _read_bytes(self, entry: Entry, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            try:
+                got = os.preadv(self.descriptors[entry.file], [buffer[done:]], entry.start + offset + done)
+            except OSError as error:
+                raise InputError(f"{self.files[entry.file]}: cannot read: {error.strerror}") from error
+            if not got:
+                raise InputError(f"{self.files[entry.file]}: was cut short while it was being read")
+            done += got
+
+    def digest(self) -> str:
+        """`xxh3:` and 32 hex digits that depend on names, dtypes, shapes and bytes of the tensors only.
+
+        The same for one file, shards or a folder, whatever the metadata. What has been read before was hashed on
+        the way; only the rest is read now.
+        """
+        lines: list[str] = []
+        for name, entry in self.entries.items():
+            size = entry.size * DTYPE_BYTES[entry.dtype]
+            chunks = -(-size // entry.chunk)
+            for chunk in range(chunks):
+                end = min((chunk + 1) * entry.chunk, size)
+                if chunk * entry.chunk + self.hashes.fed(name, chunk) < end:
+                    buffer = memoryview(bytearray(end - chunk * entry.chunk))
+                    self._read_bytes(entry, chunk * entry.chunk, buffer)
+                    self.hashes.feed(name, chunk * entry.chunk, buffer, entry.chunk)
+            lines.append(f"{name} {entry.dtype} {list(entry.shape)} {self.hashes.hex(name, chunks)}\n")
+        return "xxh3:" + hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+
+    def close(self) -> None:
+        """Closes the files."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`: a `.safetensors` file, a `.safetensors.index.json`, or a folder with either.
+
+    Raises:
+        InputError: it is missing, not safetensors, damaged, or has two tensors of one name.
+    """
+    files = _files(path)
+    raw: dict[str, Entry] = {}
+    metadata: dict[str, str] = {}
+    descriptors: list[int] = []
+    try:
+        for number, file in enumerate(files):
+            try:
+                descriptors.append(os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
+            except OSError as error:
+                raise InputError(f"{file}: cannot open: {(error.strerror or '').lower()}") from error
+            tensors, about = read_header(file, descriptors[-1])
+            metadata.update(about)
+            twice = sorted(raw.keys() & tensors.keys())
+            if twice:
+                raise InputError(f"{path}: {quoted(twice)} stand in more than one shard")
+            raw.update(
+                {name: Entry(dtype, shape, number, start) for name, (dtype, shape, start) in tensors.items()}
+            )
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+    names = canonical_names(raw)
+    entries = {ours: raw[theirs] for theirs, ours in sorted(names.items(), key=lambda pair: pair[1])}
+    return Checkpoint(path, entries, metadata, tuple(files), tuple(descriptors), ChunkHashes())
+
+
+def _files(path: Path) -> list[Path]:
+    """The safetensors files that a path stands for."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_dir():
+        whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+        if whole.exists():
+            return [whole]
+        if index.exists():
+            return _files(index)
+        alone = sorted(path.glob("*.safetensors"))
+        if (path / "adapter_config.json").exists():
+            raise InputError(
+                f"{path}: is an adapter, not a checkpoint",
+                "an adapter is read together with its base: name that with `--base`, or with `base = ...` in the recipe",
+            )
+        if len(alone) == 1:
+            return alone
+        if alone:
+            raise InputError(
+                f"{path}: has {len(alone)} safetensors files and no `{index.name}`", "name one of them"
+            )
+        if list(path.glob("*.bin")) or list(path.glob("*.pt")):
+            raise InputError(f"{path}: has only pickled weights, which is not opened as it is", PICKLE_HINT)
+        raise InputError(f"{path}: has no `model.safetensors`")
+    if path.name.endswith(".index.json"):
+        try:
+            shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise InputError(f"{path}: is not an index of shards: no readable `weight_map`") from error
+        if not shards or not all(isinstance(shard, str) and shard for shard in shards):
+            raise InputError(f"{path}: is not an index of shards: `weight_map` does not name files")
+        missing = [shard for shard in shards if not (path.parent / shard).is_file()]
+        if missing:
+            raise InputError(f"{path}: shards are missing:\n{listed(missing)}")
+        return [path.parent / shard for shard in shards]
+    if not path.is_file():
+        raise InputError(f"{path}: is not a file")
+    return [path]

@@ -1,0 +1,130 @@
+"""Low-rank adapters in training: put into a tower by peft, and written as peft writes them.
+
+An L-LoRA adapter (Tang et al. 2024, arXiv 2310.04742) is the first-order Taylor expansion of each LoRA layer around its
+factors at the start, (A0, B0): W + s (B A0 + B0 A - B0 A0). peft starts at B0 = 0, so it is W + s B A0: A has no gradient
+and stays as it is. Trained is therefore a LoRA whose A is frozen, which is exact, and costs no product with a Jacobian.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergecli.formats.linear_layers import is_end
+from mergecli.formats.lora_config import CONFIG
+from mergecli.formats.lora_files import PLAIN
+from mergecli.runtime.errors import UsageError, did_you_mean, listed, quoted
+from mergecli.storage.atomic import expect_finite, whole_folder
+from mergecli.storage.safetensors_writer import save_tensors
+from mergecli.training.settings import LowRank
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mergecli.clip.model import Clip
+
+
+def add_adapter(clip: Clip, low_rank: LowRank, seed: int) -> Any:
+    """The `peft.PeftModel` around the CLIP's tower, whose layers have factors from now on; only these can be trained.
+
+    A is drawn as peft draws it (Kaiming uniform), on the CPU, from the seed; B is zero.
+
+    Raises:
+        UsageError: the tower has no such layers, or they are smaller than the rank.
+    """
+    import torch
+
+    _check(clip, low_rank)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", FutureWarning)
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=low_rank.rank,
+            lora_alpha=low_rank.alpha,  # pyright: ignore[reportArgumentType]  peft takes any number
+            target_modules=list(low_rank.target_modules),
+            lora_dropout=low_rank.dropout,
+        )
+        torch.manual_seed(seed)
+        model: Any = get_peft_model(clip.tower, config)  # pyright: ignore[reportArgumentType]
+    model.eval()
+    if low_rank.linearized:
+        for name, parameter in clip.tower.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
+    return model
+
+
+def dropouts(tower: nn.Module) -> list[nn.Module]:
+    """The dropout of every adapted layer: all that is ever in training mode."""
+    from torch import nn
+
+    return [
+        module
+        for name, module in tower.named_modules()
+        if ".lora_dropout." in name and isinstance(module, nn.Dropout)
+    ]
+
+
+def save_adapter(
+    model: Any, base: str, folder: Path, metadata: Mapping[str, str], dtype: torch.dtype
+) -> None:
+    """Writes the folder that `PeftModel.save_pretrained` would write, with metadata, and the same bytes every time.
+
+    An L-LoRA adapter is written in the same layout, not in the published one of linearized adapters: what it adds is
+    s B A either way, and so plain peft loads it. That it was linearized is in the metadata, under `adapter`.
+
+    Args:
+        base: what the configuration says it was trained on.
+    """
+    from peft import get_peft_model_state_dict
+
+    state = {
+        name: tensor.detach().cpu().to(dtype) for name, tensor in get_peft_model_state_dict(model).items()
+    }
+    expect_finite(state, folder, "train with a lower learning rate")
+    with whole_folder(folder) as place:
+        text = json.dumps(_config(model, base), indent=2, sort_keys=True) + "\n"
+        (place / CONFIG).write_text(text, encoding="utf-8")
+        save_tensors({name: state[name].contiguous() for name in sorted(state)}, place / PLAIN, metadata)
+
+
+def _config(model: Any, base: str) -> dict[str, Any]:
+    tower = type(model.base_model.model)
+    config: dict[str, Any] = model.peft_config["default"].to_dict()
+    alpha = config["lora_alpha"]
+    config |= {
+        "auto_mapping": {"base_model_class": tower.__name__, "parent_library": tower.__module__},
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+    }
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+
+
+def _check(clip: Clip, low_rank: LowRank) -> None:
+    """Raises UsageError unless the tower has the layers, and they are large enough."""
+    from torch import nn
+
+    linear = {name: module for name, module in clip.tower.named_modules() if isinstance(module, nn.Linear)}
+    ends = {name.rpartition(".")[2] for name in linear}
+    unknown = [
+        wanted for wanted in low_rank.target_modules if not any(is_end(wanted, name) for name in linear)
+    ]
+    if unknown:
+        raise UsageError(
+            f"{clip.path}: has no linear layer {quoted(unknown)}{did_you_mean(unknown[0], ends)}",
+            f"its linear layers are {quoted(sorted(ends))}",
+        )
+    small = [
+        f"`{name}` is {module.out_features} x {module.in_features}"
+        for name, module in linear.items()
+        if any(is_end(wanted, name) for wanted in low_rank.target_modules)
+        and low_rank.rank > min(module.out_features, module.in_features)
+    ]
+    if small:
+        raise UsageError(f"`rank`: {low_rank.rank} is more than a side of these layers:\n{listed(small)}")

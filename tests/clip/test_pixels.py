@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mergecli.clip import pixels as pixels_module
+from mergecli.clip.model import Clip, load_clip, pixels
+from mergecli.clip.pixels import Processing, cached_pixels, decoded_batches, spans, stored_pixels
+from mergecli.clip.preprocessing import Normalisation, frame_of
+from mergecli.data.decoding import (
+    Corruption,
+    Decoders,
+    Encoded,
+    Framing,
+    Job,
+    Unreadable,
+    decoded,
+    framed,
+    frames,
+)
+from mergecli.data.images import Images, load_images
+from mergecli.data.tasks import TaskTable, find
+from mergecli.recipe.schema import Recipe
+from mergecli.runtime.errors import InputError
+from mergecli.storage import cache as caching
+from mergecli.storage.sources import parse_source
+from tests.tiny import make_image_task, make_tiny_clip, tinted
+
+REAL = Path(os.environ.get("MERGECLI_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+ROOM = Processing(max_size=10**9)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "home"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path / "home"
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
+    return load_clip(make_tiny_clip(tmp_path_factory.mktemp("pixels") / "clip"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image_task(tmp_path_factory.mktemp("pixels") / "tints")
+
+
+def images_of(data: Path, split: str = "test") -> Images:
+    table = TaskTable(data=parse_source(str(data), Path()), templates=("{}",))
+    return load_images(find("tints", Recipe(tasks={"tints": table})), split)
+
+
+def files(home: Path) -> list[Path]:
+    return sorted((home / "cache" / "pixels").glob("*"))
+
+
+def configured(clip: Clip, folder: Path, **given: object) -> Clip:
+    """The CLIP with another configuration of its image processor."""
+    shutil.copytree(clip.path, folder)
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
+    return load_clip(folder)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 30), (30, 41), (5, 3), (3, 200), (333, 16), (17, 16)])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"size": {"shortest_edge": 16}, "crop_size": {"height": 9, "width": 12}},
+        {"size": {"shortest_edge": 11}, "crop_size": {"height": 16, "width": 15}},
+        {"size": {"height": 20, "width": 13}, "crop_size": {"height": 15, "width": 16}, "resample": 2},
+        {"size": {"height": 10, "width": 13}, "do_center_crop": False},
+        {"do_resize": False},
+    ],
+    ids=["clip", "crop", "margin", "fixed", "no crop", "no resize"],
+)  # fmt: skip
+def test_resized_and_cropped_bytes_are_the_processor_s_own(clip, tmp_path, size, given):
+    other = configured(clip, tmp_path / "other", **given)
+    noise = np.random.default_rng(list(size)).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(noise)
+    want = other.processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
+    framing, shape = frame_of(other)
+    got = framed(image, framing)
+    assert got.dtype == np.uint8
+    assert got.shape == (3, *shape)
+    assert np.array_equal(got, want["pixel_values"][0])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]},
+        {"rescale_factor": 0.0039},
+        {"rescale_factor": 1 / 127.5},
+        {"do_normalize": False},
+        {"do_rescale": False},
+    ],
+    ids=["clip", "mean", "odd factor", "half", "not normalised", "not rescaled"],
+)
+def test_normalised_pixels_are_the_processor_s_own_bit_by_bit(clip, tmp_path, given):
+    other = configured(clip, tmp_path / "other", **given)
+    image = tinted(0, (3,), side=40).resize((40, 30))
+    batch = torch.from_numpy(framed(image, frame_of(other)[0]))[None]
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, 3, 1, 256)
+    assert torch.equal(Normalisation(other)(batch), pixels(other, [image]))
+    assert len(Normalisation(other)(every).unique()) >= 256
+
+
+def test_a_processor_of_another_kind_is_refused(clip, tmp_path):
+    other = configured(clip, tmp_path / "other", size={"shortest_edge": 16, "longest_edge": 99})
+    with pytest.raises(InputError, match="its image processor is not one of CLIP's"):
+        frame_of(other)
+
+
+def test_an_image_is_turned_as_its_exif_orientation_says():
+    image, buffer = tinted(0, (1,)).crop((0, 0, 10, 20)), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(buffer, "PNG", exif=exif)
+    assert decoded(Encoded(buffer.getvalue())).size == (20, 10)
+
+
+def test_pixels_and_labels_are_those_of_the_images_in_their_order(clip, data, home):
+    images = images_of(data)
+    found = cached_pixels(clip, images, ROOM)
+    assert found.labels.tolist() == [label for _, label in images]
+    want = pixels(clip, [image for image, _ in images])
+    normalise = Normalisation(clip)
+    assert torch.equal(normalise(found.batch(0, len(images))), want)
+    assert torch.equal(normalise(found.batch(3, 5)), want[3:5])
+    assert torch.equal(normalise(found.rows(torch.tensor([7, 0, 7]))), want[[7, 0, 7]])
+    assert found.stored is not None
+    assert len(files(home)) == 1
+
+
+def test_what_is_in_the_cache_is_not_decoded_again(clip, data):
+    cached_pixels(clip, images_of(data), ROOM)
+
+    def refuse(row: int) -> Encoded:
+        raise AssertionError("an image was decoded")
+
+    again = replace(images_of(data), encoded=refuse)
+    assert len(cached_pixels(clip, again, ROOM).batch(0, 12)) == 12
+    (whole,) = spans(clip, again, ROOM, 5, 0)
+    assert len(whole) == 12
+
+
+def test_chosen_images_are_found_in_the_file_of_all(clip, data, home):
+    whole = cached_pixels(clip, images_of(data), ROOM)
+    some = cached_pixels(clip, images_of(data).chosen([9, 2, 4]), ROOM)
+    assert torch.equal(some.batch(0, 3), whole.rows(torch.tensor([9, 2, 4])))
+    assert torch.equal(some.rows(torch.tensor([2, 2])), whole.rows(torch.tensor([4, 4])))
+    assert len(files(home)) == 1
+
+
+def test_other_content_labels_processors_and_corruptions_have_files_of_their_own(clip, data, tmp_path, home):
+    images = images_of(data)
+    other = configured(clip, tmp_path / "other", crop_size={"height": 12, "width": 12})
+    for number, (one, these, how) in enumerate(
+        [
+            (clip, images, ROOM),
+            (clip, images_of(data, "train"), ROOM),
+            (clip, images.chosen([1, 2]), replace(ROOM, corruption=Corruption("contrast", 1))),
+            (clip, images, replace(ROOM, corruption=Corruption("contrast", 2))),
+            (other, images, ROOM),
+        ],
+        1,
+    ):
+        cached_pixels(one, these, how)
+        assert len(files(home)) == number
+
+
+@pytest.mark.parametrize("size", [1, 5, 12, 50])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batch_size_and_processes_change_no_pixel(clip, data, size, workers):
+    images = images_of(data, "train")
+    want = torch.cat(list(decoded_batches(clip, images, Processing(workers=1), 30)))
+    how = Processing(workers=workers, ahead=2)
+    batches = list(decoded_batches(clip, images, how, size))
+    assert [len(batch) for batch in batches] == [min(size, 30 - start) for start in range(0, 30, size)]
+    assert torch.equal(torch.cat(batches), want)
+
+
+def test_spans_hold_whole_batches_and_what_there_is_room_for(clip, data):
+    images = images_of(data, "train")
+    one = 3 * 16 * 16
+    for room, want in ((0, [8, 8, 8, 6]), (17 * one, [16, 14]), (99 * one, [30])):
+        parts = list(spans(clip, images, Processing(), 8, room))
+        assert [len(part) for part in parts] == want
+        assert torch.cat([part.labels for part in parts]).tolist() == images.labels
+
+
+def test_a_corruption_is_the_same_in_every_process_and_order(clip, data):
+    images = images_of(data, "train")
+    noise = Processing(corruption=Corruption("gaussian_noise", 3), workers=1)
+    want = torch.cat(list(decoded_batches(clip, images, noise, 30)))
+    assert not torch.equal(want, torch.cat(list(decoded_batches(clip, images, Processing(), 30))))
+    many = torch.cat(list(decoded_batches(clip, images, replace(noise, workers=3), 4)))
+    assert torch.equal(many, want)
+    (some,) = decoded_batches(clip, images.chosen([20, 3]), noise, 4)
+    assert torch.equal(some, want[[20, 3]])
+    assert not torch.equal(want[0], want[3])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_unreadable_image_is_named_and_nothing_is_kept(clip, data, home, workers):
+    images = images_of(data)
+    broken = replace(images, encoded=lambda row: Encoded(b"no image") if row == 7 else images.encoded(row))
+    with pytest.raises(InputError, match="split `test`, image 7: cannot be read: cannot identify image file"):
+        cached_pixels(clip, broken, replace(ROOM, workers=workers))
+    assert files(home) == []
+
+
+def test_an_evaluation_that_stops_in_the_middle_keeps_nothing(clip, data, home):
+    batches = decoded_batches(clip, images_of(data), ROOM, 4)
+    next(batches)
+    assert [file.suffix for file in files(home)] == [".part"]
+    batches.close()
+    assert files(home) == []
+
+
+def test_two_at_once_do_no_harm(clip, data, home):
+    one, other = (decoded_batches(clip, images_of(data), ROOM, 4) for _ in range(2))
+    first = [next(one), next(other), *one, *other]
+    assert len(first) == 6
+    assert [file.suffix for file in files(home)] == [".safetensors"]
+    assert cached_pixels(clip, images_of(data), ROOM).stored is not None
+
+
+def test_a_worker_that_dies_is_replaced_by_this_process():
+    framing = Framing(8, None, 3, (8, 8))
+    image = io.BytesIO()
+    tinted(0, (1,)).save(image, "PNG")
+    job = Job([Encoded(image.getvalue())], framing, None, [""])
+    with Decoders(2) as decoders:
+        assert np.array_equal(decoders.submit(lambda: job).result(), frames(job))
+        for child in decoders._children:
+            child.kill()
+            child.wait()
+        assert np.array_equal(decoders.submit(lambda: job).result(), frames(job))
+
+
+def test_a_worker_imports_no_torch():
+    code = "import sys, mergecli.data.decoding; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_missing_picture_is_unreadable():
+    job = Job([Encoded(None)], Framing(8, None, 3, (8, 8)), None, [""])
+    assert frames(job) == Unreadable(0, "there is none")
+
+
+@pytest.mark.parametrize("how", [Processing(), Processing(max_size=100)], ids=["none", "small"])
+def test_without_room_the_images_are_decoded_at_every_use(clip, data, home, how):
+    images = images_of(data)
+    want = cached_pixels(clip, images, ROOM).batch(2, 5).clone()
+    shutil.rmtree(home)
+    found = cached_pixels(clip, images, how)
+    assert found.stored is None
+    assert torch.equal(found.batch(2, 5), want)
+    assert torch.equal(found.rows(torch.tensor([4, 2])), want[[2, 0]])
+    assert files(home) == []
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(clip, data, home):
+    home.write_text("a file where the folder should be")
+    assert cached_pixels(clip, images_of(data), ROOM).stored is None
+    assert sum(map(len, decoded_batches(clip, images_of(data), ROOM, 5))) == 12
+
+
+def test_a_disk_that_fills_up_is_noticed_and_done_without(clip, data, home, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pixels_module.SafetensorsWriter, "write", full)
+    assert sum(map(len, decoded_batches(clip, images_of(data), ROOM, 5))) == 12
+    assert files(home) == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"not safetensors", None])
+def test_a_damaged_file_of_the_cache_is_made_anew(clip, data, home, damage):
+    want = cached_pixels(clip, images_of(data), ROOM).batch(0, 12).clone()
+    (file,) = files(home)
+    file.write_bytes(file.read_bytes()[:-10] if damage is None else damage)
+    assert stored_pixels(clip, images_of(data), ROOM) is None
+    assert torch.equal(cached_pixels(clip, images_of(data), ROOM).batch(0, 12), want)
+
+
+def test_what_was_used_longest_ago_goes_first(clip, data, home):
+    cached_pixels(clip, images_of(data), ROOM)
+    cached_pixels(clip, images_of(data, "train"), ROOM)
+    for number, name in enumerate(("test", "train")):
+        os.utime(
+            next(f for f in files(home) if f"`{name}`" in caching._what(f)), (1000 + number, 1000 + number)
+        )
+    cached_pixels(clip, images_of(data), ROOM)  # now `train` is the older one
+    room = sum(file.stat().st_size for file in files(home))
+    cached_pixels(clip, images_of(data), replace(ROOM, max_size=room, corruption=Corruption("contrast", 1)))
+    kept = [entry.what for entry in caching.entries()]
+    assert [("`train`" in what, "contrast" in what) for what in kept] == [(False, True), (False, False)]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real images are not here")
+@pytest.mark.parametrize("name", ["gtsrb", "eurosat"])
+def test_real_images_become_the_processor_s_pixels(clip, name):
+    table = TaskTable(data=parse_source(str(REAL / name), Path()), templates=("{}",), classes=None)
+    images = load_images(find("real", Recipe(tasks={"real": table})), "test").chosen(range(0, 300, 3))
+    found = cached_pixels(clip, images, replace(ROOM, workers=2))
+    want = pixels(clip, [image for image, _ in images])
+    assert torch.equal(Normalisation(clip)(found.batch(0, len(images))), want)
+    assert found.labels.tolist() == [label for _, label in images]

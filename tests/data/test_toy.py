@@ -1,0 +1,126 @@
+"""The toy zoo is what the demo and every later test stand on."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mergecli
+from mergecli.data.toy import TASKS
+from mergecli.data.toy.drawing import draw
+from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.storage.sources import TOY_MODELS, locate, parse_source
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "toy.toml"
+
+
+def digest(task: str, split: str, indices: range) -> str:
+    pictures = (draw(task, split, index) for index in indices)
+    return hashlib.sha256(
+        b"".join(picture.tobytes() + bytes([label]) for picture, label in pictures)
+    ).hexdigest()
+
+
+def test_pictures_are_the_same_in_every_order_and_process() -> None:
+    code = (
+        "from tests.data.test_toy import digest; from mergecli.data.toy import TASKS;"
+        "print(*(digest(task, 'test', range(3)) for task in TASKS))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
+        env={"PYTHONHASHSEED": "7"},
+    ).stdout  # fmt: skip
+    for task in reversed(TASKS):
+        draw(task, "train", 5)
+    assert out.split() == [digest(task, "test", range(3)) for task in TASKS]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_picture_is_rgb_of_32_pixels_and_any_prefix_is_balanced(task: str) -> None:
+    classes = len(TASKS[task].classes)
+    pictures = [draw(task, "test", index) for index in range(2 * classes)]
+    assert {(picture.mode, picture.size) for picture, _ in pictures} == {("RGB", (32, 32))}
+    assert sorted(label for _, label in pictures) == sorted([*range(classes), *range(classes)])
+    assert TASKS[task].test % classes == 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_share_no_picture(task: str) -> None:
+    train = {draw(task, "train", index)[0].tobytes() for index in range(100)}
+    test = {draw(task, "test", index)[0].tobytes() for index in range(100)}
+    assert len(train) == len(test) == 100
+    assert train & test == set()
+
+
+def test_the_zoo_takes_16_megabytes_at_most_and_is_float16() -> None:
+    assert sum(file.stat().st_size for file in TOY_MODELS.rglob("*") if file.is_file()) <= 16e6
+    for name in ("base", *TASKS):
+        with open_checkpoint(locate(parse_source(f"toy:{name}", Path()))) as checkpoint:
+            assert {entry.dtype for entry in checkpoint.entries.values()} == {"F16"}
+            assert checkpoint.is_whole_clip == (name == "base")
+
+
+def test_the_towers_were_made_by_finetune_from_the_base() -> None:
+    base = mergecli.info("toy:base").digest
+    for task in TASKS:
+        about = mergecli.info(f"toy:{task}")
+        assert about.metadata["method"] == "finetune"
+        assert about.metadata["task"] == task
+        assert about.inputs == {"base": base}
+
+
+def test_plain_transformers_loads_the_zoo() -> None:
+    from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
+
+    _, report = CLIPModel.from_pretrained(TOY_MODELS / "base", output_loading_info=True)
+    assert not report["missing_keys"]
+    _, report = CLIPVisionModel.from_pretrained(TOY_MODELS / "digits", output_loading_info=True)
+    assert not report["missing_keys"]
+    tokens = AutoTokenizer.from_pretrained(TOY_MODELS / "base")("a photo of the digit seven")["input_ids"]
+    assert 5 < len(tokens) < 24
+
+
+def test_the_towers_learnt_something_and_a_merge_keeps_some_of_it(tmp_path: Path) -> None:
+    merged = mergecli.merge(
+        RECIPE, method="task_arithmetic", settings={"scaling_factor": 0.2}, output=tmp_path / "m.safetensors"
+    )
+    base, both = (
+        each.average.accuracy
+        for each in mergecli.evaluate({"base": "toy:base", "m": merged.path}, recipe=RECIPE)
+    )
+    (tuned,) = mergecli.evaluate(individual=True, recipe=RECIPE)
+    assert 0.40 <= base <= 0.75
+    assert tuned.average.accuracy >= base + 0.15
+    assert both >= base + (tuned.average.accuracy - base) / 4
+
+
+def test_the_count_of_a_tower_is_that_of_plain_transformers(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPVisionModel
+
+    task = TASKS["shapes"]
+    model = CLIPModel.from_pretrained(TOY_MODELS / "base", dtype=torch.float32)
+    tower = CLIPVisionModel.from_pretrained(TOY_MODELS / "shapes", dtype=torch.float32)
+    model.vision_model.load_state_dict(tower.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(TOY_MODELS / "base")
+    processor = CLIPImageProcessorPil.from_pretrained(TOY_MODELS / "base")
+    correct = 0
+    with torch.no_grad():
+        head = []
+        for name in task.classes:
+            tokens = tokenizer(
+                [each.format(name) for each in task.templates], padding=True, return_tensors="pt"
+            )
+            text = torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+            head.append(torch.nn.functional.normalize(text.mean(0), dim=0))
+        for index in range(task.test):
+            picture, label = draw("shapes", "test", index)
+            image = model.get_image_features(**processor(images=picture, return_tensors="pt")).pooler_output
+            correct += int((torch.stack(head) @ image[0]).argmax()) == label
+    (result,) = mergecli.evaluate(["toy:shapes"], clip="toy:base", tasks=["shapes"])
+    assert result.tasks["shapes"].correct == correct
+    assert result.tasks["shapes"].images == task.test

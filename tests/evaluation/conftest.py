@@ -1,0 +1,64 @@
+"""Two small CLIPs, a tower, its task vector, and two tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mergecli.data.tasks import TaskTable
+from mergecli.recipe.schema import Recipe
+from mergecli.storage.checkpoint import TASK_VECTOR
+from mergecli.storage.sources import parse_source
+from tests.tiny import make_image_task, make_tiny_clip
+
+TEMPLATES = ("a photo of something {}.", "{}")
+
+
+@pytest.fixture(autouse=True)
+def quiet_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread: for so small a model a second one only waits."""
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "home"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="package")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two CLIPs (`base` and `other`), the second's tower, its task vector, and two tasks."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    make_tiny_clip(folder / "base")
+    make_tiny_clip(folder / "other", seed=1)
+    make_image_task(folder / "tints")
+    make_image_task(folder / "more", test=20, seed=1)
+    base, other = (
+        {
+            k: v
+            for k, v in load_file(folder / name / "model.safetensors").items()
+            if k.startswith("vision_model.")
+        }
+        for name in ("base", "other")
+    )
+    save_file(other, folder / "tower.safetensors", {"kind": "checkpoint", "method": "ties"})
+    vector = {name: other[name] - base[name] for name in base}
+    save_file(vector, folder / "vector.safetensors", {"kind": TASK_VECTOR})
+    return folder
+
+
+@pytest.fixture
+def recipe(place: Path) -> Recipe:
+    tables = {
+        name: TaskTable(data=parse_source(str(place / name), Path()), templates=TEMPLATES)
+        for name in ("tints", "more")
+    }
+    return Recipe(
+        base=parse_source(str(place / "base"), Path()),
+        tasks=tables,
+        eval_tasks=("tints", "more"),
+        batch_size=8,
+    )

@@ -1,0 +1,349 @@
+"""Counts, losses and what results say, against a plain loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mergecli.clip import heads
+from mergecli.data import tasks
+from mergecli.data.images import load_images
+from mergecli.data.selection import balanced
+from mergecli.data.tasks import TaskTable
+from mergecli.evaluation import counting as tallies
+from mergecli.evaluation.evaluate import evaluate, read_result
+from mergecli.recipe.schema import Recipe
+from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.storage.sources import parse_source
+
+REAL = Path(os.environ.get("MERGECLI_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+TEMPLATES = ("a photo of something {}.", "{}")
+OTHERS = ("emnist_letters", "gtsrb", "eurosat", "dtd10", "cifar10", "fashion_mnist")
+
+
+def plain(
+    folder: Path, tower: Path, data: Path, templates: tuple[str, ...], classes: tuple[str, ...] | None = None
+) -> tuple[int, float]:
+    """Correct answers and mean loss by transformers and datasets alone, one image at a time."""
+    import datasets
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    model, tokenizer = (
+        CLIPModel.from_pretrained(folder, dtype=torch.float32),
+        CLIPTokenizer.from_pretrained(folder),
+    )
+    model.vision_model.load_state_dict(
+        CLIPModel.from_pretrained(tower, dtype=torch.float32).vision_model.state_dict()
+    )
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+    test = datasets.Dataset.from_parquet(
+        str(next(data.glob("test-*.parquet"))), cache_dir=str(data.parent / "plain")
+    )
+    head = []
+    for name in classes or test.features["label"].names:
+        batch = tokenizer(
+            [template.format(name) for template in templates], padding=True, return_tensors="pt"
+        )
+        text = model.get_text_features(**batch).pooler_output
+        mean = (text / text.norm(dim=-1, keepdim=True)).mean(dim=0)
+        head.append(mean / mean.norm())
+    correct, loss = 0, 0.0
+    with torch.inference_mode():
+        for row in test:
+            image = model.get_image_features(
+                **processor(row["image"].convert("RGB"), return_tensors="pt")
+            ).pooler_output
+            scores = (
+                model.logit_scale.exp() * (image / image.norm(dim=-1, keepdim=True)) @ torch.stack(head).T
+            )
+            correct += int(scores.argmax() == row["label"])
+            loss += float(torch.nn.functional.cross_entropy(scores, torch.tensor([row["label"]])))
+    return correct, loss / len(test)
+
+
+def test_counts_and_losses_are_those_of_a_plain_loop(place, recipe, tmp_path):
+    data = shutil.copytree(place / "more", tmp_path / "more")
+    for tower in ("base", "other"):
+        correct, loss = plain(place / "base", place / tower, data, TEMPLATES)
+        (result,) = evaluate([place / tower], recipe=recipe, tasks=["more"])
+        score = result.tasks["more"]
+        assert (score.correct, score.images, score.accuracy) == (correct, 20, correct / 20)
+        assert score.loss == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real images are not here")
+@pytest.mark.parametrize(
+    ("name", "built_in"),
+    [
+        ("mnist", True),
+        ("sign_digits", False),
+        *[(name, name == "emnist_letters") for name in OTHERS],
+    ],
+)
+def test_real_images_are_counted_as_by_a_plain_loop(place, tmp_path, name, built_in):
+    found = tasks.find(name) if built_in else None
+    templates = found.templates if found else TEMPLATES[1:]
+    (tmp_path / "data").mkdir()
+    shutil.copy(next((REAL / name).glob("test-*.parquet")), tmp_path / "data")
+    correct, loss = plain(
+        place / "base", place / "other", tmp_path / "data", templates, found.classes if found else None
+    )
+    table = TaskTable(data=parse_source(str(REAL / name), Path()), templates=None if found else templates)
+    task = name if built_in else f"real-{name}"
+    recipe = Recipe(tasks={task: table})
+    for given in ({"workers": 2}, {"batch_size": 77}, {"cache": False, "workers": 1, "batch_size": 400}):
+        (result,) = evaluate(place / "other", recipe=recipe, clip=place / "base", tasks=[task], **given)
+        assert result.tasks[task].correct == correct
+        assert result.tasks[task].loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_tower_file_whole_clip_and_task_vector_score_alike(place, recipe):
+    names = ("other", "tower.safetensors", "vector.safetensors")
+    whole, tower, vector = evaluate([place / name for name in names], recipe=recipe)
+    assert tower.tasks == whole.tasks
+    assert tower.checkpoint["digest"] == whole.checkpoint["digest"]
+    assert [score.correct for score in vector.tasks.values()] == [
+        score.correct for score in whole.tasks.values()
+    ]
+
+
+def test_several_together_get_what_each_gets_alone(place, recipe, monkeypatch):
+    towers = [place / "base", place / "tower.safetensors"]
+    together = evaluate(towers, recipe=recipe)
+    assert together == tuple(evaluate([tower], recipe=recipe)[0] for tower in towers)
+    assert together[0].tasks != together[1].tasks
+    monkeypatch.setattr(tallies, "PIXEL_BYTES", 0)
+    assert evaluate(towers, recipe=recipe) == together
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_towers_that_are_shown_images_at_once_get_what_they_get_in_turn(place, recipe, monkeypatch, threads):
+    towers = [place / name for name in ("base", "tower.safetensors", "vector.safetensors")]
+    in_turn = evaluate(towers, recipe=recipe)
+    torch.set_num_threads(threads)
+    for room in (1 << 30, 0):
+        monkeypatch.setattr(tallies, "PIXEL_BYTES", room)
+        at_once = evaluate(towers, recipe=recipe, cache=False)
+        for one, other in zip(at_once, in_turn, strict=True):
+            assert {name: (score.correct, score.images) for name, score in one.tasks.items()} == {
+                name: (score.correct, score.images) for name, score in other.tasks.items()
+            }
+            assert one.average.loss == pytest.approx(other.average.loss, rel=1e-5)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_cache_workers_and_batch_size_change_no_count(place, recipe, workers, batch_size):
+    (alone,) = evaluate([place / "other"], recipe=recipe, cache=False)
+    for _ in ("decoded", "from the cache"):
+        (again,) = evaluate([place / "other"], recipe=recipe, batch_size=batch_size, workers=workers)
+        for name, score in alone.tasks.items():
+            assert again.tasks[name].correct == score.correct
+            assert again.tasks[name].loss == pytest.approx(score.loss, rel=1e-5)
+
+
+def test_the_short_last_batch_weighs_too_much_only_in_the_batch_mean(place, recipe):
+    (result,) = evaluate([place / "tower.safetensors"], recipe=recipe, tasks=["tints"])  # batches of 8 and 4
+    (whole,) = evaluate([place / "tower.safetensors"], recipe=recipe, tasks=["tints"], batch_size=100)
+    score, exact = result.tasks["tints"], whole.tasks["tints"]
+    assert exact.loss_batch_mean == pytest.approx(exact.loss)
+    assert score.loss == pytest.approx(exact.loss, rel=1e-5)
+    assert abs(score.loss_batch_mean - score.loss) > 1e-4
+
+
+def test_the_file_says_what_was_evaluated_and_no_folder(place, recipe, tmp_path):
+    (result,) = evaluate([place / "tower.safetensors"], recipe=recipe, output=tmp_path / "new" / "r.json")
+    text = (tmp_path / "new" / "r.json").read_text()
+    values = json.loads(text)
+    assert str(place) not in text
+    assert values["schema"] == "mergecli.eval/1"
+    assert values["checkpoint"] | {"digest": ""} == {
+        "name": "tower", "path": "tower.safetensors", "digest": "", "kind": "checkpoint", "method": "ties",
+    }  # fmt: skip
+    assert values["model_info"] == {
+        "trainable_params": 7680, "all_params": 7680, "trainable_percentage": 1.0, "bytes": 30720, "relative_size": 1.0,
+    }  # fmt: skip
+    assert list(values["tasks"]) == ["tints", "more"]
+    assert values["average"]["accuracy"] == sum(s["accuracy"] for s in values["tasks"].values()) / 2
+    assert values["tasks"]["tints"]["data"]["source"] == "tints"
+    assert read_result(tmp_path / "new" / "r.json") == result
+
+
+def test_one_path_and_one_string_of_tasks_are_enough(place, recipe):
+    (result,) = evaluate(place / "base", recipe=recipe, tasks="more,tints")
+    assert list(result.tasks) == ["more", "tints"]
+
+
+def test_the_base_s_own_tower_is_known_as_pretrained(place, recipe):
+    base, other = evaluate([place / "base", place / "other"], recipe=recipe, tasks=["tints"])
+    assert (base.checkpoint["method"], other.checkpoint["method"]) == ("pretrained", None)
+
+
+def test_the_same_evaluation_gives_the_same_bytes(place, recipe, tmp_path):
+    for name in ("a.json", "b.json"):
+        evaluate([place / "other"], recipe=recipe, output=tmp_path / name)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_several_results_go_into_a_folder(place, recipe, tmp_path):
+    evaluate(
+        [place / "base", place / "tower.safetensors"], recipe=recipe, tasks=["tints"], output=tmp_path / "out"
+    )
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["base.json", "tower.json"]
+
+
+def test_predictions_are_a_row_for_each_image(place, recipe, tmp_path):
+    from pyarrow import parquet
+
+    file = tmp_path / "p.parquet"
+    (result,) = evaluate([place / "other"], recipe=recipe, predictions=file)
+    rows = parquet.read_table(file).to_pylist()
+    assert len(rows) == 32
+    assert list(rows[0]) == ["checkpoint", "task", "index", "label", "prediction", "probability"]
+    right = [row for row in rows if row["task"] == "more" and row["label"] == row["prediction"]]
+    assert len(right) == result.tasks["more"].correct
+    assert all(1 / 3 <= row["probability"] <= 1 for row in rows)
+
+
+def test_another_split_is_evaluated_when_asked_for(place, recipe):
+    (result,) = evaluate([place / "other"], recipe=recipe, tasks=["tints"], split="train")
+    assert (result.tasks["tints"].images, result.tasks["tints"].split) == (30, "train")
+
+
+def test_a_limit_takes_as_many_of_each_class_always_the_same_and_says_so(place, recipe, tmp_path):
+    file = tmp_path / "p.parquet"
+    (result,) = evaluate([place / "other"], recipe=recipe, tasks=["more"], limit=7, predictions=file)
+    (whole,) = evaluate([place / "other"], recipe=recipe, tasks=["more"], predictions=tmp_path / "w.parquet")
+    score = result.tasks["more"]
+    assert (score.images, score.limit) == (7, 7)
+    assert json.loads(result.to_json())["tasks"]["more"]["limit"] == 7
+    rows, every = (parquet_rows(each) for each in (file, tmp_path / "w.parquet"))
+    assert sorted(Counter(row["label"] for row in rows).values()) == [2, 2, 3]
+    assert [row["index"] for row in rows] == sorted({row["index"] for row in rows})
+    for row in rows:
+        alike = every[row["index"]]
+        assert (row["label"], row["prediction"]) == (alike["label"], alike["prediction"])
+    (again,) = evaluate([place / "other"], recipe=recipe, tasks=["more"], limit=7, cache=False)
+    assert again == result
+    assert whole.tasks["more"].limit is None
+    assert evaluate([place / "other"], recipe=recipe, tasks=["more"], limit=20)[0] == whole
+
+
+def parquet_rows(file: Path) -> list[dict[str, object]]:
+    from pyarrow import parquet
+
+    return parquet.read_table(file).to_pylist()
+
+
+@pytest.mark.parametrize("limit", range(1, 12))
+def test_a_balanced_choice_is_even_and_part_of_every_larger_one(limit):
+    labels = [0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 2]
+    chosen = balanced(labels, limit)
+    counts = Counter(labels[number] for number in chosen)
+    assert len(set(chosen)) == limit
+    assert set(chosen) < set(balanced(labels, limit + 1))
+    if limit <= 6:
+        assert max(counts.values()) - min(counts[label] for label in range(3)) <= 1
+
+
+def test_a_corruption_and_its_severity_stand_in_the_result(place, recipe):
+    (clean,) = evaluate([place / "other"], recipe=recipe, tasks=["more"])
+    (result,) = evaluate([place / "other"], recipe=recipe, tasks=["more"], corruption="contrast", severity=4)
+    score = result.tasks["more"]
+    assert (score.split, score.corruption, score.severity) == ("test", "contrast", 4)
+    assert score.loss != clean.tasks["more"].loss
+    assert not {"corruption", "severity", "limit"} & set(json.loads(clean.to_json())["tasks"]["more"])
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.1), ("float16", 0.02)])
+def test_a_smaller_dtype_is_said_and_comes_close(place, recipe, dtype, error):
+    (exact,) = evaluate([place / "other"], recipe=recipe)
+    (result,) = evaluate([place / "other"], recipe=recipe, dtype=dtype)
+    assert (exact.dtype, result.dtype) == ("float32", dtype)
+    for name, score in result.tasks.items():
+        assert score.loss == pytest.approx(exact.tasks[name].loss, rel=error)
+        assert score.loss != exact.tasks[name].loss
+
+
+def test_a_device_that_is_too_small_for_a_batch_gets_it_in_pieces(place, recipe, monkeypatch):
+    (whole,) = evaluate([place / "other"], recipe=recipe)
+    seen: list[int] = []
+
+    def small(clip, head, pixel_values, correction):
+        seen.append(len(pixel_values))
+        if len(pixel_values) > 3:
+            raise torch.cuda.OutOfMemoryError("too much")
+        return real(clip, head, pixel_values, correction)
+
+    real = heads.logits
+    monkeypatch.setattr(heads, "logits", small)
+    (pieces,) = evaluate([place / "other"], recipe=recipe, fresh=True)
+    for name, score in pieces.tasks.items():
+        assert score.correct == whole.tasks[name].correct
+        assert score.loss_batch_mean == pytest.approx(whole.tasks[name].loss_batch_mean, rel=1e-5)
+    assert [size for size in seen if size > 3] == [8, 4, 8, 4]
+
+
+def test_features_are_the_class_token_after_each_layer(place, recipe, tmp_path):
+    from transformers import CLIPImageProcessorPil, CLIPVisionModel
+
+    evaluate([place / "other"], recipe=recipe, tasks=["tints"], features=tmp_path / "f", limit=9)
+    found = load_file(tmp_path / "f" / "tints.safetensors")
+    assert sorted(found) == ["index", "labels", "layer_00", "layer_01"]
+    model = CLIPVisionModel.from_pretrained(place / "other").eval()
+    images = load_images(tasks.find("tints", recipe))
+    numbers = balanced(images.labels, 9)
+    assert found["index"].tolist() == numbers
+    assert found["labels"].tolist() == [images.labels[number] for number in numbers]
+    batch = CLIPImageProcessorPil.from_pretrained(place / "other")(
+        [images[number][0] for number in numbers], return_tensors="pt"
+    )
+    with torch.inference_mode():
+        states = model(**batch, output_hidden_states=True).hidden_states
+    for layer in range(2):
+        assert torch.allclose(found[f"layer_0{layer}"], states[layer + 1][:, 0], atol=1e-5)
+
+
+def test_features_of_several_checkpoints_have_a_folder_each(place, recipe, tmp_path):
+    evaluate([place / "base", place / "tower.safetensors"], recipe=recipe, features=tmp_path / "f")
+    names = sorted(str(file.relative_to(tmp_path / "f")) for file in (tmp_path / "f").rglob("*.safetensors"))
+    assert names == [f"{name}/{task}.safetensors" for name in ("base", "tower") for task in ("more", "tints")]
+    with open_checkpoint(tmp_path / "f" / "tower" / "tints.safetensors") as stored:
+        about = stored.metadata
+    assert (about["kind"], about["task"], about["split"]) == ("features", "tints", "test")
+
+
+def test_results_of_older_versions_are_read(place, recipe, tmp_path):
+    (result,) = evaluate([place / "base"], recipe=recipe, limit=5)
+    values = json.loads(result.to_json())
+    for score in values["tasks"].values():
+        del score["limit"]
+    (tmp_path / "r.json").write_text(json.dumps(values))
+    assert read_result(tmp_path / "r.json").tasks["tints"].limit is None
+    (tmp_path / "n.json").write_text(result.to_json())
+    assert read_result(tmp_path / "n.json") == result
+
+
+def test_progress_counts_every_image_of_every_checkpoint(place, recipe):
+    seen: list[tuple[str, int, int]] = []
+    evaluate([place / "base", place / "other"], recipe=recipe, progress=lambda *told: seen.append(told))
+    assert [told for told in seen if told[1] == told[2]] == [("tints", 24, 24), ("more", 40, 40)]
+
+
+def test_without_tasks_those_of_the_tuned_models_are_taken(place):
+    tuned = {"digits": parse_source("toy:digits", Path())}
+    recipe = Recipe(base=parse_source(str(place / "base"), Path()), tuned=tuned)
+    (result,) = evaluate([place / "base"], recipe=recipe)
+    assert list(result.tasks) == ["digits"]
+    assert result.tasks["digits"].images == 450

@@ -1,0 +1,203 @@
+"""Sweeps that are evaluated: the same counts as merges one by one, nothing left behind, the best point named."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import mergecli
+from mergecli.evaluation import sweep as sweep_scores
+from mergecli.evaluation.counting import Tally
+from mergecli.results.result import read_result
+from mergecli.runtime.errors import UsageError
+from mergecli.storage.cache import cache
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "toy.toml"
+SHARED = {"tasks": ["digits", "colours"], "limit": 40}
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache and a temporary folder of the test's own."""
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    return tmp_path / "scratch"
+
+
+@pytest.mark.parametrize("room", [1, 1 << 30])
+def test_each_point_counts_what_its_merge_by_itself_counts(
+    room: int, tmp_path: Path, own_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_scores, "ROOM", room)
+    swept = mergecli.sweep(
+        RECIPE, ["method.scaling_factor=0.1,0.3", "method.density=0.1,0.2"], method="ties", output=tmp_path / "swept", **SHARED
+    )  # fmt: skip
+    assert list(own_folders.glob("mergecli*")) == []
+    assert len(swept.results) == 4
+    for point, result in zip(swept.points, swept.results, strict=True):
+        merged = mergecli.merge(point.recipe, output=tmp_path / "alone.safetensors")
+        (alone,) = mergecli.evaluate([merged.path], recipe=RECIPE, **SHARED)
+        assert {task: score.correct for task, score in result.tasks.items()} == {
+            task: score.correct for task, score in alone.tasks.items()
+        }
+        written = json.loads((tmp_path / "swept" / f"{point.name}.json").read_text())
+        assert written["checkpoint"]["method.density"] == str(point.values["method.density"])
+        assert written["checkpoint"]["digest"] == alone.checkpoint["digest"]
+
+
+def test_the_best_point_is_chosen_on_another_split_and_told_on_the_tasks_own(tmp_path: Path) -> None:
+    swept = mergecli.sweep(
+        RECIPE, ["method.scaling_factor=0.0:0.4:0.2"], method="task_arithmetic", select="validation",
+        output=tmp_path / "swept", keep=tmp_path / "kept", plot=tmp_path / "curve.svg", **SHARED,
+    )  # fmt: skip
+    averages = [result.average.accuracy for result in swept.results]
+    assert averages[swept.best] == max(averages)
+    assert {score.split for result in swept.results for score in result.tasks.values()} == {"validation"}
+    assert swept.confirmed is not None
+    assert {score.split for score in swept.confirmed.tasks.values()} == {"test"}
+    assert swept.confirmed.name == swept.points[swept.best].name
+    best = mergecli.evaluate(
+        {swept.confirmed.name: tmp_path / "kept" / f"{swept.confirmed.name}.safetensors"},
+        recipe=RECIPE,
+        **SHARED,
+    )
+    assert best[0].average == swept.confirmed.average
+    assert "is the best on validation; on the tasks' own split it has" in swept.table.notes[0]
+    assert "best on validation" in (tmp_path / "curve.svg").read_text()
+    assert json.loads((tmp_path / "swept" / "best.json").read_text())["tasks"]["digits"]["split"] == "test"
+
+
+def test_a_best_point_that_was_chosen_on_its_own_images_says_so() -> None:
+    swept = mergecli.sweep(RECIPE, ["method.scaling_factor=0.1,0.2"], method="ties", **SHARED)
+    assert "chosen on the images that it is reported on" in swept.note
+    assert swept.table.rows[swept.best][-1] == "best"
+    assert swept.table.rows[1 - swept.best][-1] == "n.s."
+    assert swept.note.endswith("n.s.: chance alone may put it before these 1")
+    again = mergecli.sweep(RECIPE, ["method.scaling_factor=0.1"], method="ties", select="test", **SHARED)
+    assert "chosen on the images that it is reported on" in again.note
+    assert "n.s." not in again.note
+
+
+def test_points_that_differ_by_more_than_chance_are_not_marked() -> None:
+    swept = mergecli.sweep(
+        RECIPE, ["method.scaling_factor=0.2,-2.0"], method="task_arithmetic", tasks=["colours"], limit=200
+    )
+    assert [row[-1] for row in swept.table.rows] == ["best", ""]
+
+
+def test_an_interrupted_sweep_evaluates_what_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = ["method.scaling_factor=0.1,0.2,0.3"]
+    monkeypatch.setattr(sweep_scores, "ROOM", 1)  # each point by itself
+    whole = mergecli.sweep(
+        RECIPE, over, method="ties", select="validation", output=tmp_path / "whole", **SHARED
+    )
+    counted: list[str] = []
+
+    def stop(description: str, done: int, total: int) -> None:
+        if description == "colours" and done == total:
+            counted.append(description)
+            if len(counted) == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mergecli.sweep(
+            RECIPE,
+            over,
+            method="ties",
+            select="validation",
+            output=tmp_path / "swept",
+            progress=stop,
+            **SHARED,
+        )
+    assert not (tmp_path / "swept").exists()
+    assert len(cache(["results"]).entries) == 4
+    shown: list[int] = []
+    add = Tally.add
+    monkeypatch.setattr(
+        Tally, "add", lambda self, scores, labels: shown.append(len(labels)) or add(self, scores, labels)
+    )
+    again = mergecli.sweep(
+        RECIPE, over, method="ties", select="validation", output=tmp_path / "swept", **SHARED
+    )
+    assert again.results == whole.results
+    assert sum(shown) == 40 * 2 * (3 + 1 - 2)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "swept" / file.name).read_bytes() == file.read_bytes()
+    assert cache(["results"]).entries == ()
+
+
+def test_folders_of_sweeps_that_were_killed_go_after_a_day(own_folders: Path) -> None:
+    old, young, other = (
+        own_folders / name for name in ("mergecli-sweep-old", "mergecli-sweep-young", "other")
+    )
+    for folder in (old, young, other):
+        folder.mkdir()
+        (folder / "t.safetensors").write_bytes(b"x")
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    mergecli.sweep(RECIPE, ["method.scaling_factor=0.1"], method="ties", tasks=["digits"], limit=10)
+    assert sorted(
+        each.name for each in own_folders.iterdir() if "mergecli" in each.name or each == other
+    ) == [
+        "mergecli-sweep-young",
+        "other",
+    ]
+
+
+def test_the_best_result_says_what_it_was_chosen_on_and_is_no_point_of_a_curve(tmp_path: Path) -> None:
+    mergecli.sweep(
+        RECIPE,
+        ["method.scaling_factor=0.1,0.2"],
+        method="ties",
+        select="validation",
+        output=tmp_path / "swept",
+        **SHARED,
+    )
+    files = sorted((tmp_path / "swept").glob("*.json"))
+    assert [read_result(file).checkpoint.get("selected_on") for file in files] == [
+        "validation",
+        None,
+        None,
+    ]
+    table = mergecli.report(files, plot=tmp_path / "curve.svg", plot_kind="sweep")
+    assert str(table.rows[0][0]).endswith(", chosen on validation")
+    assert [column.name for column in table.columns][:3] == ["model", "method", "images"]
+    assert [row[2] for row in table.rows] == ["test", "validation", "validation"]
+    assert "scaling_factor" in (tmp_path / "curve.svg").read_text()
+
+
+def test_curves_over_one_of_several_settings_are_the_averages_for_the_others(tmp_path: Path) -> None:
+    mergecli.sweep(
+        RECIPE, ["method.density=0.1,0.2", "method.scaling_factor=0.1,0.2,0.3"], method="ties", plot=tmp_path / "c.svg",
+        **SHARED,
+    )  # fmt: skip
+    drawn = (tmp_path / "c.svg").read_text()
+    for text in ("density 0.1", "density 0.2", "ties: scaling_factor", "average accuracy (%)"):
+        assert f"<!-- {text}" in drawn or f">{text}" in drawn, text
+
+
+@pytest.mark.parametrize(
+    ("over", "options", "message"),
+    [
+        (["method.scaling_factor=0.1,0.2"], {"output": "r.json"}, "so the output is a folder"),
+        (
+            ["method.name=ties,average"],
+            {"plot": "c.png"},
+            "a curve needs a swept setting whose values are numbers",
+        ),
+        ([], {}, "a sweep goes over one or more settings"),
+        (["method.density=0.1", "method.density=0.2"], {}, "each named once"),
+    ],
+)
+def test_what_cannot_be_swept_is_said_before_any_work(
+    over: list[str], options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        mergecli.sweep(RECIPE, over, method="ties", **options)

@@ -1,0 +1,159 @@
+"""Adaptations that stop and go on: interrupted ones to the same bytes, and those that end a phase early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mergecli.merging.learning import adaptation_loop as adaptation_run
+from tests.adapted import CASES, AdaptedWorld, learn, make_adapted_world, stopping
+
+pytestmark = pytest.mark.usefixtures("own_store")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> AdaptedWorld:
+    return make_adapted_world(tmp_path_factory.mktemp("adapting"))
+
+
+@pytest.mark.parametrize(("method", "settings"), CASES)
+@pytest.mark.parametrize("after", [1, 5, 6])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    world: AdaptedWorld,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    settings: dict[str, Any],
+    after: int,
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        learn(world, tmp_path, method, progress=stopping(after), **settings)
+    (partial,) = (tmp_path / "home" / "coefficients").rglob("*.partial.safetensors")
+    done: list[int] = []
+    resumed = learn(
+        world, tmp_path, method, **settings,
+        progress=lambda text, step, _: done.append(step) if text.startswith("adapting") else None,
+    )  # fmt: skip
+    assert done[:1] == ([after + 1] if after < 6 else [])
+    assert not partial.exists()
+    merged = (tmp_path / "merged.safetensors").read_bytes()
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
+    assert learn(world, tmp_path, method, **settings) == resumed
+    assert (tmp_path / "merged.safetensors").read_bytes() == merged
+
+
+def test_an_interruption_in_the_middle_of_a_step_leaves_it_out(
+    world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergecli.merging.learning.trial import TowerTrial
+
+    original, calls = TowerTrial.slopes, 0
+
+    def slopes(self: TowerTrial, draw: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # the second half of the third step
+            raise KeyboardInterrupt
+        return original(self, draw)
+
+    settings = {"mask_steps": 4, "steps": 2, "order": "published"}
+    monkeypatch.setattr(TowerTrial, "slopes", slopes)
+    with pytest.raises(KeyboardInterrupt):
+        learn(world, tmp_path, "concrete_ada_merging", **settings)
+    resumed = learn(world, tmp_path, "concrete_ada_merging", **settings)
+    assert calls == 6 + 2 * 2 + 2
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
+    assert learn(world, tmp_path, "concrete_ada_merging", **settings) == resumed
+
+
+def test_the_state_is_saved_on_the_way_too(
+    world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adaptation_run, "SAVE_EVERY", 0.0)
+    seen: list[int] = []
+
+    def progress(description: str, done: int, total: int) -> None:
+        seen.extend(
+            len(load_file(file)["trace.entropies"]) for file in (tmp_path / "home").rglob("*.partial.*")
+        )
+
+    learn(world, tmp_path, progress=progress)
+    assert seen
+    assert not list((tmp_path / "home").rglob("*.partial.*"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"not safetensors", None])
+def test_a_damaged_state_is_begun_anew(
+    world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        learn(world, tmp_path, progress=stopping(3))
+    (partial,) = (tmp_path / "home").rglob("*.partial.safetensors")
+    partial.write_bytes(partial.read_bytes()[:-7] if damage is None else damage)
+    again = learn(world, tmp_path)
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
+    assert learn(world, tmp_path) == again
+
+
+def test_early_stopping_ends_when_the_entropy_stands_still(world: AdaptedWorld, tmp_path: Path) -> None:
+    learn(world, tmp_path, steps=400, learning_rate=0.0, patience=10)
+    trace = load_file(tmp_path / "learnt.safetensors")["trace.entropies"]
+    assert 20 <= len(trace) < 400
+    before, after = trace[-20:-10].double().sum(), trace[-10:].double().sum()
+    assert after >= before
+
+
+def entropies_of(folder: Path) -> torch.Tensor:
+    return load_file(folder / "learnt.safetensors")["trace.entropies"]
+
+
+STILL: dict[str, Any] = {"mask_steps": 40, "steps": 30, "mask_rate": 0.0, "inner_rate": 0.0, "patience": 4}
+"""No mask is better than another."""
+
+
+def test_a_mask_that_stands_still_is_followed_by_the_coefficients(
+    world: AdaptedWorld, tmp_path: Path
+) -> None:
+    told = list[int]()
+    learn(
+        world, tmp_path, "concrete_ada_merging", **STILL,
+        progress=lambda text, step, _: told.append(step) if text.startswith("adapting") else None,
+    )  # fmt: skip
+    jump = told.index(40)
+    assert jump + 1 < 40, "the mask's steps end early"
+    assert told[jump + 1 : -1] == [*range(41, 41 + len(told) - jump - 2)]
+    assert len(entropies_of(tmp_path)) == len(told)
+    learnt = load_file(tmp_path / "learnt.safetensors")
+    assert (learnt["coefficients"] - 0.3).abs().max() > 1e-2
+
+
+def test_steps_are_not_compared_with_those_of_another_phase(world: AdaptedWorld, tmp_path: Path) -> None:
+    settings = {**STILL, "mask_steps": 6, "steps": 6}
+    learn(world, tmp_path, "concrete_ada_merging", **settings)
+    assert len(entropies_of(tmp_path)) == 12, "of neither phase there are two times four steps"
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 3])
+def test_a_run_stopped_near_the_end_of_a_phase_goes_on_to_the_same_bytes(
+    world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    whole = learn(world, tmp_path, "concrete_ada_merging", **STILL)
+    masks = sum(
+        bool((row == 0.3).all()) for row in load_file(tmp_path / "learnt.safetensors")["trace.coefficients"].double().round(decimals=6)
+    )  # fmt: skip
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
+    seen = 0
+
+    def progress(description: str, done: int, total: int) -> None:
+        nonlocal seen
+        seen += description.startswith("adapting")
+        if description.startswith("adapting") and seen == masks + more:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(world, tmp_path, "concrete_ada_merging", progress=progress, **STILL)
+    assert learn(world, tmp_path, "concrete_ada_merging", **STILL) == whole

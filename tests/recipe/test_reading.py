@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mergecli.recipe.reading import read_recipe, recipe_from
+from mergecli.runtime.errors import InputError, UsageError
+
+WHOLE = """\
+schema = 1
+base = "hf:openai/clip-vit-base-patch32"
+seed = 3
+dtype = "float16"
+
+[tuned]
+sun397 = "models/a.safetensors"
+"stanford-cars" = "hf:x/y"
+
+[method]
+name = "ties"
+density = 0.1
+
+[eval]
+tasks = ["ta8", "birds"]
+batch_size = 64
+
+[tasks.birds]
+data = "data/birds"
+classes = ["robin", "wren"]
+templates = ["a photo of a {}."]
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "r.toml"
+    path.write_text(WHOLE)
+    return path
+
+
+def test_every_key_is_read(file: Path) -> None:
+    recipe = read_recipe(file)
+    assert (str(recipe.base), recipe.seed, recipe.dtype) == ("hf:openai/clip-vit-base-patch32", 3, "float16")
+    assert list(recipe.tuned) == ["sun397", "stanford-cars"]
+    assert (recipe.method, recipe.settings) == ("ties", {"density": 0.1})
+    assert (recipe.eval_tasks, recipe.batch_size) == (("ta8", "birds"), 64)
+    assert recipe.tasks["birds"].classes == ("robin", "wren")
+
+
+def test_paths_are_relative_to_the_recipe_but_in_changes_to_the_current_folder(file: Path) -> None:
+    recipe = read_recipe(file, ["tuned.stanford-cars=other.safetensors"])
+    assert recipe.tuned["sun397"].path == file.parent / "models/a.safetensors"
+    assert recipe.tuned["stanford-cars"].path == Path("other.safetensors")
+    assert recipe.tasks["birds"].data is not None
+    assert recipe.tasks["birds"].data.path == file.parent / "data/birds"
+
+
+def test_a_method_on_the_command_line_replaces_the_table_and_changes_follow(file: Path) -> None:
+    recipe = read_recipe(file, ["method.scaling_factor=0.5"], method="task_arithmetic")
+    assert (recipe.method, recipe.settings) == ("task_arithmetic", {"scaling_factor": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [("method.aggregate=mean", "mean"), ('method.aggregate="max"', "max"), ("method.aggregate = sum", "sum")],
+)
+def test_a_bare_word_in_a_change_is_a_string(file: Path, change: str, value: str) -> None:
+    assert read_recipe(file, [change]).settings["aggregate"] == value
+
+
+def test_all_problems_come_at_once_with_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(
+        'shcema = 1\nbase = 3\nseed = -1\ndtype = "float61"\n\n[tuned]\n_x_ = "x"\n\n[method]\nname = "ties"\n'
+        'density = 1.5\nagregate = "sum"\n\n[eval]\nbatch_size = 0\ntasks = ["mnits"]\n'
+    )
+    with pytest.raises(UsageError) as error:
+        read_recipe(path)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "the recipe has 9 problems:"
+    assert [line.strip().removeprefix(f"{path}:") for line in lines[1:]] == [
+        "1: `shcema`: unknown key (did you mean `schema`?)",
+        "2: `base`: expected a string, got 3",
+        "3: `seed`: expected a whole number, at least 0, got -1",
+        "4: `dtype`: expected one of same, float32, float16, bfloat16, got 'float61' (did you mean `float16`?)",
+        "7: `tuned._x_`: names that begin with an underscore are reserved: expected letters, digits, `-`, `_`, "
+        "`.` or `+`, beginning with a letter or digit",
+        "11: `method.density`: expected a number in (0, 1], got 1.5",
+        "12: `method.agregate`: unknown setting (did you mean `aggregate`?); there are `scaling_factor`, `density`, "
+        "`aggregate`, `trim`, `zero_sign`",
+        "15: `eval.batch_size`: expected a whole number, at least 1, got 0",
+        "16: `eval.tasks`: unknown task `mnits` (did you mean `mnist`?)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a = [1,", r"r.toml:1: not TOML"),
+        (
+            "schema = 2",
+            r"r.toml:1: `schema`: expected 1, got 2: this recipe is for another version of mergecli",
+        ),
+        ("tuned = 3", r"r.toml:1: `tuned`: expected a table, got 3"),
+        ("[method]\ndensity = 1", r"`method.name`: is missing"),
+        (
+            "[method]\nname = 'tise'",
+            r"r.toml:2: `method.name`: unknown method `tise` \(did you mean `ties`\?\)",
+        ),
+        (
+            "[method]\nname = 'ties'\ndensity = '1'",
+            r"r.toml:3: `method.density`: expected a number in \(0, 1\], got \"1\"",
+        ),
+        (
+            "[method]\nname = 'ties'\ndensity = true",
+            r"`method.density`: expected a number in \(0, 1\], got true",
+        ),
+        ("[method]\nname = 'ties'\ndensity = nan", r"`method.density`: expected a number"),
+        (
+            "[method]\nname = 'ties'\ntrim = 'modle'",
+            r'`method.trim`: expected one of "model", "tensor", "fusion_bench"',
+        ),
+        (
+            "[method]\nname = 'weighted_average'",
+            r"`method.weights`: is missing: expected a list, each a number",
+        ),
+        ("[method]\nname = 'average'\nx = 1", r"`method.x`: unknown setting; this method has none"),
+        ("[tuned]\nx = 'hg:a/b'", r"r.toml:2: `tuned.x`: source `hg:a/b`: unknown prefix `hg:`"),
+    ],
+)
+def test_one_problem_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(UsageError, match=message) as error:
+        read_recipe(tmp_path / "r.toml")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("density", r"`--set density`: expected `key=value`"),
+        ("method.density=[1", r"is not a TOML value"),
+        ("base.x=1", r"`base.x`: `base` is not a table"),
+        ("method.densty=0.1", r"^--set: `method.densty`: unknown setting \(did you mean `density`"),
+    ],
+)
+def test_a_change_that_means_nothing_is_refused(file: Path, change: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_recipe(file, [change])
+
+
+def test_a_recipe_that_is_missing_or_a_folder_or_not_utf8_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none.toml: no such recipe"):
+        read_recipe(tmp_path / "none.toml")
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(UsageError, match=r"is a folder, a recipe \(TOML\) was expected"):
+        read_recipe(tmp_path / "folder.toml")
+    (tmp_path / "latin.toml").write_bytes("# möglich".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"a recipe is UTF-8 text, byte 3 is not"):
+        read_recipe(tmp_path / "latin.toml")
+
+
+def test_models_without_a_file_are_checked_the_same_way() -> None:
+    with pytest.raises(UsageError, match=r"^--set: `method.density`: expected a number in \(0, 1\], got 2"):
+        recipe_from("b", {"a": "a"}, ["method.density=2"], "ties")
+    with pytest.raises(UsageError, match=r"^command line: `method.density`: expected a number"):
+        recipe_from("b", {"a": "a"}, method="ties", settings={"density": 2})
+
+
+def test_an_unknown_method_on_the_command_line_is_blamed_on_its_option(file: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"^--method: `method.name`: unknown method `teis` \(did you mean `ties`"
+    ):
+        read_recipe(file, method="teis")
+
+
+def test_a_source_may_be_a_table_that_says_more(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(
+        'base = { source = "hf:openai/clip", modelscope = "openai-mirror/clip", revision = "v1" }\n[tuned]\n'
+        'a = { source = "hf:org/a", subfolder = "vision", file = "m.safetensors", dtype = "float16" }\n'
+        'b = { source = "weights/b", adapter = "hf:org/lora@v2" }\n'
+    )
+    recipe = read_recipe(file)
+    base, a, b = recipe.base, recipe.tuned["a"], recipe.tuned["b"]
+    assert base is not None
+    assert (str(base), base.modelscope) == ("hf:openai/clip@v1", "openai-mirror/clip")
+    assert (str(a), a.dtype, a.label) == (
+        "hf:org/a#vision/m.safetensors",
+        "float16",
+        "hf:org/a#vision/m.safetensors as float16",
+    )
+    assert b.path == tmp_path / "weights/b"
+    assert (str(b.adapter), b.label) == ("hf:org/lora@v2", "b + hf:org/lora@v2")
+    assert a.written == {"source": "hf:org/a#vision/m.safetensors", "dtype": "float16"}
+
+
+def test_every_mistake_in_the_table_of_a_source_is_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(
+        'base = { revision = "x" }\n[tuned]\na = { source = "hf:org/a@v1", revision = "v2", dtype = "int8" }\n'
+        'b = { source = "p", subfolder = "../up", modelscope = "org/b", sorce = 1 }\nc = { source = 3 }\n'
+    )
+    with pytest.raises(UsageError) as caught:
+        read_recipe(file)
+    assert [line.strip().replace(f"{file}:", "") for line in caught.value.message.splitlines()[1:]] == [
+        "1: `base.source`: is missing: expected a source such as `hf:org/name`, or a path",
+        "3: `tuned.a.revision`: the source has one already",
+        "3: `tuned.a.dtype`: expected one of float32, float16, bfloat16, got 'int8'",
+        "4: `tuned.b.sorce`: unknown key (did you mean `source`?)",
+        "4: `tuned.b.modelscope`: expected `org/name` beside an `hf:` source, got 'org/b'",
+        "4: `tuned.b.subfolder`: `../up`: expected a file or folder inside the repository, such as "
+        "`vision/model.safetensors`",
+        "5: `tuned.c.source`: expected a string, got 3",
+    ]
+
+
+def test_the_name_that_other_programs_give_the_base_is_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text('[tuned]\n_pretrained_ = "x"\n')
+    with pytest.raises(UsageError, match="the pre-trained model is called `base` here"):
+        read_recipe(file)

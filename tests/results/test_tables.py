@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from mergecli.results.cells import Column, Estimate
+from mergecli.results.tables import FORMATS, Table
+from mergecli.runtime.errors import UsageError
+
+PLAIN = Table((Column("model"), Column("mnist", "percent")), (("one", 0.75), ("two", None)))
+ESTIMATES = Table(
+    (Column("model"), Column("mnist", "percent"), Column("mnist (diff.)", "points")),
+    (
+        ("one", Estimate(0.75, 0.7, 0.78), Estimate(0.01, -0.02, 0.03, False)),
+        ("two", Estimate(0.74, 0.7, 0.75), None),
+    ),
+    notes=("how to read it",),
+    warnings=("what is wrong",),
+)
+
+
+def test_latex_escapes_what_it_must_and_uses_booktabs() -> None:
+    text = Table((Column("a_b"), Column("x", "percent")), (("50 % & more", 0.123),)).text("latex")
+    assert text.splitlines() == [
+        r"\begin{tabular}{lr}", r"\toprule", r"a\_b & x \\", r"\midrule", r"50 \% \& more & 12.3 \\", r"\bottomrule",
+        r"\end{tabular}",
+    ]  # fmt: skip
+    assert r"\textasciitilde{}\textasciicircum{}\{\textbackslash " in Table(
+        (Column("a"),), (("~^{\\",),)
+    ).text("latex")
+
+
+def test_people_see_the_longer_side_of_an_interval_and_what_chance_may_do() -> None:
+    lines = ESTIMATES.text("md").splitlines()
+    assert lines[2:] == [
+        "| one | 75.0 ±5.0 | +1.0 ±3.0 n.s. |", "| two | 74.0 ±4.0 | - |", "", "- warning: what is wrong",
+        "- how to read it",
+    ]  # fmt: skip
+    latex = ESTIMATES.text("latex").splitlines()
+    assert latex[4] == r"one & 75.0 $\pm$5.0 & +1.0 $\pm$3.0 n.s. \\"
+    assert latex[-2:] == ["% warning: what is wrong", "% how to read it"]
+
+
+def test_programs_get_both_ends_of_an_interval_in_columns_of_their_own() -> None:
+    rows = list(csv.reader(ESTIMATES.text("csv").splitlines()))
+    assert rows == [
+        ["model", "mnist", "mnist low", "mnist high", "mnist (diff.)", "mnist (diff.) low", "mnist (diff.) high",
+         "mnist (diff.) significant"],
+        ["one", "0.75", "0.7", "0.78", "0.01", "-0.02", "0.03", "false"],
+        ["two", "0.74", "0.7", "0.75", "", "", "", ""],
+    ]  # fmt: skip
+    one, two = json.loads(ESTIMATES.text("json"))
+    assert (one["mnist high"], one["mnist (diff.) significant"]) == (0.78, False)
+    assert (two["mnist low"], two["mnist (diff.) low"]) == (0.7, None)
+
+
+def test_no_number_is_minus_nothing() -> None:
+    assert Column("x", "points").shown(-0.0001) == "+0.0"
+    assert Column("x", "percent").shown(-0.0001) == "0.0"
+
+
+def test_transposed_columns_become_rows_and_cells_keep_their_units() -> None:
+    turned = ESTIMATES.transposed()
+    assert turned.text("md").splitlines()[:4] == [
+        "|  | one | two |",
+        "| :-- | --: | --: |",
+        "| mnist | 75.0 ±5.0 | 74.0 ±4.0 |",
+        "| mnist (diff.) | +1.0 ±3.0 n.s. | - |",
+    ]
+    assert json.loads(turned.text("json"))[0] == {
+        "": "mnist", "one": 0.75, "one low": 0.7, "one high": 0.78, "one significant": None,
+        "two": 0.74, "two low": 0.7, "two high": 0.75,
+    }  # fmt: skip
+    assert (turned.notes, turned.warnings) == (ESTIMATES.notes, ESTIMATES.warnings)
+
+
+def test_models_of_one_name_stay_apart_when_transposed() -> None:
+    table = Table((Column("model"), Column("x", "percent")), (("a", 0.1), ("a", 0.2), ("a (2)", 0.3)))
+    assert json.loads(table.transposed().text("json")) == [
+        {"": "x", "a": 0.1, "a (2)": 0.2, "a (2) (2)": 0.3}
+    ]
+
+
+@pytest.mark.parametrize("form", [each for each in FORMATS if each != "table"])
+def test_every_format_shows_every_cell_and_ends_a_line(form: str) -> None:
+    text = PLAIN.text(form)
+    assert text.endswith("\n")
+    assert "one" in text
+    assert ("0.75" if form in ("tsv", "csv", "json") else "75.0") in text
+
+
+def test_a_tsv_cell_with_a_tab_is_quoted_and_read_back() -> None:
+    table = Table((Column("model"),), (("a\tb",),))
+    assert list(csv.reader(table.text("tsv").splitlines(), delimiter="\t"))[1] == ["a\tb"]
+
+
+def test_a_markdown_cell_is_one_line_and_keeps_its_bars() -> None:
+    assert Table((Column("model"),), (("a\nb|c",),)).text("md").splitlines()[2] == "| a b\\|c |"
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(UsageError, match="expected one of table, tsv, csv, json, md, latex, html, got `xls`"):
+        PLAIN.text("xls")

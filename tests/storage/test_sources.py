@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mergecli.runtime.errors import InputError, UsageError
+from mergecli.storage.sources import locate, named_sources, parse_source
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "name", "revision"),
+    [
+        ("hf:openai/clip-vit-base-patch32", "hf", "openai/clip-vit-base-patch32", None),
+        ("hf:org/name@v1.0", "hf", "org/name", "v1.0"),
+        ("ms:openai-mirror/clip@abc", "ms", "openai-mirror/clip", "abc"),
+        ("toy:base", "toy", "base", None),
+        ("models/a.safetensors", "path", "models/a.safetensors", None),
+        ("openai/clip", "path", "openai/clip", None),
+    ],
+)
+def test_a_source_means_what_its_prefix_says(text: str, kind: str, name: str, revision: str | None) -> None:
+    source = parse_source(text, Path("/anchor"))
+    assert (source.kind, source.name, source.revision, str(source)) == (kind, name, revision, text)
+    assert source.path == (Path("/anchor") / text if kind == "path" else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hff:org/name", r"unknown prefix `hff:` \(did you mean `hf`\?\)"),
+        ("hf:", r"source `hf:`: expected `hf:org/name@revision`"),
+        ("hf:a/b/c", r"expected `hf:org/name@revision`"),
+        ("toy:a/b", r"expected `toy:name`"),
+        ("  ", "a source is empty"),
+    ],
+)
+def test_a_source_of_no_known_form_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_source(text, Path())
+
+
+def test_a_file_whose_name_has_a_colon_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "ab:c").touch()
+    assert parse_source("ab:c", tmp_path).kind == "path"
+
+
+def test_what_was_not_fetched_says_how_to_fetch_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path))
+    with pytest.raises(
+        InputError, match=r"hf:org/name@v1: has not been fetched\nhint: run `mergecli fetch hf:org/name@v1`"
+    ):
+        locate(parse_source("hf:org/name@v1", Path()))
+
+
+def test_what_was_fetched_is_found_by_branch_and_by_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path))
+    commit = tmp_path / "ms" / "org" / "name" / "0123abcd"
+    commit.mkdir(parents=True)
+    (commit.parent / "refs").mkdir()
+    (commit.parent / "refs" / "master").write_text("0123abcd\n")
+    assert locate(parse_source("ms:org/name", Path())) == commit
+    assert locate(parse_source("ms:org/name@0123abcd", Path())) == commit
+
+
+def test_a_hub_name_without_its_prefix_gets_a_hint() -> None:
+    with pytest.raises(
+        InputError,
+        match=r"openai/clip: no such file or folder\nhint: for the hub's model write `hf:openai/clip`",
+    ):
+        locate(parse_source("openai/clip", Path()))
+
+
+def test_an_unknown_toy_is_named_with_those_there_are() -> None:
+    with pytest.raises(
+        InputError, match=r"toy:bas: there is no such toy \(did you mean `base`\?\)\nhint: the toys are `toy:"
+    ):
+        locate(parse_source("toy:bas", Path()))
+
+
+def test_models_on_the_command_line_get_their_names() -> None:
+    got = named_sources(
+        [
+            "tv/sun397.safetensors",
+            "cars=x/y.safetensors",
+            "toy:digits",
+            "runs/dtd/model.safetensors",
+            "hf:a/b@v1",
+        ]
+    )
+    assert got == {
+        "sun397": "tv/sun397.safetensors", "cars": "x/y.safetensors", "digits": "toy:digits",
+        "dtd": "runs/dtd/model.safetensors", "b": "hf:a/b@v1",
+    }  # fmt: skip
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    with pytest.raises(
+        UsageError,
+        match=r"two models are called `a`: x/a.safetensors and y/a.safetensors\nhint: write `NAME=PATH`",
+    ):
+        named_sources(["x/a.safetensors", "y/a.safetensors"])
