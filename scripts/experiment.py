@@ -1,10 +1,12 @@
 """The whole tool on eight tasks: a base, fine-tuning, LoRA, L-LoRA, merges by every method, evaluations, a report.
 
-    python scripts/experiment.py DATA out/real --report recipes/real-images      small tasks of real images
-    python scripts/experiment.py toy out/toy --kinds lora,l-lora                 the toy tasks, on the toy base
+    python scripts/experiment.py DATA out/real                        small tasks of real images
+    python scripts/experiment.py toy out/toy --kinds lora,l-lora      the toy tasks, on the toy base
 
 DATA has a folder of Parquet files for each task: mnist, gtsrb, eurosat, dtd10, fashion_mnist, cifar10, emnist_letters,
 sign_digits. Every step is a mergecli command that is printed before it runs; what is there already is not done again.
+The tables go to `report/*.md`, and every command with its seconds, result and trace to the lines of `report/archive.jsonl`, which
+is what `recipes/experiments/` keeps.
 
 The base of real images is the toy base, trained further on four of the tasks at once, for its towers are too small and have seen too
 little to know anything of real images; the other four tasks are new to it.
@@ -19,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import mergecli
@@ -188,7 +191,7 @@ def main() -> None:
     )
     parser.add_argument("--kinds", default=",".join(KINDS), help="of fine-tuning")
     parser.add_argument("--methods", help="of merging; all by default, and few for `near`")
-    parser.add_argument("--report", type=Path, help="a folder for results and reports as text")
+    parser.add_argument("--report", type=Path, help="a folder for the tables and the archive of results")
     given = parser.parse_args()
     kinds, chosen = given.kinds.split(","), given.methods.split(",") if given.methods else methods.names()
     if wrong := [*(set(kinds) - set(KINDS)), *(set(chosen) - set(methods.names()))]:
@@ -199,6 +202,7 @@ def main() -> None:
     work = Experiment(given.data, given.folder, given.steps, given.base_steps)
     base = work.base()
     report = given.report or work.folder / "report"
+    archived: dict[str, Path] = {}
     for kind in kinds:
         recipe = work.towers(kind, base)
         results = work.folder / f"{kind}-results"
@@ -223,18 +227,29 @@ def main() -> None:
             "md",
             again=True,
         )
-        found += sorted(results.glob("*.csv"))
-        for folder, files in (
-            (report / kind, found),
-            (report / f"{kind}-each", sorted(cross.glob("*.json"))),
-        ):
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in files:
-                shutil.copy(file, folder / file.name)
+        archived |= {f"{kind}/{file.name}": file for file in (*found, *sorted(results.glob("*.csv")))}
+        archived |= {f"{kind}-each/{file.name}": file for file in sorted(cross.glob("*.json"))}
     done = work.log.read_text()
     for place, name in ((report, "REPORT"), (work.folder, "WORK"), (work.data, "DATA")):
         done = done.replace(str(place.absolute()), name).replace(str(place), name)
-    (report / "commands.tsv").write_text(done)
+    write_archive(report / "archive.jsonl", done, archived)
+
+
+def write_archive(path: Path, commands: str, files: Mapping[str, Path]) -> None:
+    """A line for each command with its seconds, then one for each result or trace."""
+    lines: list[dict[str, object]] = []
+    for row in commands.splitlines():
+        seconds, _, command = row.partition("\t")
+        lines.append({"command": command, "seconds": float(seconds)})
+    for name, file in files.items():
+        text = file.read_text()
+        lines.append(
+            {"file": name, "result": json.loads(text)}
+            if file.suffix == ".json"
+            else {"file": name, "text": text}
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
 
 
 if __name__ == "__main__":
