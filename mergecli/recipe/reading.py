@@ -82,10 +82,10 @@ def _read(values: dict[str, Any], path: Path | None, text: str, overrides: Seque
     reader = Reader(path.parent if path else Path())
     for each in overrides:
         reader.override(values, each)
-    recipe = recipe_in(values, path, reader)
+    recipe = pin(recipe_in(values, path, reader))
     _check(recipe, reader)
     reader.refuse(path, text)
-    return pin(recipe)
+    return recipe
 
 
 def _check(recipe: Recipe, reader: Reader) -> None:
@@ -96,8 +96,10 @@ def _check(recipe: Recipe, reader: Reader) -> None:
 
 def _problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.method is not None:
-        for key, what in methods.problems(recipe.method, recipe.settings, tuple(recipe.tuned) or None):
-            yield Problem(f"method.{key}", what)
+        try:
+            _ = recipe.built
+        except methods.SettingsError as error:
+            yield from (Problem(f"method.{key}", what) for key, what in error.problems)
     for key, what in tasks.problems(recipe):
         yield Problem(key, what)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergecli import methods
 from mergecli.data.tasks import TaskTable
+from mergecli.methods import Method
 from mergecli.recipe.toml import Reader
-from mergecli.runtime.errors import did_you_mean, shown
+from mergecli.runtime.errors import UsageError, did_you_mean, shown
 from mergecli.storage.sources import Source
 
 DTYPES = ("same", "float32", "float16", "bfloat16")
@@ -36,6 +39,21 @@ class Recipe:
     tasks: Mapping[str, TaskTable] = field(default_factory=dict[str, TaskTable])
     pins: Mapping[tuple[bool, str], Source] = field(default_factory=dict[tuple[bool, str], Source])
     """What the lock beside the recipe says: (whether it is a data set, a source as it is written) -> that at a commit."""
+
+    @cached_property
+    def built(self) -> Method:
+        """The method with its settings, which are checked here and nowhere else: once for a recipe.
+
+        Raises:
+            UsageError: no method is named.
+            SettingsError: it is unknown, or its settings are wrong.
+        """
+        if self.method is None:
+            raise UsageError(
+                "no method is named",
+                "name one in `[method]` or with `--method`; `mergecli methods` lists them",
+            )
+        return methods.create(self.method, self.settings, tuple(self.tuned) or None)
 
     def pinned(self, source: Source) -> Source:
         """The source as the lock has it."""

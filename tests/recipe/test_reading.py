@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mergecli import methods
 from mergecli.recipe.reading import recipe_of
 from mergecli.runtime.errors import InputError, UsageError
 
@@ -261,3 +263,17 @@ def test_a_base_beside_a_recipe_is_refused(file: Path) -> None:
     for recipe in (file, recipe_of(file)):
         with pytest.raises(UsageError, match="a recipe names its base itself"):
             recipe_of(recipe, base="other")
+
+
+def test_a_method_is_checked_and_built_once_for_a_recipe(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    create = methods.create
+
+    def counted(name: str, *others: Any) -> methods.Method:
+        built.append(name)
+        return create(name, *others)
+
+    monkeypatch.setattr(methods, "create", counted)
+    recipe = recipe_of(recipe_of(file, method="lines", settings={"of": {"name": "ties"}}))
+    assert recipe.built is recipe.built
+    assert built == ["lines", "ties"]

@@ -60,7 +60,7 @@ def measure(
         InputError: models or images are missing; or a file in the folder was measured on something else.
     """
     recipe = recipe_of(recipe, method=method, settings=settings, changes=changes)
-    chosen = methods.create(recipe.method, recipe.settings) if recipe.method else None
+    chosen = recipe.built if recipe.method else None
     if not isinstance(chosen, Calibrated):
         known = [name for name in methods.names() if issubclass(methods.find(name), Calibrated)]
         what = f"`{recipe.method}` measures nothing" if recipe.method else "no method is named"
