@@ -33,7 +33,6 @@ COMMANDS = {
 }
 """Command -> its module, in the order of `--help`. The function in it has the module's name."""
 
-
 app = typer.Typer(
     name="mergecli",
     rich_markup_mode=None,
@@ -41,8 +40,6 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-
 for _name, _module in COMMANDS.items():
     app.command(_name)(getattr(import_module(_module), _module.rpartition(".")[2]))
 
