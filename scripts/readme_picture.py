@@ -53,7 +53,9 @@ def picture(numbers: dict[str, Any], colors: dict[str, str]) -> str:
     for row in rows:
         programs = [program for program in PROGRAMS if program in row]
         height = len(programs) * (BAR + 2)
-        shapes.append(_text(LABELS - 12, y + height / 2 + 3, row["name"], colors["text"], 13, "end", mono=True))
+        shapes.append(
+            _text(LABELS - 12, y + height / 2 + 3, row["name"], colors["text"], 13, "end", mono=True)
+        )
         for panel, (unit, _, most) in enumerate(PANELS):
             left = LABELS + panel * (width + GAP)
             shapes += _bars(row, programs, unit, left, y, width / most, colors)

@@ -180,7 +180,11 @@ def _cell(found: dict[str, Any]) -> str:
     if "failed" in found:
         return str(found["failed"])
     seconds = found["seconds"]
-    return f"{seconds:.1f} s · {found['gigabytes']:.2f} GB" if seconds < 100 else f"{seconds:g} s · {found['gigabytes']:.2f} GB"
+    return (
+        f"{seconds:.1f} s · {found['gigabytes']:.2f} GB"
+        if seconds < 100
+        else f"{seconds:g} s · {found['gigabytes']:.2f} GB"
+    )
 
 
 def test_the_picture_is_drawn_from_the_same_numbers() -> None:
