@@ -41,7 +41,7 @@ format: .venv/installed ## put the code into shape
 	$(BIN)/ruff format .
 
 docs: .venv/documents ## build the documentation into out/site; a warning is an error
-	PYTHONPATH=$(CURDIR) $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(CURDIR) $(BIN)/mkdocs build --strict --quiet
 
 .venv/documents: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e '.[docs]'
