@@ -176,8 +176,8 @@ def _equation(docstring: str) -> str:
         if paragraph.rstrip().endswith((".", ".)")):
             parts.append(_prose(" ".join(paragraph.split())) + "\n")
         else:
-            parts.append(f"```text\n{paragraph}\n```\n")
-    return "\n".join(parts)
+            parts.append(f"``` {{ .text .equation }}\n{paragraph}\n```\n")
+    return "\n".join(parts).replace("```\n\n``` { .text .equation }\n", "\n")  # one block where two meet
 
 
 def _toml(value: object) -> str:
@@ -303,11 +303,23 @@ def _fields(name: str) -> str:
     """The table of a dataclass's fields: name, type and the string under it."""
     file = _home(name)
     rows = [
-        (f"`{field}`", f"`{kind}`", _prose(text)) for field, (kind, text) in _documents(file, name).items()
+        (f"`{field}`", _words(kind), _prose(text)) for field, (kind, text) in _documents(file, name).items()
     ]
     if not rows:
         raise ValueError(f"{name}: has no fields")
-    return _table(("key", "type", ""), rows)
+    if not any(text for *_, text in rows):
+        return _table(("key", "value"), [row[:2] for row in rows])
+    return _table(("key", "value", ""), rows)
+
+
+def _words(annotation: str) -> str:
+    """A field's type, as somebody says it who writes the file."""
+    kind, _, optional = annotation.partition(" | None")
+    known = {"str": "string", "int": "whole number", "float": "number", "Source": "source", "tuple[str, ...]": "list of strings",
+             "Mapping[str, str]": "table of strings"}  # fmt: skip
+    if optional or kind not in known:
+        raise ValueError(f"`{annotation}`: say what it is in words")
+    return known[kind] + (", may be left out" if annotation != kind else "")
 
 
 def _home(name: str) -> Path:
@@ -356,7 +368,10 @@ def _prose(text: str) -> str:
     """The text with everything escaped that Markdown would take for itself, but in code."""
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(
-        part if part.startswith("`") else re.sub(r"([\\*_<>\[\]$|])", r"\\\1", part) for part in parts
+        part
+        if part.startswith("`")
+        else re.sub(r"([\\*_>\[\]|])", r"\\\1", part.replace("&", "&amp;").replace("<", "&lt;"))
+        for part in parts
     )
 
 
