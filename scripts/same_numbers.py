@@ -25,10 +25,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -737,12 +740,12 @@ class Ended:
     err: str
 
 
-def run(*arguments: str, folder: str = ".") -> Ended:
+def run(*arguments: str, folder: str = ".", **environment: str) -> Ended:
     """Runs `mergecli ARGUMENTS` as a process, not on a terminal."""
     done = subprocess.run(
         [sys.executable, "-m", "mergecli", *arguments], cwd=folder, capture_output=True, text=True,
         stdin=subprocess.DEVNULL, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent), "COLUMNS": "100", "TERM": "dumb"},
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent), "COLUMNS": "100", "TERM": "dumb"} | environment,
     )  # fmt: skip
     return Ended(done.returncode, without_places(done.stdout), without_places(done.stderr))
 
@@ -788,6 +791,77 @@ def commands(record: Record) -> None:
         "report.md",
     ):
         record.case(f"written {output}", lambda output=output: kept(output))
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextmanager
+def hub(repositories: Mapping[str, Path]) -> Generator[str]:
+    """The address of a server that answers as Hugging Face does for these repositories, each with one commit."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path, content = self.path.partition("?")[0].strip("/"), b""
+            for name, folder in repositories.items():
+                if path == f"api/models/{name}/revision/main":
+                    content = json.dumps({"sha": COMMIT}).encode()
+                elif path == f"api/models/{name}/tree/{COMMIT}":
+                    content = json.dumps([listing(each) for each in sorted(folder.iterdir())]).encode()
+                elif path.startswith(f"{name}/resolve/{COMMIT}/"):
+                    content = (folder / path.rpartition("/")[2]).read_bytes()
+            self.send_response(200 if content else 404)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    def listing(file: Path) -> dict[str, Any]:
+        content = file.read_bytes()
+        entry: dict[str, Any] = {"type": "file", "path": file.name, "size": len(content)}
+        if file.suffix == ".safetensors":
+            return entry | {"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}}
+        return entry | {"oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def locks(record: Record) -> None:
+    """What `fetch` brings from a hub, the lock that it writes, and a merge of what the lock names."""
+    mergecli.merge(TOYS, base=BASE, method="ties", output="ties")
+    make_adapter("adapter", SEED)
+    place = recipe("hub.toml", {"digits": "toy:digits", "ties": "hf:org/ties", "low": "hf:org/adapter"})
+    merging = ["merge", place, "--method", "average", "-o", "m.safetensors"]
+    with hub({"org/ties": Path("ties"), "org/adapter": Path("adapter")}) as address:
+        online = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_HOME": "hf"}
+        steps: dict[str, tuple[list[str], dict[str, str]]] = {
+            "merge before": (merging, {}),
+            "plan": (["fetch", place, "--dry-run"], online),
+            "fetch": (["fetch", place, "--jobs", "1"], online),
+            "fetch again": (["fetch", place], online),
+            "locked": (["fetch", place, "--locked", "--offline"], {}),
+            "verify": (["fetch", place, "--verify"], {}),
+            "no such repository": (["fetch", "hf:org/none"], online),
+            "merge": (merging, {}),
+        }
+        for name, (arguments, environment) in steps.items():
+            ended = run(*arguments, **environment)
+            out, err = (
+                text.replace(address, "HUB").replace(address[7:], "HUB") for text in (ended.out, ended.err)
+            )
+            record.add(name, {"status": ended.status, "out": digest(out)})
+            record.note(name, {"out": out, "err": err})
+    record.case("hub.lock", lambda: Path("hub.lock").read_text())
+    record.case("merged", lambda: kept("m.safetensors"))
+    record.case("store", lambda: kept("store/hf/org"))
 
 
 def lists(record: Record) -> None:
@@ -971,7 +1045,8 @@ def make_mistakes(place: Path) -> None:
 
 
 SECTIONS: dict[str, Callable[[Record], None]] = {
-    each.__name__: each for each in (toys, sizes, adapters, training, evaluations, commands, lists, mistakes)
+    each.__name__: each
+    for each in (toys, sizes, adapters, training, evaluations, commands, locks, lists, mistakes)
 }
 
 
@@ -992,9 +1067,9 @@ def record_all(sections: Sequence[str]) -> Record:
             record.section = name
             try:
                 SECTIONS[name](record)
+                entries = mergecli.cache().entries
                 record.note(
-                    "kept in the store",
-                    [[each.kind, each.what, each.size] for each in mergecli.cache().entries],
+                    "kept in the store", sorted(f"{each.kind}: {each.what}: {each.size}" for each in entries)
                 )
             finally:
                 os.chdir(before)
