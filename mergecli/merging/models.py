@@ -23,7 +23,7 @@ from mergecli.runtime.errors import InputError, UsageError, listed
 from mergecli.runtime.progress import Progress
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.differences import Form, differences
-from mergecli.storage.sources import locate
+from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from torch import Tensor

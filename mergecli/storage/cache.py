@@ -17,7 +17,7 @@ from mergecli.runtime.errors import InputError, UsageError, did_you_mean
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.safetensors_format import read_header
 from mergecli.storage.sizes import parse_size
-from mergecli.storage.sources import home
+from mergecli.storage.store import home
 
 PASSING = ("pixels", "heads", "results", "digests")
 """Images; heads; what unfinished evaluations have so far; digests of large data files."""
