@@ -13,7 +13,7 @@ from mergecli.data.decoding import Encoded, decoded, unreadable
 from mergecli.data.parquet import Rows, parquet_rows, picture_rows
 from mergecli.data.splits import VALIDATION_NAMES, digest, fingerprint, folder_splits, parquet_splits
 from mergecli.runtime.errors import InputError, UsageError, quoted
-from mergecli.storage.sources import locate
+from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -21,7 +21,7 @@ from mergecli.results.tables import Table
 from mergecli.runtime.errors import UsageError, shown
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_targets, write_text
-from mergecli.storage.sources import locate
+from mergecli.storage.store import locate
 
 ROOM = 4 << 30
 """Bytes of checkpoints that lie in the temporary folder at a time; each round of them costs one pass over the models."""
