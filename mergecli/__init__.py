@@ -6,7 +6,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mergecli.evaluation.evaluate import Evaluation as Evaluation
     from mergecli.evaluation.evaluate import evaluate as evaluate
     from mergecli.evaluation.sweep import Swept as Swept
     from mergecli.evaluation.sweep import sweep as sweep
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from mergecli.merging.taskvector import taskvector as taskvector
     from mergecli.recipe.schema import Recipe as Recipe
     from mergecli.results.report import report as report
+    from mergecli.results.result import Evaluation as Evaluation
     from mergecli.runtime.errors import MergecliError as MergecliError
     from mergecli.storage.cache import cache as cache
     from mergecli.training.finetune import Finetuned as Finetuned
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "cache": "storage.cache", "merge": "merging.merge", "Merged": "merging.merge", "MergecliError": "runtime.errors", "evaluate": "evaluation.evaluate",
-    "Evaluation": "evaluation.evaluate", "Extracted": "merging.extract", "extract": "merging.extract", "fetch": "hub.fetch", "Fetched": "hub.fetch", "finetune": "training.finetune", "Finetuned": "training.finetune",
+    "Evaluation": "results.result", "Extracted": "merging.extract", "extract": "merging.extract", "fetch": "hub.fetch", "Fetched": "hub.fetch", "finetune": "training.finetune", "Finetuned": "training.finetune",
     "info": "formats.info", "measure": "merging.learning.measure", "Measured": "merging.learning.measure", "ModelPool": "merging.pool", "Recipe": "recipe.schema", "cos_sim": "merging.cos_sim", "Similarities": "merging.cos_sim",
     "report": "results.report", "sweep": "evaluation.sweep", "Swept": "evaluation.sweep", "taskvector": "merging.taskvector",
 }  # fmt: skip

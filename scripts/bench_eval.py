@@ -173,14 +173,14 @@ def measure(folder: Path, given: argparse.Namespace) -> Rates:
         from pyarrow import parquet
 
         from mergecli.clip.heads import zero_shot_head
-        from mergecli.data.decoding import Encoded, decoded
+        from mergecli.data.decoding import EncodedImage, decoded
 
         zero_shot_head(clip, CLASSES, TEMPLATES)
         rows = parquet.read_table(data / "test.parquet")["image"]
         with torch.inference_mode():
             for start in range(0, given.images, size):
                 stop = min(start + size, given.images)
-                pictures = [decoded(Encoded(rows[row]["bytes"].as_py())) for row in range(start, stop)]
+                pictures = [decoded(EncodedImage(rows[row]["bytes"].as_py())) for row in range(start, stop)]
                 made = torch.cat([pixels(clip, [picture]) for picture in pictures]).to(
                     batch.device, batch.dtype
                 )

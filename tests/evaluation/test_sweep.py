@@ -11,7 +11,7 @@ import pytest
 
 import mergecli
 from mergecli.evaluation import sweep as sweep_scores
-from mergecli.evaluation.counting import Tally
+from mergecli.evaluation.counting import Counts
 from mergecli.results.result import read_result
 from mergecli.runtime.errors import UsageError
 from mergecli.storage.cache import cache
@@ -101,10 +101,10 @@ def test_an_interrupted_sweep_evaluates_what_was_left(
     counted: list[str] = []
 
     def stop(description: str, done: int, total: int) -> None:
+        if len(counted) == 2:  # Ctrl-C at the first image of the third point
+            raise KeyboardInterrupt
         if description == "colours" and done == total:
             counted.append(description)
-            if len(counted) == 2:
-                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         mergecli.sweep(
@@ -119,9 +119,9 @@ def test_an_interrupted_sweep_evaluates_what_was_left(
     assert not (tmp_path / "swept").exists()
     assert len(cache(["results"]).entries) == 4
     shown: list[int] = []
-    add = Tally.add
+    add = Counts.add
     monkeypatch.setattr(
-        Tally, "add", lambda self, scores, labels: shown.append(len(labels)) or add(self, scores, labels)
+        Counts, "add", lambda self, scores, labels: shown.append(len(labels)) or add(self, scores, labels)
     )
     again = mergecli.sweep(
         RECIPE, over, method="ties", select="validation", output=tmp_path / "swept", **SHARED
