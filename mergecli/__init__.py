@@ -37,7 +37,6 @@ _HOMES = {
     "report": "results.report", "sweep": "evaluation.sweep", "Swept": "evaluation.sweep", "taskvector": "merging.taskvector",
 }  # fmt: skip
 
-
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 

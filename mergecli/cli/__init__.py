@@ -38,44 +38,18 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-
 app.command("fetch")(fetch.fetch)
-
-
 app.command("taskvector")(taskvector.taskvector)
-
-
 app.command("merge")(merge.merge)
-
-
 app.command("eval")(evaluate.evaluate)
-
-
 app.command("measure")(measure.measure)
-
-
 app.command("cos-sim")(cos_sim.cos_sim)
-
-
 app.command("report")(report.report)
-
-
 app.command("finetune")(finetune.finetune)
-
-
 app.command("extract")(extract.extract)
-
-
 app.command("info")(info.info)
-
-
 app.command("cache")(cache.cache)
-
-
 app.command("methods")(methods.methods)
-
-
 app.command("tasks")(tasks.tasks)
 
 

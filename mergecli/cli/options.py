@@ -38,8 +38,6 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="Change one key of the recipe; the value is TOML. Repeatable."
     ),
 ]
-
-
 Format = Annotated[
     str | None,
     typer.Option(
@@ -47,13 +45,9 @@ Format = Annotated[
         help="table, tsv, csv, json, md, latex or html. Default: table on a terminal, tsv in a pipe.",
     ),
 ]  # fmt: skip
-
-
 Base = Annotated[
     str | None, typer.Option("--base", metavar="SOURCE", help="The base model: hf:, ms:, toy: or a path.")
 ]
-
-
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .svg or .pdf file.")]
 
 

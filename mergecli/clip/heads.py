@@ -20,8 +20,6 @@ from mergecli.storage.checkpoint import VISION, Checkpoint, ChunkHashes, open_ch
 from mergecli.storage.safetensors_writer import save_tensors
 
 _TEXT = ("text_model.", "text_projection.")
-
-
 _TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                "vocab.json", "merges.txt")  # fmt: skip
 

@@ -295,8 +295,6 @@ def batches(clip: Clip, images: Images, size: int) -> Iterator[Tensor]:
 
 MICRO_BATCH = 4 << 20
 """Bytes of activations that a processor works on at a time: on ViT-B/32 a sixth more images a second than 128 at once."""
-
-
 FEWEST = 8
 """Images that a processor works on at a time, whatever they take: fewer are slower again, for they read all weights."""
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from mergecli.data.tasks import Task
 
 VALIDATION = "validation"
-
-
 REMAINDER = "train-without-validation"
 """The nine tenths of the training images that are left where `validation` is the tenth."""
 

@@ -17,10 +17,7 @@ from mergecli.storage.safetensors_writer import SafetensorsWriter
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
-
 _NAMES = ("train", "test", *VALIDATION_NAMES)
-
-
 _SHARD = re.compile(r"[-_]?\d+(-of-\d+)?(-[0-9a-f]{16})?$")
 
 
@@ -35,11 +32,8 @@ def split_of(path: PurePath) -> tuple[str, PurePath]:
 
 LARGE = 16 << 20
 """Files that have so many bytes together are not read again for their digest as long as nobody has touched them."""
-
-
 _SETTLED = 5.0
 """Seconds since the last change of a file, after which a file system's clock tells the next one from it."""
-
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 

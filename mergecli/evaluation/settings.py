@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from mergecli.storage.checkpoint import Checkpoint
 
 ROUTINGS = ("sample", "batch")
-
-
 DTYPES = ("float32", "bfloat16", "float16")
 
 

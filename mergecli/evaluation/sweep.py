@@ -25,8 +25,6 @@ from mergecli.storage.sources import locate
 
 ROOM = 4 << 30
 """Bytes of checkpoints that lie in the temporary folder at a time; each round of them costs one pass over the models."""
-
-
 _SCRATCH, _STALE = "mergecli-sweep-", 24 * 3600
 """What temporary folders are called, and seconds after which one was left by a program that was killed."""
 

@@ -136,8 +136,6 @@ def _text(path: Path) -> str:
 
 
 _COPIED = (".json", ".txt")
-
-
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
 
 

@@ -21,7 +21,6 @@ ROWS = 8
 """Rows of a weight that are multiplied together: always the same ones, so that no entry depends on how the weight is
 cut into blocks. Products of other shapes round otherwise."""
 
-
 KEPT = 4
 """Weights whose factors are kept in memory: those that several threads read at one time."""
 

@@ -13,25 +13,18 @@ from typing import Any, Literal, TypeGuard, cast
 from mergecli.runtime.errors import InputError, listed, quoted, shown
 
 CONFIG = "adapter_config.json"
-
-
 MERGE_WITH_PEFT = "merge it into its base with peft (`merge_and_unload`) and save that as safetensors"
-
 
 _ONLY_FOR_TRAINING = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode", "init_lora_weights",
     "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
-
-
 _READ = {
     "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "layers_pattern",
     "layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "r", "rank_pattern", "target_modules",
     "use_dora", "use_rslora",
 }  # fmt: skip
-
-
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 

@@ -17,28 +17,17 @@ from mergecli.storage.safetensors_format import PICKLE_HINT
 from mergecli.storage.sources import HUBS, Source
 
 PLAIN = "adapter_model.safetensors"
-
-
 LINEARIZED = "linearized_adapter_model.safetensors"
 """The published layout of adapters that were trained in the tangent space (Tang et al. 2024, arXiv 2310.04742)."""
-
 
 _FACTOR = re.compile(
     r"(?P<module>.+?)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
     r"(?:\.(?!(?:weight|bias)$)(?P<adapter>[^.]+))?(?P<bias>\.bias)?(?:\.weight)?"
 )
-
-
 _ORIGIN = re.compile(r"(?P<module>.+?)\.params0_values\.(?P<number>\d+)")
-
-
 _WRAPPED = re.compile(r"\.base_layer(?=\.bias$)|\.modules_to_save(\.default)?(?=\.)")
-
-
 _ORIGINAL = re.compile(r"\.original_module(?=\.)")
 """What peft keeps, where all biases are trained, of a module that was saved whole in another place."""
-
-
 _VECTORS = {"B.bias", "magnitude_vector"}
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 LEFT_OUT = "without"
 """In the metadata of one task's tower: what there is to the task besides."""
-
-
 _HINT = "it is damaged, or not of this version: merge again"
 
 

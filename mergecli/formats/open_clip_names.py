@@ -16,13 +16,8 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-
 _TEXT = "text_model."
-
-
 _MARKS = ("class_embedding", "conv1.weight", "ln_pre.weight")
-
-
 _BLOCK = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -30,11 +25,7 @@ _BLOCK = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
-
-
 _PARALLEL = re.compile(r"(?:(?:module|_orig_mod)\.)*")
-
-
 _WRAPPED = re.compile(r"(?:(?:module|_orig_mod|model|image_encoder)\.)*")
 
 

@@ -22,28 +22,15 @@ if TYPE_CHECKING:
 DTYPES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 """The name of a torch dtype -> its safetensors dtype."""
 
-
 _ZIP = b"PK\x03\x04"
-
-
 _PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
-
-
 _SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-
-
 _INSIDE = ("state_dict", "model_state_dict", "model")
-
-
 _MEND = (
     "open it once where it was made and trusted, and save only its tensors: "
     "`torch.save(torch.load(OLD, weights_only=False).state_dict(), NEW)`"
 )
-
-
 _MEND_SCRIPT = "save only its tensors: `torch.save(torch.jit.load(OLD).state_dict(), NEW)`"
-
-
 _AGAIN = "the copy or download may not have finished: fetch it again"
 
 

@@ -24,6 +24,7 @@ from mergecli.storage.atomic import writing
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+
 Place = tuple[str, str]
 """A repository and a commit."""
 

@@ -25,18 +25,13 @@ LISTED_SUFFIXES = (
     ".py",
 )
 """Only files with these suffixes can ever be chosen, or tell why nothing can."""
-
-
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
 
 _BESIDE = (
     "config*.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer*.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model",
     "open_clip_config.json", "adapter_config.json",
 )  # fmt: skip
-
-
 _ADAPTERS = ("adapter_model.safetensors", "linearized_adapter_model.safetensors")
 
 

@@ -29,8 +29,6 @@ from mergecli.storage.sources import DEFAULT_BRANCH, Source
 
 OWN = ("https://huggingface.co", "https://hf.co", "https://hub-ci.huggingface.co")
 """The hub's own endpoints, which the token is for."""
-
-
 CONVERTED = "refs/convert/parquet"
 """The branch in which the hub keeps a data set's images as Parquet files."""
 

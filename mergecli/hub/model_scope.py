@@ -28,7 +28,6 @@ from mergecli.storage.sources import DEFAULT_BRANCH, Source
 OWN = tuple(f"https://{www}modelscope.{land}" for www in ("", "www.") for land in ("cn", "ai"))
 """The hub's own endpoints, which the token is for."""
 
-
 _BLOCK = 1 << 16
 
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 MANIFEST = ".mergecli.json"
-
-
 COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 """A whole commit, as git names it."""
 

@@ -26,8 +26,6 @@ from mergecli.storage.sources import Source
 
 _SMALL = 1 << 27
 """Bytes."""
-
-
 Tell = Callable[[int], None]
 """Called with how many bytes of the file are here."""
 

@@ -18,8 +18,6 @@ from mergecli.storage.sources import HUBS, Source, parse_source
 
 KINDS = ("models", "data")
 """What `--only` may be."""
-
-
 PLATFORMS = {"hf": "hf", "huggingface": "hf", "ms": "ms", "modelscope": "ms"}
 """What `--platform` may be -> the prefix of its sources."""
 

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NAME = "tuned"
-
-
 _SAFETENSORS = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 

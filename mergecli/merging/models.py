@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 18
 """Entries of one tensor that are held of each model at a time, by methods that work entry by entry."""
 
-
 Result = TypeVar("Result")
-
 
 BUFFERS = 768 << 20
 """Bytes that all threads' buffers may take together; a tensor that needs more is still read, by one thread."""

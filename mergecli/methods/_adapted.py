@@ -20,14 +20,11 @@ if TYPE_CHECKING:
 State = dict[str, "Tensor"]
 """Everything that changes from step to step, by name: what is learnt, and its optimiser's moments."""
 
-
 Change = Callable[[], None]
 """What changes a state in place. It only adds what a step has computed, so that a step is done whole or not at all."""
 
-
 BLOCK = 1 << 14
 """Entries of task vectors in bfloat16 that are made float32 at a time, few enough for a processor's cache."""
-
 
 UNSAVED = "unsaved."
 """Keys of a state that begin so can be made again, and are left out of files."""

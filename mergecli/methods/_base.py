@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-
 RUN = 1 << 16
 """Random numbers are drawn for so many consecutive entries at a time, whatever the size of the blocks."""
 

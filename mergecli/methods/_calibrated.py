@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor -> shape, of every tensor that is merged."""
-
-
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Tensor -> dtype (as safetensors call it) and shape, of everything that is measured."""
 

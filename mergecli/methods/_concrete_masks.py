@@ -17,16 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["sample", "expected", "discrete"]
-
-
 SMALLEST = 1e-30
 """Stands for the mean of a mask whose entries are all 0."""
-
-
 WIDTH = 256
 """A multiple of the number of entries that a processor computes at once."""
-
-
 FINAL = "final mask"
 """The label of the random numbers of the mask that is kept."""
 

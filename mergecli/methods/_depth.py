@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable
 
 _NUMBERED = re.compile(r"(?:^|\.)(?:layers?|blocks?|resblocks|h)\.(\d+)(?:\.|$)")
-
-
 _LAST = re.compile(
     r"post_?l|ln_post|ln_final|final|head|classifier|(^|\.)(visual_|text_)?proj|(^|\.)(layer)?norm\.|logit"
 )

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 SAMPLE = 128
 """One entry in so many is looked at to bracket the threshold."""
-
-
 MARGIN = 0.004
 """Half the width of the bracket, as a fraction of all entries: what falls inside is kept in memory."""
 

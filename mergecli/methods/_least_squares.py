@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 RESOLVED = 1e-6
 """Variances below this share of an input's own are rounding: the Gram matrices are sums of float32."""
 
-
 COLUMNS = 768
 """Columns of a Gram matrix that are computed at a time: of a symmetric matrix only those above the diagonal are."""
-
 
 _SHARED = re.compile(r"\b[qv]_proj\b")
 

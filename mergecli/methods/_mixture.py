@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 SAME = "same"
 """The dtype of the tower's own tensors, which the recipe may change."""
 
-
 Read = Callable[[str], "Tensor"]
 """Key -> the tensor, as it stands in the file."""
-
 
 Routing = Literal["sample", "batch"]
 """Whether each image has weights of its own, or a batch's images share the mean of them, as in the published tables: then

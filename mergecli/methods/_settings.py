@@ -39,7 +39,6 @@ class Range:
 MOST = 1e30
 """The largest number a setting may be: weights are float32."""
 
-
 Fraction = Annotated[float, Range(0, 1, open_low=True)]
 """A share of the entries: above 0, at most 1."""
 

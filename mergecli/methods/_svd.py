@@ -12,10 +12,8 @@ if TYPE_CHECKING:
 
 PositionEmbedding = Literal["table", "matrix"]
 
-
 NEGLIGIBLE = 1e-6
 """Singular values up to this share of the largest count as 0: in float32 weights they are rounding errors."""
-
 
 _POSITIONS = re.compile(r"(^|[._])pos(ition(al)?)?_embed(ding)?s?(\.weight)?$")
 

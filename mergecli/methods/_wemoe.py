@@ -18,11 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _MLP = re.compile(r"^(?P<layer>.*\.(?P<number>\d+)\.mlp)\.(?P<own>fc[12]\.(weight|bias))$")
-
-
 _FIRST = "fc1.weight"
-
-
 ROUTER = "router."
 """What the routers' keys begin with."""
 

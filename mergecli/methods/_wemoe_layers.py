@@ -18,16 +18,10 @@ from mergecli.methods._smile_layers import put
 
 BLOCK = 1 << 15
 """Entries of one weight that a processor puts together at a time, about."""
-
-
 FEWEST = 16
 """Rows of one weight that a processor puts together at a time, at least: narrower products are slow."""
-
-
 CACHE = 1 << 21
 """Bytes of the images' own weights that a processor holds at a time."""
-
-
 CHUNK = 1 << 27
 """The same for other devices, which hold whole weights: they are slow at many small products."""
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 PART = 8
 """Images whose activations are held at a time; a batch's gradient is the sum of its parts'."""
 
-
 SQUARES = "squares"
 """(L,) float64 sums of the squares of every tensor's F, in the order of the tensors' names."""
 

@@ -13,15 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SMALL = 1e-12
-
-
 _NEAR = 1e-6
-
-
 _DEPENDENT = 1e-13
 """Eigenvalues of the cosines up to this share of the largest are rounding errors: the vectors are dependent."""
-
-
 _CANCELLED = 1e-4
 """Unit vectors whose mean is shorter, and angles that lack less to a half turn, are taken to cancel: what is left of
 them is mostly rounding errors."""

@@ -16,15 +16,10 @@ from mergecli.storage.atomic import write_text
 from mergecli.storage.sources import HUBS, Source, parse_source
 
 SCHEMA = 1
-
-
 Key = tuple[bool, str]
 """Whether it is a data set, and the source as recipes write it."""
 
-
 _COMMIT = re.compile(r"[0-9a-f]{7,64}")
-
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

@@ -12,13 +12,8 @@ from mergecli.runtime.errors import UsageError, did_you_mean
 from mergecli.storage.sources import HUBS, Source, checked_inside, parse_source
 
 SOURCE_KEYS = ("source", "revision", "subfolder", "file", "dtype", "modelscope", "adapter")
-
-
 SOURCE_DTYPES = ("float32", "float16", "bfloat16")
-
-
 COMMAND_LINE = "command line"
-
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 

@@ -25,8 +25,6 @@ class Quantity(NamedTuple):
 
 
 Cell = str | float | Estimate | Quantity | None
-
-
 Plain = str | float | bool | None
 
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     Vector = ndarray[Any, Any]
 
 COLUMNS = ("checkpoint", "task", "index", "label", "prediction")
-
-
 CHANCE = 0.05
 
 
@@ -120,8 +118,6 @@ _PAIRED = (
     "a task, p >= 0.05 in McNemar's exact test; for the average, the interval holds 0. Not corrected for making many "
     "comparisons."
 )
-
-
 _UNPAIRED = (
     "(diff.): accuracy minus that of `{name}`, in points. ±: longer side of the 95 % interval for two independent "
     "proportions (Newcombe), unpaired: as if they had been evaluated on different images, and so too wide for the same "

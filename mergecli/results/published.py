@@ -22,12 +22,8 @@ _METHODS = {
     "efficient_weight_ensembling_moe": "Efficient Weight-Ensembling MoE (90%)",
 }  # fmt: skip
 """Our method -> the row of the published tables."""
-
-
 _MODELS = {"base": "Pre-trained", "stanford-cars": "Cars"}
 """Our model -> the row of the tables of single models, where that is not the task in capitals."""
-
-
 _PARAMETERS = {
     "clip-vit-base-patch32": 87_456_000,
     "clip-vit-base-patch16": 85_799_424,

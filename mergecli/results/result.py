@@ -12,8 +12,6 @@ from mergecli.runtime.errors import InputError, UsageError, quoted
 from mergecli.storage.atomic import whole_file
 
 SCHEMA = "mergecli.eval/1"
-
-
 FINE_TUNED = "fine-tuned"
 """The name of the result in which each model was evaluated on its own task."""
 
@@ -171,11 +169,7 @@ def read_result(path: str | Path) -> Evaluation:
 
 
 _HINT = "expected a file that `mergecli eval -o` wrote"
-
-
 _SIZES = {"bytes": "int", "relative_size": "float"}
-
-
 _TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
 
 

@@ -12,8 +12,6 @@ from mergecli.results.statistics import Count, mean_interval, wilson
 from mergecli.runtime.errors import UsageError, did_you_mean, quoted
 
 Metric = Literal["accuracy", "loss"]
-
-
 METRICS: tuple[Metric, ...] = ("accuracy", "loss")
 
 

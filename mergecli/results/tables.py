@@ -13,11 +13,7 @@ from mergecli.results.cells import Cell, Column, Estimate, Plain, Quantity
 from mergecli.runtime.errors import UsageError
 
 Format = Literal["table", "tsv", "csv", "json", "md", "latex", "html"]
-
-
 FORMATS: tuple[str, ...] = get_args(Format)
-
-
 SUFFIXES = {
     ".md": "md", ".tex": "latex", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".html": "html",
 }  # fmt: skip

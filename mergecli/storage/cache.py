@@ -21,33 +21,19 @@ from mergecli.storage.sources import home
 
 PASSING = ("pixels", "heads", "results", "digests", "data")
 """Images; heads; what unfinished evaluations have so far; digests of large data files; data that older versions converted."""
-
-
 LASTING = ("statistics", "coefficients")
 """What merges have measured, and learnt. It does not count in the size that the cache may grow to."""
-
-
 KINDS = (*PASSING, *LASTING)
 
-
 DEFAULT_SIZE = 20 * 10**9
-
-
 SPARE = 10**9
 """So many bytes of the disk are left free."""
 
-
 _STALE = 24 * 3600
 """Seconds after which a file that is not whole was left by a program that was killed."""
-
-
 _UNITS = {"": 1, "B": 1, **{f"{unit}{end}": 10**power for unit, power in
           (("K", 3), ("M", 6), ("G", 9), ("T", 12)) for end in ("", "B")}}  # fmt: skip
-
-
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", re.IGNORECASE)
-
-
 _CONVERTED = re.compile(r"[0-9a-f]{32}")
 
 

@@ -69,23 +69,16 @@ class ChunkHashes:
 TASK_VECTOR = "task vector"
 """The `kind` in the metadata of a file that holds differences to a base, not weights."""
 
-
 MIXTURE = "mixture"
 """The `kind` in the metadata of a file that holds more than one tower; see `mergecli.formats.mixture`."""
 
 
 VISION = "vision_model."
-
-
 _FLAT_MARKS = ("embeddings.class_embedding", "pre_layrnorm.weight")
-
-
 _WHOLE_CLIP_MARKS = (
     "vision_model.embeddings.class_embedding",
     "text_model.embeddings.token_embedding.weight",
 )
-
-
 _BUFFERS = ("embeddings.position_ids",)
 
 

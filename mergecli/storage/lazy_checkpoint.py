@@ -18,7 +18,6 @@ Fill = Callable[[int, int, "Tensor"], object]
 """`fill(start, stop, into)` writes the entries [start, stop) of a flattened tensor into `into`, rounded to its dtype;
 from any thread, and the same values however the tensor is cut into blocks."""
 
-
 _SAFETENSORS = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 

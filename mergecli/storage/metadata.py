@@ -12,10 +12,7 @@ from mergecli.runtime.errors import InputError, shown
 UNKNOWN_DIGEST = "xxh3:" + "0" * 32
 """As long as a digest; stands for one that is known only when everything has been read."""
 
-
 _COPIED = ("preprocessor_config.json", "processor_config.json")
-
-
 _COPIED_WHOLE = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
     "vocab.txt", "merges.txt",

@@ -21,7 +21,6 @@ DTYPE_BYTES = {
 }  # fmt: skip
 """Bytes per entry of each safetensors dtype, in the order in which the format sorts them (last first)."""
 
-
 TORCH_NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
     "F8_E8M0": "float8_e8m0fnu", "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
@@ -30,21 +29,16 @@ TORCH_NAMES = {
 }  # fmt: skip
 """safetensors dtype -> the name of the torch dtype."""
 
-
 FLOATS = ("F16", "BF16", "F32", "F64")
 """The dtypes that are merged; tensors of any other dtype must be equal in all models and are copied."""
 
-
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format."""
-
 
 PICKLE_HINT = (
     "a pickle may run any code when opened: `mergecli fetch --allow-pickle PATH` takes only the tensors out of it, into "
     "safetensors"
 )
-
-
 _AGAIN = "the copy or download did not finish: fetch it again"
 
 

@@ -14,10 +14,7 @@ from mergecli.runtime.errors import InputError, UsageError, did_you_mean, quoted
 
 Kind = Literal["hf", "ms", "toy", "path"]
 
-
 HUBS = {"hf": "Hugging Face", "ms": "ModelScope"}
-
-
 DEFAULT_BRANCH = {"hf": "main", "ms": "master"}
 
 

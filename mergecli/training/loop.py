@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 _TOGETHER = 1 << 22
 """Entries of gradients that are exchanged at one time, unless one parameter has more."""
 
-
 Report = Callable[[float, int], None]
 """Called after each step with its loss, and the number of its images."""
-
 
 Keep = Callable[[], None]
 """Called on the way, and when something stops the training: to write down how far it has come."""

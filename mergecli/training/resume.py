@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
-
-
 FACTS = ("step", "updates", "best_step", "scale", "growth")
 
 

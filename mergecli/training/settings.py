@@ -13,11 +13,7 @@ from mergecli.runtime.errors import UsageError, listed, quoted
 from mergecli.storage.atomic import check_target
 
 SCHEDULES = ("cosine", "constant")
-
-
 DTYPES = ("float32", "float16", "bfloat16")
-
-
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 

@@ -73,7 +73,7 @@ def test_built_in_tasks_get_their_configuration(hubs: Hubs, tmp_path: Path) -> N
 def test_every_built_in_task_is_found_where_its_table_says(hubs: Hubs, tmp_path: Path) -> None:
     from mergecli.data import tasks
 
-    for name in tasks.TALL20:
+    for name in tasks.sets()["tall20"]:
         task = tasks.find(name)
         folder = task.config or "data"
         hubs.hf.repositories[f"datasets/{task.data.name}"] = Repository(

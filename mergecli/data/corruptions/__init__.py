@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-
 CONSTANTS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),
@@ -41,7 +40,6 @@ They are the constants of ImageNet-C (Hendrycks and Dietterich, "Benchmarking Ne
 Corruptions and Perturbations", ICLR 2019, arXiv 1903.12261; the authors' `make_imagenet_c.py`), for images of
 224 x 224 pixels. Those of CIFAR-10-C, for 32 x 32 pixels, are other and milder ones.
 """
-
 
 NAMES = tuple(CONSTANTS)
 

@@ -13,10 +13,7 @@ if TYPE_CHECKING:
 SLOPE = 13573
 """tan(22.5 degrees) in units of 2^-15."""
 
-
 PIXEL = 10_000
-
-
 STRAIGHT, DIAGONAL, KNIGHT = PIXEL, 14_000, 21_969
 """The lengths 1, 1.4 and 2.1969 of a chamfer's steps to (1, 0), (1, 1) and (2, 1) in units of 1e-4 pixels
 (Borgefors, "Distance transformations in digital images", 1986, with OpenCV's lengths for a mask of 5 x 5)."""

@@ -15,14 +15,9 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
 
 WATER = (175, 238, 238)
-
-
 MUD = (63, 42, 20)
-
-
 FARTHEST = 20
 """The distance from the edge of a drop, in pixels, from which on its inside looks the same."""
-
 
 LIGHT = ((-2, -1, 0), (-1, 1, 1), (0, 1, 2))
 """The filter that lights the drops from one corner."""

@@ -135,6 +135,5 @@ _ALL = (
     ),
 )
 
-
 TASKS: Mapping[str, ToyTask] = MappingProxyType({task.name: task for task in _ALL})
 """The eight tasks by name, in their order."""

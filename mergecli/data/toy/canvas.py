@@ -11,15 +11,10 @@ from numpy.typing import NDArray
 from mergecli.data.toy.glyphs import Points
 
 SIDE = 32
-
-
 Plane = NDArray[np.floating[Any]]
 """(SIDE, SIDE) values, or (SIDE, SIDE, 3) colours in [0, 1]."""
 
-
 _AXIS = ((np.arange(SIDE, dtype=np.float32) + 0.5) / (SIDE / 2)) - 1
-
-
 X, Y = (plane.astype(np.float32) for plane in np.meshgrid(_AXIS, _AXIS))
 """(SIDE, SIDE) coordinates of the pixels' centres, in (-1, 1)."""
 

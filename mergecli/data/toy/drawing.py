@@ -17,7 +17,6 @@ from mergecli.data.toy.scenes import POSITIONS, Pose, colour, face, figure, pose
 SOFTNESS, HAZE, GRAIN = 0.7, 0.45, 0.095
 """What the camera does in every task: passes of blur, share of light grey, standard deviation of the noise."""
 
-
 LAMP = np.array([1.0, 0.7525, 0.45], np.float32)
 """The tint, red to blue, of the light in the task `colours`."""
 

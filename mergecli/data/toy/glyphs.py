@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 Points = NDArray[np.floating[Any]]
 """(N, 2) corners, x then y."""
 
-
 DIGITS: dict[str, str] = {
     "zero": "10 30 41 45 36 16 05 01 10",
     "one": "11 20 26|16 36",
@@ -24,7 +23,6 @@ DIGITS: dict[str, str] = {
     "nine": "06 26 43 41 30 10 01 02 13 33 42",
 }
 """Strokes on a grid five wide and seven high: `xy` corners, `|` lifts the pen."""
-
 
 LETTERS: dict[str, str] = {
     "a": "06 20 46|14 34",
@@ -113,19 +111,16 @@ SHAPES: dict[str, Points] = {
 }
 """Outlines of the shapes; a ring is a circle of which only the rim is drawn."""
 
-
 ARROW: Points = np.array(
     [(1, 0), (0.1, 0.75), (0.1, 0.28), (-1, 0.28), (-1, -0.28), (0.1, -0.28), (0.1, -0.75)], np.float32
 )
 """A block arrow that points right."""
-
 
 ARROW_LINES: list[Points] = [
     np.array([(-1, 0), (1, 0)], np.float32),
     np.array([(0.35, -0.6), (1, 0), (0.35, 0.6)], np.float32),
 ]
 """The same arrow in two strokes."""
-
 
 DIRECTIONS: dict[str, float] = {
     "right": 0,
@@ -139,27 +134,15 @@ DIRECTIONS: dict[str, float] = {
 }
 """Degrees by which an arrow that points right is turned, clockwise."""
 
-
 _EYES = [np.array([(x, -0.3), (x, -0.15)], np.float32) for x in (-0.38, 0.38)]
-
-
 _CLOSED = [np.array([(x - 0.17, -0.2), (x + 0.17, -0.2)], np.float32) for x in (-0.38, 0.38)]
-
-
 _SMILE = arc(0, 0.1, 0.5, 0.48, 15, 165, 7)
-
-
 _FROWN = arc(0, 0.78, 0.48, 0.42, 200, 340, 7)
-
-
 _FLAT = np.array([(-0.35, 0.42), (0.35, 0.42)], np.float32)
-
-
 _BROWS = [
     np.array([(-0.65, -0.62), (-0.15, -0.38)], np.float32),
     np.array([(0.65, -0.62), (0.15, -0.38)], np.float32),
 ]
-
 
 FACES: dict[str, list[Points]] = {
     "happy": [*_EYES, _SMILE],

@@ -37,7 +37,6 @@ from mergecli.data.toy.glyphs import (
 
 Colour = NDArray[np.floating[Any]]
 
-
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.10, 0.10),
     "orange": (0.98, 0.55, 0.08),
@@ -51,7 +50,6 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "black": (0.06, 0.06, 0.06),
 }
 
-
 POSITIONS: dict[str, tuple[float, float]] = {
     "top left": (-0.6, -0.6),
     "top": (0, -0.6),
@@ -64,12 +62,8 @@ POSITIONS: dict[str, tuple[float, float]] = {
     "bottom right": (0.6, 0.6),
 }
 
-
 _GLYPHS: dict[str, list[Points]] = {name: lines(strokes) for name, strokes in (DIGITS | LETTERS).items()}
-
-
 _ROUND = {name: [rounded(line) for line in drawn] for name, drawn in _GLYPHS.items()}
-
 
 CLASSES: dict[str, tuple[str, ...]] = {
     "digits": tuple(DIGITS),

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 MASKS = "learnt masks"
 """What a result calls the file of masks that it began with; no task has such a name."""
-
-
 _MASKED = ("concrete_task_arithmetic", "concrete_ada_merging")
 
 

@@ -143,8 +143,6 @@ def _check(stored: Checkpoint, method: RepresentationSurgery, tasks: int) -> Non
 
 LOSSES = "trace.losses"
 """(steps, T) the loss of each step's batch."""
-
-
 DEVICE_PIECE = 128
 """Images that go through the tower at once on a device beside the processor."""
 

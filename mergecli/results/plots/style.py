@@ -18,34 +18,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Arguments = ParamSpec("Arguments")
-
-
 Drawn = TypeVar("Drawn")
 
-
 FORMATS = (".png", ".svg", ".pdf")
-
-
 KINDS = ("bars", "radar", "heatmap", "sweep")
 
-
 INK = "#1a1a1a"
-
-
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#4d4d4d", "#b8a900")
 """Okabe and Ito's, which colour-blind people tell apart; yellow and black softened."""
-
-
 HATCHES = ("", "////", "....", "xxxx")
 """For the second eight models, the third, ..."""
-
-
 LINES = ("-", "--", ":", "-.")
-
-
 MARKERS = "os^Dv<>Pp*X"
-
-
 CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "Hiragino Sans", "PingFang SC",
        "Microsoft YaHei", "Yu Gothic", "Arial Unicode MS")  # fmt: skip
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from mergecli.runtime.errors import UsageError, did_you_mean, quoted
 
 B32 = "clip-vit-base-patch32"
-
-
 IMAGES: Mapping[str, int] = {
     "sun397": 19850, "stanford-cars": 8041, "resisc45": 6300, "eurosat": 2700, "svhn": 26032, "gtsrb": 12630,
     "mnist": 10000, "dtd": 1880,
