@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from mergecli.clip import pixels as pixels_module
-from mergecli.clip.model import Clip, load_clip, pixels
+from mergecli.clip.model import Clip, load_clip
 from mergecli.clip.pixels import Processing, cached_pixels, chunks, decoded_batches, stored_pixels
 from mergecli.clip.preprocessing import Normalization, resize_and_crop_of
 from mergecli.data.decoding import (
@@ -36,6 +36,7 @@ from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError
 from mergecli.storage import cache as caching
 from mergecli.storage.sources import parse_source
+from tests.support.processor import pixel_values
 from tests.tiny import make_image_task, make_tiny_clip, tinted
 
 REAL = Path(os.environ.get("MERGECLI_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -120,7 +121,7 @@ def test_normalised_pixels_are_the_processor_s_own_bit_by_bit(clip, tmp_path, gi
     image = tinted(0, (3,), side=40).resize((40, 30))
     batch = torch.from_numpy(resized_and_cropped(image, resize_and_crop_of(other)[0]))[None]
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, 3, 1, 256)
-    assert torch.equal(Normalization(other)(batch), pixels(other, [image]))
+    assert torch.equal(Normalization(other)(batch), pixel_values(other, [image]))
     assert len(Normalization(other)(every).unique()) >= 256
 
 
@@ -142,7 +143,7 @@ def test_pixels_and_labels_are_those_of_the_images_in_their_order(clip, data, ho
     images = images_of(data)
     found = cached_pixels(clip, images, ROOM)
     assert found.labels.tolist() == [label for _, label in images]
-    want = pixels(clip, [image for image, _ in images])
+    want = pixel_values(clip, [image for image, _ in images])
     normalise = Normalization(clip)
     assert torch.equal(normalise(found.batch(0, len(images))), want)
     assert torch.equal(normalise(found.batch(3, 5)), want[3:5])
@@ -326,6 +327,6 @@ def test_real_images_become_the_processor_s_pixels(clip, name):
     table = TaskTable(data=parse_source(str(REAL / name), Path()), templates=("{}",), classes=None)
     images = load_images(find("real", Recipe(tasks={"real": table})), "test").chosen(range(0, 300, 3))
     found = cached_pixels(clip, images, replace(ROOM, workers=2))
-    want = pixels(clip, [image for image, _ in images])
+    want = pixel_values(clip, [image for image, _ in images])
     assert torch.equal(Normalization(clip)(found.batch(0, len(images))), want)
     assert found.labels.tolist() == [label for _, label in images]

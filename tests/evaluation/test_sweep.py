@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -131,24 +130,6 @@ def test_an_interrupted_sweep_evaluates_what_was_left(
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "swept" / file.name).read_bytes() == file.read_bytes()
     assert cache(["results"]).entries == ()
-
-
-def test_folders_of_sweeps_that_were_killed_go_after_a_day(own_folders: Path) -> None:
-    old, young, other = (
-        own_folders / name for name in ("mergecli-sweep-old", "mergecli-sweep-young", "other")
-    )
-    for folder in (old, young, other):
-        folder.mkdir()
-        (folder / "t.safetensors").write_bytes(b"x")
-    for folder in (old, other):
-        os.utime(folder, (0, 0))
-    mergecli.sweep(RECIPE, ["method.scaling_factor=0.1"], method="ties", tasks=["digits"], limit=10)
-    assert sorted(
-        each.name for each in own_folders.iterdir() if "mergecli" in each.name or each == other
-    ) == [
-        "mergecli-sweep-young",
-        "other",
-    ]
 
 
 def test_the_best_result_says_what_it_was_chosen_on_and_is_no_point_of_a_curve(tmp_path: Path) -> None:
