@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.adapted import AdaptedWorld, make_adapted_world
+from tests.support.adapted_world import AdaptedWorld, make_adapted_world
 from tests.conftest import Run
 
 SHORT = ["--set", "method.batch_size=3", "--set", "method.learning_rate=0.01"]

@@ -15,7 +15,7 @@ from mergecli import models
 from mergecli.clip.trial import Seen
 from mergecli.engine import merge
 from mergecli.methods._kinds import uniform
-from tests.adapted import CLASSES, TEMPLATE, VISION, AdaptedWorld, images_of, make_adapted_world
+from tests.support.adapted_world import CLASSES, TEMPLATE, VISION, AdaptedWorld, images_of, make_adapted_world
 from tests.conftest import Weights, assert_same
 from tests.golden import naive, naive_adapted
 from tests.golden.naive_adapted import Found, Sight

@@ -6,7 +6,7 @@ import torch
 from mergecli.errors import UsageError
 from tests.conftest import World, assert_same
 from tests.golden import naive
-from tests.golden.bench import merged, with_models
+from tests.support.merging import merged, with_models
 
 
 def test_average_equals_the_naive_mean(world: World) -> None:

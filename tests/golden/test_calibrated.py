@@ -21,7 +21,7 @@ from mergecli.methods._kinds import Group, merge_group
 from tests.conftest import Weights, assert_same
 from tests.golden import naive, naive_calibrated
 from tests.golden.test_promises import same_bytes
-from tests.looking import CLASSES, TEMPLATES, Zoo, make_zoo
+from tests.support.image_zoo import CLASSES, TEMPLATES, Zoo, make_zoo
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

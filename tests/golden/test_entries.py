@@ -11,7 +11,7 @@ import torch
 from mergecli.errors import UsageError
 from tests.conftest import World, assert_same, random_weights
 from tests.golden import naive, naive_more
-from tests.golden.bench import merged, with_models
+from tests.support.merging import merged, with_models
 
 
 def with_steps(weights: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:

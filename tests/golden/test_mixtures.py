@@ -18,7 +18,7 @@ from mergecli.methods._mixture import Conditioned, Installed, Mixture, Routed, o
 from mergecli.methods._smile_layers import SmileLinear
 from tests.conftest import Weights, assert_same, random_weights
 from tests.golden import naive, naive_mixtures, naive_more
-from tests.golden.layers import layered_weights
+from tests.support.layered_world import layered_weights
 
 BASE = {**layered_weights(0), **random_weights(0)}
 TUNED = [{**layered_weights(i, BASE), **random_weights(i, BASE)} for i in (1, 2, 3)]
@@ -319,7 +319,7 @@ def test_smile_needs_a_gate_within_its_rank() -> None:
 @torch.no_grad()
 def test_smile_routes_the_linear_layers_of_a_clip_tower(tmp_path: Path) -> None:
     from mergecli.clip.model import load_clip
-    from tests.tiny import make_tiny_clip
+    from tests.support.tiny_clip import make_tiny_clip
 
     tower = load_clip(make_tiny_clip(tmp_path)).tower
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(6))

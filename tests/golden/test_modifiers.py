@@ -9,8 +9,8 @@ import pytest
 from mergecli.methods._layers import depths, layer_of
 from tests.conftest import Weights, World, assert_same
 from tests.golden import naive, naive_more, naive_spectral
-from tests.golden.bench import merged, with_models
-from tests.golden.layers import MATRICES, layered_world
+from tests.support.merging import merged, with_models
+from tests.support.layered_world import MATRICES, layered_world
 
 DEPTHS = {
     "embeddings.position_embedding.weight": 0, "embeddings.patch.weight": 0, "encoder.layers.0.fc.weight": 0,

@@ -13,8 +13,8 @@ from mergecli import methods, models
 from mergecli.methods._kinds import Group, Looking, Method, TwoPass, merge_group
 from mergecli.methods._mixture import Mixture
 from tests.conftest import Weights, World, assert_same
-from tests.golden.bench import merged, with_models
-from tests.golden.layers import layered_world
+from tests.support.merging import merged, with_models
+from tests.support.layered_world import layered_world
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "weighted_average": {"weights": [1, 2, 3]},

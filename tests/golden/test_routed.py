@@ -20,7 +20,7 @@ from mergecli.methods._mixture import Routed
 from mergecli.methods._routers import WeightEnsembling
 from mergecli.methods.efficient_weight_ensembling_moe import above_quantile, kept_of
 from mergecli.mixtures import mixture_of
-from tests.adapted import CLASSES, TEMPLATE, AdaptedWorld, images_of, make_adapted_world
+from tests.support.adapted_world import CLASSES, TEMPLATE, AdaptedWorld, images_of, make_adapted_world
 from tests.conftest import assert_same
 from tests.golden import naive_routed
 from tests.golden.test_adapted import same_numbers

@@ -11,8 +11,8 @@ from mergecli.methods._kinds import Group
 from mergecli.methods._spectra import decompose, gram, is_matrix, polar
 from tests.conftest import Weights, World, assert_same
 from tests.golden import naive, naive_spectral
-from tests.golden.bench import merged, with_models
-from tests.golden.layers import MATRICES, layered_world
+from tests.support.merging import merged, with_models
+from tests.support.layered_world import MATRICES, layered_world
 
 ALL = ("tsv_m", "iso_c", "iso_cts", "wudi", "ace_merging")
 

@@ -10,7 +10,7 @@ import torch
 from mergecli.errors import UsageError
 from tests.conftest import Weights, World, assert_same, random_weights
 from tests.golden import naive_more
-from tests.golden.bench import merged, with_models
+from tests.support.merging import merged, with_models
 
 
 def near_and_far(world: World, count: int) -> list[list[Weights]]:

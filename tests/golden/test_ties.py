@@ -10,7 +10,7 @@ import torch
 from mergecli.methods import _select
 from tests.conftest import World, assert_same
 from tests.golden import naive
-from tests.golden.bench import merged, with_models
+from tests.support.merging import merged, with_models
 
 AGGREGATES = ("sum", "mean", "max")
 TRIMS = ("model", "tensor", "fusion_bench")

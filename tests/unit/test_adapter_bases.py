@@ -24,7 +24,7 @@ from mergecli.similarity import cos_sim
 from mergecli.sources import parse_source
 from mergecli.vectors import taskvector
 from tests.conftest import Run
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 from tests.unit.test_adapters import PLAIN, configure, pytestmark, write_adapter, write_tower
 
 __all__ = ["pytestmark"]

@@ -18,7 +18,7 @@ from mergecli.recipe import Recipe, TaskTable
 from mergecli.sources import parse_source
 from mergecli.training.settings import Settings
 from tests.conftest import assert_same
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 from tests.unit.test_training import stopping
 
 pytestmark = pytest.mark.usefixtures("own_store")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mergecli.engine import merge
 from mergecli.errors import InputError, UsageError
 from mergecli.sweeping import merge_sweep, points_of
-from tests.adapted import SHORT, AdaptedWorld, learn, make_adapted_world, stopping
+from tests.support.adapted_world import SHORT, AdaptedWorld, learn, make_adapted_world, stopping
 from tests.conftest import assert_same
 
 pytestmark = pytest.mark.usefixtures("own_store")

@@ -17,7 +17,7 @@ from mergecli.engine import merge
 from mergecli.errors import InputError, UsageError
 from mergecli.measuring import measure
 from mergecli.recipe import Recipe
-from tests.looking import Zoo, make_zoo
+from tests.support.image_zoo import Zoo, make_zoo
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

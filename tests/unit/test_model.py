@@ -14,7 +14,7 @@ from mergecli.checkpoint import TASK_VECTOR, open_checkpoint
 from mergecli.clip.model import features, load_clip, pixels, save_tower, set_tower
 from mergecli.devices import usable_device
 from mergecli.errors import InputError, UsageError
-from tests.tiny import make_tiny_clip, tinted
+from tests.support.tiny_clip import make_tiny_clip, tinted
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from mergecli.clip.tasks import find
 from mergecli.errors import InputError
 from mergecli.recipe import Recipe, TaskTable
 from mergecli.sources import parse_source
-from tests.tiny import make_image_task, make_tiny_clip, tinted
+from tests.support.tiny_clip import make_image_task, make_tiny_clip, tinted
 
 REAL = Path(os.environ.get("MERGECLI_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ROOM = Processing(max_size=10**9)

@@ -13,7 +13,7 @@ from mergecli.similarity import cos_sim
 from mergecli.vectors import taskvector
 from tests.conftest import World
 from tests.golden import naive
-from tests.golden.bench import with_models
+from tests.support.merging import with_models
 
 
 def test_cosines_equal_those_of_whole_vectors_in_float64(world: World) -> None:

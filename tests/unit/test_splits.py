@@ -11,7 +11,7 @@ import pytest
 from mergecli import caching
 from mergecli.clip import splits
 from mergecli.clip.images import load_images
-from tests.tiny import CLASSES, make_image_task, tinted
+from tests.support.tiny_clip import CLASSES, make_image_task, tinted
 from tests.unit.test_images import parquet, task
 
 

@@ -21,7 +21,7 @@ from mergecli.methods.representation_surgery import DOWN, UP
 from mergecli.mixtures import mixture_of
 from tests.golden import naive_surgery
 from tests.golden.test_surgery import batches, start
-from tests.looking import CLASSES, Zoo, make_zoo
+from tests.support.image_zoo import CLASSES, Zoo, make_zoo
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

@@ -28,7 +28,7 @@ from mergecli.training.lessons import Lesson
 from mergecli.training.settings import Settings
 from mergecli.training.state import TrainingState
 from mergecli.training.steps import Training
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mergecli.checkpoint import TASK_VECTOR
 from mergecli.recipe import Recipe, TaskTable
 from mergecli.sources import parse_source
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 TEMPLATES = ("a photo of something {}.", "{}")
 

@@ -16,7 +16,7 @@ from mergecli.checkpoint import open_checkpoint
 from mergecli.clip import tallies
 from mergecli.errors import InputError
 from mergecli.mixtures import mixture_of
-from tests.mixed import LEARNT, ROUTED, TASKS, TOLD, counts, refuse, scores
+from tests.support.mixture_scores import LEARNT, ROUTED, TASKS, TOLD, counts, refuse, scores
 
 
 @pytest.mark.parametrize(

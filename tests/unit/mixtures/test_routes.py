@@ -15,7 +15,7 @@ from mergecli import evaluation
 from mergecli.clip.routes import RouteSums
 from mergecli.errors import InputError, UsageError
 from mergecli.plots import route_maps
-from tests.mixed import ROUTED, TASKS, counts, scores
+from tests.support.mixture_scores import ROUTED, TASKS, counts, scores
 
 
 def table(file: Path) -> dict[tuple[str, str], list[float]]:

@@ -15,7 +15,7 @@ from mergecli.clip.model import Clip, load_clip, pixels
 from mergecli.clip.tasks import find
 from mergecli.recipe import Recipe, TaskTable
 from mergecli.sources import parse_source
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 TEMPLATES = ("a {} picture", "something {}")
 CLASSES = {"a": ("red", "green", "blue"), "b": ("cold", "warm"), "c": ("one", "two", "three", "four")}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mergecli.engine import merge
 from tests.conftest import Weights
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 CLASSES = {"one": ("red", "green", "blue"), "two": ("cat", "dog"), "three": ("a", "b", "c", "d")}
 TEMPLATE = "a photo of {}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tests.conftest import Weights, World
-from tests.golden.bench import with_models
+from tests.support.merging import with_models
 
 LAYERED = {
     "embeddings.position_embedding.weight": (6, 8),
