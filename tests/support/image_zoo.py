@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,12 +14,17 @@ from torch import Tensor
 from mergecli.clip.images import load_images
 from mergecli.clip.model import Clip, load_clip, pixels
 from mergecli.clip.tasks import find
+from mergecli.engine import merge
 from mergecli.recipe import Recipe, TaskTable
 from mergecli.sources import parse_source
 from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 TEMPLATES = ("a {} picture", "something {}")
 CLASSES = {"a": ("red", "green", "blue"), "b": ("cold", "warm"), "c": ("one", "two", "three", "four")}
+
+
+FEW = {"examples": 20, "batch_size": 7}
+"""Settings of methods that measure: fewer images than there are, and a last batch that is not full."""
 
 
 @dataclass(frozen=True)
@@ -75,3 +81,12 @@ def make_zoo(folder: Path) -> Zoo:
         base=parse_source(str(folder / "clip"), Path()), tuned=source, tasks=tables, method="average"
     )
     return Zoo(folder, recipe, base, tuned)
+
+
+def measured_merge(
+    zoo: Zoo, method: str, statistics: Path | None = None, **settings: Any
+) -> dict[str, Tensor]:
+    """The merge by a method that measures first, loaded; what it measured is kept in the folder `statistics`."""
+    output = zoo.folder / "measured.safetensors"
+    merge(zoo.recipe, method=method, settings={**FEW, **settings}, output=output, statistics=statistics)
+    return load_file(output)

@@ -22,9 +22,17 @@ LAYERED = {
     "scale": (),
 }
 MATRICES = ("encoder.layers.0.fc.weight", "encoder.layers.1.fc.weight", "encoder.layers.2.out.weight")
+"""The matrices of layers."""
+DEPTHS = {
+    "embeddings.position_embedding.weight": 0.0, "embeddings.patch.weight": 0.0, "encoder.layers.0.fc.weight": 0.0,
+    "encoder.layers.0.fc.bias": 0.0, "encoder.layers.1.fc.weight": 0.5, "encoder.layers.1.norm.weight": 0.5,
+    "encoder.layers.2.out.weight": 1.0, "post_layernorm.weight": 1.0, "empty": 0.0, "scale": 0.0,
+}  # fmt: skip
+"""Each tensor's depth from 0, the first layer, to 1, the last."""
 
 
 def layered_weights(seed: int, around: Weights | None = None, step: float = 0.1) -> Weights:
+    """Random tensors of those shapes and one of whole numbers; near `around` if that is given."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: torch.randn(shape, generator=generator) for name, shape in LAYERED.items()}
     if around is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,3 +29,15 @@ def with_models(world: World, base: dict[str, Tensor], *tuned: dict[str, Tensor]
     for name, file in other.files.items():
         save_file(other.tuned[name], file)
     return other
+
+
+def with_integers(weights: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """What a reference merged, and the base's tensor of whole numbers, which no method changes."""
+    return {**weights, "steps": world.base["steps"]}
+
+
+def same_bytes(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
+    """The same values, bit by bit."""
+    assert sorted(got) == sorted(want)
+    for name, value in want.items():
+        assert got[name].view(-1).view(torch.uint8).equal(value.view(-1).view(torch.uint8)), name

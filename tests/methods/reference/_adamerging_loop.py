@@ -11,10 +11,6 @@ from torch import Tensor
 
 from tests.methods.reference._weights import Weights
 
-Uniform = Callable[[str, str, Tensor], Tensor]
-"""(name, label, like) -> random numbers in [0, 1)."""
-
-
 @dataclass(frozen=True)
 class Sight:
     """What a merged tower is judged by."""

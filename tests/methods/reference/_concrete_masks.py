@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from tests.methods.reference._adamerging_loop import Uniform
+from tests.methods.reference._random_numbers import uniform
 from tests.methods.reference._weights import Weights
 
 
-def sampled(logits: Weights, uniform: Uniform, label: str, temperature: float) -> Weights:
+def sampled(logits: Weights, label: str, temperature: float) -> Weights:
     """Rescaled samples of the concrete distribution."""
     eps = torch.finfo(torch.float32).eps
     masks: Weights = {}
@@ -19,9 +19,9 @@ def sampled(logits: Weights, uniform: Uniform, label: str, temperature: float) -
     return masks
 
 
-def kept(logits: Weights, uniform: Uniform, temperature: float, kind: str) -> Weights:
+def kept(logits: Weights, temperature: float, kind: str) -> Weights:
     if kind == "sample":
-        return sampled(logits, uniform, "final mask", temperature)
+        return sampled(logits, "final mask", temperature)
     masks = {name: torch.sigmoid(phi) for name, phi in logits.items()}
     if kind == "discrete":
         masks = {name: (uniform(name, "final mask", m) < m).double() for name, m in masks.items()}

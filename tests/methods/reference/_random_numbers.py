@@ -1,13 +1,12 @@
-"""The random numbers of a recipe, which are the package's own: references drop the same entries."""
+"""The random numbers of a recipe, which are the package's own: references drop the same entries and draw the same masks."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from mergecli.methods._kinds import Group
+from mergecli.methods._kinds import uniform as drawn
 
 
-def uniform(name: str, like: Tensor, task: str, seed: int = 0) -> Tensor:
-    """The random numbers that the recipe's seed gives for a whole tensor of a task."""
-    return Group(name, None, torch.zeros(1, *like.shape), (True,), (task,), seed).uniform(0)
+def uniform(name: str, label: str, like: Tensor, seed: int = 0) -> Tensor:
+    """Random numbers in [0, 1) for every entry of a tensor, of a task or whatever else the label says."""
+    return drawn(seed, name, label, 0, like.numel()).view(like.shape)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from tests.methods.reference._adamerging_loop import Uniform
+from tests.methods.reference._random_numbers import uniform
 from tests.methods.reference._weights import Weights
 
 VISION = "vision_model."
@@ -54,7 +54,7 @@ class Placed(nn.Module):
         return self.router(torch.cat([self.place.to(tokens).expand(len(tokens), -1), tokens], 1))
 
 
-def normal(uniform: Uniform, key: str, like: Tensor) -> Tensor:
+def normal(key: str, like: Tensor) -> Tensor:
     """Box and Muller."""
     radius = torch.sqrt(-2 * torch.log1p(-uniform(key, "radius", like)))
     return radius * torch.cos(2 * math.pi * uniform(key, "angle", like))
@@ -67,7 +67,7 @@ def pruned(vector: Tensor, density: float) -> Tensor:
 
 
 def put_routers(
-    tower: nn.Module, base: Weights, tuned: Sequence[Weights], uniform: Uniform, start: float, routing: str,
+    tower: nn.Module, base: Weights, tuned: Sequence[Weights], start: float, routing: str,
     density: float, shared: bool, position: int,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Makes the tower one that routes, and gives its routers' parameters by their keys: of the task vectors the largest
@@ -86,7 +86,7 @@ def put_routers(
             first, last = nn.Linear(width, width), nn.Linear(width, len(tuned))
             prefix = "router.shared." if shared else f"router.{path}."
             for key, part in (("0", first), ("1", last)):
-                part.weight.data = 0.01 * normal(uniform, f"{prefix}{key}.weight", part.weight.data)
+                part.weight.data = 0.01 * normal(f"{prefix}{key}.weight", part.weight.data)
                 part.bias.data.fill_(start if key == "1" else 0)
             router = nn.Sequential(first, nn.ReLU(), last).double()
             for key, part in (("0", first), ("1", last)):

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from tests.methods.reference._adamerging_loop import Found, Sight, Uniform, deltas_of, started, weighted
+from tests.methods.reference._adamerging_loop import Found, Sight, deltas_of, started, weighted
 from tests.methods.reference._concrete_masks import kept, sampled, zeros
 from tests.methods.reference._weights import Weights
 
 
 def concrete_ada_merging(
-    sight: Sight, base: Weights, tuned: Sequence[Weights], uniform: Uniform, *, mask_steps: int, steps: int,
+    sight: Sight, base: Weights, tuned: Sequence[Weights], *, mask_steps: int, steps: int,
     learning_rate: float, mask_rate: float, inner_rate: float = 1.0, start: float = 0.3, temperature: float = 0.5,
     granularity: str = "layer", mask: str = "sample", order: str = "corrected",
 ) -> Found:  # fmt: skip
@@ -22,7 +22,7 @@ def concrete_ada_merging(
     outer = torch.optim.Adam(logits.values(), lr=mask_rate)
     entropies: list[list[float]] = []
     for step in range(mask_steps):
-        masks = sampled(logits, uniform, f"step {step}", temperature)
+        masks = sampled(logits, f"step {step}", temperature)
         fixed = {name: each.detach() for name, each in masks.items()}
         if order == "corrected":
             c.data.fill_(start)
@@ -39,7 +39,7 @@ def concrete_ada_merging(
         outer.step()
         entropies.append(each)
     with torch.no_grad():
-        final = kept(logits, uniform, temperature, mask)
+        final = kept(logits, temperature, mask)
     c = started(base, len(tuned), granularity, start)
     optimizer = torch.optim.Adam([c], lr=learning_rate)
     for step in range(steps):

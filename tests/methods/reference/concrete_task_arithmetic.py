@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from tests.methods.reference._adamerging_loop import Found, Sight, Uniform, deltas_of, weighted
+from tests.methods.reference._adamerging_loop import Found, Sight, deltas_of, weighted
 from tests.methods.reference._concrete_masks import kept, sampled, zeros
 from tests.methods.reference._weights import Weights
 
 
 def concrete_task_arithmetic(
-    sight: Sight, base: Weights, tuned: Sequence[Weights], uniform: Uniform, *, steps: int, learning_rate: float,
+    sight: Sight, base: Weights, tuned: Sequence[Weights], *, steps: int, learning_rate: float,
     scaling_factor: float = 0.3, temperature: float = 0.5, initial_logits: float = 0.0, mask: str = "sample",
 ) -> Found:  # fmt: skip
     deltas, logits = deltas_of(base, tuned), zeros(base, initial_logits)
@@ -20,7 +20,7 @@ def concrete_task_arithmetic(
     optimizer = torch.optim.Adam(logits.values(), lr=learning_rate)
     entropies: list[list[float]] = []
     for step in range(steps):
-        masks = sampled(logits, uniform, f"step {step}", temperature)
+        masks = sampled(logits, f"step {step}", temperature)
         loss, each = sight.loss(weighted(base, deltas, c, masks), step)
         optimizer.zero_grad()
         loss.backward()
@@ -28,5 +28,5 @@ def concrete_task_arithmetic(
         entropies.append(each)
     with torch.no_grad():
         return Found(
-            weighted(base, deltas, c, kept(logits, uniform, temperature, mask)), c, logits, entropies
+            weighted(base, deltas, c, kept(logits, temperature, mask)), c, logits, entropies
         )

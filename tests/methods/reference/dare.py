@@ -18,7 +18,7 @@ def dare(
     for number, model in enumerate(tuned, 1):
         result = dict(model)
         for name, value in floats(base).items():
-            kept = uniform(name, value, f"t{number}", seed) >= drop_rate
+            kept = uniform(name, f"t{number}", value, seed) >= drop_rate
             delta = torch.where(kept, model[name] - value, 0)
             result[name] = value + (delta / (1 - drop_rate) if rescale else delta)
         thinned.append(result)

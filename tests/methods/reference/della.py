@@ -21,7 +21,7 @@ def della(
         for number, model in enumerate(tuned, 1):
             delta = model[name] - value
             rows = delta.flatten(1) if delta.dim() > 1 else delta.reshape(1, -1)
-            noise = uniform(name, value, f"t{number}").reshape(rows.shape)
+            noise = uniform(name, f"t{number}", value).reshape(rows.shape)
             new = torch.zeros_like(rows)
             for row, drawn, out in zip(rows, noise, new, strict=True):
                 ranked = sorted(range(len(row)), key=lambda at: -abs(float(row[at])))

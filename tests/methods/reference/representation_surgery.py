@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+
+from tests.methods.reference._random_numbers import uniform
+
+
+def start(rank: int, size: int, task: str, seed: int) -> Tensor:
+    """(rank, D) the first layer before learning."""
+    return (2 * uniform("surgery.down", task, torch.empty(rank, size), seed) - 1) / math.sqrt(size)
+
+
+def batches(count: int, size: int, steps: int, task: str, seed: int) -> Iterator[Tensor]:
+    """All images in the order of random numbers, and again."""
+
+    def rounds() -> Iterator[Tensor]:
+        for epoch in itertools.count():
+            order = uniform("surgery.batches", f"{task} {epoch}", torch.empty(count), seed).argsort()
+            yield from order.split(size)
+
+    return itertools.islice(rounds(), steps)
 
 
 class Bottleneck(nn.Module):

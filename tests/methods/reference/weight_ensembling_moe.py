@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from tests.methods.reference._adamerging_loop import Uniform
 from tests.methods.reference._weights import Weights
 from tests.methods.reference._wemoe import put_routers
 
 
 def weight_ensembling_moe(
-    tower: nn.Module, base: Weights, tuned: Sequence[Weights], uniform: Uniform, start: float, routing: str
+    tower: nn.Module, base: Weights, tuned: Sequence[Weights], start: float, routing: str
 ) -> dict[str, Tensor]:
     """Makes the tower one that routes, and gives its routers' parameters by their keys."""
-    return put_routers(tower, base, tuned, uniform, start, routing, density=1.0, shared=False, position=0)
+    return put_routers(tower, base, tuned, start, routing, density=1.0, shared=False, position=0)
