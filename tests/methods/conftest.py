@@ -35,9 +35,7 @@ def layer_inputs(zoo: Zoo) -> list[Weights]:
         called = Called(zoo.clip().tower)
         called.load_state_dict(weights)
         images = zoo.pixels(task, 20, shuffle=True)
-        found.append(
-            inputs_of(called, lambda called=called, images=images: called.vision_model(images))
-        )
+        found.append(inputs_of(called, lambda called=called, images=images: called.vision_model(images)))
     return found
 
 

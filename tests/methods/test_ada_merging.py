@@ -30,7 +30,9 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda each: " ".join(map(str, each.values())))
-def test_ada_merging_is_adam_through_the_merge(clip: ExactClip, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_ada_merging_is_adam_through_the_merge(
+    clip: ExactClip, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     world, settings = clip.world, {"steps": 6, "learning_rate": 1e-2, **settings}
     got = learned(world, tmp_path, "ada_merging", **settings)
     aside = ("split", "adapt_on", "preprocess", "density")
@@ -45,9 +47,7 @@ def test_ada_merging_is_adam_through_the_merge(clip: ExactClip, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("granularity", ["task", "layer"])
-def test_no_steps_are_task_arithmetic(
-    adapted_world: AdaptedWorld, tmp_path: Path, granularity: str
-) -> None:
+def test_no_steps_are_task_arithmetic(adapted_world: AdaptedWorld, tmp_path: Path, granularity: str) -> None:
     settings = {"steps": 0, "start": 0.4, "granularity": granularity}
     tower, kept = learned(adapted_world, tmp_path, "ada_merging", **settings)
     assert_same(tower, task_arithmetic(adapted_world.base, adapted_world.tuned, 0.4), 1e-6)

@@ -25,7 +25,11 @@ pytestmark = pytest.mark.usefixtures("own_store")
     ],
 )
 def test_blocks_change_no_byte_of_the_merge(
-    adapted_world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, settings: dict[str, Any]
+    adapted_world: AdaptedWorld,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    settings: dict[str, Any],
 ) -> None:
     learned(adapted_world, tmp_path, method, **settings)
     output = tmp_path / "m.safetensors"

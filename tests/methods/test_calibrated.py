@@ -36,7 +36,10 @@ def test_blocks_threads_and_a_second_merge_change_no_byte(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     want = measured_merge(zoo, method, tmp_path / "s")
-    for block, processors in ((61, 1), (999, 3)):  # neither is a multiple of what a processor computes at once
+    for block, processors in (
+        (61, 1),
+        (999, 3),
+    ):  # neither is a multiple of what a processor computes at once
         monkeypatch.setattr(models, "BLOCK", block)
         monkeypatch.setattr(os, "cpu_count", lambda count=processors: count)
         same_bytes(measured_merge(zoo, method, tmp_path / "s"), want)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from mergecli.engine import merge
 from mergecli.errors import InputError, UsageError
 from mergecli.sweeping import merge_sweep, points_of
-from tests.support.adapted_world import SHORT, AdaptedWorld, learn, make_adapted_world, stopping
 from tests.conftest import assert_same
+from tests.support.adapted_world import SHORT, AdaptedWorld, learn, make_adapted_world, stopping
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.methods.reference._weights import Weights
 
+
 @dataclass(frozen=True)
 class Sight:
     """What a merged tower is judged by."""

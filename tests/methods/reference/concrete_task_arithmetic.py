@@ -27,6 +27,4 @@ def concrete_task_arithmetic(
         optimizer.step()
         entropies.append(each)
     with torch.no_grad():
-        return Found(
-            weighted(base, deltas, c, kept(logits, temperature, mask)), c, logits, entropies
-        )
+        return Found(weighted(base, deltas, c, kept(logits, temperature, mask)), c, logits, entropies)

@@ -1,21 +1,26 @@
-"""Representation surgery on features made by hand."""
+"""Representation surgery: on features made by hand, and of a merged CLIP."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mergecli import methods
+from mergecli.engine import merge
 from mergecli.errors import InputError
-from mergecli.methods._kinds import uniform
 from mergecli.methods.representation_surgery import DOWN, UP, RepresentationSurgery
-from tests.golden import naive_surgery
+from tests.conftest import Weights
+from tests.methods.reference.representation_surgery import batches, representation_surgery, start
+from tests.support.image_zoo import CLASSES, Zoo
+
+VISION = "vision_model."
 
 
 def surgery(**settings: Any) -> RepresentationSurgery:
@@ -29,21 +34,6 @@ def unit(count: int, size: int, seed: int) -> Tensor:
     return rows / rows.norm(dim=-1, keepdim=True)
 
 
-def start(rank: int, size: int, task: str, seed: int) -> Tensor:
-    return (2 * uniform(seed, DOWN, task, 0, rank * size).view(rank, size) - 1) / math.sqrt(size)
-
-
-def batches(count: int, size: int, steps: int, task: str, seed: int) -> Iterator[Tensor]:
-    """All images in the order of random numbers, and again."""
-
-    def rounds() -> Iterator[Tensor]:
-        for epoch in itertools.count():
-            order = uniform(seed, "surgery.batches", f"{task} {epoch}", 0, count).argsort()
-            yield from order.split(size)
-
-    return itertools.islice(rounds(), steps)
-
-
 def corrected(method: RepresentationSurgery, down: Tensor, up: Tensor, features: Tensor) -> Tensor:
     """What a file with these two tensors for its second task makes of features."""
     file = {DOWN: torch.stack([down + 1, down]), UP: torch.stack([up - 1, up])}
@@ -51,12 +41,14 @@ def corrected(method: RepresentationSurgery, down: Tensor, up: Tensor, features:
 
 
 @pytest.mark.parametrize("shape", [(50, 8, 4, 16), (7, 24, 16, 16), (40, 8, 1, 5)])
-def test_it_equals_the_naive_one(shape: tuple[int, int, int, int]) -> None:
+def test_a_correction_equals_the_one_that_autograd_and_torchs_own_adam_learn(
+    shape: tuple[int, int, int, int],
+) -> None:
     count, size, rank, batch = shape
     features, wanted = unit(count, size, 1), unit(count, size, 2)
     method = surgery(rank=rank, steps=60, batch_size=batch, learning_rate=1e-2, feature_size=size)
     down, up, losses = method.learn(features, wanted, "a", 3)
-    module, want = naive_surgery.representation_surgery(
+    module, want = representation_surgery(
         features, wanted, start(rank, size, "a", 3), batches(count, batch, 60, "a", 3), 1e-2
     )
     # steps of 1e-2 are rounded to 1e-9, sixty times over
@@ -126,3 +118,52 @@ def test_features_of_another_size_are_refused() -> None:
     down, up, _ = method.learn(unit(1, 8, 0), unit(1, 8, 0), "a", 0)
     with pytest.raises(InputError, match="is of features of size 8, the base's have 9"):
         corrected(method, down, up, unit(3, 9, 0))
+
+
+@pytest.fixture(scope="module")
+def merged(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tower merged from all of the zoo's."""
+    output = tmp_path_factory.mktemp("merged") / "merged.safetensors"
+    merge(zoo.folder / "zoo.toml", method="task_arithmetic", output=output)
+    return output
+
+
+def operate(zoo: Zoo, tower: Path, output: Path, **settings: Any) -> Weights:
+    """The file that surgery on a tower writes."""
+    short = {"steps": 12, "batch_size": 5, "rank": 3, "learning_rate": 1e-2, "merged": str(tower)}
+    recipe = zoo.folder / "zoo.toml"
+    merge(recipe, method="representation_surgery", settings={**short, **settings}, output=output)
+    return load_file(output)
+
+
+def features(zoo: Zoo, weights: Weights, pixels: Tensor) -> Tensor:
+    """(N, D) unit features that a tower with these weights gives."""
+    clip = zoo.clip()
+    clip.tower.load_state_dict({name.removeprefix(VISION): value for name, value in weights.items()})
+    found = clip.model.get_image_features(pixel_values=pixels).pooler_output
+    return found / found.norm(dim=-1, keepdim=True)
+
+
+@pytest.mark.usefixtures("own_store")
+def test_surgery_on_a_merged_clip_learns_the_correction_of_each_tasks_features(
+    zoo: Zoo, merged: Path, tmp_path: Path
+) -> None:
+    file, tower = operate(zoo, merged, tmp_path / "s.safetensors", split="train"), load_file(merged)
+    assert file[DOWN].shape == (3, 3, 8)
+    for place, task in enumerate(CLASSES):
+        pixels = zoo.pixels(task, 100, shuffle=False)
+        own, given = features(zoo, zoo.tuned[task], pixels), features(zoo, tower, pixels)
+        rows = batches(len(pixels), 5, 12, task, 0)
+        module, _ = representation_surgery(given, own, start(3, 8, task, 0), rows, 1e-2)
+        # features differ by 1e-7, and a step is their gradient over its own size
+        torch.testing.assert_close(file[UP][place], module.up.weight.detach(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(file[DOWN][place], module.down.weight.detach(), rtol=0, atol=1e-5)
+    for name, value in tower.items():
+        assert file[name].equal(value)
+
+
+@pytest.mark.usefixtures("own_store")
+def test_a_merged_tower_that_is_a_tasks_own_is_left_alone_on_that_task(zoo: Zoo, tmp_path: Path) -> None:
+    up = operate(zoo, zoo.folder / "a.safetensors", tmp_path / "s.safetensors")[UP]
+    assert not up[0].any()
+    assert up[1:].abs().amax((1, 2)).min() > 1e-3
