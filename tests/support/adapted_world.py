@@ -72,7 +72,7 @@ def images_of(world: AdaptedWorld, name: str, split: str = "test") -> Sequence[o
 
 
 def learn(world: AdaptedWorld, folder: Path, method: str = "ada_merging", **more: Any) -> bytes:
-    """The bytes of the file of what was learnt."""
+    """The bytes of the file of what was learned."""
     known = ("progress", "coefficients", "trace", "plot", "tensorboard", "changes")
     given = {key: more.pop(key) for key in known if key in more}
     file = folder / "learnt.safetensors"

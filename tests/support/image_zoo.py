@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,15 +40,21 @@ class Zoo:
     tuned: Mapping[str, dict[str, Tensor]]
 
     def clip(self) -> Clip:
-        """The CLIP, loaded anew."""
-        return load_clip(self.folder / "clip")
+        """The CLIP, as it was saved, to be changed at will."""
+        loaded = _load(self.folder / "clip")
+        return dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))
 
     def pixels(self, task: str, examples: int, *, shuffle: bool) -> Tensor:
         """(B, 3, H, W) the training images of a task that a method looks at."""
         images = load_images(find(task, self.recipe), "train")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.recipe.seed))
         rows = order.tolist() if shuffle else range(len(images))
-        return pixels(self.clip(), [images[row][0] for row in list(rows)[:examples]])
+        return pixels(_load(self.folder / "clip"), [images[row][0] for row in list(rows)[:examples]])
+
+
+@functools.cache
+def _load(folder: Path) -> Clip:
+    return load_clip(folder)
 
 
 def make_zoo(folder: Path) -> Zoo:

@@ -22,13 +22,14 @@ def della(
             delta = model[name] - value
             rows = delta.flatten(1) if delta.dim() > 1 else delta.reshape(1, -1)
             noise = uniform(name, f"t{number}", value).reshape(rows.shape)
-            new = torch.zeros_like(rows)
-            for row, drawn, out in zip(rows, noise, new, strict=True):
-                ranked = sorted(range(len(row)), key=lambda at: -abs(float(row[at])))
-                for rank, at in enumerate(ranked):
+            new: list[float] = []
+            for row, drawn in zip(rows.tolist(), noise.tolist(), strict=True):
+                out = [0.0] * len(row)
+                for rank, at in enumerate(sorted(range(len(row)), key=lambda at: -abs(row[at]))):
                     drop = drop_rate - window / 2 + window * rank / len(row)
                     out[at] = row[at] / (1 - drop) if drawn[at] >= drop else 0
-            kept.append(new.reshape(value.shape))
+                new += out
+            kept.append(torch.tensor(new).reshape(value.shape))
         stacked = torch.stack(kept)
         if elect:
             stacked = torch.where(stacked.sign() == stacked.sum(0).sign(), stacked, 0)
