@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.adapted import AdaptedWorld, make_adapted_world
 from tests.conftest import Run
+from tests.support.adapted_world import AdaptedWorld, make_adapted_world
 
 SHORT = ["--set", "method.batch_size=3", "--set", "method.learning_rate=0.01"]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from mergecli.training.finetune import finetune
 from tests.conftest import Run, assert_same
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 SHORT = ["--steps", "8", "--learning-rate", "1e-3", "--seed", "3"]
 

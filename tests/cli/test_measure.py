@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run
-from tests.looking import make_zoo
+from tests.support.image_zoo import make_zoo
 
 FEW = ("--set", "method.examples=8", "--set", "method.batch_size=4")
 
