@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences
 from mergecli.storage.metadata import model_folder_files
 from mergecli.storage.safetensors_writer import save_tensors
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -116,11 +113,6 @@ def set_tower(clip: Clip, checkpoint: Checkpoint) -> None:
                 if base is not None:
                     value += base.read(VISION + name).to(torch.float32)
                 tensor.copy_(value)
-
-
-def pixels(clip: Clip, images: Sequence[Image]) -> Tensor:
-    """(B, 3, H, W) float32: the images resized, cropped and normalised as the checkpoint's own config says."""
-    return clip.processor(images=list(images), return_tensors="pt")["pixel_values"].to(torch.float32)
 
 
 def features(clip: Clip, pixel_values: Tensor) -> Tensor:

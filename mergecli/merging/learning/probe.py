@@ -129,7 +129,7 @@ class Laboratory:
         self, subjects: Sequence[Subject], folder: Path, tell: Callable[[int, int], None]
     ) -> Generator[tuple[str, Tensor]]:
         from mergecli.clip.model import set_tower
-        from mergecli.data.selection import drawn
+        from mergecli.data.images import drawn
 
         method, models = self._method, self._models
         seed = self._seed if method.shuffle else None
