@@ -1,16 +1,15 @@
-"""What recipes and sources need of hubs."""
+"""What recipes and sources require of hubs."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mergecli.data import tasks
 from mergecli.data.splits import VALIDATION_NAMES
-from mergecli.hub import wanted as wanted_by
-from mergecli.recipe.lock import Entry, Key, Lock, key_of, lock_of
+from mergecli.recipe.lock import Key, Lock, LockedSource, key_of, lock_of
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import UsageError, did_you_mean, listed
@@ -23,7 +22,7 @@ PLATFORMS = {"hf": "hf", "huggingface": "hf", "ms": "ms", "modelscope": "ms"}
 
 
 @dataclass(frozen=True)
-class Need:
+class Requirement:
     """One source, and what of it is used."""
 
     source: Source
@@ -34,6 +33,11 @@ class Need:
     """For data sets: splits that must be there."""
     wanted: tuple[str, ...] = ()
     """For data sets: splits that are taken if they are there."""
+
+    @property
+    def key(self) -> Key:
+        """What its source is found by in a lock."""
+        return key_of(self.source)
 
 
 def named(source: Source) -> str:
@@ -52,7 +56,7 @@ def platform_of(name: str | None) -> str | None:
     return PLATFORMS[name.lower()] if name else None
 
 
-def sought(source: Source, platform: str | None) -> Source:
+def on_platform(source: Source, platform: str | None) -> Source:
     """The source as it is called on the platform; `ms:` sources stay where they are."""
     plain = Source(source.kind, source.name, source.revision, inside=source.inside, is_data=source.is_data)
     if platform == "ms" and source.kind == "hf":
@@ -69,39 +73,38 @@ def parse(text: str) -> Source:
     return parse_source(text, Path())
 
 
-def of_source(source: Source) -> Need:
+def of_source(source: Source) -> Requirement:
     """What a source named by itself needs; of a data set all the usual splits."""
-    return Need(source, wanted=("train", "test", *VALIDATION_NAMES) if source.is_data else ())
+    return Requirement(source, wanted=("train", "test", *VALIDATION_NAMES) if source.is_data else ())
 
 
-def of_recipe(recipe: Recipe, only: Sequence[str]) -> list[Need]:
-    """What a recipe needs: base, models and adapters, and the data of its tasks; toys and paths need nothing."""
-    found: list[Need] = []
+def of_recipe(recipe: Recipe, only: Sequence[str]) -> list[Requirement]:
+    """What a recipe needs: base, models and adapters, and the data of its tasks."""
+    found: list[Requirement] = []
     if "models" in only:
         for source in (*([recipe.base] if recipe.base else []), *recipe.tuned.values()):
-            found += [Need(each) for each in (source, source.adapter) if each]
+            found += [Requirement(each) for each in (source, source.adapter) if each]
     if "data" in only:
         for name in tasks.expand(recipe.eval_tasks, recipe) if recipe.eval_tasks else _tasks_of(recipe):
             task = tasks.find(name, recipe)
             found.append(
-                Need(
+                Requirement(
                     replace(task.data, is_data=True), task.config, (task.split,),
                     (task.train_split, *recipe.splits, *VALIDATION_NAMES),
                 )
             )  # fmt: skip
-    return merged(found)
+    return combined(found)
 
 
-def merged(needs: Iterable[Need]) -> list[Need]:
-    """One need for each source, in order, with the splits of all."""
-    found: dict[Key, Need] = {}
-    for need in needs:
-        key = key_of(need.source)
-        before = found.get(key, need)
-        found[key] = replace(
-            need,
-            splits=tuple(dict.fromkeys((*before.splits, *need.splits))),
-            wanted=tuple(dict.fromkeys((*before.wanted, *need.wanted))),
+def combined(requirements: Iterable[Requirement]) -> list[Requirement]:
+    """One requirement for each source, in order, with the splits of all."""
+    found: dict[Key, Requirement] = {}
+    for each in requirements:
+        before = found.get(each.key, each)
+        found[each.key] = replace(
+            each,
+            splits=tuple(dict.fromkeys((*before.splits, *each.splits))),
+            wanted=tuple(dict.fromkeys((*before.wanted, *each.wanted))),
         )
     return list(found.values())
 
@@ -116,99 +119,84 @@ def _tasks_of(recipe: Recipe) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """One argument: what it needs, and its lock."""
+class Request:
+    """One argument: what it requires, and its lock."""
 
-    needs: list[Need]
+    requirements: list[Requirement]
     """Paths and toys too."""
     recipe: Recipe | None = None
     lock: Lock | None = None
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Requests:
     """All arguments."""
 
-    each: tuple[Wish, ...]
-    needs: dict[Key, Need] = field(default_factory=dict[Key, Need])
+    each: tuple[Request, ...]
+    requirements: dict[Key, Requirement] = field(default_factory=dict[Key, Requirement])
     """What hubs are needed for, each source once."""
-    locked: dict[Key, Entry] = field(default_factory=dict[Key, Entry])
+    locked: dict[Key, LockedSource] = field(default_factory=dict[Key, LockedSource])
     """What the locks say of them."""
 
 
-def gathered(
+def gather(
     given: Sequence[str | Path | Recipe],
     changes: Sequence[str],
     only: Sequence[str],
     locked: bool,
     platform: str | None,
-) -> Wishes:
-    """What the arguments need.
+) -> Requests:
+    """What the arguments require.
 
     Raises:
         UsageError: an argument is wrong, or `locked` is set and a lock is missing, lacks a source, or differs from
             another about it.
     """
-    wishes = tuple(_wish(each, changes, only, locked) for each in given)
-    entries: dict[Key, Entry] = {}
-    problems: list[UsageError] = []
-    for wish in wishes:
-        known = wish.lock.entries if wish.lock else {}
-        for need in wish.needs:
-            key = key_of(need.source)
-            if need.source.kind not in HUBS:
-                continue
-            try:
-                entry = locked_entry(need, known, platform) if locked else known.get(key)
-            except UsageError as error:
-                problems.append(error)
-                continue
-            if entry and locked and entries.get(key, entry).commit != entry.commit:
-                raise UsageError(
-                    f"--locked: the recipes' locks have {wanted_by.named(need.source)} at different commits"
-                )
-            if entry:
-                entries[key] = entry
-    if problems:
-        lines = [each.message for each in problems]
-        raise UsageError(
-            "--locked: " + (lines[0] if len(lines) == 1 else "\n" + listed(lines, 20)), problems[0].hint
-        )
-    every = wanted_by.merged(need for wish in wishes for need in wish.needs)
-    return Wishes(wishes, {key_of(need.source): need for need in every if need.source.kind in HUBS}, entries)
+    requests = tuple(_request(each, changes, only, locked) for each in given)
+    pairs = [
+        (requirement, request.lock or Lock())
+        for request in requests
+        for requirement in request.requirements
+        if requirement.source.kind in HUBS
+    ]
+    if locked:
+        _check_locked(pairs, platform)
+    sources = {each.key: found for each, lock in pairs if (found := lock.sources.get(each.key))}
+    return Requests(requests, {each.key: each for each in combined(each for each, _ in pairs)}, sources)
 
 
-def _wish(each: str | Path | Recipe, changes: Sequence[str], only: Sequence[str], locked: bool) -> Wish:
+def _request(each: str | Path | Recipe, changes: Sequence[str], only: Sequence[str], locked: bool) -> Request:
     if not isinstance(each, Recipe) and Path(each).suffix != ".toml":
         if locked:
             raise UsageError(f"--locked: `{each}` has no lock", "only recipes have one")
-        return Wish([wanted_by.of_source(wanted_by.parse(str(each)))])
+        return Request([of_source(parse(str(each)))])
     recipe = recipe_of(each, changes=changes)
-    needs = wanted_by.of_recipe(recipe, only)
+    requirements = of_recipe(recipe, only)
     lock = lock_of(recipe)
-    if locked and lock is None and any(need.source.kind in HUBS for need in needs):
+    if locked and lock is None and any(each.source.kind in HUBS for each in requirements):
         raise UsageError(
             f"--locked: {recipe.path or 'the recipe'} has no lock",
             "`mergecli fetch` without `--locked` writes one",
         )
-    return Wish(needs, recipe, lock)
+    return Request(requirements, recipe, lock)
 
 
-def locked_entry(need: Need, lock: Mapping[tuple[bool, str], Entry], platform: str | None) -> Entry:
-    """The lock's entry for a need.
-
-    Raises:
-        UsageError: it has none, or one of another platform than the one asked for.
-    """
-    entry = lock.get((need.source.is_data, str(need.source)))
-    if entry is None:
+def _check_locked(pairs: Sequence[tuple[Requirement, Lock]], platform: str | None) -> None:
+    """Raises UsageError unless each requirement is in its lock, on the platform asked for, and all locks agree."""
+    problems: list[tuple[str, str]] = []
+    commits: dict[Key, str] = {}
+    for each, lock in pairs:
+        found = lock.sources.get(each.key)
+        if found is None:
+            hint = "`mergecli fetch` without `--locked` adds it"
+            problems.append((f"{named(each.source)}: is not in the lock", hint))
+        elif platform and found.origin.kind != platform and each.source.kind == "hf":
+            what = f"the lock has it from {HUBS[found.origin.kind]}, whose commits {HUBS[platform]} does not know"
+            problems.append((f"{named(each.source)}: {what}", "leave out `--platform`, or `--locked`"))
+        elif commits.setdefault(each.key, found.commit) != found.commit:
+            raise UsageError(f"--locked: the recipes' locks have {named(each.source)} at different commits")
+    if problems:
+        lines = [what for what, _ in problems]
         raise UsageError(
-            f"{wanted_by.named(need.source)}: is not in the lock",
-            "`mergecli fetch` without `--locked` adds it",
+            "--locked: " + (lines[0] if len(lines) == 1 else "\n" + listed(lines, 20)), problems[0][1]
         )
-    if platform and entry.origin.kind != platform and need.source.kind == "hf":
-        raise UsageError(
-            f"{wanted_by.named(need.source)}: the lock has it from {HUBS[entry.origin.kind]}, whose commits {HUBS[platform]} does not know",
-            "leave out `--platform`, or `--locked`",
-        )
-    return entry
