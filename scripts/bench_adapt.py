@@ -104,11 +104,13 @@ def measure(folder: Path, method: str, changes: list[str], steps: int, alone: bo
     from mergecli.merging.learning.adaptation_loop import Adaptation
     from mergecli.merging.models import open_models
     from mergecli.merging.outputs import Output
-    from mergecli.recipe.reading import recipe_from
+    from mergecli.recipe.reading import recipe_of
     from mergecli.runtime.distributed import Ranks
 
     sources = {name: folder / f"{name}.safetensors" for name in TASKS}
-    recipe = recipe_from(folder / "base", sources, [f"method.{each}" for each in changes], method, {})
+    recipe = recipe_of(
+        sources, base=folder / "base", method=method, changes=[f"method.{each}" for each in changes]
+    )
     output = Output.of(recipe, folder / "merged.safetensors")
     with ExitStack() as stack, torch.no_grad():
         models = open_models(recipe, stack, needs="base")

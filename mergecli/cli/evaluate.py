@@ -144,7 +144,7 @@ def evaluate(
         raise UsageError(f"--min-average: expected a fraction from 0 to 1, got {min_average:g}")
     console.check_format(form)
     from mergecli.evaluation.evaluate import evaluate
-    from mergecli.recipe.reading import read_recipe
+    from mergecli.recipe.reading import recipe_of
     from mergecli.results.report import accuracy_table
     from mergecli.storage.sources import named_sources
 
@@ -156,7 +156,7 @@ def evaluate(
         raise UsageError("--severity: there is no corruption", "name one with `--corruption`")
     if changes and recipe is None:
         raise UsageError("--set: there is no recipe to change", "name one with `--recipe`")
-    known = read_recipe(recipe, changes or [], method) if recipe else None
+    known = recipe_of(recipe, method=method, changes=changes or []) if recipe else None
     named = tasks.split(",") if tasks else None
     floors = floors_of(min_task or [], named, known) if min_task else {}
     swept = {"--method": method, "--select": select, "--keep": keep, "--plot": plot}

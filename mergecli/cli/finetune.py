@@ -76,11 +76,11 @@ def finetune(
         raise UsageError(f"--schedule: expected cosine or constant, got `{schedule}`")
     if recipe is None and base is None:
         raise UsageError("there is no base to start from", "name a recipe, or the base with `--base`")
-    from mergecli.recipe.reading import read_recipe
+    from mergecli.recipe.reading import recipe_of
     from mergecli.runtime.distributed import is_first
     from mergecli.training.finetune import finetune
 
-    known = read_recipe(recipe, changes or []) if recipe else None
+    known = recipe_of(recipe, changes=changes or []) if recipe else None
     with console.progress() as progress, _telling(output):
         done = finetune(
             known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,

@@ -17,21 +17,20 @@ from mergecli.formats.lora_files import PLAIN, base_name, check_adapter_folder
 from mergecli.merging.models import open_models
 from mergecli.methods._base import Group
 from mergecli.methods._svd import decompose
-from mergecli.recipe.reading import recipe_from
+from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
 from mergecli.runtime.errors import UsageError
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import expect_finite, refuse_inputs, whole_folder
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.metadata import about, inputs_of
-from mergecli.storage.safetensors_format import DTYPE_BYTES, TORCH_NAMES
+from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES
 from mergecli.storage.safetensors_writer import SafetensorsWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _NAME = "tuned"
-_SAFETENSORS = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def extract(
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES[1:])}, got `{dtype}`")
     target = Path(output)
     check_adapter_folder(target)
-    recipe = recipe_from(base, {_NAME: str(source)})
+    recipe = recipe_of({_NAME: str(source)}, base=base)
     with ExitStack() as stack:
         models = open_models(recipe, stack, needs="deltas")
         refuse_inputs(target, models.paths)
@@ -121,7 +120,7 @@ def extract(
             error_of_modules=f"{error_of_modules:.6g}",
         )  # fmt: skip
         tensors = {key: factor for module, change in found.items() for key, factor in _keys(module, change)}
-        layout = {key: (_SAFETENSORS[dtype], tuple(factor.shape)) for key, factor in tensors.items()}
+        layout = {key: (SAFETENSORS_NAMES[dtype], tuple(factor.shape)) for key, factor in tensors.items()}
         expect_finite(tensors, target, "look at the model with `mergecli info`")
         with whole_folder(target) as folder:
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

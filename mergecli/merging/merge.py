@@ -21,13 +21,13 @@ from mergecli.merging.models import Models, Passes, open_models
 from mergecli.merging.outputs import Output, cast
 from mergecli.methods._base import Group, Method, TwoPass
 from mergecli.methods._mixture import extra_values, outcomes
-from mergecli.recipe.reading import read_recipe, recipe_from, with_method
+from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.distributed import is_first
-from mergecli.runtime.errors import UsageError, quoted, shown
+from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.progress import Progress
 from mergecli.storage.metadata import inputs_of
-from mergecli.storage.safetensors_writer import parse_size
+from mergecli.storage.sizes import parse_size
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,7 @@ def merge(
     Raises:
         UsageError: the recipe is wrong. InputError: a model is missing, damaged, or does not fit the others.
     """
-    if isinstance(recipe, Mapping):
-        recipe = recipe_from(base, recipe, changes, method, settings)
-    elif isinstance(recipe, Recipe):
-        recipe = with_method(recipe, method, settings, changes)
-    else:
-        more = [f"method.{key}={shown(value)}" for key, value in (settings or {}).items()]
-        recipe = read_recipe(recipe, [*more, *changes], method)
+    recipe = recipe_of(recipe, base=base, method=method, settings=settings, changes=changes)
     given = (statistics, coefficients, save_coefficients, trace, plot, tensorboard)
     learning = Learning(*(None if each is None else Path(each) for each in given))
     points = {Path(output): recipe}
@@ -110,7 +104,7 @@ def merge_points(
     Every pass over the models serves all of them, and surveys are shared where their settings are the same.
     """
     outputs = [Output.of(recipe, target) for target, recipe in points.items()]
-    size = parse_size(shard_size) if shard_size is not None else None
+    size = parse_size(shard_size, "--shard-size", least=1) if shard_size is not None else None
     for each in outputs:
         if size is not None and each.target.suffix:
             raise UsageError(

@@ -13,7 +13,8 @@ from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.errors import UsageError
 from mergecli.storage.atomic import refuse_inputs
-from mergecli.storage.sources import Source, locate, parse_source
+from mergecli.storage.sources import Source, parse_source
+from mergecli.storage.store import locate
 from mergecli.training.output import Product
 from mergecli.training.settings import LowRank, Settings, check_output, last_good, modules_of
 from mergecli.training.trace import Records, trace_table
@@ -218,10 +219,10 @@ def _subjects(
 ) -> tuple[Source, list[Lesson]]:
     """The base, and what it is to learn."""
     from mergecli.data.tasks import expand, find
-    from mergecli.recipe.reading import read_recipe
+    from mergecli.recipe.reading import recipe_of
     from mergecli.training.data import Lesson
 
-    known = read_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
+    known = recipe_of(recipe) if recipe is not None else None
     chosen = [find(name, known) for name in expand([task] if isinstance(task, str) else task, known)]
     if not chosen:
         raise UsageError("no task to learn", "name at least one")

@@ -19,7 +19,7 @@ from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.errors import InputError, listed, shown
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import about, table_differences
-from mergecli.storage.sources import home, locate
+from mergecli.storage.store import home, locate
 
 if TYPE_CHECKING:
     from torch import Tensor

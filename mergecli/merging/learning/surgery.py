@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
-from mergecli.clip.pixels import piece_of
+from mergecli.clip.pixels import micro_batch_size
 from mergecli.formats.mixture import mixture_of
 from mergecli.formats.opening import open_source
 from mergecli.merging.learning.files import KIND, Learning, Lesson, finite, read_learnt, share, write_learnt
@@ -29,7 +29,8 @@ from mergecli.runtime.errors import InputError, UsageError
 from mergecli.runtime.progress import Progress
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import about
-from mergecli.storage.sources import Source, home, locate, parse_source
+from mergecli.storage.sources import Source, parse_source
+from mergecli.storage.store import home, locate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -286,7 +287,9 @@ class Surgery:
             return result
         set_tower(clip, tower)
         with torch.no_grad():
-            for batch in batches(clip, images, piece_of(clip) if clip.device.type == "cpu" else DEVICE_PIECE):
+            for batch in batches(
+                clip, images, micro_batch_size(clip) if clip.device.type == "cpu" else DEVICE_PIECE
+            ):
                 image = features(clip, batch).float()
                 result[done : done + len(batch)] = image / image.norm(dim=-1, keepdim=True)
                 done += len(batch)

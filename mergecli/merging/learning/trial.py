@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from mergecli.clip.preprocessing import Normalisation
+from mergecli.clip.preprocessing import Normalization
 from mergecli.methods._adapted import entropy
 from mergecli.methods._base import uniform
 from mergecli.methods._mixture import Installed
@@ -87,7 +87,7 @@ class TowerTrial:
         """
         self.tasks, self.base, self.deltas = tasks, base, deltas
         self._clip, self._seen, self._size, self._seed, self._ranks = clip, seen, size, seed, ranks
-        self._normalised = Normalisation(clip)
+        self._normalised = Normalization(clip)
         self._installed, self._together, self._given = installed, together, given
         own = {VISION + name: each for name, each in clip.tower.named_parameters()}
         found = own if installed is None else installed.parameters
