@@ -148,7 +148,7 @@ def mixture_of(stored: Checkpoint) -> OpenMixture:
 def _own_names(stored: Checkpoint, method: Mixture, tasks: int) -> list[str]:
     """The names of the shared tensors, once it is known that every tensor of the file is what it should be."""
     shapes = {name: entry.shape for name, entry in stored.entries.items()}
-    extras = {key for key in shapes if key.startswith(_PREFIXES)}
+    extras = {key for key in shapes if key.startswith(methods.key_prefixes())}
     own = [name for name in shapes if name not in extras]
     floats = {name: shapes[name] for name in own if stored.entries[name].is_float}
     wanted: dict[str, Part] = {}
@@ -174,27 +174,13 @@ def _own_names(stored: Checkpoint, method: Mixture, tasks: int) -> list[str]:
     return own
 
 
-_PREFIXES = (
-    "experts.",
-    "masks.",
-    "unified.",
-    "summed.",
-    "left.",
-    "right.",
-    "deltas.",
-    "rescalers",
-    "router.",
-    "surgery.",
-)
-"""What keys begin with that are no names of a tower's tensors."""
-
-
 def check_names(names: Iterable[str], whose: Path) -> None:
     """Raises InputError if a tower has tensors whose names a mixture has for others."""
-    if taken := [name for name in names if name.startswith(_PREFIXES)]:
+    prefixes = methods.key_prefixes()
+    if taken := [name for name in names if name.startswith(prefixes)]:
         raise InputError(
             f"{whose}: {quoted(taken)}: expected names that do not begin as a mixture's own tensors do",
-            f"those begin with {quoted(_PREFIXES)}: rename the tensors, or choose a method that writes one tower",
+            f"those begin with {quoted(prefixes)}: rename the tensors, or choose a method that writes one tower",
         )
 
 

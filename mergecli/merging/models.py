@@ -68,6 +68,11 @@ class Models:
         return [name for name, entry in self.reference.entries.items() if entry.is_float]
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the tensors that are merged."""
+        return {name: self.reference.entries[name].shape for name in self.floats}
+
+    @property
     def others(self) -> list[str]:
         """Names of the tensors that are copied."""
         return [name for name, entry in self.reference.entries.items() if not entry.is_float]
@@ -237,7 +242,7 @@ def check_fit(models: Models) -> None:
 
 
 @dataclass
-class Passes:
+class ModelPasses:
     """Passes over the models, as a method's `survey` asks for them, which tell how far they are."""
 
     models: Models

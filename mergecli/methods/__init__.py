@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergecli.methods._base import Looking, Method, PerTensor, TwoPass
+from mergecli.methods._base import DataDriven, Method, PerTensor, TwoPass
 from mergecli.methods._mixture import Mixture
 from mergecli.methods._modifier import Modifier
 from mergecli.methods._settings import Setting, setting_problems, settings_of, settled
 from mergecli.runtime.errors import UsageError, did_you_mean
 
 __all__ = [
-    "Looking", "Method", "Modifier", "PerTensor", "Setting", "TwoPass", "create", "find", "name_of", "names", "problems", "settings", "table_of",
+    "DataDriven", "Method", "Modifier", "PerTensor", "Setting", "TwoPass", "create", "find", "key_prefixes", "name_of", "names", "problems", "settings", "table_of",
 ]  # fmt: skip
 
 
@@ -44,6 +45,13 @@ def find(name: str) -> type[Method]:
     return method
 
 
+@functools.cache
+def key_prefixes() -> tuple[str, ...]:
+    """What keys begin with, in files of any method, that are no names of a tower's tensors; sorted."""
+    kinds = [find(name) for name in names()]
+    return tuple(sorted({each for kind in kinds if issubclass(kind, Mixture) for each in kind.prefixes}))
+
+
 def settings(name: str) -> dict[str, Setting]:
     """The settings of the method called `name`, with types, defaults and documentation."""
     return settings_of(find(name))
@@ -62,7 +70,7 @@ def problems(
         return [("name", error.message)]
     found = setting_problems(method, values)
     for key, inner in _inner(method, values).items():
-        if inner["name"] in names() and issubclass(find(inner["name"]), Looking):
+        if inner["name"] in names() and issubclass(find(inner["name"]), DataDriven):
             found.append(
                 (f"{key}.name", f"`{inner['name']}` looks at images, and cannot be changed by another method")
             )
@@ -104,7 +112,7 @@ def name_of(method: Method) -> str:
 def table_of(method: Method, without: Collection[str] = ()) -> dict[str, Any]:
     """The method's settings, defaults included, as a recipe writes them, but for those of some names and those that no
     number depends on: other methods as tables with their name."""
-    left_out = {*without, *method.unrecorded}
+    left_out = {*without, *method.not_recorded}
     fields = [field.name for field in dataclasses.fields(method) if field.name not in left_out]
     values = {name: getattr(method, name) for name in fields}
     return {

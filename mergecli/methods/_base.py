@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
@@ -157,10 +157,12 @@ class Method:
     """What costs more than reading the models, if anything does."""
     looks_at: ClassVar[str] = "no images"
     """Which images must be there."""
-    late: ClassVar[frozenset[str]] = frozenset({"scaling_factor"})
-    """Settings that `survey` does not look at: merges that differ in nothing else share one survey."""
-    unrecorded: ClassVar[frozenset[str]] = frozenset()
-    """Settings that no number depends on; results do not say them."""
+    published: ClassVar[str] = ""
+    """The method's row in the published tables; `{setting}` stands for what a setting says, capitalized."""
+    merge_time: ClassVar[frozenset[str]] = frozenset({"scaling_factor"})
+    """Settings that only `merge` reads: methods that differ in nothing else share one survey, or what was learned."""
+    not_recorded: ClassVar[frozenset[str]] = frozenset()
+    """Settings that no number depends on; results do not record them."""
 
     @property
     def by_blocks(self) -> bool:
@@ -204,18 +206,25 @@ class TwoPass(Method):
 
 
 @dataclass(frozen=True)
-class Looking(Method):
-    """Methods that look at images before they merge, and keep what they learnt as files; see `_calibrated` and
-    `_adapted`."""
+class DataDriven(Method):
+    """Methods that look at images before they merge, and keep what they learned as files.
 
-    def merge(self, group: Group, learnt: Any, /) -> Tensor:
-        """(...) the merged weights of the group's tensor, float32."""
+    `_calibrated` has those that keep statistics, a file a task; `_learned` those that keep one file for all tasks.
+    """
+
+    kept_as: ClassVar[Literal["statistics", "coefficients"]]
+    """The kind of those files, which says which options of `merge` name them."""
+    needs_head: ClassVar[bool] = False
+    """Whether logits are looked at, so that class names and prompts matter."""
+
+    def merge(self, group: Group, learned: Any, /) -> Tensor:
+        """(...) the merged weights of the group's tensor, float32; `learned` is what the files hold."""
         raise NotImplementedError
 
 
 def merge_group(method: Method, group: Group, surveyed: Any) -> Tensor:
     """(...) the merged weights of one group by a method of any kind."""
-    if isinstance(method, TwoPass | Looking):
+    if isinstance(method, TwoPass | DataDriven):
         return method.merge(group, surveyed)
     assert isinstance(method, PerTensor)
     return method.merge(group)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
-from mergecli.methods._base import Group, Looking, total
+from mergecli.methods._base import DataDriven, Group, total
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Tensor -> dtype (as safetensors call it) and shape, of everything that is measured."""
 
 
-class States(Protocol):
+class Activations(Protocol):
     """The activations of all images of a task between two layers, (B, S, D) a batch; kept on disk."""
 
     def look(self, layer: Module, /) -> None:
@@ -52,7 +52,7 @@ class Probe(Protocol):
         """Name and module of each transformer layer, from the first to the last."""
         ...
 
-    def states(self, size: int, /) -> States:
+    def activations(self, size: int, /) -> Activations:
         """What goes into the first layer, `size` images at a time."""
         ...
 
@@ -82,7 +82,7 @@ class JointProbe(Protocol):
         """Name and module of each transformer layer, from the first to the last."""
         ...
 
-    def states(self, task: int, size: int, /) -> States:
+    def activations(self, task: int, size: int, /) -> Activations:
         """What goes into the first layer for the images of a task, with the model's weights of now."""
         ...
 
@@ -101,16 +101,14 @@ class Statistics(Protocol):
 
 
 @dataclass(frozen=True)
-class Calibrated(Looking):
+class Calibrated(DataDriven):
     """What methods share that measure first; statistics are measured once a task and kept as files."""
 
-    looks_at: ClassVar[str] = "training images of every task, unlabelled"
+    kept_as = "statistics"
+    looks_at: ClassVar[str] = "training images of every task, unlabeled"
     joint: ClassVar[bool] = False
     """Whether all tasks are measured together, so that there is one file of statistics."""
-    needs_head: ClassVar[bool] = False
-    """Whether logits are looked at, so that class names and prompts matter."""
-    late: ClassVar[frozenset[str]] = frozenset({"exclude"})
-    """Settings that the statistics do not depend on: they can be changed without measuring again."""
+    merge_time: ClassVar[frozenset[str]] = frozenset({"exclude"})
 
     examples: Annotated[int, Range(1)] = 256
     """Images of each task that are looked at, without labels; all where a task has fewer."""
@@ -150,7 +148,7 @@ class Calibrated(Looking):
         """Each tensor of the layout, of all tasks together; for those that are `joint`."""
         raise NotImplementedError
 
-    def merge(self, group: Group, learnt: Statistics, /) -> Tensor:
+    def merge(self, group: Group, learned: Statistics, /) -> Tensor:
         raise NotImplementedError
 
 

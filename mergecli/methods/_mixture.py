@@ -39,6 +39,8 @@ class Mixture(Method):
     """What such methods share, beside their kind: `expand` takes the place of `merge`."""
 
     elementwise = False
+    prefixes: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the file's keys that are no names of a tower's tensors."""
 
     @property
     def is_mixture(self) -> bool:
@@ -54,13 +56,13 @@ class Mixture(Method):
         del tensors, tasks
         return {}
 
-    def expand(self, group: Group, learnt: Any, /) -> dict[str, Tensor]:
-        """The tensors of `parts`, floating point ones in float32; `learnt` is what a survey or images taught."""
+    def expand(self, group: Group, learned: Any, /) -> dict[str, Tensor]:
+        """The tensors of `parts`, floating point ones in float32; `learned` is what a survey or images taught."""
         raise NotImplementedError
 
-    def values(self, learnt: Any, /) -> dict[str, Tensor]:
+    def values(self, learned: Any, /) -> dict[str, Tensor]:
         """The tensors of `extras`."""
-        del learnt
+        del learned
         return {}
 
     def weights(self, name: str, place: int, read: Read, /) -> Tensor:
@@ -84,7 +86,7 @@ class Installed(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
-        """Key in the file -> what decides the routing, and can be learnt."""
+        """Key in the file -> what decides the routing, and can be learned."""
         ...
 
     @property
@@ -117,14 +119,20 @@ class Routed(Mixture):
         tensor make its name in the file. What is read is moved to the tower's device and dtype."""
         raise NotImplementedError
 
+    def install_to_learn(
+        self, tower: nn.Module, read: Read, tasks: Sequence[str], prefix: str, /
+    ) -> Installed:
+        """The same while the routers are learned, which may be done by another routing than evaluation."""
+        return self.install(tower, read, tasks, "sample", prefix)
 
-def outcomes(method: Method, group: Group, learnt: Any) -> dict[str, Tensor]:
+
+def outcomes(method: Method, group: Group, learned: Any) -> dict[str, Tensor]:
     """Key -> what a method of any kind makes of one group."""
     if isinstance(method, Mixture) and method.is_mixture:
-        return method.expand(group, learnt)
-    return {group.name: merge_group(method, group, learnt)}
+        return method.expand(group, learned)
+    return {group.name: merge_group(method, group, learned)}
 
 
-def extra_values(method: Method, learnt: Any) -> dict[str, Tensor]:
+def extra_values(method: Method, learned: Any) -> dict[str, Tensor]:
     """Key -> what a method of any kind writes beside what it makes of groups."""
-    return method.values(learnt) if isinstance(method, Mixture) and method.is_mixture else {}
+    return method.values(learned) if isinstance(method, Mixture) and method.is_mixture else {}

@@ -1,4 +1,4 @@
-"""What weight-ensembling mixtures share: their routers, how those are learnt, and how the tower is put together."""
+"""What weight-ensembling mixtures share: their routers, how those are learned, and how the tower is put together."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mergecli.methods._adam import adam_step
-from mergecli.methods._adapted import Adapted, Change, State, Trial
+from mergecli.methods._adapted import Adapted, Change, Objective
 from mergecli.methods._base import Group, total
+from mergecli.methods._learned import State
 from mergecli.methods._mixture import SAME, Installed, Part, Read, Routed, Routing
 from mergecli.methods._settings import Range
 
@@ -25,12 +26,13 @@ ROUTER = "router."
 
 @dataclass(frozen=True)
 class WeightEnsembling(Routed, Adapted):
-    """A tower whose multilayer perceptrons (MLPs) are put together by routers that are learnt on unlabelled images."""
+    """A tower whose multilayer perceptrons (MLPs) are put together by routers that are learned on unlabeled images."""
 
     work: ClassVar[str] = (
         "steps of Adam on the routers, each a forward and a backward pass of every task's batch"
     )
 
+    prefixes = ("experts.", "masks.", ROUTER)
     own_tower: ClassVar[str] = "that task's MLPs; the rest is shared by all tasks"
 
     learning_rate: Annotated[float, Range(0)] = 1e-4
@@ -98,14 +100,14 @@ class WeightEnsembling(Routed, Adapted):
         first = {"0.weight": (width, width), "0.bias": (width,)} if self.router_layers == 2 else {}
         return {**first, **{f"{self.router_layers - 1}.{key}": size for key, size in last.items()}}
 
-    def expand(self, group: Group, learnt: Any, /) -> dict[str, Tensor]:
-        del learnt
+    def expand(self, group: Group, learned: Any, /) -> dict[str, Tensor]:
+        del learned
         if _MLP.match(group.name):
             return {group.name: group.base.clone(), **self.expert_values(group.name, group.deltas)}
         return {group.name: total(group.deltas).mul_(self.start).add_(group.base)}
 
-    def values(self, learnt: Any, /) -> dict[str, Tensor]:
-        return {key: value for key, value in learnt.tensors.items() if key.startswith(ROUTER)}
+    def values(self, learned: Any, /) -> dict[str, Tensor]:
+        return {key: value for key, value in learned.tensors.items() if key.startswith(ROUTER)}
 
     def weights(self, name: str, place: int, read: Read, /) -> Tensor:
         own = read(name).float()
@@ -146,6 +148,11 @@ class WeightEnsembling(Routed, Adapted):
             put(tower, path, layers[path])
         return RoutedTower(tower, layers, parameters)
 
+    def install_to_learn(
+        self, tower: nn.Module, read: Read, tasks: Sequence[str], prefix: str, /
+    ) -> Installed:
+        return self.install(tower, read, tasks, self.train_routing, prefix)
+
     def experts(self, name: str, like: Tensor, read: Read) -> Any:
         """The task vectors of one weight, where and in the dtype that they are computed with."""
         from mergecli.methods._wemoe_layers import Dense
@@ -156,14 +163,14 @@ class WeightEnsembling(Routed, Adapted):
         """(T, ...) the same of any tensor, every entry."""
         return read(f"experts.{name}").to(like)
 
-    def begin(self, trial: Trial, /) -> State:
+    def begin(self, objective: Objective, /) -> State:
         import torch
 
         state: State = {}
-        for key, weight in trial.weights.items():
+        for key, weight in objective.weights.items():
             state[key] = torch.zeros_like(weight)
             if key.endswith(".weight"):
-                state[key] = self.router_spread * _normal(trial, key)
+                state[key] = self.router_spread * _normal(objective, key)
             elif key.endswith(f"{max(self.router_layers - 1, 0)}.bias"):
                 state[key] += self.start
         moments = {
@@ -171,39 +178,41 @@ class WeightEnsembling(Routed, Adapted):
             for key, value in state.items()
             for kind in ("mean", "square")
         }
-        device = next(iter(trial.weights.values())).device
-        return {**state, **moments, "routes": torch.zeros(len(trial.tasks), device=device)}
+        device = next(iter(objective.weights.values())).device
+        return {**state, **moments, "routes": torch.zeros(len(objective.tasks), device=device)}
 
-    def step(self, trial: Trial, state: State, number: int, /) -> tuple[Tensor, Change]:
-        for key, weight in trial.weights.items():
+    def step(self, objective: Objective, state: State, number: int, /) -> tuple[Tensor, Change]:
+        for key, weight in objective.weights.items():
             weight.copy_(state[key])
-        losses, slopes = trial.slopes(number)
-        found = {key: trial.total(slope.clone()) for key, slope in slopes.items()}
-        routes = trial.routes()
+        losses, gradients = objective.entropies_and_gradients(number)
+        found = {key: objective.total(gradient.clone()) for key, gradient in gradients.items()}
+        routes = objective.routes()
 
         def change() -> None:
-            for key, slope in found.items():
+            for key, gradient in found.items():
                 moments = state[f"mean.{key}"], state[f"square.{key}"]
-                adam_step(state[key], slope, *moments, self.learning_rate, number + 1)
+                adam_step(state[key], gradient, *moments, self.learning_rate, number + 1)
             state["routes"].copy_(routes)
 
         return losses, change
 
-    def finish(self, trial: Trial, state: State, /) -> State:
-        return {key: state[key].clone() for key in trial.weights}
+    def finish(self, objective: Objective, state: State, /) -> State:
+        return {key: state[key].clone() for key in objective.weights}
 
-    def shapes(self, tasks: int, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    def file_shapes(
+        self, tasks: int, tensors: Mapping[str, tuple[int, ...]], /
+    ) -> dict[str, tuple[int, ...]]:
         return {key: part.shape for key, part in self.extras(tensors, tasks).items()}
 
-    def shown(self, state: State, /) -> Tensor:
+    def traced(self, state: State, /) -> Tensor:
         return state["routes"]
 
 
-def _normal(trial: Trial, key: str) -> Tensor:
+def _normal(objective: Objective, key: str) -> Tensor:
     """(...) normal random numbers for a router's weights (Box and Muller)."""
     import torch
 
-    one, other = trial.uniform(key, "radius"), trial.uniform(key, "angle")
+    one, other = objective.uniform(key, "radius"), objective.uniform(key, "angle")
     return torch.sqrt(-2 * torch.log1p(-one)) * torch.cos(2 * math.pi * other)
 
 

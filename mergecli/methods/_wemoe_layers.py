@@ -118,8 +118,8 @@ class Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """(T,): inner products with the task vectors."""
-        slopes = grads[0].contiguous()
-        parts = (vectors @ slopes[start:stop].view(-1) for start, stop, vectors in ctx.experts.blocks(1))
+        gradients = grads[0].contiguous()
+        parts = (vectors @ gradients[start:stop].view(-1) for start, stop, vectors in ctx.experts.blocks(1))
         return torch.stack(list(parts)).sum(0), None, None
 
 
@@ -141,12 +141,12 @@ class Own(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """(B, S, n) and (B, T)."""
         inputs, shares, base = ctx.saved_tensors
-        back, slopes = torch.zeros_like(inputs), torch.zeros_like(shares)
+        back, gradients = torch.zeros_like(inputs), torch.zeros_like(shares)
         for rows, images, weights, vectors in _weights(shares, base, ctx.experts):
             given = grads[0][images, :, rows]  # (b, S, r)
             back[images] += given @ weights
-            slopes[images] += (given.transpose(1, 2) @ inputs[images]).flatten(1) @ vectors.T
-        return back, slopes, None, None
+            gradients[images] += (given.transpose(1, 2) @ inputs[images]).flatten(1) @ vectors.T
+        return back, gradients, None, None
 
 
 def _weights(shares: Tensor, base: Tensor, experts: Experts) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:

@@ -87,8 +87,8 @@ class DogeTa(TwoPass):
 
         def gradient(at: Tensor) -> Tensor:
             left = missing.T.unsqueeze(2) - together * (by_row @ at.unsqueeze(2))  # (O, T, 1)
-            slope = (left.transpose(1, 2) @ by_row).squeeze(1).mul_(-2 * together)
-            return slope - kept @ (kept.T @ slope)
+            own = (left.transpose(1, 2) @ by_row).squeeze(1).mul_(-2 * together)  # (O, I)
+            return own - kept @ (kept.T @ own)
 
         return adam(torch.zeros_like(summed), gradient, self.learning_rate, self.steps)
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from mergecli.methods._adapted import State, Trial
+from mergecli.methods._adapted import Objective
 from mergecli.methods._bitmasks import kept, pack, packed_size
+from mergecli.methods._learned import State
 from mergecli.methods._mixture import SAME, Part, Read
 from mergecli.methods._settings import Range
 from mergecli.methods._wemoe import WeightEnsembling
@@ -33,6 +34,7 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
     """
 
     title: ClassVar[str] = "weight ensembling with one router for all layers and pruned task vectors"
+    published = "Efficient Weight-Ensembling MoE (90%)"
     paper: ClassVar[str] = (
         "Shen et al., Efficient and effective weight-ensembling MoE, arXiv 2410.21804, section 4"
     )
@@ -99,8 +101,8 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
         rows = zip(read(key).to(like.device), read(f"experts.{name}").to(like), strict=True)
         return [kept(key, bits, values, like.numel()) for bits, values in rows]
 
-    def finish(self, trial: Trial, state: State, /) -> State:
-        found = super().finish(trial, state)
+    def finish(self, objective: Objective, state: State, /) -> State:
+        found = super().finish(objective, state)
         for key, value in found.items():
             if key.endswith(".weight") and self.router_density < 1:
                 value *= above_quantile(value.abs().flatten(), self.router_density).view_as(value)

@@ -24,6 +24,7 @@ class TsvC(Conditioned, PerTensor):
     factors of all tasks together take at most the room of two such matrices, however many tasks there are up to r.
     """
 
+    prefixes = ("left.", "right.", "deltas.")
     title: ClassVar[str] = "each task's matrices compressed to their leading singular vectors"
     paper: ClassVar[str] = "Gargiulo et al., Task singular vectors, CVPR 2025, arXiv 2412.00081"
     work: ClassVar[str] = "a singular value decomposition of each matrix of each model"
@@ -44,10 +45,10 @@ class TsvC(Conditioned, PerTensor):
         left, right = (tasks, shape[0], rank), (tasks, rank, shape[1])
         return own | {f"left.{name}": Part(SAME, left), f"right.{name}": Part(SAME, right)}
 
-    def expand(self, group: Group, learnt: Any, /) -> dict[str, Tensor]:
+    def expand(self, group: Group, learned: Any, /) -> dict[str, Tensor]:
         import torch
 
-        del learnt
+        del learned
         name, deltas, shape = group.name, group.deltas, tuple(group.shape)
         own = {name: group.base.clone()}
         if not self._is_matrix(name, shape):

@@ -55,9 +55,9 @@ class Wudi(PerTensor):
                 inputs = gram(delta).mul_(2 / square)
                 weights += inputs
                 wanted += delta @ inputs
-        slope = torch.empty_like(merged)
+        room = torch.empty_like(merged)
 
         def gradient(at: Tensor) -> Tensor:
-            return torch.mm(at, weights, out=slope).sub_(wanted)
+            return torch.mm(at, weights, out=room).sub_(wanted)
 
         return adam(merged, gradient, self.learning_rate, self.steps).add_(group.base)

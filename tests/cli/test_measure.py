@@ -73,12 +73,12 @@ def test_processes_of_torchrun_share_the_tasks_and_one_of_them_talks(recipe: Pat
 
 WHO_WRITES = """
 import os, sys
-from mergecli.clip import laboratory
-write = laboratory.Laboratory.write
+from mergecli.merging.learning import probe
+write = probe.StatisticsRun.write
 def told(self, path, subjects, *more):
     print("wrote", os.environ["RANK"], *(each.name for each in subjects), file=sys.stderr, flush=True)
     write(self, path, subjects, *more)
-laboratory.Laboratory.write = told
+probe.StatisticsRun.write = told
 sys.argv[0] = "mergecli"
 from mergecli.__main__ import main
 main()

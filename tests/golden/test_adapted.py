@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergecli.merging import models
-from mergecli.merging.learning.trial import Seen
+from mergecli.merging.learning.objective import TaskBatches
 from mergecli.merging.merge import merge
 from mergecli.methods._base import uniform
 from tests.adapted import CLASSES, TEMPLATE, VISION, AdaptedWorld, images_of, make_adapted_world
@@ -63,7 +63,10 @@ def look(world: AdaptedWorld) -> Callable[..., Sight]:
         }
 
         def batches(draw: int) -> list[tuple[int, Tensor]]:
-            rows = {name: Seen(0, name, each, each).rows(draw, BATCH, SEED) for name, each in pixels.items()}
+            rows = {
+                name: TaskBatches(0, name, each, each).rows(draw, BATCH, SEED)
+                for name, each in pixels.items()
+            }
             return [(place, pixels[name][rows[name]]) for place, name in enumerate(CLASSES) if name in pixels]
 
         return Sight(classify, batches)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergecli.formats.mixture import mixture_of
-from mergecli.merging.learning.trial import Seen
+from mergecli.merging.learning.objective import TaskBatches
 from mergecli.merging.merge import merge
 from mergecli.methods._mixture import Routed
 from mergecli.methods._wemoe import WeightEnsembling
@@ -56,7 +56,9 @@ class Bench:
         return logits
 
     def batches(self, draw: int) -> list[tuple[int, Tensor]]:
-        rows = {name: Seen(0, name, each, each).rows(draw, BATCH, 0) for name, each in self.pixels.items()}
+        rows = {
+            name: TaskBatches(0, name, each, each).rows(draw, BATCH, 0) for name, each in self.pixels.items()
+        }
         return [(place, self.pixels[name][rows[name]]) for place, name in enumerate(CLASSES)]
 
 

@@ -1,17 +1,17 @@
-"""Statistics made: the images that a method looks at, and one file of what it measures on them."""
+"""Measuring statistics: what a method sees of a task's model and images, and the file of what it measures."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from mergecli.clip.pixels import batches
 from mergecli.runtime import interrupts
-from mergecli.runtime.errors import InputError, UsageError
+from mergecli.runtime.errors import InputError
 from mergecli.storage.atomic import write_errors
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.safetensors_format import bytes_of
@@ -24,63 +24,18 @@ if TYPE_CHECKING:
 
     from mergecli.clip.model import Clip
     from mergecli.data.images import Images
-    from mergecli.data.tasks import Task
+    from mergecli.merging.learning.calibration import CalibrationTask
     from mergecli.merging.models import Models
     from mergecli.methods._calibrated import Calibrated
     from mergecli.recipe.schema import Recipe
     from mergecli.runtime.progress import Progress
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A task and its images; None where they are not on this machine."""
-
-    name: str
-    task: Task | None = None
-    images: Images | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """What tells these images, and the head where that is used, from others."""
-
-    @property
-    def classes(self) -> Sequence[str]:
-        """The names of the classes."""
-        own = self.task.classes if self.task else None
-        return own or (self.images.classes if self.images else None) or ()
-
-
-def subject(name: str, method: Calibrated, recipe: Recipe, *, may_lack: bool) -> Subject:
-    """A task and its images; with `may_lack` perhaps without them.
-
-    Raises:
-        UsageError: there is no such task, or no such split. InputError: the images are missing or damaged.
-    """
-    from mergecli.data.images import load_images
-    from mergecli.data.tasks import digest, find
-
-    try:
-        task = find(name, recipe)
-        if task.data.kind != "toy":
-            locate(task.data)
-    except (UsageError, InputError):
-        if may_lack:
-            return Subject(name)
-        raise
-    images = load_images(
-        task, {"train": task.train_split, "test": task.split}.get(method.split, method.split)
-    )
-    found = Subject(name, task, images)
-    facts: dict[str, Any] = {"split": images.split, "images": min(method.examples, len(images))}
-    facts["data"] = images.fingerprint
-    if method.needs_head:
-        facts |= {"classes": digest(found.classes), "templates": digest(task.templates)}
-    return replace(found, facts=facts)
-
-
-class Laboratory:
-    """A CLIP that takes one task's tower after another, and measures."""
+class StatisticsRun:
+    """Measures several tasks one after another, in one CLIP."""
 
     def __init__(
-        self, method: Calibrated, models: Models, recipe: Recipe, subjects: Sequence[Subject]
+        self, method: Calibrated, models: Models, recipe: Recipe, tasks: Sequence[CalibrationTask]
     ) -> None:
         from mergecli.clip.heads import zero_shot_head
         from mergecli.clip.model import check_tower, load_clip
@@ -92,23 +47,26 @@ class Laboratory:
             check_tower(self._clip, each)
         self._clip.model.to(models.device)
         self._heads = {
-            each.name: zero_shot_head(self._clip, each.classes, each.task.templates)
-            for each in subjects
+            each.name: zero_shot_head(self._clip, each.classes, each.templates)
+            for each in tasks
             if each.task and method.needs_head
         }
         del self._clip.model.text_model  # no longer used, and as large as a tower
 
     def write(
-        self, path: Path, subjects: Sequence[Subject], metadata: Mapping[str, str], progress: Progress | None
+        self,
+        path: Path,
+        tasks: Sequence[CalibrationTask],
+        metadata: Mapping[str, str],
+        progress: Progress | None,
     ) -> None:
         """Measures the tasks, and writes what comes out as one file, tensor by tensor as it is known.
 
         Raises:
             InputError: a model gives NaN or infinity, or an image cannot be read.
         """
-        reference = self._models.reference.entries
-        layout = self._method.layout({name: reference[name].shape for name in self._models.floats})
-        title = subjects[0].name if len(subjects) == 1 else f"{len(subjects)} tasks"
+        layout = self._method.layout(self._models.shapes)
+        title = tasks[0].name if len(tasks) == 1 else f"{len(tasks)} tasks"
 
         def tell(done: int, total: int) -> None:
             if progress:
@@ -116,7 +74,7 @@ class Laboratory:
 
         with ExitStack() as stack:
             writer = stack.enter_context(SafetensorsWriter(path, layout, metadata))
-            measured = stack.enter_context(closing(self._measured(subjects, path.parent, tell)))
+            measured = stack.enter_context(closing(self._measured(tasks, path.parent, tell)))
             for name, value in measured:
                 if not bool(value.isfinite().all()):
                     raise InputError(
@@ -126,26 +84,26 @@ class Laboratory:
                 writer.write(name, value.detach().cpu().contiguous())
 
     def _measured(
-        self, subjects: Sequence[Subject], folder: Path, tell: Callable[[int, int], None]
+        self, tasks: Sequence[CalibrationTask], folder: Path, tell: Callable[[int, int], None]
     ) -> Generator[tuple[str, Tensor]]:
         from mergecli.clip.model import set_tower
         from mergecli.data.selection import drawn
 
         method, models = self._method, self._models
         seed = self._seed if method.shuffle else None
-        chosen = [drawn(each.images, method.examples, seed) for each in subjects if each.images]
-        assert len(chosen) == len(subjects), "images are missing"
+        chosen = [drawn(each.images, method.examples, seed) for each in tasks if each.images]
+        assert len(chosen) == len(tasks), "images are missing"
         with ExitStack() as stack:
             scratch = Scratch(folder, stack)
             if method.joint:
                 assert models.base is not None
                 tuned = tuple(models.tuned.values())
-                joint = JointTowerProbe(self._clip, tuned, models.base, chosen, scratch, tell)
+                joint = JointTaskProbe(self._clip, tuned, models.base, chosen, scratch, tell)
                 yield from method.measure_jointly(joint)
                 return
-            (one,) = subjects
+            (one,) = tasks
             set_tower(self._clip, models.tuned[one.name])
-            probe = TowerProbe(self._clip, chosen[0], self._heads.get(one.name), scratch, tell)
+            probe = TaskProbe(self._clip, chosen[0], self._heads.get(one.name), scratch, tell)
             yield from method.measure(probe)
 
 
@@ -155,7 +113,7 @@ Tell = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Scratch:
-    """Where files without a name are made, which vanish when `stack` ends or the program dies."""
+    """A folder for files without a name, which vanish when `stack` ends or the program dies."""
 
     folder: Path
     stack: ExitStack
@@ -166,8 +124,8 @@ class Scratch:
             return self.stack.enter_context(tempfile.TemporaryFile(dir=self.folder))
 
 
-class TowerProbe:
-    """One task's tower, which is in the CLIP already, and its images."""
+class TaskProbe:
+    """The `Probe` of one task, whose tower is in the CLIP already."""
 
     def __init__(self, clip: Clip, chosen: Images, head: Tensor | None, scratch: Scratch, tell: Tell) -> None:
         self._clip, self._chosen, self._head = clip, chosen, head
@@ -193,13 +151,13 @@ class TowerProbe:
         """Name and module of each transformer layer, from the first to the last."""
         return layers_of(self.model, self._tell)
 
-    def states(self, size: int, /) -> DiskStates:
+    def activations(self, size: int, /) -> ActivationFile:
         """What goes into the first layer."""
-        return DiskStates(self._scratch, embedded(self._clip, self._chosen, size), self._clip)
+        return ActivationFile(self._scratch, embedded(self._clip, self._chosen, size), self._clip)
 
 
-class JointTowerProbe:
-    """The images of every task, and a tower that takes merged weights; what is read of each model is a tensor."""
+class JointTaskProbe:
+    """The `JointProbe`: the images of every task, and a tower for merged weights; models are read tensor by tensor."""
 
     def __init__(
         self,
@@ -235,13 +193,13 @@ class JointTowerProbe:
         """Name and module of each transformer layer, from the first to the last."""
         return layers_of(self.model, self._tell)
 
-    def states(self, task: int, size: int, /) -> DiskStates:
+    def activations(self, task: int, size: int, /) -> ActivationFile:
         """What goes into the first layer for the images of a task, with the model's weights of now."""
-        return DiskStates(self._scratch, embedded(self._clip, self._chosen[task], size), self._clip)
+        return ActivationFile(self._scratch, embedded(self._clip, self._chosen[task], size), self._clip)
 
 
-class DiskStates:
-    """(B, S, D) float32 activations of many batches, on disk."""
+class ActivationFile:
+    """The `Activations` of many batches, (B, S, D) float32 each, in a file."""
 
     def __init__(self, scratch: Scratch, batches: Iterable[Tensor], clip: Clip) -> None:
         self._clip, self._folder, self._file = clip, scratch.folder, scratch.file()
@@ -295,7 +253,7 @@ def layers_of(model: Any, tell: Tell) -> Iterator[tuple[str, Module]]:
 
 
 def embedded(clip: Clip, chosen: Images, size: int) -> Iterator[Tensor]:
-    """(B, S, D) what goes into the first layer: patches with their positions, normalised."""
+    """(B, S, D) what goes into the first layer: patches with their positions, normalized."""
     import torch
 
     tower: Any = clip.tower

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
+from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
+from mergecli.merging.learning.files import Learned, LearningFiles
+from mergecli.merging.merge_target import MergeTarget
 from mergecli.merging.models import Models
 from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.schema import Recipe
@@ -24,7 +27,6 @@ from mergecli.storage.sources import home, locate
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergecli.merging.learning.probe import Subject
     from mergecli.runtime.progress import Progress
 
 KIND = "statistics"
@@ -32,15 +34,11 @@ KIND = "statistics"
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredStatistics:
     """Statistics on disk, read as a merge needs them."""
 
     checkpoints: tuple[Checkpoint, ...]
     device: str
-    files: Mapping[str, Checkpoint]
-    """What a merge says that it has read -> the file."""
-    about: Mapping[str, str]
-    """What a merge says of them: the images of each task, their split and number."""
 
     @property
     def names(self) -> Collection[str]:
@@ -65,7 +63,7 @@ class StatisticsFile:
 
     name: str
     path: Path
-    subjects: tuple[Subject, ...]
+    tasks: tuple[CalibrationTask, ...]
     inputs: Mapping[str, str]
     """Model -> digest."""
     measured: Mapping[str, Any]
@@ -78,42 +76,40 @@ class StatisticsFile:
 
 
 def statistics(
-    models: Models,
-    method: Calibrated,
-    recipe: Recipe,
-    stack: ExitStack,
-    progress: Progress | None,
-    folder: Path | None = None,
-) -> Stored:
+    models: Models, target: MergeTarget, files: LearningFiles, stack: ExitStack, progress: Progress | None
+) -> Learned:
     """The statistics of these models, open until `stack` ends; what is not there yet is measured.
-
-    Args:
-        folder: where the files lie, and new ones go; by default the store, where they are found by content.
 
     Raises:
         InputError: the images are missing; or a file is damaged, or was measured on something else.
     """
-    files = files_for(models, method, recipe, folder)
-    measure_missing(files, models, method, recipe, progress)
+    method, recipe = target.method, target.recipe
+    assert isinstance(method, Calibrated)
+    wanted = files_for(models, method, recipe, files.statistics)
+    measure_missing(wanted, models, method, recipe, progress)
     opened = {
-        f"statistics of {each.name}": stack.enter_context(_opened(each, models, method)) for each in files
+        f"statistics of {each.name}": stack.enter_context(_opened(each, models, method)) for each in wanted
     }
     facts: dict[str, Any] = {}
     for each in opened.values():
         facts |= json.loads(each.metadata["measured"])["tasks"]
-    return Stored(tuple(opened.values()), models.device, opened, {"measured": json.dumps(facts)})
+    stored = StoredStatistics(tuple(opened.values()), models.device)
+    return Learned(target, stored, opened, {"measured": json.dumps(facts)})
 
 
 def files_for(
     models: Models, method: Calibrated, recipe: Recipe, folder: Path | None
 ) -> list[StatisticsFile]:
-    """The files that a merge needs, there or not."""
+    """The files that a merge needs, whether they exist or not.
+
+    Args:
+        folder: where they are, or will be; by default the store, where they are found by content.
+    """
     from mergecli.clip.heads import surroundings
-    from mergecli.merging.learning.probe import subject
 
     assert recipe.base is not None
     assert models.base is not None
-    name, settings = methods.name_of(method), methods.table_of(method, without=method.late)
+    name, settings = methods.name_of(method), methods.table_of(method, without=method.merge_time)
     if method.shuffle:
         settings["seed"] = recipe.seed
     common: dict[str, Any] = {"method": name, "settings": settings}
@@ -123,13 +119,16 @@ def files_for(
         title = name if method.joint else tasks[0]
         path = folder / f"{title}.safetensors" if folder else None
         may_lack = path is not None and path.exists()
-        subjects = tuple(subject(task, method, recipe, may_lack=may_lack) for task in tasks)
+        looked = tuple(
+            calibration_task(task, method.split, recipe, may_lack_images=may_lack) for task in tasks
+        )
+        facts = {each.name: each.facts(head=method.needs_head, most=method.examples) for each in looked}
         inputs = {"base": models.base.digest()} | {task: models.tuned[task].digest() for task in tasks}
-        measured = common | {"tasks": {each.name: each.facts for each in subjects}}
+        measured = common | {"tasks": facts}
         if path is None:
             key = hashlib.sha256(json.dumps([inputs, measured]).encode()).hexdigest()[:32]
             path = home() / KIND / name / f"{key}.safetensors"
-        found.append(StatisticsFile(title, path, subjects, inputs, measured))
+        found.append(StatisticsFile(title, path, looked, inputs, measured))
     return found
 
 
@@ -151,12 +150,12 @@ def measure_missing(
     ranks, device = join(models.device)
     wait()  # nobody writes before all have looked
     if own := missing[ranks.own :: ranks.count]:
-        from mergecli.merging.learning.probe import Laboratory
+        from mergecli.merging.learning.probe import StatisticsRun
 
-        subjects = [one for each in own for one in each.subjects]
-        laboratory = Laboratory(method, replace(models, device=device), recipe, subjects)
+        tasks = [one for each in own for one in each.tasks]
+        run = StatisticsRun(method, replace(models, device=device), recipe, tasks)
         for each in own:
-            laboratory.write(each.path, each.subjects, each.metadata(), progress if is_first() else None)
+            run.write(each.path, each.tasks, each.metadata(), progress if is_first() else None)
     wait()
     if lost := [each.path for each in missing if not each.path.exists()]:
         raise InputError(
@@ -186,8 +185,7 @@ def _check(stored: Checkpoint, file: StatisticsFile, models: Models, method: Cal
         raise InputError(f"{file.path}: does not say what it was measured on", "delete it") from error
     wanted = json.loads(json.dumps({"inputs": file.inputs, "measured": file.measured}))
     wrong = list(_differences(found, wanted))
-    shapes = {name: models.reference.entries[name].shape for name in models.floats}
-    layout = method.layout(shapes)
+    layout = method.layout(models.shapes)
     have = {name: (entry.dtype, entry.shape) for name, entry in stored.entries.items()}
     if not wrong and have != layout:
         wrong = [f"`{name}`" for name in sorted(layout) if have.get(name) != layout[name]]
