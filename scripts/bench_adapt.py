@@ -108,7 +108,7 @@ def measure(folder: Path, name: str, changes: list[str], steps: int, alone: bool
     from mergecli.recipe.reading import recipe_from
     from mergecli.runtime.distributed import Ranks
 
-    sources = {name: folder / f"{name}.safetensors" for name in TASKS}
+    sources = {task: folder / f"{task}.safetensors" for task in TASKS}
     recipe = recipe_from(folder / "base", sources, [f"method.{each}" for each in changes], name, {})
     target = MergeTarget.of(recipe, folder / "merged.safetensors")
     with ExitStack() as stack, torch.no_grad():
