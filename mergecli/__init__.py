@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    # Every public name stands here once. Type checkers follow these imports; `_homes` reads the lines.
     from mergecli.evaluation.evaluate import Evaluation as Evaluation
     from mergecli.evaluation.evaluate import evaluate as evaluate
     from mergecli.evaluation.sweep import Swept as Swept
@@ -25,19 +27,21 @@ if TYPE_CHECKING:
     from mergecli.merging.taskvector import taskvector as taskvector
     from mergecli.recipe.schema import Recipe as Recipe
     from mergecli.results.report import report as report
+    from mergecli.runtime.errors import HubError as HubError
+    from mergecli.runtime.errors import InputError as InputError
     from mergecli.runtime.errors import MergecliError as MergecliError
+    from mergecli.runtime.errors import MergecliWarning as MergecliWarning
+    from mergecli.runtime.errors import UsageError as UsageError
     from mergecli.storage.cache import cache as cache
     from mergecli.training.finetune import Finetuned as Finetuned
     from mergecli.training.finetune import finetune as finetune
 
-_HOMES = {
-    "cache": "storage.cache", "merge": "merging.merge", "Merged": "merging.merge", "MergecliError": "runtime.errors", "evaluate": "evaluation.evaluate",
-    "Evaluation": "evaluation.evaluate", "Extracted": "merging.extract", "extract": "merging.extract", "fetch": "hub.fetch", "Fetched": "hub.fetch", "finetune": "training.finetune", "Finetuned": "training.finetune",
-    "info": "formats.info", "measure": "merging.learning.measure", "Measured": "merging.learning.measure", "ModelPool": "merging.pool", "Recipe": "recipe.schema", "cos_sim": "merging.cos_sim", "Similarities": "merging.cos_sim",
-    "report": "results.report", "sweep": "evaluation.sweep", "Swept": "evaluation.sweep", "taskvector": "merging.taskvector",
-}  # fmt: skip
 
-__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+def _homes() -> dict[str, str]:
+    """Public name -> the module that it is imported from."""
+    lines = Path(__file__).read_text("utf-8").splitlines()
+    imports = [line.split() for line in lines if line.startswith("    from mergecli.")]
+    return {name: module for _, module, _, name, *_ in imports}
 
 
 def __getattr__(name: str) -> object:
@@ -45,10 +49,13 @@ def __getattr__(name: str) -> object:
         from mergecli.storage.metadata import version
 
         return version()
-    if name not in _HOMES:
+    homes = _homes()
+    if name == "__all__":
+        return sorted(homes)
+    if name not in homes:
         raise AttributeError(f"module 'mergecli' has no attribute {name!r}")
-    return getattr(import_module(f"mergecli.{_HOMES[name]}"), name)
+    return getattr(import_module(homes[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*sorted(_homes()), "__version__"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 from mergecli.runtime import interrupts
 
@@ -23,11 +24,12 @@ def main() -> None:
             raise
         status = 130
     if interrupts.pressed:
-        # Ctrl-C that came out of a string some library evaluated is remembered by `python -m`, which then ends by the
-        # signal whatever status is asked for; evaluating another string makes it forget
-        exec("")
-    else:
-        interrupts.ignore()
+        # `python -m` ends by the signal, whatever status we ask for, if Ctrl-C came while a library executed a string
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    interrupts.ignore()
     sys.exit(status)
 
 

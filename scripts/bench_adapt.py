@@ -105,11 +105,13 @@ def measure(folder: Path, name: str, changes: list[str], steps: int, alone: bool
     from mergecli.merging.learning.work import LearningWork
     from mergecli.merging.merge_target import MergeTarget
     from mergecli.merging.models import open_models
-    from mergecli.recipe.reading import recipe_from
+    from mergecli.recipe.reading import recipe_of
     from mergecli.runtime.distributed import Ranks
 
     sources = {task: folder / f"{task}.safetensors" for task in TASKS}
-    recipe = recipe_from(folder / "base", sources, [f"method.{each}" for each in changes], name, {})
+    recipe = recipe_of(
+        sources, base=folder / "base", method=name, changes=[f"method.{each}" for each in changes]
+    )
     target = MergeTarget.of(recipe, folder / "merged.safetensors")
     with ExitStack() as stack, torch.no_grad():
         models = open_models(recipe, stack, needs="base")

@@ -6,9 +6,8 @@ import subprocess
 import sys
 import time
 
-from mergecli.cli import app
+from mergecli.cli import COMMANDS
 
-COMMANDS = sorted(str(command.name) for command in app.registered_commands)
 BUDGET = 150
 
 

@@ -1,11 +1,15 @@
-"""Tiny worlds: tensors of every awkward kind, checkpoints made of them, and the program as a real process."""
+"""Tiny worlds: tensors of every awkward kind, checkpoints made of them, and the program."""
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,12 +66,45 @@ def make_world(folder: Path, tasks: int = 3) -> World:
     return world
 
 
+ROOT = Path(__file__).parents[1]
+BEFORE = pytest.StashKey[list[str]]()
+
+
+def changes_of_the_repository() -> list[str]:
+    """What git sees that is not committed; nothing where there is no git."""
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        return []
+    done = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        session.config.stash[BEFORE] = changes_of_the_repository()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fails a run that left something in the repository."""
+    if hasattr(session.config, "workerinput"):
+        return
+    left = [line for line in changes_of_the_repository() if line not in session.config.stash[BEFORE]]
+    if left:
+        print("\nleft in the repository, by a test or by somebody else meanwhile:", *left, sep="\n  ")
+        session.exitstatus = exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_store_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests, and the processes they start, keep nothing in the user's own store, and find nothing there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MERGECLI_HOME", str(tmp_path_factory.mktemp("store")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file without a folder in its name lands in the test's own one."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -87,7 +124,7 @@ def world(tmp_path: Path) -> World:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended."""
+    """How a command ended."""
 
     status: int
     out: str
@@ -98,17 +135,42 @@ Run = Callable[..., Ended]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `mergecli ARGUMENTS` in this process, in the test's own folder, not on a terminal.
+
+    Libraries are imported once, so that a command takes milliseconds. `process` is for what only a process shows.
+    """
+
+    def run(*arguments: object, **environment: object) -> Ended:
+        from mergecli import cli
+
+        out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+        with monkeypatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.chdir(tmp_path)
+            for name, value in environment.items():
+                patch.setenv(name, str(value))
+            try:
+                status = cli.run([str(each) for each in arguments])
+            finally:
+                signal.signal(signal.SIGTERM, handler)
+        return Ended(int(status), out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Run:
     """Runs `mergecli ARGUMENTS` as a real process in the test's own folder, not on a terminal."""
 
-    def run(*arguments: object, timeout: float = 120, **environment: str) -> Ended:
+    def process(*arguments: object, timeout: float = 120, **environment: object) -> Ended:
         done = subprocess.run(
             [sys.executable, "-m", "mergecli", *map(str, arguments)],
-            cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout,
+            cwd=tmp_path, env=os.environ | {name: str(value) for name, value in environment.items()},
+            capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
         return Ended(done.returncode, done.stdout, done.stderr)
 
-    return run
+    return process
 
 
 def assert_same(got: Mapping[str, Tensor], want: Mapping[str, Tensor], atol: float = 0.0) -> None:

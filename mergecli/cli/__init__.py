@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
 
-from mergecli.cli import (
-    cache,
-    cos_sim,
-    evaluate,
-    extract,
-    fetch,
-    finetune,
-    info,
-    measure,
-    merge,
-    methods,
-    report,
-    tasks,
-    taskvector,
-)
-from mergecli.cli import output as show
+from mergecli.cli import console
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import ExitStatus, MergecliError
+
+COMMANDS = {
+    "fetch": "mergecli.cli.fetch",
+    "taskvector": "mergecli.cli.taskvector",
+    "merge": "mergecli.cli.merge",
+    "eval": "mergecli.cli.evaluate",
+    "measure": "mergecli.cli.measure",
+    "cos-sim": "mergecli.cli.cos_sim",
+    "report": "mergecli.cli.report",
+    "finetune": "mergecli.cli.finetune",
+    "extract": "mergecli.cli.extract",
+    "info": "mergecli.cli.info",
+    "cache": "mergecli.cli.cache",
+    "methods": "mergecli.cli.methods",
+    "tasks": "mergecli.cli.tasks",
+}
+"""Command -> its module, in the order of `--help`. The function in it has the module's name."""
 
 app = typer.Typer(
     name="mergecli",
@@ -38,19 +40,8 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.command("fetch")(fetch.fetch)
-app.command("taskvector")(taskvector.taskvector)
-app.command("merge")(merge.merge)
-app.command("eval")(evaluate.evaluate)
-app.command("measure")(measure.measure)
-app.command("cos-sim")(cos_sim.cos_sim)
-app.command("report")(report.report)
-app.command("finetune")(finetune.finetune)
-app.command("extract")(extract.extract)
-app.command("info")(info.info)
-app.command("cache")(cache.cache)
-app.command("methods")(methods.methods)
-app.command("tasks")(tasks.tasks)
+for _name, _module in COMMANDS.items():
+    app.command(_name)(getattr(import_module(_module), _module.rpartition(".")[2]))
 
 
 def _version(wanted: bool) -> None:
@@ -58,7 +49,7 @@ def _version(wanted: bool) -> None:
         from importlib.metadata import version
 
         parts = [f"{name} {version(name)}" for name in ("mergecli", "torch", "safetensors", "transformers")]
-        show.line(", ".join(parts) + f", Python {sys.version.split()[0]}")
+        console.line(", ".join(parts) + f", Python {sys.version.split()[0]}")
         raise typer.Exit
 
 
@@ -80,7 +71,7 @@ def main(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit status."""
     signal.signal(signal.SIGTERM, _terminated)
-    with show.warnings_of_ours():
+    with console.warnings_of_ours():
         return _run(arguments)
 
 
@@ -90,32 +81,32 @@ def _run(arguments: Sequence[str] | None) -> int:
         sys.stdout.flush()
         return int(status) if isinstance(status, int) else ExitStatus.DONE
     except MergecliError as error:
-        show.error(error.message, error.hint)
+        console.error(error.message, error.hint)
         return error.status
     except (KeyboardInterrupt, typer.Abort):
         return ExitStatus.INTERRUPTED
     except BrokenPipeError:
-        show.hush()
+        console.drop_output()
         return ExitStatus.DONE
     except SystemExit:
         # the parser turns a reader that has gone into status 1, and says so only by the stream it leaves behind
         if type(sys.stdout).__name__ != "PacifyFlushWrapper":
             raise
-        show.hush()
+        console.drop_output()
         return ExitStatus.DONE
     except Exception as error:  # noqa: BLE001  the boundary: usage errors of the parser, and our own mistakes
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             return _wrong_usage(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO) and not error.filename:
-            show.error(f"stdout: cannot write: {(error.strerror or '').lower()}")
-            show.hush()
+            console.error(f"stdout: cannot write: {(error.strerror or '').lower()}")
+            console.drop_output()
             return ExitStatus.INPUT
         if interrupts.pressed:
             return ExitStatus.INTERRUPTED
         import traceback
 
         traceback.print_exc()
-        show.error(
+        console.error(
             "this is a mistake in mergecli, not in what you did",
             "please report it with the command, the recipe and everything above",
         )
@@ -129,7 +120,7 @@ def _wrong_usage(error: Exception) -> int:
         print(message)
         return ExitStatus.USAGE
     command = context.command_path if context else "mergecli"
-    show.error(message[:1].lower() + message[1:].rstrip("."), f"`{command} --help` shows what is expected")
+    console.error(message[:1].lower() + message[1:].rstrip("."), f"`{command} --help` shows what is expected")
     return ExitStatus.USAGE
 
 
@@ -137,9 +128,3 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     del frame
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise SystemExit(128 + number)
-
-
-if os.environ.get("MERGECLI_DEBUG_IMPORTS"):  # the start-up test reads this
-    import atexit
-
-    atexit.register(lambda: print(*sorted(sys.modules), file=sys.stderr))

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options
-from mergecli.cli import output as show
+from mergecli.cli import console, options
 
 
 def _complete_kinds(incomplete: str) -> list[str]:
@@ -45,13 +44,13 @@ def cache(
     """
     from mergecli.results.cells import Column
     from mergecli.results.tables import Table
-    from mergecli.storage import cache as caching
+    from mergecli.storage.cache import cache
 
-    show.check_format(form)
-    found = caching.cache(kinds or [], clear=clear, max_size=max_size)
+    console.check_format(form)
+    found = cache(kinds or [], clear=clear, max_size=max_size)
     if found.removed:
         size = sum(each.size for each in found.removed)
-        show.note(f"removed {size / 1e6:,.1f} MB in {len(found.removed)} entries")
+        console.note(f"removed {size / 1e6:,.1f} MB in {len(found.removed)} entries")
     columns = (Column("kind"), Column("what"), Column("bytes", "count"), Column("last used"))
     rows = tuple((each.kind, each.what, each.size, each.last_used) for each in found.entries)
-    show.table(Table(columns, rows), form)
+    console.table(Table(columns, rows), form)

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options
-from mergecli.cli import output as show
+from mergecli.cli import console, options
 
 
 def cos_sim(
@@ -33,13 +32,13 @@ def cos_sim(
 
     mergecli cos-sim vectors/*.safetensors -o cos.csv --plot cos.png
     """
-    from mergecli.merging import cos_sim as similarity
+    from mergecli.merging.cos_sim import cos_sim
     from mergecli.storage.sources import named_sources
 
-    show.check_format(form)
-    with show.progress() as progress:
-        result = similarity.cos_sim(
+    console.check_format(form)
+    with console.progress() as progress:
+        result = cos_sim(
             Path(vectors[0]) if options.is_recipe(vectors) else named_sources(vectors),
             base=base, output=output, layers=layers, plot=plot, changes=changes or [], progress=progress,
         )  # fmt: skip
-    show.table(result.table(), form)
+    console.table(result.table(), form)

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options
-from mergecli.cli import output as show
+from mergecli.cli import console, options
 from mergecli.cli.thresholds import check_floors, floors_of
 from mergecli.runtime.errors import UsageError
 
@@ -143,9 +142,9 @@ def evaluate(
     """
     if min_average is not None and not 0 <= min_average <= 1:
         raise UsageError(f"--min-average: expected a fraction from 0 to 1, got {min_average:g}")
-    show.check_format(form)
-    from mergecli.evaluation import evaluate as evaluation
-    from mergecli.recipe.reading import read_recipe
+    console.check_format(form)
+    from mergecli.evaluation.evaluate import evaluate
+    from mergecli.recipe.reading import recipe_of
     from mergecli.results.report import accuracy_table
     from mergecli.storage.sources import named_sources
 
@@ -157,12 +156,12 @@ def evaluate(
         raise UsageError("--severity: there is no corruption", "name one with `--corruption`")
     if changes and recipe is None:
         raise UsageError("--set: there is no recipe to change", "name one with `--recipe`")
-    known = read_recipe(recipe, changes or [], method) if recipe else None
+    known = recipe_of(recipe, method=method, changes=changes or []) if recipe else None
     named = tasks.split(",") if tasks else None
     floors = floors_of(min_task or [], named, known) if min_task else {}
     swept = {"--method": method, "--select": select, "--keep": keep, "--plot": plot}
     if sweep:
-        from mergecli.evaluation import sweep as sweep_scores
+        from mergecli.evaluation.sweep import sweep as evaluate_sweep
 
         whole = {"a checkpoint": checkpoints, "--only": only, "--individual": individual, "--predictions": predictions,
                  "--features": features, "--routes": routes, "--clip": clip}  # fmt: skip
@@ -172,26 +171,26 @@ def evaluate(
             )
         if recipe is None:
             raise UsageError("--sweep: there is nothing to merge", "name a recipe with `--recipe`")
-        with show.progress() as progress:
-            found = sweep_scores.sweep(
+        with console.progress() as progress:
+            found = evaluate_sweep(
                 recipe, sweep, method=method, changes=changes or [], select=select, keep=keep, output=output, plot=plot,
                 device=device, progress=progress, tasks=named, batch_size=batch_size, split=split, limit=limit,
                 corruption=corruption, severity=severity or 1, dtype=dtype, workers=workers, cache=cache, cache_size=cache_size,
                 fresh=fresh, routing=routing,
             )  # fmt: skip
-        show.table(found.table, form)
-        show.note(found.note)
+        console.table(found.table, form)
+        console.note(found.note)
         check_floors([found.confirmed or found.results[found.best]], floors, min_average)
         return
     if (other := next((name for name, value in swept.items() if value), None)) is not None:
         raise UsageError(f"{other}: belongs to a sweep", "say over what with `--sweep KEY=VALUES`")
-    with show.progress() as progress:
-        results = evaluation.evaluate(
+    with console.progress() as progress:
+        results = evaluate(
             named_sources(checkpoints or []) or (), recipe=known, only=options.names("--only", only),
             individual=individual, clip=clip, tasks=named, batch_size=batch_size, split=split, limit=limit,
             corruption=corruption, severity=severity or 1, device=device, dtype=dtype, workers=workers, cache=cache,
             cache_size=cache_size, fresh=fresh, routing=routing, output=output, predictions=predictions, features=features,
             routes=routes, progress=progress,
         )  # fmt: skip
-    show.table(accuracy_table(results), form)
+    console.table(accuracy_table(results), form)
     check_floors(results, floors, min_average)

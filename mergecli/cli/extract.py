@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options
-from mergecli.cli import output as show
+from mergecli.cli import console, options
 
 
 def extract(
@@ -41,10 +40,10 @@ def extract(
 
     mergecli extract vectors/digits.safetensors --energy 0.9 --modules q_proj,v_proj -o digits-lora/
     """
-    from mergecli.merging import extract as extraction
+    from mergecli.merging.extract import extract
 
-    with show.progress() as progress:
-        found = extraction.extract(
+    with console.progress() as progress:
+        found = extract(
             source,
             output=output,
             base=base,
@@ -56,12 +55,14 @@ def extract(
         )
     lost = f"it is {found.error:.2%} of the whole change away from the model"
     if found.dropped:
-        show.warning(
+        console.warning(
             f"{len(found.dropped)} tensors changed and are not in the adapter: {lost}, in its own modules "
             f"{found.error_of_modules:.2%}"
         )
     else:
-        show.note(f"every tensor that changed is in the adapter: {lost}")
+        console.note(f"every tensor that changed is in the adapter: {lost}")
     larger = ", which is less: take a lower rank or energy" if found.size > found.tower_size else ""
-    show.note(f"the adapter has {found.size:,} bytes, the tower {found.tower_size:,}{larger}")
-    show.line(json.dumps(asdict(found) | {"path": str(found.path)}, indent=2) if as_json else str(found.path))
+    console.note(f"the adapter has {found.size:,} bytes, the tower {found.tower_size:,}{larger}")
+    console.line(
+        json.dumps(asdict(found) | {"path": str(found.path)}, indent=2) if as_json else str(found.path)
+    )

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import options
-from mergecli.cli import output as show
+from mergecli.cli import console, options
 
 if TYPE_CHECKING:
     from mergecli.hub.fetch import Fetched
-    from mergecli.runtime.progress import Progress
 
 
 def fetch(
@@ -62,19 +60,19 @@ def fetch(
 
     mergecli fetch recipe.toml
     """
-    from mergecli.hub import fetch as fetching
+    from mergecli.hub.fetch import LockNotWrittenError, fetch
 
-    with show.progress() as progress:
+    with console.progress() as progress:
         try:
-            done = fetching.fetch(
+            done = fetch(
                 sources, into=into, only=[kind.strip() for kinds in only or [] for kind in kinds.split(",")],
                 locked=locked, offline=offline, verify=verify, dry_run=dry_run, platform=platform, jobs=jobs,
                 allow_pickle=allow_pickle, token_to_endpoint=token_to_endpoint, changes=changes or [],
-                progress=_telling(progress),
+                progress=progress, note=console.note,
             )  # fmt: skip
-        except fetching.LockNotWrittenError as error:
+        except LockNotWrittenError as error:
             for path in error.done.paths:
-                show.line(str(path))
+                console.line(str(path))
             raise
     if dry_run:
         _show_plan(done)
@@ -84,20 +82,7 @@ def fetch(
     for lock in done.locks:
         print(f"wrote {lock}", file=sys.stderr)
     for path in done.paths:
-        show.line(str(path))
-
-
-def _telling(progress: Progress | None) -> Progress:
-    """Draws progress, where it is drawn; that somebody else is waited for is told everywhere."""
-
-    def tell(description: str, done: int, total: int) -> None:
-        if description.startswith("waiting "):
-            if not done:
-                show.note(description)
-        elif progress:
-            progress(description, done, total)
-
-    return tell
+        console.line(str(path))
 
 
 def _show_plan(done: Fetched) -> None:
@@ -106,7 +91,7 @@ def _show_plan(done: Fetched) -> None:
 
     columns = (Column("source"), Column("file"), Column("bytes", "count"), Column("host"))
     rows = tuple((each.source, each.path, each.size, each.host) for each in done.downloads)
-    show.table(Table(columns, rows), None)
+    console.table(Table(columns, rows), None)
     print(f"would fetch {_sum(done)}" if rows else "nothing is missing", file=sys.stderr)
 
 

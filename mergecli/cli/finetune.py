@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options
-from mergecli.cli import output as show
+from mergecli.cli import console, options
 from mergecli.runtime.errors import UsageError
 
 
@@ -77,13 +76,13 @@ def finetune(
         raise UsageError(f"--schedule: expected cosine or constant, got `{schedule}`")
     if recipe is None and base is None:
         raise UsageError("there is no base to start from", "name a recipe, or the base with `--base`")
-    from mergecli.recipe.reading import read_recipe
+    from mergecli.recipe.reading import recipe_of
     from mergecli.runtime.distributed import is_first
-    from mergecli.training import finetune as finetuning
+    from mergecli.training.finetune import finetune
 
-    known = read_recipe(recipe, changes or []) if recipe else None
-    with show.progress() as progress, _telling(output):
-        done = finetuning.finetune(
+    known = recipe_of(recipe, changes=changes or []) if recipe else None
+    with console.progress() as progress, _telling(output):
+        done = finetune(
             known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
             weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
             lora=lora, l_lora=l_lora, rank=rank, alpha=alpha, target_modules=target_modules, lora_dropout=lora_dropout,
@@ -91,7 +90,7 @@ def finetune(
             device=device, dtype=dtype, save_every=save_every, fresh=fresh, progress=progress,
         )  # fmt: skip
     if is_first():
-        show.line(str(done.path))
+        console.line(str(done.path))
 
 
 @contextmanager
@@ -104,5 +103,5 @@ def _telling(output: Path) -> Generator[None]:
 
         if state_file(output).exists():
             with suppress(OSError):
-                show.note(f"interrupted: the same command goes on from {state_file(output)}")
+                console.note(f"interrupted: the same command goes on from {state_file(output)}")
         raise

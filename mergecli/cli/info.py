@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import options
-from mergecli.cli import output as show
+from mergecli.cli import console, options
 from mergecli.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,14 +33,14 @@ def info(
 
     mergecli info merged.safetensors
     """
-    from mergecli.formats import info as inspection
+    from mergecli.formats.info import info
     from mergecli.results.cells import Column
     from mergecli.results.tables import Table
 
-    show.check_format(form)
-    found = inspection.info(checkpoint)
+    console.check_format(form)
+    found = info(checkpoint)
     if as_json:
-        show.line(json.dumps(asdict(found), indent=2))
+        console.line(json.dumps(asdict(found), indent=2))
         return
     if recipe:
         if "recipe" not in found.metadata:
@@ -53,13 +52,13 @@ def info(
             raise InputError(
                 f"{checkpoint}: holds no recipe, as only `merge` writes one", f"it was made by {maker}"
             )
-        show.line(found.metadata["recipe"].rstrip())
+        console.line(found.metadata["recipe"].rstrip())
         return
     if keys:
         rows = tuple(
             (name, dtype, "x".join(map(str, shape))) for name, (dtype, shape) in found.tensors.items()
         )
-        show.table(Table((Column("tensor"), Column("dtype"), Column("shape")), rows), form)
+        console.table(Table((Column("tensor"), Column("dtype"), Column("shape")), rows), form)
         return
     facts = {
         "path": found.path,
@@ -75,7 +74,7 @@ def info(
         facts["written by"] = f"mergecli {found.metadata['mergecli']}"
     facts |= {key: found.metadata[key] for key in ("method", "task", "tower") if key in found.metadata}
     facts |= {f"input {name}": digest for name, digest in found.inputs.items()}
-    show.table(Table((Column("fact"), Column("value")), tuple(facts.items())), form)
+    console.table(Table((Column("fact"), Column("value")), tuple(facts.items())), form)
 
 
 def _note(found: Info) -> str:

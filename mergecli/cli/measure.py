@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options
-from mergecli.cli import output as show
+from mergecli.cli import console, options
 
 
 def measure(
@@ -37,15 +36,15 @@ def measure(
 
     mergecli merge recipe.toml --method fisher --statistics stats/ -o fisher.safetensors
     """
-    from mergecli.merging.learning import measure as measuring
-    from mergecli.runtime import distributed as parallel
+    from mergecli.merging.learning.measure import measure
+    from mergecli.runtime.distributed import is_first
 
-    with show.progress() as progress:
-        done = measuring.measure(
+    with console.progress() as progress:
+        done = measure(
             recipe, output=output, method=method, only=options.names("--only", only), device=device,
             changes=changes or [], progress=progress,
         )  # fmt: skip
-    if not parallel.is_first():
+    if not is_first():
         return
     for path in done.paths.values():
-        show.line(str(path))
+        console.line(str(path))

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options
-from mergecli.cli import output as show
+from mergecli.cli import console, options
 from mergecli.runtime.errors import UsageError
 
 
@@ -62,8 +61,8 @@ def merge(
 
     mergecli merge recipe.toml --method ties --sweep method.scaling_factor=0.1:0.5:0.1 -o swept/
     """
-    from mergecli.merging import merge as engine
-    from mergecli.runtime import distributed as parallel
+    from mergecli.merging.merge import merge
+    from mergecli.runtime.distributed import is_first
     from mergecli.storage.sources import named_sources
 
     if options.is_recipe(models):
@@ -76,16 +75,16 @@ def merge(
         ):
             raise UsageError("no method is named", "`--method NAME`; `mergecli methods` lists them")
         what = named_sources(models)
-    with show.progress() as progress:
+    with console.progress() as progress:
         if sweep:
-            from mergecli.merging import sweep_points as sweeping
+            from mergecli.merging.sweep_points import merge_sweep, points_of
 
             if shard_size is not None:
                 raise UsageError("--shard-size: a sweep writes single files")
             if save_coefficients or trace or plot or tensorboard:
                 raise UsageError("a sweep has no single file of coefficients to save, trace or plot")
-            points = sweeping.points_of(what, sweep, base=base, method=method, changes=changes or [])
-            written = sweeping.merge_sweep(
+            points = points_of(what, sweep, base=base, method=method, changes=changes or [])
+            written = merge_sweep(
                 points,
                 output,
                 device=device,
@@ -95,15 +94,15 @@ def merge(
             )
         else:
             written = [
-                engine.merge(
+                merge(
                     what, output=output, base=base, method=method, changes=changes or [], device=device,
                     shard_size=shard_size, statistics=statistics, coefficients=coefficients,
                     save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
                 )
             ]  # fmt: skip
     for text in dict.fromkeys(text for each in written for text in each.warnings):
-        show.warning(text)
-    if not parallel.is_first():
+        console.warning(text)
+    if not is_first():
         return
     described = [
         {"path": str(each.path), "method": each.method, "tasks": each.tasks, "tensors": each.tensors,
@@ -113,7 +112,7 @@ def merge(
     if as_json:
         import json
 
-        show.line(json.dumps(described if sweep else described[0], indent=2))
+        console.line(json.dumps(described if sweep else described[0], indent=2))
         return
     for each in written:
-        show.line(str(each.path))
+        console.line(str(each.path))

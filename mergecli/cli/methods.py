@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergecli.cli import options
-from mergecli.cli import output as show
+from mergecli.cli import console, options
 from mergecli.runtime.errors import shown
 
 
@@ -29,25 +28,25 @@ def methods(
     from mergecli.results.cells import Column
     from mergecli.results.tables import Table
 
-    show.check_format(form)
+    console.check_format(form)
     if name is None:
         classes = {each: registry.find(each) for each in registry.names()}
         rows = tuple((each, method.title, _reads(method.passes)) for each, method in classes.items())
         table = Table((Column("method"), Column("what it does"), Column("cost")), rows)
-        show.table(table, "json" if as_json else form)
+        console.table(table, "json" if as_json else form)
         return
     described = _described(name)
     if as_json or form == "json":
-        show.line(json.dumps(described, indent=2))
+        console.line(json.dumps(described, indent=2))
         return
-    show.line(f"{name}: {described['title']}\n")
-    show.line(f"{described['equation']}\n")
+    console.line(f"{name}: {described['title']}\n")
+    console.line(f"{described['equation']}\n")
     for setting in described["settings"]:
         default = "required" if setting["required"] else f"default {_written(setting['default'])}"
-        show.line(f"method.{setting['name']}  {setting['expected']}; {default}")
-        show.line(f"    {' '.join(setting['documentation'].split())}")
-    show.line(f"{chr(10) if described['settings'] else ''}cost   {described['cost']}")
-    show.line(f"paper  {described['paper']}")
+        console.line(f"method.{setting['name']}  {setting['expected']}; {default}")
+        console.line(f"    {' '.join(setting['documentation'].split())}")
+    console.line(f"{chr(10) if described['settings'] else ''}cost   {described['cost']}")
+    console.line(f"paper  {described['paper']}")
 
 
 def _described(name: str) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergecli.cli import options
-from mergecli.cli import output as show
+from mergecli.cli import console, options
 
 
 def _complete_references(incomplete: str) -> list[str]:
@@ -79,18 +78,18 @@ def report(
 
     mergecli report out/*.json --against base --intervals -o report.html
     """
-    from mergecli.results import report as reporting
+    from mergecli.results.report import report
 
-    chosen: Any = show.check_format(form)
+    chosen: Any = console.check_format(form)
     measure: Any = metric
-    table = reporting.report(
+    table = report(
         results, sort=sort, ascending=ascending, metric=measure, seen=seen, normalized=normalized,
         fine_tuned=fine_tuned, intervals=intervals, against=against, predictions=predictions or (),
         reference=reference, reference_rows=reference_rows, transpose=transpose, plot=plot, plot_kind=plot_kind,
         output=output, format=chosen,
     )  # fmt: skip
-    show.table(table, form)
+    console.table(table, form)
     for line in table.warnings:
-        show.warning(line)
+        console.warning(line)
     for line in table.notes:
-        show.note(line)
+        console.note(line)

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options
-from mergecli.cli import output as show
+from mergecli.cli import console, options
 
 
 def tasks(
@@ -27,7 +26,7 @@ def tasks(
     from mergecli.results.cells import Column
     from mergecli.results.tables import Table
 
-    show.check_format(form)
+    console.check_format(form)
     known = registry.sets()
     if name is None or name in known:
         chosen = [registry.find(each) for each in (registry.names() if name is None else known[name])]
@@ -37,7 +36,7 @@ def tasks(
             (each.name, len(each.classes or ()), len(each.templates), str(each.data), each.description)
             for each in chosen
         )
-        show.table(Table(columns, rows), "json" if as_json else form)
+        console.table(Table(columns, rows), "json" if as_json else form)
         return
     task = registry.find(name)
     described = {
@@ -45,13 +44,13 @@ def tasks(
         "split": task.split, "train_split": task.train_split, "classes": task.classes, "templates": task.templates,
     }  # fmt: skip
     if as_json or form == "json":
-        show.line(json.dumps(described, indent=2, ensure_ascii=False))
+        console.line(json.dumps(described, indent=2, ensure_ascii=False))
         return
-    show.line(f"{task.name}: {task.description}\n")
-    show.line(f"data     {task.data}" + (f" ({task.config})" if task.config else ""))
-    show.line(f"splits   {task.split} (evaluated), {task.train_split} (training)")
-    show.line(f"prompts  {task.templates[0]}")
+    console.line(f"{task.name}: {task.description}\n")
+    console.line(f"data     {task.data}" + (f" ({task.config})" if task.config else ""))
+    console.line(f"splits   {task.split} (evaluated), {task.train_split} (training)")
+    console.line(f"prompts  {task.templates[0]}")
     for template in task.templates[1:]:
-        show.line(f"         {template}")
+        console.line(f"         {template}")
     for number, each in enumerate(task.classes or ()):
-        show.line(f"{'classes' if number == 0 else '':8} {number:>3}  {each}")
+        console.line(f"{'classes' if number == 0 else '':8} {number:>3}  {each}")

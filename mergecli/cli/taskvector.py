@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import options
-from mergecli.cli import output as show
+from mergecli.cli import console, options
 
 
 def taskvector(
@@ -27,10 +26,10 @@ def taskvector(
 
     mergecli taskvector toy:digits --base toy:base -o digits.safetensors
     """
-    from mergecli.merging import taskvector as vectors
+    from mergecli.merging.taskvector import taskvector
 
-    with show.progress() as progress:
-        for path in vectors.taskvector(
+    with console.progress() as progress:
+        for path in taskvector(
             tuned, output=output, base=base, dtype=dtype, changes=changes or [], progress=progress
         ):
-            show.line(str(path))
+            console.line(str(path))

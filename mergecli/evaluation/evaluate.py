@@ -199,10 +199,10 @@ def evaluate(
         InputError: a checkpoint or a data set is missing, damaged or does not fit; found before the first image.
     """
     from mergecli.data.decoding import Corruption
-    from mergecli.recipe.reading import named_models, read_recipe
+    from mergecli.recipe.reading import named_models, recipe_of
     from mergecli.storage.cache import allowed_size
 
-    known = read_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
+    known = recipe_of(recipe) if recipe is not None else None
     base = parse_source(str(clip), Path()) if clip is not None else known.base if known else None
     if base is None:
         raise UsageError("no CLIP to evaluate with", "name a recipe that has a `base`, or the base itself")

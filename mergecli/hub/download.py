@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +62,7 @@ def carry_out(
         for key, group in sorted(groups.items()):
             held[key] = store.lock(group[0].source, group[0].commit)
             with writing(store.root):
-                _acquire(held[key], group[0], progress)
+                _acquire(held[key], group[0], patience.note)
             stack.callback(held[key].release)
         left = {key: _missing(group, store) for key, group in groups.items()}
         _check_space(store, sum(file.size for files in left.values() for file in files))
@@ -113,17 +113,15 @@ def _grouped(parts: Sequence[Part], store: Store) -> dict[Place, list[Part]]:
     return found
 
 
-def _acquire(lock: BaseFileLock, part: Part, progress: Progress | None) -> None:
+def _acquire(lock: BaseFileLock, part: Part, note: Callable[[str], None] | None) -> None:
     from filelock import Timeout
 
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        if progress:
-            progress(f"waiting for another fetch of {part.source.name}", 0, 1)
+        if note:
+            note(f"waiting for another fetch of {part.source.name}")
         lock.acquire(poll_interval=0.1)
-        if progress:
-            progress(f"waiting for another fetch of {part.source.name}", 1, 1)
 
 
 def _missing(group: Sequence[Part], store: Store) -> list[RemoteFile]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -139,6 +139,7 @@ def fetch(
     token_to_endpoint: bool = False,
     changes: Sequence[str] = (),
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Fetched:
     """Brings what recipes and sources name to the store, and writes beside each recipe the lock that repeats it.
 
@@ -156,6 +157,7 @@ def fetch(
         allow_pickle: fetch and convert pickled weights where there are no others.
         token_to_endpoint: send the hub's token to an endpoint that is not the hub's own.
         changes: changes to the recipes, each `key=value` as for `--set`.
+        note: called with a sentence when the work waits for a hub or for another fetch.
 
     Raises:
         HubError: something could not be fetched, or is not in the store and `offline` is set; all that failed is told.
@@ -184,7 +186,7 @@ def fetch(
         check_locks(wishes)
     here = _found_here(wishes, store, allow_pickle)
     stop, failures = threading.Event(), Failures()
-    patience = Patience(note=(lambda text: progress(text, 0, 1)) if progress else None)
+    patience = Patience(note=note)
     hubs = Hubs(stop, patience, token_to_endpoint)
     actions = [
         partial(_settled, wishes, key, where, store, hubs, locked, offline, verify, allow_pickle)

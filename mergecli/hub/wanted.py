@@ -11,7 +11,7 @@ from mergecli.data import tasks
 from mergecli.data.splits import VALIDATION_NAMES
 from mergecli.hub import wanted as wanted_by
 from mergecli.recipe.lock import Entry, Key, Lock, key_of, lock_of
-from mergecli.recipe.reading import read_recipe
+from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import UsageError, did_you_mean, listed
 from mergecli.storage.sources import HUBS, Source, parse_source
@@ -183,7 +183,7 @@ def _wish(each: str | Path | Recipe, changes: Sequence[str], only: Sequence[str]
         if locked:
             raise UsageError(f"--locked: `{each}` has no lock", "only recipes have one")
         return Wish([wanted_by.of_source(wanted_by.parse(str(each)))])
-    recipe = each if isinstance(each, Recipe) else read_recipe(each, changes)
+    recipe = recipe_of(each, changes=changes)
     needs = wanted_by.of_recipe(recipe, only)
     lock = lock_of(recipe)
     if locked and lock is None and any(need.source.kind in HUBS for need in needs):

@@ -15,7 +15,7 @@ from mergecli.formats.opening import open_source
 from mergecli.merging.models import open_models
 from mergecli.methods._base import Group, total
 from mergecli.methods._depth import depths, layer_of
-from mergecli.recipe.reading import read_recipe, recipe_from
+from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_targets, write_text
@@ -83,10 +83,7 @@ def cos_sim(
         vectors: name -> task-vector file, or fine-tuned model if `base` is given; or a recipe or its file.
         output: a CSV file. layers: a CSV file with the cosines of each layer. plot: a heat-map (PNG, SVG or PDF by its suffix).
     """
-    if isinstance(vectors, Mapping):
-        recipe = recipe_from(base, vectors, changes)
-    else:
-        recipe = vectors if isinstance(vectors, Recipe) else read_recipe(vectors, changes)
+    recipe = recipe_of(vectors, base=base, changes=changes)
     if plot:
         from mergecli.results.plots import require_matplotlib
 

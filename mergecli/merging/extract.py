@@ -17,7 +17,7 @@ from mergecli.formats.lora_files import PLAIN, base_name, check_adapter_folder
 from mergecli.merging.models import open_models
 from mergecli.methods._base import Group
 from mergecli.methods._svd import decompose
-from mergecli.recipe.reading import recipe_from
+from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
 from mergecli.runtime.errors import UsageError
 from mergecli.runtime.progress import Progress
@@ -93,7 +93,7 @@ def extract(
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES[1:])}, got `{dtype}`")
     target = Path(output)
     check_adapter_folder(target)
-    recipe = recipe_from(base, {_NAME: str(source)})
+    recipe = recipe_of({_NAME: str(source)}, base=base)
     with ExitStack() as stack:
         models = open_models(recipe, stack, needs="deltas")
         refuse_inputs(target, models.paths)

@@ -21,10 +21,10 @@ from mergecli.merging.merge_target import MergeTarget, cast
 from mergecli.merging.models import ModelPasses, Models, open_models
 from mergecli.methods._base import Group, Method, TwoPass
 from mergecli.methods._mixture import extra_values, outcomes
-from mergecli.recipe.reading import read_recipe, recipe_from, with_method
+from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.distributed import is_first
-from mergecli.runtime.errors import UsageError, quoted, shown
+from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.progress import Progress
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.safetensors_writer import parse_size
@@ -84,13 +84,7 @@ def merge(
     Raises:
         UsageError: the recipe is wrong. InputError: a model is missing, damaged, or does not fit the others.
     """
-    if isinstance(recipe, Mapping):
-        recipe = recipe_from(base, recipe, changes, method, settings)
-    elif isinstance(recipe, Recipe):
-        recipe = with_method(recipe, method, settings, changes)
-    else:
-        more = [f"method.{key}={shown(value)}" for key, value in (settings or {}).items()]
-        recipe = read_recipe(recipe, [*more, *changes], method)
+    recipe = recipe_of(recipe, base=base, method=method, settings=settings, changes=changes)
     given = (statistics, coefficients, save_coefficients, trace, plot, tensorboard)
     files = LearningFiles(*(None if each is None else Path(each) for each in given))
     points = {Path(output): recipe}

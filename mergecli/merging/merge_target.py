@@ -39,13 +39,8 @@ class MergeTarget:
 
     @classmethod
     def of(cls, recipe: Recipe, path: Path) -> MergeTarget:
-        """Raises UsageError if the recipe has no method, or the path's suffix does not say what it is."""
-        if recipe.method is None:
-            raise UsageError(
-                "no method is named",
-                "name one in `[method]` or with `--method`; `mergecli methods` lists them",
-            )
-        method = methods.create(recipe.method, recipe.settings)
+        """Raises UsageError if the recipe names no method, or the path's suffix does not say what it is."""
+        method = recipe.built
         if path.suffix not in ("", ".safetensors"):
             raise UsageError(f"{path}: expected a `.safetensors` file, or a folder's name without suffix")
         if not path.suffix and isinstance(method, Mixture) and method.is_mixture:

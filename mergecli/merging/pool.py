@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergecli.formats.mixture import has_routing, install_routing, one_tower, routed
 from mergecli.formats.opening import open_source
-from mergecli.recipe.reading import read_recipe, recipe_from
+from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean
 from mergecli.storage.sources import Source, locate
@@ -64,12 +64,10 @@ class ModelPool:
             self._loaded = {name: each for name, each in models.items() if callable(each)}
             texts = {name: each for name, each in models.items() if name not in self._loaded}
             tuned = {name: texts.get(name, ".") for name in models if name != BASE}
-            evaluation: dict[str, Any] = {"eval": {"tasks": list(tasks)}} if tasks else {}
-            known = recipe_from(texts.get(BASE), tuned, changes, **evaluation)
+            known = recipe_of(tuned, base=texts.get(BASE), changes=changes)
         else:
-            known = models if isinstance(models, Recipe) else read_recipe(models, changes)
-            known = replace(known, eval_tasks=tuple(tasks)) if tasks else known
-        self._recipe = known
+            known = recipe_of(models, changes=changes)
+        self._recipe = recipe_of(replace(known, eval_tasks=tuple(tasks))) if tasks else known
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -11,13 +11,12 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, cast
 
-import tomli
-
 from mergecli.merging.learning.files import LearningFiles
 from mergecli.merging.merge import Merged, merge_points
-from mergecli.recipe.reading import read_recipe, recipe_from
+from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
-from mergecli.runtime.errors import UsageError, shown
+from mergecli.recipe.toml import Override, parse_value
+from mergecli.runtime.errors import UsageError
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_target
 
@@ -62,9 +61,12 @@ def parse_axis(text: str) -> Axis:
         raise UsageError(
             f"sweep `{text}`: expected `method.SETTING=FIRST:LAST:STEP` or `method.SETTING=VALUE,VALUE,...`"
         )
-    values = (
-        _range(written, text) if written.count(":") == 2 else tuple(_value(each) for each in _split(written))
-    )
+    try:
+        values = (
+            _range(written, text) if written.count(":") == 2 else tuple(map(parse_value, _split(written)))
+        )
+    except ValueError as error:
+        raise UsageError(f"sweep `{text}`: {error}") from error
     if not values:
         raise UsageError(f"sweep `{text}`: there are no values")
     if len(set(map(repr, values))) != len(values):
@@ -96,15 +98,8 @@ def points_of(
     points: list[Point] = []
     for values in itertools.product(*(axis.values for axis in axes)):
         chosen = dict(zip(keys, values, strict=True))
-        more = [*changes, *(f"{key}={shown(value)}" for key, value in chosen.items())]
-        try:
-            known = (
-                recipe_from(base, recipe, more, method)
-                if isinstance(recipe, Mapping)
-                else read_recipe(recipe, more, method)
-            )
-        except UsageError as error:
-            raise UsageError(error.message.replace("--set: ", "--sweep: "), error.hint) from error
+        swept = [Override(key, value, "--sweep") for key, value in chosen.items()]
+        known = recipe_of(recipe, base=base, method=method, changes=changes, overrides=swept)
         points.append(Point(chosen, known))
     names = [point.name for point in points]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -172,10 +167,3 @@ def _short(value: Any) -> str:
             [str(table.get("name", "")), *(f"{key}-{each}" for key, each in table.items() if key != "name")]
         )
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", str(value)).strip("-")
-
-
-def _value(written: str) -> Any:
-    try:
-        return tomli.loads(f"value = {written}")["value"]
-    except (ValueError, RecursionError):
-        return written

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mergecli.merging.models import Models, open_models
-from mergecli.recipe.reading import read_recipe, recipe_from
+from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.runtime.progress import Progress
@@ -39,9 +39,7 @@ def taskvector(
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES[1:])}, got `{dtype}`")
     target = Path(output)
     if isinstance(tuned, Recipe) or Path(tuned).suffix == ".toml":
-        recipe = tuned if isinstance(tuned, Recipe) else read_recipe(tuned, changes)
-        if base is not None:
-            raise UsageError("a recipe names its base itself", "use `--set base=...` to change it")
+        recipe = recipe_of(tuned, base=base, changes=changes)
         if target.suffix == ".safetensors":
             raise UsageError(f"{target}: a recipe has several models, so the output is a folder")
         targets = {name: target / f"{name}.safetensors" for name in recipe.tuned}
@@ -50,7 +48,7 @@ def taskvector(
             raise UsageError("there is no base to subtract", "name it with `--base`")
         if target.suffix != ".safetensors":
             raise UsageError(f"{target}: expected the name of a `.safetensors` file")
-        recipe = recipe_from(base, named_sources([str(tuned)]), changes)
+        recipe = recipe_of(named_sources([str(tuned)]), base=base, changes=changes)
         targets = dict.fromkeys(recipe.tuned, target)
     with ExitStack() as stack:
         models = open_models(recipe, stack, needs="base")

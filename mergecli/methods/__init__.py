@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from mergecli.methods._settings import Setting, setting_problems, settings_of, s
 from mergecli.runtime.errors import UsageError, did_you_mean
 
 __all__ = [
-    "DataDriven", "Method", "Modifier", "PerTensor", "Setting", "TwoPass", "create", "find", "key_prefixes", "name_of", "names", "problems", "settings", "table_of",
+    "DataDriven", "Method", "Modifier", "PerTensor", "Setting", "SettingsError", "TwoPass", "create", "find", "key_prefixes", "name_of",
+    "names", "settings", "table_of",
 ]  # fmt: skip
 
 
@@ -57,51 +58,53 @@ def settings(name: str) -> dict[str, Setting]:
     return settings_of(find(name))
 
 
-def problems(
-    name: str, values: Mapping[str, Any], tasks: tuple[str, ...] | None = None
-) -> list[tuple[str, str]]:
-    """(key, what is wrong) for a method's name and settings, everything at once; empty if all is well.
+class SettingsError(UsageError):
+    """A method cannot be as it was asked for: its name, or some of its settings."""
 
-    `tasks` are the names of the models to merge, where they are known.
+    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
+        super().__init__("\n".join(f"`method.{key}`: {what}" for key, what in problems))
+        self.problems = tuple(problems)
+        """(setting or `name`, what is wrong) for everything that is."""
+
+
+def create(name: str, values: Mapping[str, Any], tasks: tuple[str, ...] | None = None) -> Method:
+    """The method with these settings.
+
+    Args:
+        tasks: the names of the models to merge, where they are known: some settings must fit them.
+
+    Raises:
+        SettingsError: unknown method, or settings that are unknown, missing, ill-valued or unfit; with all of them.
     """
     try:
         method = find(name)
     except UsageError as error:
-        return [("name", error.message)]
-    found = setting_problems(method, values)
-    for key, inner in _inner(method, values).items():
-        if inner["name"] in names() and issubclass(find(inner["name"]), DataDriven):
-            found.append(
-                (f"{key}.name", f"`{inner['name']}` looks at images, and cannot be changed by another method")
-            )
-            continue
-        name = inner.pop("name")
-        wrong = problems(name, inner, tasks)
-        found += [(f"{key}.{each}", what) for each, what in wrong]
-        if not wrong and _writes_several(name, inner):
-            found.append(
-                (
-                    f"{key}.name",
-                    f"`{name}` writes more than one tower, and cannot be changed by another method",
-                )
-            )
-    if not found and tasks is not None:
-        found = method.check(tasks, dict(values))
-    return found
-
-
-def create(name: str, values: Mapping[str, Any]) -> Method:
-    """The method with these settings.
-
-    Raises:
-        UsageError: unknown method, or settings that are unknown, missing or ill-valued.
-    """
-    if found := problems(name, values):
-        raise UsageError("\n".join(f"`method.{key}`: {what}" for key, what in found))
-    method = find(name)
-    inner = {key: create(table.pop("name"), table) for key, table in _inner(method, values).items()}
+        raise SettingsError([("name", error.message)]) from error
+    wrong = setting_problems(method, values)
+    inner: dict[str, Method] = {}
+    for key, table in _inner(method, values).items():
+        try:
+            inner[key] = _changeable(table.pop("name"), table, tasks)
+        except SettingsError as error:
+            wrong += [(f"{key}.{each}", what) for each, what in error.problems]
+    if not wrong and tasks is not None:
+        wrong = method.check(tasks, dict(values))
+    if wrong:
+        raise SettingsError(wrong)
     known = settings_of(method)
     return method(**{key: settled(value, known[key].kind) for key, value in values.items()} | inner)
+
+
+def _changeable(name: str, values: Mapping[str, Any], tasks: tuple[str, ...] | None) -> Method:
+    """A method that another may change; raises SettingsError if it is wrong, or none."""
+    if name in names() and issubclass(find(name), DataDriven):
+        why = "looks at images"
+    else:
+        method = create(name, values, tasks)
+        if not (isinstance(method, Mixture) and method.is_mixture):
+            return method
+        why = "writes more than one tower"
+    raise SettingsError([("name", f"`{name}` {why}, and cannot be changed by another method")])
 
 
 def name_of(method: Method) -> str:
@@ -120,14 +123,6 @@ def table_of(method: Method, without: Collection[str] = ()) -> dict[str, Any]:
         for key, value in values.items()
         if value is not None
     }
-
-
-def _writes_several(name: str, values: Mapping[str, Any]) -> bool:
-    """Whether a method, with these settings, writes more than one tower."""
-    if not issubclass(find(name), Mixture):
-        return False
-    method = create(name, values)
-    return isinstance(method, Mixture) and method.is_mixture
 
 
 def _inner(method: type[Method], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

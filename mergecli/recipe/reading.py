@@ -1,64 +1,129 @@
-"""Recipes checked against what this installation knows: its methods and its tasks."""
+"""What a caller gives to the verbs, as a recipe that is checked against the methods and tasks of this installation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import tomli
+
 from mergecli import methods
 from mergecli.data import tasks
-from mergecli.recipe import schema as recipe
 from mergecli.recipe.lock import pin
-from mergecli.recipe.schema import Recipe
-from mergecli.recipe.toml import Problem
-from mergecli.runtime.errors import UsageError, did_you_mean
+from mergecli.recipe.schema import Recipe, recipe_in
+from mergecli.recipe.toml import Override, Problem, Reader, parse_changes
+from mergecli.runtime.errors import InputError, UsageError, did_you_mean
 from mergecli.storage.sources import Source, parse_source
 
 
-def read_recipe(path: str | Path, changes: Sequence[str] = (), method: str | None = None) -> Recipe:
-    """The recipe in the file, as the lock beside it has it, with every problem of form, method, settings and tasks in
-    one error."""
-    return pin(recipe.read(Path(path), changes, method, (_method_problems, _task_problems)))
-
-
-def recipe_from(
-    base: str | Path | Mapping[str, str] | None,
-    tuned: Mapping[str, str | Path | Mapping[str, str]],
-    changes: Sequence[str] = (),
+def recipe_of(
+    what: str | Path | Recipe | Mapping[str, str | Path | Mapping[str, str]],
+    *,
+    base: str | Path | Mapping[str, str] | None = None,
     method: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    **others: Any,
+    changes: Sequence[str] = (),
+    overrides: Sequence[Override] = (),
 ) -> Recipe:
-    """The recipe that a command line or a call without a file means; the same checks."""
-    values: dict[str, Any] = {"tuned": {name: _toml(source) for name, source in tuned.items()}, **others}
-    if base is not None:
-        values["base"] = _toml(base)
-    if method is not None:
-        values["method"] = {"name": method, **(settings or {})}
-    return recipe.build(values, changes=changes, checks=(_method_problems, _task_problems))
+    """The recipe that a caller means.
 
+    Each of `method`, `settings`, `changes` and `overrides` goes before what the recipe says and those before it say.
+    A recipe from a file is as the lock beside it has it.
 
-def with_method(
-    known: Recipe, method: str | None, settings: Mapping[str, Any] | None, changes: Sequence[str] = ()
-) -> Recipe:
-    """A recipe in memory with another method, or with more settings of its own.
+    Args:
+        what: a recipe, its file, or name -> fine-tuned model.
+        base: of models without a recipe.
+        method: a name; replaces the method with all its settings.
+        settings: of the method.
+        changes: `key=value` as for `--set`; paths in them are relative to the current folder, those in the file to its.
 
     Raises:
-        UsageError: the settings do not fit the method, or there are `changes`, which are for recipe files.
+        InputError: no such file, or its lock is damaged.
+        UsageError: everything that is wrong with it, each with its option, or with file, line and key.
     """
-    if changes:
+    named = [Override("method", {"name": method}, "--method")] if method is not None else []
+    given = [Override(f"method.{key}", value, "settings") for key, value in (settings or {}).items()]
+    every = [*named, *given, *parse_changes(changes), *overrides]
+    if base is not None and not isinstance(what, Mapping):
+        raise UsageError("a recipe names its base itself", "use `--set base=...` to change it")
+    if isinstance(what, Recipe):
+        return _changed(what, every)
+    if isinstance(what, Mapping):
+        values: dict[str, Any] = {"tuned": {name: _toml(source) for name, source in what.items()}}
+        if base is not None:
+            values["base"] = _toml(base)
+        return _read(values, None, "", every)
+    path = Path(what)
+    text = _text(path)
+    return _read(_values(text, path), path, text, every)
+
+
+def _changed(known: Recipe, overrides: Sequence[Override]) -> Recipe:
+    """A recipe in memory with another method, or other settings."""
+    if other := [each.key for each in overrides if each.key.partition(".")[0] != "method"]:
         raise UsageError(
-            "`changes` are for recipe files", "use `method` and `settings`, or `dataclasses.replace`"
+            f"`{other[0]}`: cannot be changed in a recipe that is no file", "use `dataclasses.replace`"
         )
-    if method is not None:
-        known = replace(known, method=method, settings=dict(settings or {}))
-    elif settings:
-        known = replace(known, settings={**known.settings, **settings})
-    if wrong := list(_method_problems(known)):
-        raise UsageError("\n".join(f"`{problem.key}`: {problem.what}" for problem in wrong))
+    reader = Reader()
+    if overrides:
+        table = {} if known.method is None else {"method": {"name": known.method, **known.settings}}
+        for each in overrides:
+            reader.override(table, each)
+        new = recipe_in(table, None, reader)
+        known = replace(known, method=new.method, settings=new.settings)
+    _check(known, reader)
+    reader.refuse(None, "")
     return known
+
+
+def _read(values: dict[str, Any], path: Path | None, text: str, overrides: Sequence[Override]) -> Recipe:
+    reader = Reader(path.parent if path else Path())
+    for each in overrides:
+        reader.override(values, each)
+    recipe = pin(recipe_in(values, path, reader))
+    _check(recipe, reader)
+    reader.refuse(path, text)
+    return recipe
+
+
+def _check(recipe: Recipe, reader: Reader) -> None:
+    """Adds what is wrong with the method, its settings and the tasks, but for keys that have a problem already."""
+    broken = {problem.key for problem in reader.problems}
+    reader.problems += [each for each in _problems(recipe) if each.key not in broken]
+
+
+def _problems(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.method is not None:
+        try:
+            _ = recipe.built
+        except methods.SettingsError as error:
+            yield from (Problem(f"method.{key}", what) for key, what in error.problems)
+    for key, what in tasks.problems(recipe):
+        yield Problem(key, what)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such recipe") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{path}: is a folder, a recipe (TOML) was expected") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: a recipe is UTF-8 text, byte {error.start} is not") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {(error.strerror or '').lower()}") from error
+
+
+def _values(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        raise UsageError(f"{path}:{error.lineno}: not TOML: {error.msg.lower()}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: has a number that is too long, or tables nested too deeply") from error
 
 
 def _toml(source: str | Path | Mapping[str, str]) -> str | dict[str, str]:
@@ -90,15 +155,3 @@ def named_models(
         if name not in models:
             raise UsageError(f"the recipe has no model `{name}`{did_you_mean(name, models)}")
     return [(name, source) for name, source in models.items() if not only or name in only]
-
-
-def _method_problems(each: Recipe) -> Iterable[Problem]:
-    if each.method is not None:
-        tasks = tuple(each.tuned) or None
-        found = methods.problems(each.method, each.settings, tasks)
-        return [Problem(f"method.{key}", what) for key, what in found]
-    return []
-
-
-def _task_problems(each: Recipe) -> Iterable[Problem]:
-    return [Problem(key, what) for key, what in tasks.problems(each)]

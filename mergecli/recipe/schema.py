@@ -1,17 +1,18 @@
-"""A recipe: TOML text to frozen dataclasses, with every problem in one message."""
+"""What a recipe may say, as frozen dataclasses and as TOML."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import tomli
-
+from mergecli import methods
 from mergecli.data.tasks import TaskTable
-from mergecli.recipe.toml import Problem, Reader, line_of, place_of
-from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed, shown
+from mergecli.methods import Method
+from mergecli.recipe.toml import Reader
+from mergecli.runtime.errors import UsageError, did_you_mean, shown
 from mergecli.storage.sources import Source
 
 DTYPES = ("same", "float32", "float16", "bfloat16")
@@ -39,77 +40,28 @@ class Recipe:
     pins: Mapping[tuple[bool, str], Source] = field(default_factory=dict[tuple[bool, str], Source])
     """What the lock beside the recipe says: (whether it is a data set, a source as it is written) -> that at a commit."""
 
+    @cached_property
+    def built(self) -> Method:
+        """The method with its settings, which are checked here and nowhere else: once for a recipe.
+
+        Raises:
+            UsageError: no method is named.
+            SettingsError: it is unknown, or its settings are wrong.
+        """
+        if self.method is None:
+            raise UsageError(
+                "no method is named",
+                "name one in `[method]` or with `--method`; `mergecli methods` lists them",
+            )
+        return methods.create(self.method, self.settings, tuple(self.tuned) or None)
+
     def pinned(self, source: Source) -> Source:
         """The source as the lock has it."""
         return replace(source, pinned=self.pins.get((source.is_data, str(source)), source.pinned))
 
 
-Check = Callable[[Recipe], Iterable[Problem]]
-
-
-def read(
-    path: Path, changes: Sequence[str] = (), method: str | None = None, checks: Sequence[Check] = ()
-) -> Recipe:
-    """The recipe in the file `path`, after `--method` and the `key=value` changes of `--set`.
-
-    Relative paths in the file are relative to its folder, those in `changes` to the current one.
-
-    Raises:
-        InputError: no such file.
-        UsageError: everything that is wrong with it, each with file, line and key.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such recipe") from error
-    except IsADirectoryError as error:
-        raise UsageError(f"{path}: is a folder, a recipe (TOML) was expected") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: a recipe is UTF-8 text, byte {error.start} is not") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {(error.strerror or '').lower()}") from error
-    try:
-        values = tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
-        raise UsageError(f"{path}:{error.lineno}: not TOML: {error.msg.lower()}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: has a number that is too long, or tables nested too deeply") from error
-    return build(values, path, text, changes, method, checks)
-
-
-def build(
-    values: dict[str, Any],
-    path: Path | None = None,
-    text: str = "",
-    changes: Sequence[str] = (),
-    method: str | None = None,
-    checks: Sequence[Check] = (),
-) -> Recipe:
-    """The recipe that parsed TOML means; `text` is only searched for the lines of what is wrong."""
-    if method is not None:
-        values["method"] = {"name": method}
-    reader = Reader(path.parent if path else Path())
-    if method is not None:
-        reader.overridden["method.name"] = "--method"
-    for change in changes:
-        _apply(values, change, reader)
-    recipe = _recipe(values, path, reader)
-    broken = {problem.key for problem in reader.problems}
-    for check in checks:
-        reader.problems += [problem for problem in check(recipe) if problem.key not in broken]
-    if reader.problems:
-        ordered = sorted(dict.fromkeys(reader.problems), key=lambda each: line_of(text, each.key) or 0)
-        lines = [
-            f"{reader.overridden.get(each.key) or place_of(path, text, each.key)}: `{each.key}`: {each.what}"
-            for each in ordered
-        ]
-        if len(lines) == 1:
-            raise UsageError(lines[0])
-        raise UsageError(f"the recipe has {len(lines)} problems:\n{listed(lines, 20)}")
-    return recipe
-
-
-def _recipe(values: dict[str, Any], path: Path | None, read: Reader) -> Recipe:
+def recipe_in(values: dict[str, Any], path: Path | None, read: Reader) -> Recipe:
+    """The recipe that parsed TOML means; what is wrong with it is among the reader's problems, and left out here."""
     top = read.table(values, "", ("schema", "base", "seed", "dtype", "tuned", "method", "eval", "tasks"))
     if top.get("schema", 1) != 1 or not isinstance(top.get("schema", 1), int) or top.get("schema") is True:
         read.wrong(
@@ -167,36 +119,6 @@ def _task(value: object, key: str, read: Reader) -> TaskTable:
         split=read.text(table["split"], f"{key}.split") if "split" in table else None,
         train_split=read.text(table["train_split"], f"{key}.train_split") if "train_split" in table else None,
     )
-
-
-def _apply(values: dict[str, Any], change: str, read: Reader) -> None:
-    """Makes one `key.sub=value` change; the value is TOML, or a bare word that is taken as a string."""
-    key, equals, written = change.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        read.wrong(f"--set {change}", "expected `key=value`")
-        return
-    try:
-        parsed = tomli.loads(f"value = {written}")
-        value: object = parsed["value"] if set(parsed) == {"value"} else None
-        if value is None:
-            read.wrong(f"--set {key}", "expected one TOML value")
-            return
-    except (ValueError, RecursionError):
-        if not written.strip() or written.strip()[0] in "\"'[{":
-            read.wrong(f"--set {change}", f"`{written}` is not a TOML value")
-            return
-        value = written.strip()
-    parts = [part.strip() for part in key.split(".", {"tuned": 1, "tasks": 2}.get(key.split(".")[0], -1))]
-    place = values
-    for part in parts[:-1]:
-        inner = place.setdefault(part, {})
-        if not isinstance(inner, dict):
-            read.wrong(key, f"`{part}` is not a table")
-            return
-        place = cast("dict[str, Any]", inner)
-    place[parts[-1]] = value
-    read.overridden[key] = "--set"
 
 
 def recipe_text(recipe: Recipe, method: str | None = None, settings: Mapping[str, Any] | None = None) -> str:

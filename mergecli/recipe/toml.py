@@ -1,14 +1,16 @@
-"""Values taken out of parsed TOML, with everything that is wrong with them, and on which line it stands."""
+"""Values taken out of parsed TOML, with everything that is wrong with them, and where it stands."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from mergecli.runtime.errors import UsageError, did_you_mean
+import tomli
+
+from mergecli.runtime.errors import UsageError, did_you_mean, listed
 from mergecli.storage.sources import HUBS, Source, checked_inside, parse_source
 
 SOURCE_KEYS = ("source", "revision", "subfolder", "file", "dtype", "modelscope", "adapter")
@@ -25,17 +27,62 @@ class Problem(NamedTuple):
     what: str
 
 
+class Override(NamedTuple):
+    """A value in place of what the recipe's file says under a dotted key, and the option that gave it."""
+
+    key: str
+    value: Any
+    option: str
+    """`--set`, `--method`, ...: what a message about the value begins with."""
+
+
 @dataclass
 class Reader:
-    """Takes values out of the parsed TOML and writes down whatever is wrong with them."""
+    """Takes values out of the parsed TOML and collects whatever is wrong with them."""
 
-    anchor: Path
-    overridden: dict[str, str] = field(default_factory=dict[str, str])
-    """Key -> the option that set it."""
+    anchor: Path = Path()
+    """What relative paths in the file are relative to; those of an override are relative to the current folder."""
+    options: dict[str, str] = field(default_factory=dict[str, str])
+    """Key -> the option that set it, and all that is below it."""
     problems: list[Problem] = field(default_factory=list[Problem])
 
     def wrong(self, key: str, what: str) -> None:
         self.problems.append(Problem(key, what))
+
+    def option(self, key: str) -> str | None:
+        """The option that gave the value under a dotted key; None where the file did."""
+        while key and key not in self.options:
+            key = key.rpartition(".")[0]
+        return self.options.get(key)
+
+    def override(self, values: dict[str, Any], each: Override) -> None:
+        """Puts the value where its key says; tables on the way are copied, since they may be the caller's."""
+        first = each.key.partition(".")[0]
+        # a model's or a task's name may have dots in it
+        parts = [part.strip() for part in each.key.split(".", {"tuned": 1, "tasks": 2}.get(first, -1))]
+        table = values
+        for part in parts[:-1]:
+            inner = table.get(part, {})
+            if not isinstance(inner, Mapping):
+                self.wrong(each.key, f"`{part}` is not a table")
+                return
+            table[part] = dict(cast("Mapping[str, Any]", inner))
+            table = table[part]
+        table[parts[-1]] = each.value
+        self.options[each.key] = each.option
+
+    def refuse(self, path: Path | None, text: str) -> None:
+        """Raises UsageError with every problem, each with its option or with file and line of the TOML `text`."""
+        if not self.problems:
+            return
+        ordered = sorted(dict.fromkeys(self.problems), key=lambda each: line_of(text, each.key) or 0)
+        lines = [
+            f"{self.option(each.key) or place_of(path, text, each.key)}: `{each.key}`: {each.what}"
+            for each in ordered
+        ]
+        if len(lines) == 1:
+            raise UsageError(lines[0])
+        raise UsageError(f"the recipe has {len(lines)} problems:\n{listed(lines, 20)}")
 
     def table(self, value: object, key: str, known: Sequence[str] | None = None) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -72,7 +119,7 @@ class Reader:
         if isinstance(value, dict):
             return self._source_table(cast("dict[str, Any]", value), key)
         if text := self.text(value, key):
-            anchor = Path() if key in self.overridden else self.anchor
+            anchor = Path() if self.option(key) else self.anchor
             try:
                 return parse_source(text, anchor)
             except UsageError as error:
@@ -136,6 +183,41 @@ class Reader:
                 f"{why}: expected letters, digits, `-`, `_`, `.` or `+`, beginning with a letter or digit",
             )
         return name
+
+
+def parse_changes(changes: Iterable[str]) -> list[Override]:
+    """The `key.sub=value` changes of `--set`.
+
+    Raises:
+        UsageError: one has no key, or its value is neither TOML nor a bare word.
+    """
+    found: list[Override] = []
+    for change in changes:
+        key, equals, written = (part.strip() for part in change.partition("="))
+        if not equals or not key:
+            raise UsageError(f"`--set {change}`: expected `key=value`")
+        try:
+            found.append(Override(key, parse_value(written), "--set"))
+        except ValueError as error:
+            raise UsageError(f"`--set {key}`: {error}") from error
+    return found
+
+
+def parse_value(written: str) -> Any:
+    """The TOML value, or the bare word as a string.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        values = tomli.loads(f"value = {written}")
+    except (ValueError, RecursionError):
+        if not written or written[0] in "\"'[{":
+            raise ValueError(f"expected a TOML value, got `{written}`") from None
+        return written
+    if set(values) != {"value"}:  # there are lines after it
+        raise ValueError("expected one TOML value")
+    return values["value"]
 
 
 def place_of(path: Path | None, text: str, key: str) -> str:

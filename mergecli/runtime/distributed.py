@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli.runtime import interrupts
@@ -80,33 +78,6 @@ def is_first() -> bool:
 def is_first_here() -> bool:
     """Whether this is the process that fills its machine's store."""
     return is_first() or os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-@contextmanager
-def telling(text: str) -> Generator[bool]:
-    """Whether a text is still to be told, in the block: of the processes that `torchrun` started on a machine for one
-    work, those that have the same one to tell come after each other, and only the first of them tells it.
-
-    None of them is silent unless another has ended its block.
-    """
-    place = os.environ.get("TORCHELASTIC_ERROR_FILE")  # in a folder of each process, in one of this start's
-    if not place or int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield True
-        return
-    import fcntl
-
-    name = f"told-{sha256(text.encode('utf-8', 'backslashreplace')).hexdigest()[:16]}"
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context((Path(place).parent.parent / name).open("ab"))
-            fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the process ends, however it does
-        except OSError:
-            yield True
-            return
-        is_new = os.fstat(file.fileno()).st_size == 0
-        yield is_new
-        if is_new:
-            file.write(b"told\n")
 
 
 def join(device: str) -> tuple[Ranks, str]:

@@ -218,10 +218,10 @@ def _subjects(
 ) -> tuple[Source, list[Lesson]]:
     """The base, and what it is to learn."""
     from mergecli.data.tasks import expand, find
-    from mergecli.recipe.reading import read_recipe
+    from mergecli.recipe.reading import recipe_of
     from mergecli.training.data import Lesson
 
-    known = read_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
+    known = recipe_of(recipe) if recipe is not None else None
     chosen = [find(name, known) for name in expand([task] if isinstance(task, str) else task, known)]
     if not chosen:
         raise UsageError("no task to learn", "name at least one")

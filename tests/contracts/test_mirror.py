@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 
 import pytest
 
 import mergecli
-from mergecli.cli import (
-    cache,
-    cos_sim,
-    evaluate,
-    extract,
-    fetch,
-    finetune,
-    measure,
-    merge,
-    report,
-    taskvector,
-)
+from mergecli.cli import COMMANDS
 
-PAIRS = {
-    "merge": merge.merge, "evaluate": evaluate.evaluate, "cos_sim": cos_sim.cos_sim, "report": report.report,
-    "taskvector": taskvector.taskvector, "finetune": finetune.finetune, "fetch": fetch.fetch,
-    "cache": cache.cache, "extract": extract.extract, "measure": measure.measure,
-}  # fmt: skip
+FUNCTIONS = {module.rpartition(".")[2]: module for module in COMMANDS.values()}
+LISTS = {"methods", "tasks"}
+"""Commands without a function: Python has the rooms `mergecli.methods` and `mergecli.data.tasks`."""
 ONLY_IN_THE_PROGRAM = {"as_json", "form", "min_average", "min_task", "sweep"}
-ONLY_IN_PYTHON = {"progress", "settings", "format", "data", "unfinished"}
+ONLY_IN_PYTHON = {"progress", "note", "settings", "format", "data", "unfinished"}
+CHOICES_OF_WHAT_IS_PRINTED = {"info": {"keys", "recipe"}}
 SAME = {"models": "recipe"}
 
 
-@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_every_command_is_a_function_of_the_package_too() -> None:
+    assert set(FUNCTIONS) - set(mergecli.__all__) == LISTS
+
+
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - LISTS))
 def test_a_command_and_its_function_have_the_same_parameters(name: str) -> None:
-    program = {
-        SAME.get(each, each) for each in inspect.signature(PAIRS[name]).parameters
-    } - ONLY_IN_THE_PROGRAM
+    command = getattr(import_module(FUNCTIONS[name]), name)
+    program = {SAME.get(each, each) for each in inspect.signature(command).parameters}
+    program -= ONLY_IN_THE_PROGRAM | CHOICES_OF_WHAT_IS_PRINTED.get(name, set())
     python = set(inspect.signature(getattr(mergecli, name)).parameters) - ONLY_IN_PYTHON
     if name == "evaluate":
         program -= (
@@ -48,6 +41,17 @@ def test_a_command_and_its_function_have_the_same_parameters(name: str) -> None:
 def test_every_public_name_can_be_imported() -> None:
     for name in mergecli.__all__:
         assert getattr(mergecli, name) is not None
+
+
+def test_every_error_that_a_caller_may_catch_is_public() -> None:
+    from mergecli.runtime import errors
+
+    own = {
+        name
+        for name, each in vars(errors).items()
+        if isinstance(each, type) and issubclass(each, (Exception, Warning))
+    }
+    assert own - {"ThresholdError"} <= set(mergecli.__all__)  # only the program has thresholds
 
 
 def test_no_public_name_is_a_modules_name_too() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mergecli.data.tasks import expand, names
-from mergecli.recipe.reading import read_recipe
+from mergecli.recipe.reading import recipe_of
 from mergecli.results import references
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
@@ -19,7 +19,7 @@ BACKBONES = ("clip-vit-base-patch32", "clip-vit-base-patch16", "clip-vit-large-p
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
 def test_a_recipe_parses_and_its_tasks_are_built_in(file: Path) -> None:
-    recipe = read_recipe(file)
+    recipe = recipe_of(file)
     assert recipe.base is not None
     assert set(recipe.tuned) <= set(names())
     assert set(expand(recipe.eval_tasks, recipe)) <= set(names())
@@ -37,13 +37,13 @@ def test_a_recipe_begins_with_the_commands_that_use_it(file: Path) -> None:
 
 @pytest.mark.parametrize("file", MERGED, ids=lambda file: file.name)
 def test_the_model_of_a_task_is_the_model_of_that_task(file: Path) -> None:
-    for task, source in read_recipe(file).tuned.items():
+    for task, source in recipe_of(file).tuned.items():
         assert str(source).removesuffix("_lora-16").endswith(task)
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
 def test_a_recipe_uses_one_backbone_and_knows_its_name_on_both_hubs(file: Path) -> None:
-    recipe = read_recipe(file)
+    recipe = recipe_of(file)
     backbone = next((name for name in BACKBONES if file.stem.startswith(name)), None)
     if backbone is None:
         assert file.stem == "toy"
@@ -60,7 +60,7 @@ def test_a_recipe_uses_one_backbone_and_knows_its_name_on_both_hubs(file: Path) 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("tasks", ["ta8", "tall14", "tall20"])
 def test_there_is_a_recipe_for_every_backbone_and_set_of_tasks(backbone: str, tasks: str) -> None:
-    recipe = read_recipe(RECIPES[0].parent / f"{backbone}-{tasks}.toml")
+    recipe = recipe_of(RECIPES[0].parent / f"{backbone}-{tasks}.toml")
     assert tuple(recipe.tuned) == expand((tasks,)) == expand(recipe.eval_tasks, recipe)
 
 

@@ -311,9 +311,9 @@ def test_what_is_installed_can_be_copied_moved_saved_and_removed() -> None:
 
 
 def test_smile_needs_a_gate_within_its_rank() -> None:
-    assert methods.problems("smile", {"rank": 2, "gate_rank": 3}, ("t1",)) == [
-        ("gate_rank", "expected at most `rank`, 2, got 3")
-    ]
+    with pytest.raises(methods.SettingsError) as caught:
+        methods.create("smile", {"rank": 2, "gate_rank": 3}, ("t1",))
+    assert caught.value.problems == (("gate_rank", "expected at most `rank`, 2, got 3"),)
 
 
 @torch.no_grad()

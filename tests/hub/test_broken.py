@@ -17,7 +17,7 @@ from mergecli.data.images import load_images
 from mergecli.data.tasks import find
 from mergecli.hub.fetch import fetch
 from mergecli.recipe.lock import lock_path
-from mergecli.recipe.reading import read_recipe
+from mergecli.recipe.reading import recipe_of
 from mergecli.runtime.errors import HubError, InputError, UsageError
 from tests.conftest import Run, random_weights
 from tests.hub.conftest import RECIPE, Hubs, pickled
@@ -52,7 +52,7 @@ def test_images_of_a_part_of_a_locked_split_are_no_split(hubs: Hubs, recipe: Pat
     files = {f"data/test-0000{part}-of-00002.parquet": rows(3 + part) for part in range(2)}
     hubs.hf.repositories["datasets/org/birds"].commit(files, alone=True)
     folder = fetch(recipe).paths[-1]
-    known = read_recipe(recipe)
+    known = recipe_of(recipe)
     assert len(load_images(find("birds", known), None)) == 7
     second = folder / "data/test-00001-of-00002.parquet"
     if damage == "removed":

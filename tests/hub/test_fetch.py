@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -251,15 +249,6 @@ def test_a_store_that_cannot_be_written_is_told(hubs: Hubs, tmp_path: Path) -> N
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write: not a directory"):
         fetch("hf:org/tuned", into=tmp_path / "file")
-
-
-def test_help_imports_neither_hub(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mergecli", "fetch", "--help"], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "MERGECLI_DEBUG_IMPORTS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0
-    assert not {"huggingface_hub", "modelscope_hub", "requests", "filelock"} & set(done.stderr.split())
 
 
 def test_the_store_records_what_was_fetched(hubs: Hubs) -> None:

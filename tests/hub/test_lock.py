@@ -9,7 +9,7 @@ import pytest
 
 from mergecli.hub.fetch import fetch
 from mergecli.recipe.lock import Entry, Lock, LockedFile, lock_path, pin, pinned_source, read_lock, write_lock
-from mergecli.recipe.reading import read_recipe
+from mergecli.recipe.reading import recipe_of
 from mergecli.runtime.errors import HubError, InputError, UsageError
 from mergecli.storage.sources import locate, parse_source
 from tests.conftest import Run
@@ -91,7 +91,7 @@ def test_a_lock_that_is_damaged_or_something_else_is_one_clear_error(
 
 
 def test_a_recipe_is_pinned_by_the_lock_beside_it(hubs: Hubs, recipe: Path) -> None:
-    known = read_recipe(recipe)
+    known = recipe_of(recipe)
     (recipe.with_suffix(".lock")).unlink(missing_ok=True)
     assert pin(known) == known
     paths = fetch(recipe).paths

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save, save_file
 import mergecli
 from mergecli.data.tasks import Task, expand, find
 from mergecli.recipe.lock import lock_path
-from mergecli.recipe.reading import read_recipe
+from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from tests.hub.servers import HuggingFaceServer, ModelScopeServer, Repository
 from tests.tiny import make_tiny_clip
@@ -137,7 +137,7 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     clip = make_tiny_clip(folder / "tiny-clip", tokens=200)
     for path in RECIPES:
         shutil.copy(path, folder)
-    recipes = {path.name: read_recipe(folder / path.name) for path in RECIPES}
+    recipes = {path.name: recipe_of(folder / path.name) for path in RECIPES}
     for number, task in enumerate(recipes["clip-vit-base-patch16-l-lora.toml"].tuned):
         linearized(clip, folder / "l-lora" / task, number)
     every = repositories(recipes, clip)
@@ -171,7 +171,7 @@ def test_a_recipe_goes_from_its_lock_to_a_report_without_a_network(
     path: Path, fetched: Path, tmp_path: Path
 ) -> None:
     file = fetched / path.name
-    recipe = read_recipe(file)
+    recipe = recipe_of(file)
     assert lock_path(file).is_file()
     assert recipe.base is not None
     assert recipe.base.pinned is not None
@@ -196,7 +196,7 @@ def test_a_recipe_goes_from_its_lock_to_a_report_without_a_network(
 
 
 def test_the_corrupted_splits_of_the_robustness_recipe_are_there(fetched: Path) -> None:
-    recipe = read_recipe(fetched / "clip-vit-base-patch32-robustness.toml")
+    recipe = recipe_of(fetched / "clip-vit-base-patch32-robustness.toml")
     assert recipe.base is not None
     for split in recipe.splits:
         (result,) = mergecli.evaluate(str(recipe.base), recipe=recipe, split=split)

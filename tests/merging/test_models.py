@@ -15,13 +15,13 @@ from mergecli.merging import models as reading
 from mergecli.merging.merge import merge
 from mergecli.merging.models import open_models
 from mergecli.methods._base import RUN, Group
-from mergecli.recipe.reading import recipe_from
+from mergecli.recipe.reading import recipe_of
 from mergecli.storage.checkpoint import open_checkpoint
 from tests.conftest import World, assert_same
 
 
 def opened(world: World, stack: ExitStack) -> reading.Models:
-    return open_models(recipe_from(world.base_file, world.files), stack, needs="base")
+    return open_models(recipe_of(world.files, base=world.base_file), stack, needs="base")
 
 
 @pytest.mark.parametrize("block", [1, 7, 100, 1 << 18])
@@ -97,7 +97,7 @@ def test_a_sample_takes_about_one_entry_in_so_many_of_every_tensor(tmp_path: Pat
     base = {"large": torch.arange(1_000_000.0), "small": torch.arange(700.0), "tiny": torch.ones(3)}
     save_file(base, tmp_path / "base.safetensors")
     with ExitStack() as stack:
-        models = open_models(recipe_from(None, {"a": tmp_path / "base.safetensors"}), stack, needs="weights")
+        models = open_models(recipe_of({"a": tmp_path / "base.safetensors"}), stack, needs="weights")
         sampled: dict[str, list[float]] = {name: [] for name in base}
         for name, values in models.map(lambda _, group: (group.name, group.tuned[0].tolist()), 64):
             sampled[name] += values

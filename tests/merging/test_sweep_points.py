@@ -33,7 +33,7 @@ def test_an_axis_is_a_range_or_a_list(text: str, values: tuple[object, ...]) -> 
 @pytest.mark.parametrize(
     "text",
     [
-        "method.density", "density=0.1", "method.=1", "method.density=", "method.density=0:1:0",
+        "method.density", "method.weights=[1", "density=0.1", "method.=1", "method.density=", "method.density=0:1:0",
         "method.density=1:0:0.1", "method.density=a:b:c", "method.density=0.1,0.1", "method.density=0:1:0.0001", "dtype=float16",
     ],
 )  # fmt: skip

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mergecli.recipe.reading import read_recipe, recipe_from
+from mergecli import methods
+from mergecli.recipe.reading import recipe_of
 from mergecli.runtime.errors import InputError, UsageError
 
 WHOLE = """\
@@ -40,7 +42,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_every_key_is_read(file: Path) -> None:
-    recipe = read_recipe(file)
+    recipe = recipe_of(file)
     assert (str(recipe.base), recipe.seed, recipe.dtype) == ("hf:openai/clip-vit-base-patch32", 3, "float16")
     assert list(recipe.tuned) == ["sun397", "stanford-cars"]
     assert (recipe.method, recipe.settings) == ("ties", {"density": 0.1})
@@ -49,7 +51,7 @@ def test_every_key_is_read(file: Path) -> None:
 
 
 def test_paths_are_relative_to_the_recipe_but_in_changes_to_the_current_folder(file: Path) -> None:
-    recipe = read_recipe(file, ["tuned.stanford-cars=other.safetensors"])
+    recipe = recipe_of(file, changes=["tuned.stanford-cars=other.safetensors"])
     assert recipe.tuned["sun397"].path == file.parent / "models/a.safetensors"
     assert recipe.tuned["stanford-cars"].path == Path("other.safetensors")
     assert recipe.tasks["birds"].data is not None
@@ -57,7 +59,7 @@ def test_paths_are_relative_to_the_recipe_but_in_changes_to_the_current_folder(f
 
 
 def test_a_method_on_the_command_line_replaces_the_table_and_changes_follow(file: Path) -> None:
-    recipe = read_recipe(file, ["method.scaling_factor=0.5"], method="task_arithmetic")
+    recipe = recipe_of(file, changes=["method.scaling_factor=0.5"], method="task_arithmetic")
     assert (recipe.method, recipe.settings) == ("task_arithmetic", {"scaling_factor": 0.5})
 
 
@@ -66,7 +68,7 @@ def test_a_method_on_the_command_line_replaces_the_table_and_changes_follow(file
     [("method.aggregate=mean", "mean"), ('method.aggregate="max"', "max"), ("method.aggregate = sum", "sum")],
 )
 def test_a_bare_word_in_a_change_is_a_string(file: Path, change: str, value: str) -> None:
-    assert read_recipe(file, [change]).settings["aggregate"] == value
+    assert recipe_of(file, changes=[change]).settings["aggregate"] == value
 
 
 def test_all_problems_come_at_once_with_their_lines(tmp_path: Path) -> None:
@@ -76,7 +78,7 @@ def test_all_problems_come_at_once_with_their_lines(tmp_path: Path) -> None:
         'density = 1.5\nagregate = "sum"\n\n[eval]\nbatch_size = 0\ntasks = ["mnits"]\n'
     )
     with pytest.raises(UsageError) as error:
-        read_recipe(path)
+        recipe_of(path)
     lines = str(error.value).splitlines()
     assert lines[0] == "the recipe has 9 problems:"
     assert [line.strip().removeprefix(f"{path}:") for line in lines[1:]] == [
@@ -132,7 +134,7 @@ def test_all_problems_come_at_once_with_their_lines(tmp_path: Path) -> None:
 def test_one_problem_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(UsageError, match=message) as error:
-        read_recipe(tmp_path / "r.toml")
+        recipe_of(tmp_path / "r.toml")
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -140,39 +142,39 @@ def test_one_problem_is_one_line(tmp_path: Path, text: str, message: str) -> Non
     ("change", "message"),
     [
         ("density", r"`--set density`: expected `key=value`"),
-        ("method.density=[1", r"is not a TOML value"),
+        ("method.density=[1", r"expected a TOML value, got `\[1`"),
         ("base.x=1", r"`base.x`: `base` is not a table"),
         ("method.densty=0.1", r"^--set: `method.densty`: unknown setting \(did you mean `density`"),
     ],
 )
 def test_a_change_that_means_nothing_is_refused(file: Path, change: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        read_recipe(file, [change])
+        recipe_of(file, changes=[change])
 
 
 def test_a_recipe_that_is_missing_or_a_folder_or_not_utf8_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none.toml: no such recipe"):
-        read_recipe(tmp_path / "none.toml")
+        recipe_of(tmp_path / "none.toml")
     (tmp_path / "folder.toml").mkdir()
     with pytest.raises(UsageError, match=r"is a folder, a recipe \(TOML\) was expected"):
-        read_recipe(tmp_path / "folder.toml")
+        recipe_of(tmp_path / "folder.toml")
     (tmp_path / "latin.toml").write_bytes("# möglich".encode("latin-1"))
     with pytest.raises(UsageError, match=r"a recipe is UTF-8 text, byte 3 is not"):
-        read_recipe(tmp_path / "latin.toml")
+        recipe_of(tmp_path / "latin.toml")
 
 
 def test_models_without_a_file_are_checked_the_same_way() -> None:
     with pytest.raises(UsageError, match=r"^--set: `method.density`: expected a number in \(0, 1\], got 2"):
-        recipe_from("b", {"a": "a"}, ["method.density=2"], "ties")
-    with pytest.raises(UsageError, match=r"^command line: `method.density`: expected a number"):
-        recipe_from("b", {"a": "a"}, method="ties", settings={"density": 2})
+        recipe_of({"a": "a"}, base="b", changes=["method.density=2"], method="ties")
+    with pytest.raises(UsageError, match=r"^settings: `method.density`: expected a number"):
+        recipe_of({"a": "a"}, base="b", method="ties", settings={"density": 2})
 
 
 def test_an_unknown_method_on_the_command_line_is_blamed_on_its_option(file: Path) -> None:
     with pytest.raises(
         UsageError, match=r"^--method: `method.name`: unknown method `teis` \(did you mean `ties`"
     ):
-        read_recipe(file, method="teis")
+        recipe_of(file, method="teis")
 
 
 def test_a_source_may_be_a_table_that_says_more(tmp_path: Path) -> None:
@@ -182,7 +184,7 @@ def test_a_source_may_be_a_table_that_says_more(tmp_path: Path) -> None:
         'a = { source = "hf:org/a", subfolder = "vision", file = "m.safetensors", dtype = "float16" }\n'
         'b = { source = "weights/b", adapter = "hf:org/lora@v2" }\n'
     )
-    recipe = read_recipe(file)
+    recipe = recipe_of(file)
     base, a, b = recipe.base, recipe.tuned["a"], recipe.tuned["b"]
     assert base is not None
     assert (str(base), base.modelscope) == ("hf:openai/clip@v1", "openai-mirror/clip")
@@ -203,7 +205,7 @@ def test_every_mistake_in_the_table_of_a_source_is_told_at_once(tmp_path: Path) 
         'b = { source = "p", subfolder = "../up", modelscope = "org/b", sorce = 1 }\nc = { source = 3 }\n'
     )
     with pytest.raises(UsageError) as caught:
-        read_recipe(file)
+        recipe_of(file)
     assert [line.strip().replace(f"{file}:", "") for line in caught.value.message.splitlines()[1:]] == [
         "1: `base.source`: is missing: expected a source such as `hf:org/name`, or a path",
         "3: `tuned.a.revision`: the source has one already",
@@ -220,4 +222,58 @@ def test_the_name_that_other_programs_give_the_base_is_told_apart(tmp_path: Path
     file = tmp_path / "r.toml"
     file.write_text('[tuned]\n_pretrained_ = "x"\n')
     with pytest.raises(UsageError, match="the pre-trained model is called `base` here"):
-        read_recipe(file)
+        recipe_of(file)
+
+
+def test_settings_of_a_python_call_stay_the_values_that_they_are(file: Path) -> None:
+    weights = (1, 2)
+    for what in (file, recipe_of(file), {"sun397": "a", "stanford-cars": "b"}):
+        recipe = recipe_of(what, method="weighted_average", settings={"weights": weights})
+        assert recipe.settings["weights"] is weights
+
+
+def test_a_change_below_a_table_leaves_the_callers_table_alone(file: Path) -> None:
+    of = {"name": "ties", "density": 0.5}
+    recipe = recipe_of(file, method="lines", settings={"of": of}, changes=["method.of.density=0.1"])
+    assert (recipe.settings["of"]["density"], of["density"]) == (0.1, 0.5)
+
+
+def test_a_recipe_in_memory_takes_another_method_or_more_settings_and_nothing_else(file: Path) -> None:
+    known = recipe_of(file)
+    more = recipe_of(known, settings={"scaling_factor": 0.5}, changes=["method.density=0.2"])
+    assert more.settings == {"density": 0.2, "scaling_factor": 0.5}
+    other = recipe_of(known, method="task_arithmetic")
+    assert (other.method, other.settings, known.method) == ("task_arithmetic", {}, "ties")
+    with pytest.raises(UsageError, match="`seed`: cannot be changed in a recipe that is no file"):
+        recipe_of(known, changes=["seed=3"])
+    with pytest.raises(UsageError, match=r"^settings: `method.density`: expected a number"):
+        recipe_of(known, settings={"density": 2})
+
+
+def test_a_problem_is_blamed_on_the_option_that_its_table_came_from(file: Path) -> None:
+    with pytest.raises(UsageError, match=r"^--method: `method.weights`: is missing"):
+        recipe_of(file, method="weighted_average")
+    with pytest.raises(UsageError, match=r"^--set: `tuned.a.source`: expected a string, got 3"):
+        recipe_of(file, changes=["tuned.a={ source = 3 }"])
+    changed = recipe_of(file, changes=['tuned.a={ source = "b" }'])
+    assert changed.tuned["a"].path == Path("b")
+
+
+def test_a_base_beside_a_recipe_is_refused(file: Path) -> None:
+    for recipe in (file, recipe_of(file)):
+        with pytest.raises(UsageError, match="a recipe names its base itself"):
+            recipe_of(recipe, base="other")
+
+
+def test_a_method_is_checked_and_built_once_for_a_recipe(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    create = methods.create
+
+    def counted(name: str, *others: Any) -> methods.Method:
+        built.append(name)
+        return create(name, *others)
+
+    monkeypatch.setattr(methods, "create", counted)
+    recipe = recipe_of(recipe_of(file, method="lines", settings={"of": {"name": "ties"}}))
+    assert recipe.built is recipe.built
+    assert built == ["lines", "ties"]

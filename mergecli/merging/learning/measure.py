@@ -12,9 +12,9 @@ from mergecli import methods
 from mergecli.merging.learning.statistics import files_for, measure_missing
 from mergecli.merging.models import open_models
 from mergecli.methods._calibrated import Calibrated
-from mergecli.recipe.reading import read_recipe, with_method
+from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
-from mergecli.runtime.errors import UsageError, did_you_mean, quoted, shown
+from mergecli.runtime.errors import UsageError, did_you_mean, quoted
 from mergecli.storage.atomic import check_target
 
 if TYPE_CHECKING:
@@ -59,12 +59,8 @@ def measure(
         UsageError: the recipe is wrong, or its method measures nothing.
         InputError: models or images are missing; or a file in the folder was measured on something else.
     """
-    if isinstance(recipe, Recipe):
-        recipe = with_method(recipe, method, settings, changes)
-    else:
-        more = [f"method.{key}={shown(value)}" for key, value in (settings or {}).items()]
-        recipe = read_recipe(recipe, [*more, *changes], method)
-    chosen = methods.create(recipe.method, recipe.settings) if recipe.method else None
+    recipe = recipe_of(recipe, method=method, settings=settings, changes=changes)
+    chosen = recipe.built if recipe.method else None
     if not isinstance(chosen, Calibrated):
         known = [name for name in methods.names() if issubclass(methods.find(name), Calibrated)]
         what = f"`{recipe.method}` measures nothing" if recipe.method else "no method is named"

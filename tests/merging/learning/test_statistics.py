@@ -34,9 +34,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 def zoo(made: Zoo, tmp_path: Path) -> Zoo:
     """A zoo of one's own, to change."""
     shutil.copytree(made.folder, tmp_path / "zoo")
-    from mergecli.recipe.reading import read_recipe
+    from mergecli.recipe.reading import recipe_of
 
-    return replace(made, folder=tmp_path / "zoo", recipe=read_recipe(tmp_path / "zoo" / "zoo.toml"))
+    return replace(made, folder=tmp_path / "zoo", recipe=recipe_of(tmp_path / "zoo" / "zoo.toml"))
 
 
 def merged(zoo: Zoo, method: str, recipe: Recipe | None = None, **more: Any) -> bytes:
@@ -71,9 +71,9 @@ def test_what_was_measured_is_found_again_by_content(zoo: Zoo, tmp_path: Path, m
     before = files(store)
     assert len(before) == (1 if method == "reg_mean_plus_plus" else 3)
     shutil.copytree(zoo.folder, tmp_path / "moved")
-    from mergecli.recipe.reading import read_recipe
+    from mergecli.recipe.reading import recipe_of
 
-    assert merged(zoo, method, read_recipe(tmp_path / "moved" / "zoo.toml"), statistics=None) == want
+    assert merged(zoo, method, recipe_of(tmp_path / "moved" / "zoo.toml"), statistics=None) == want
     assert files(store) == before
     merged(zoo, method, statistics=None, settings={"examples": 9})
     assert len(files(store)) == 2 * len(before)

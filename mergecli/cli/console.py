@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
-from mergecli.runtime.distributed import telling
+from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import MergecliWarning, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -23,29 +23,32 @@ def line(text: str) -> None:
 
 
 def warning(text: str) -> None:
-    """Something the user should know, on stderr."""
-    _told(f"{_painted('warning:', '33', sys.stderr)} {text}")
+    """Something the user should know, on stderr; of several processes only the first says it."""
+    if is_first():
+        _print(f"{_painted('warning:', '33', sys.stderr)} {text}")
 
 
 def note(text: str) -> None:
-    """What may be concluded, on stderr."""
-    _told(f"note: {text}")
+    """What may be concluded, on stderr; of several processes only the first says it."""
+    if is_first():
+        _print(f"note: {text}")
 
 
 def error(message: str, hint: str = "") -> None:
-    """What went wrong and, after `hint:`, how to mend it, on stderr."""
-    lines = [f"{_painted('error:', '31', sys.stderr)} {message}"]
+    """What went wrong and, after `hint:`, the cure, on stderr.
+
+    Each of several processes says its own, since only one of them may have failed; all but the first say who they are.
+    """
+    who = "" if is_first() else f"process {os.environ['RANK']}: "
+    lines = [f"{who}{_painted('error:', '31', sys.stderr)} {message}"]
     if hint:
-        lines.append(f"{_painted('hint:', '36', sys.stderr)} {hint}")
-    with suppress(OSError):  # there is nobody left to tell
-        _told("\n".join(lines))
+        lines.append(f"{who}{_painted('hint:', '36', sys.stderr)} {hint}")
+    with suppress(OSError):  # nobody reads stderr any more
+        _print("\n".join(lines))
 
 
-def _told(text: str) -> None:
-    """The text on stderr; where several processes would say the same, once."""
-    with telling(text) as is_new:
-        if is_new:
-            print(text, file=sys.stderr, flush=True)
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -67,7 +70,7 @@ def warnings_of_ours() -> Generator[None]:
         yield
 
 
-def hush() -> None:
+def drop_output() -> None:
     """Sends what is still to be printed nowhere: the reader has gone."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
