@@ -1,4 +1,4 @@
-"""What methods learn as one file: found in the store by content or learned now, checked, and applied without images."""
+"""What methods learn as one file: learned now or found in the store by content, checked, applied without images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from mergecli.merging.learning.files import (
     json_field,
     read_learned,
     share,
-    write_learned,
 )
 from mergecli.merging.learning.needed_files import SETTINGS, TITLES, open_needed
 from mergecli.merging.learning.work import LearningWork
@@ -28,12 +27,14 @@ from mergecli.merging.models import ModelPasses, Models
 from mergecli.methods._adapted import UNSAVED, Adapted
 from mergecli.methods._learned import LearnedTensors, Learner, State
 from mergecli.methods._task_learner import TaskLearner
+from mergecli.recipe.schema import recipe_text
 from mergecli.results.cells import Column
 from mergecli.results.tables import Table
 from mergecli.runtime.distributed import is_first, is_first_here, join, wait
 from mergecli.runtime.errors import InputError
 from mergecli.runtime.progress import Progress
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
+from mergecli.storage.metadata import about
 from mergecli.storage.sources import home
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ def coefficients(
     if is_first():
         share(path, trace_table(learned, used, json_field(stored, "adapted_on")), files)
     kept = {TITLES["merged_tower"]: merged} if merged else {}
-    about = {"adapted_on": stored.metadata["adapted_on"]}
-    return Learned(replace(target, method=used), learned, {**kept, used.file_title: stored}, about)
+    facts = {"adapted_on": stored.metadata["adapted_on"]}
+    return Learned(replace(target, method=used), learned, {**kept, used.file_title: stored}, facts)
 
 
 def _file(work: LearningWork, progress: Progress | None) -> Path:
@@ -88,7 +89,7 @@ def _file(work: LearningWork, progress: Progress | None) -> Path:
 
 
 def _adapted_file(work: LearningWork, method: Adapted, progress: Progress | None) -> Path:
-    """The file of a method that adapts; all processes take part."""
+    """The same for a method that adapts, in which all processes take part."""
     from mergecli.merging.learning.adaptation_loop import adapt
 
     models, folder = work.models, _folder(work)
@@ -116,10 +117,17 @@ def _folder(work: LearningWork) -> Path:
 
 
 def _write(path: Path, work: LearningWork, tensors: State) -> None:
-    method, models = work.method.completed(tensors), work.models
-    more = {"tensors": json.dumps(models.floats)} if method.lists_tensors else {}
-    whole = {key: each.contiguous() for key, each in tensors.items()}
-    write_learned(path, whole, method, work.recipe, models.tuned, work.inputs, work.looked_at, **more)
+    """Writes the file whole or not at all."""
+    from mergecli.storage.safetensors_writer import save_tensors
+
+    method, models, recipe = work.method.completed(tensors), work.models, work.recipe
+    name, settings = methods.name_of(method), methods.table_of(method)
+    metadata = about(
+        KIND, method=name, recipe=recipe_text(recipe, name, settings), inputs=work.inputs,
+        tasks=json.dumps(list(models.tuned)), settings_table=json.dumps(settings), seed=str(recipe.seed),
+        adapted_on=json.dumps(work.looked_at), **({"tensors": json.dumps(models.floats)} if method.lists_tensors else {}),
+    )  # fmt: skip
+    save_tensors({key: each.contiguous() for key, each in tensors.items()}, path, metadata)
 
 
 def _like(path: Path, method: Learner, models: Models) -> State:
@@ -130,8 +138,8 @@ def _like(path: Path, method: Learner, models: Models) -> State:
 
 
 def trace_table(learned: LearnedTensors, method: Learner, looked_at: Collection[str]) -> Table:
-    """A row for each step: the mean loss, the loss of each task that was looked at, and of methods that adapt each
-    task's (mean) coefficient, or what else such a method traces.
+    """A row for each step: the mean loss, the loss of each task that was looked at and, for methods that adapt, each
+    task's mean coefficient or what else the method traces.
 
     Row k has the losses that step k found, which are of the model before it, and the coefficients after it.
     """

@@ -1,4 +1,4 @@
-"""What methods that look at images learn before a merge, and the files that it comes from and goes to."""
+"""The files of what a method learns: those that the user names, how they are read, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from mergecli.methods import name_of
 from mergecli.methods._base import DataDriven
 from mergecli.methods._learned import Learner
 from mergecli.methods._settings import frozen
-from mergecli.recipe.schema import Recipe, recipe_text
+from mergecli.recipe.schema import Recipe
 from mergecli.results.tables import Table
 from mergecli.runtime.errors import InputError, UsageError, quoted, shown
 from mergecli.storage.atomic import check_target, check_targets, refuse_inputs, whole_file, write_text
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
-from mergecli.storage.metadata import about
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,32 +32,32 @@ class Learned:
     target: MergeTarget
     """With the settings that the method learned with."""
     value: Any = None
-    """What `merge` gets; None for methods that look at weights only."""
+    """What the method's `merge` gets; None for methods that read weights only."""
     files: Mapping[str, Checkpoint] = field(default_factory=dict[str, Checkpoint])
-    """Name -> file that the merge reads, besides the models."""
+    """Name -> file that the merge reads besides the models."""
     about: Mapping[str, str] = field(default_factory=dict[str, str])
-    """What the merged file says of it."""
+    """Metadata of the merged file."""
 
 
 @dataclass(frozen=True)
 class LearningFiles:
-    """Where what is learned comes from, and goes to."""
+    """Files that the user names; None where an option is not given."""
 
     statistics: Path | None = None
-    """A folder with a calibrated method's statistics, a file a task; what is not there is measured, and put there."""
+    """A folder of statistics, a file a task; missing ones are measured and written there."""
     coefficients: Path | None = None
-    """A file with what an adapted method learned; nothing is learned then."""
+    """A file of coefficients to apply; then nothing is learned."""
     save_coefficients: Path | None = None
-    """A file for what an adapted method learns, besides the one in the store."""
+    """A copy of the file of coefficients that is learned."""
     trace: Path | None = None
-    """A CSV file with a row for each step of an adapted method."""
+    """A CSV file with a row for each step of the learning."""
     plot: Path | None = None
-    """A picture of that."""
+    """A plot of the trace."""
     tensorboard: Path | None = None
-    """A folder that gets the same for TensorBoard."""
+    """A folder for TensorBoard's events of the trace."""
 
     def check(self, target: MergeTarget) -> None:
-        """Raises UsageError if the method cannot use a file, or it cannot be written."""
+        """Raises UsageError if the method has no use for a file that is named, or it cannot be written."""
         method, name = target.method, name_of(target.method)
         kept_as = method.kept_as if isinstance(method, DataDriven) else ""
         if self.statistics and kept_as != "statistics":
@@ -79,7 +78,7 @@ class LearningFiles:
             )
         if self.coefficients and self.save_coefficients:
             raise UsageError(
-                "--save-coefficients: with `--coefficients` nothing is learned that could be saved"
+                "--save-coefficients: with `--coefficients` nothing is learned, so there is nothing to save"
             )
         targets: list[tuple[Path, tuple[str, ...]]] = [(target.path, ())] if target.path.suffix else []
         targets += [(self.save_coefficients, (".safetensors",))] if self.save_coefficients else []
@@ -97,7 +96,7 @@ class LearningFiles:
         check_targets(targets, {"coefficients": self.coefficients} if self.coefficients else {})
 
     def refuse_inputs(self, target: MergeTarget, inputs: Mapping[str, Path]) -> None:
-        """Raises UsageError if a file that is to be written is one that is read."""
+        """Raises UsageError if an output would replace one of the inputs."""
         for path in (target.path, self.save_coefficients, self.trace, self.plot):
             if path is not None:
                 refuse_inputs(path, inputs)
@@ -105,29 +104,6 @@ class LearningFiles:
 
 KIND = "coefficients"
 """The `kind` in the metadata of the files."""
-
-
-def write_learned(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    method: methods.Method,
-    recipe: Recipe,
-    tasks: Collection[str],
-    inputs: Mapping[str, str],
-    looked_at: object,
-    /,
-    **more: str,
-) -> None:
-    """A file whole or not at all. `inputs` are digests by name, `looked_at` is what tells the images, JSON can say it;
-    `more` is metadata of the method's own."""
-    from mergecli.storage.safetensors_writer import save_tensors
-
-    settings = methods.table_of(method)
-    metadata = about(
-        KIND, method=methods.name_of(method), recipe=recipe_text(recipe, methods.name_of(method), settings), inputs=inputs, tasks=json.dumps(list(tasks)),
-        settings_table=json.dumps(settings), seed=str(recipe.seed), adapted_on=json.dumps(looked_at), **more,
-    )  # fmt: skip
-    save_tensors(tensors, path, metadata)
 
 
 def read_learned(
@@ -139,7 +115,7 @@ def read_learned(
     ours: Mapping[str, object],
     from_file: Collection[str],
 ) -> tuple[Learner, Checkpoint]:
-    """The method with the settings that it learned with, and the file, open until `stack` ends.
+    """The file, open until `stack` ends, and the method with the settings that it was learned with.
 
     Args:
         ours: settings whose value counts, whatever the file says.
@@ -202,14 +178,14 @@ def expect(stored: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def finite(stored: Checkpoint, name: str, values: Tensor) -> Tensor:
-    """Values of the file, if all of them are numbers; else raises InputError."""
+    """The values of a tensor of the file; raises InputError if one is NaN or infinity."""
     if not bool(values.isfinite().all()):
         raise InputError(f"{stored.path}: `{name}` has NaN or infinity")
     return values
 
 
 def share(path: Path, trace: Table, files: LearningFiles) -> None:
-    """Writes what the user asked for beside the merge: the file itself, and the trace as CSV, events and picture."""
+    """Copies the file to where the user asked for it, and writes its trace as CSV, events and plot."""
     if files.save_coefficients is not None:
         with whole_file(files.save_coefficients) as file:
             file.write(path.read_bytes())

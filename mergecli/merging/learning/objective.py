@@ -187,7 +187,7 @@ def entropy_objective(
     clip.model.to(device)
     own = [name for number, name in enumerate(work.tasks) if number % ranks.count == ranks.own]
     batches = _task_batches(work, method, clip, own)
-    del clip.model.text_model  # no longer used, and as large as a tower
+    clip.drop_text_tower()
     tasks, size, seed = list(models.tuned), method.batch_size, work.recipe.seed
     if isinstance(method, Routed):
         installed = _installed(models, method, clip, device)

@@ -51,7 +51,7 @@ class StatisticsRun:
             for each in tasks
             if each.task and method.needs_head
         }
-        del self._clip.model.text_model  # no longer used, and as large as a tower
+        self._clip.drop_text_tower()
 
     def write(
         self,
@@ -60,7 +60,7 @@ class StatisticsRun:
         metadata: Mapping[str, str],
         progress: Progress | None,
     ) -> None:
-        """Measures the tasks, and writes what comes out as one file, tensor by tensor as it is known.
+        """Measures the tasks and writes one file, each tensor as soon as it is known.
 
         Raises:
             InputError: a model gives NaN or infinity, or an image cannot be read.
@@ -68,13 +68,13 @@ class StatisticsRun:
         layout = self._method.layout(self._models.shapes)
         title = tasks[0].name if len(tasks) == 1 else f"{len(tasks)} tasks"
 
-        def tell(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             if progress:
                 progress(f"{title}: measuring", done, total)
 
         with ExitStack() as stack:
             writer = stack.enter_context(SafetensorsWriter(path, layout, metadata))
-            measured = stack.enter_context(closing(self._measured(tasks, path.parent, tell)))
+            measured = stack.enter_context(closing(self._measured(tasks, path.parent, report)))
             for name, value in measured:
                 if not bool(value.isfinite().all()):
                     raise InputError(
@@ -84,7 +84,7 @@ class StatisticsRun:
                 writer.write(name, value.detach().cpu().contiguous())
 
     def _measured(
-        self, tasks: Sequence[CalibrationTask], folder: Path, tell: Callable[[int, int], None]
+        self, tasks: Sequence[CalibrationTask], folder: Path, report: Report
     ) -> Generator[tuple[str, Tensor]]:
         from mergecli.clip.model import set_tower
         from mergecli.data.selection import drawn
@@ -98,17 +98,17 @@ class StatisticsRun:
             if method.joint:
                 assert models.base is not None
                 tuned = tuple(models.tuned.values())
-                joint = JointTaskProbe(self._clip, tuned, models.base, chosen, scratch, tell)
+                joint = JointTaskProbe(self._clip, tuned, models.base, chosen, scratch, report)
                 yield from method.measure_jointly(joint)
                 return
             (one,) = tasks
             set_tower(self._clip, models.tuned[one.name])
-            probe = TaskProbe(self._clip, chosen[0], self._heads.get(one.name), scratch, tell)
+            probe = TaskProbe(self._clip, chosen[0], self._heads.get(one.name), scratch, report)
             yield from method.measure(probe)
 
 
-Tell = Callable[[int, int], None]
-"""Called with how much is done, and how much there is."""
+Report = Callable[[int, int], None]
+"""Called with how much is done, and the total."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,11 @@ class Scratch:
 class TaskProbe:
     """The `Probe` of one task, whose tower is in the CLIP already."""
 
-    def __init__(self, clip: Clip, chosen: Images, head: Tensor | None, scratch: Scratch, tell: Tell) -> None:
+    def __init__(
+        self, clip: Clip, chosen: Images, head: Tensor | None, scratch: Scratch, report: Report
+    ) -> None:
         self._clip, self._chosen, self._head = clip, chosen, head
-        self._scratch, self._tell = scratch, tell
+        self._scratch, self._report = scratch, report
         self.model = tower_of(clip)
 
     def batches(self, size: int, /) -> Iterator[Tensor]:
@@ -138,7 +140,7 @@ class TaskProbe:
         for batch in batches(self._clip, self._chosen, size):
             yield batch
             done += len(batch)
-            self._tell(done, len(self._chosen))
+            self._report(done, len(self._chosen))
 
     def logits(self, pixel_values: Tensor, /) -> Tensor:
         """(B, C) logits of the task's zero-shot head."""
@@ -149,10 +151,10 @@ class TaskProbe:
 
     def layers(self) -> Iterator[tuple[str, Module]]:
         """Name and module of each transformer layer, from the first to the last."""
-        return layers_of(self.model, self._tell)
+        return layers_of(self.model, self._report)
 
     def activations(self, size: int, /) -> ActivationFile:
-        """What goes into the first layer."""
+        """The inputs of the first layer."""
         return ActivationFile(self._scratch, embedded(self._clip, self._chosen, size), self._clip)
 
 
@@ -166,10 +168,10 @@ class JointTaskProbe:
         base: Checkpoint,
         chosen: Sequence[Images],
         scratch: Scratch,
-        tell: Tell,
+        report: Report,
     ) -> None:
         self._clip, self._tuned, self._base, self._chosen = clip, tuned, base, chosen
-        self._scratch, self._tell = scratch, tell
+        self._scratch, self._report = scratch, report
         self.model = tower_of(clip)
 
     @property
@@ -191,10 +193,10 @@ class JointTaskProbe:
 
     def layers(self) -> Iterator[tuple[str, Module]]:
         """Name and module of each transformer layer, from the first to the last."""
-        return layers_of(self.model, self._tell)
+        return layers_of(self.model, self._report)
 
     def activations(self, task: int, size: int, /) -> ActivationFile:
-        """What goes into the first layer for the images of a task, with the model's weights of now."""
+        """The inputs of the first layer for the images of a task, by the weights that the model has now."""
         return ActivationFile(self._scratch, embedded(self._clip, self._chosen[task], size), self._clip)
 
 
@@ -209,11 +211,11 @@ class ActivationFile:
             self._write(batch)
 
     def look(self, layer: Module, /) -> None:
-        """Lets them go through the layer, and forgets what comes out."""
+        """Sends them through the layer and drops its output: hooks see what goes in."""
         self._through(layer, keep=False)
 
     def step(self, layer: Module, /) -> None:
-        """Puts what comes out of the layer in their place."""
+        """Replaces them by the layer's output."""
         self._through(layer, keep=True)
 
     def _through(self, layer: Module, *, keep: bool) -> None:
@@ -238,22 +240,22 @@ class ActivationFile:
 
 
 def tower_of(clip: Clip) -> Module:
-    """The vision tower in a module that gives its parameters the names they have in checkpoints."""
+    """The vision tower, in a module that names its parameters as checkpoints do."""
     from torch.nn import ModuleDict
 
     return ModuleDict({"vision_model": clip.tower})
 
 
-def layers_of(model: Any, tell: Tell) -> Iterator[tuple[str, Module]]:
-    """Name and module of each transformer layer; tells how many are done."""
+def layers_of(model: Any, report: Report) -> Iterator[tuple[str, Module]]:
+    """Name and module of each transformer layer; reports how many are done."""
     layers = model["vision_model"].encoder.layers
     for number, layer in enumerate(layers):
         yield f"vision_model.encoder.layers.{number}", layer
-        tell(number + 1, len(layers))
+        report(number + 1, len(layers))
 
 
 def embedded(clip: Clip, chosen: Images, size: int) -> Iterator[Tensor]:
-    """(B, S, D) what goes into the first layer: patches with their positions, normalized."""
+    """(B, S, D) the inputs of the first layer: patches with their positions, after the first norm."""
     import torch
 
     tower: Any = clip.tower

@@ -1,4 +1,4 @@
-"""What calibrated methods measured: kept as safetensors files, one a task, and found again by content."""
+"""Statistics that methods measure on images: safetensors files, one a task, found again by content."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ KIND = "statistics"
 
 @dataclass(frozen=True)
 class StoredStatistics:
-    """Statistics on disk, read as a merge needs them."""
+    """Statistics in files, which a merge reads piece by piece."""
 
     checkpoints: tuple[Checkpoint, ...]
     device: str
+    """Where the merge wants them."""
 
     @property
     def names(self) -> Collection[str]:
@@ -46,13 +47,13 @@ class StoredStatistics:
         return self.checkpoints[0].entries.keys()
 
     def read(self, file: int, name: str, start: int = 0, stop: int | None = None, /) -> Tensor:
-        """(stop - start,) entries of a flattened tensor of the file of that number."""
+        """(stop - start,) entries of a flattened tensor of file number `file`."""
         stored = self.checkpoints[file]
         values = stored.read_entries(name, start, stored.entries[name].size if stop is None else stop)
         if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
             raise InputError(
                 f"{stored.path}: is damaged: `{name}` has NaN or infinity",
-                "delete it, and it is measured again",
+                "delete it, then it is measured again",
             )
         return values.to(self.device)
 
@@ -70,7 +71,7 @@ class StatisticsFile:
     """Method, settings and images."""
 
     def metadata(self) -> dict[str, str]:
-        """What the file says of itself."""
+        """The file's metadata."""
         method = str(self.measured["method"])
         return about(KIND, method=method, inputs=self.inputs, measured=json.dumps(self.measured))
 
@@ -78,7 +79,7 @@ class StatisticsFile:
 def statistics(
     models: Models, target: MergeTarget, files: LearningFiles, stack: ExitStack, progress: Progress | None
 ) -> Learned:
-    """The statistics of these models, open until `stack` ends; what is not there yet is measured.
+    """The statistics of these models, open until `stack` ends; those that no file holds yet are measured.
 
     Raises:
         InputError: the images are missing; or a file is damaged, or was measured on something else.
@@ -139,9 +140,9 @@ def measure_missing(
     recipe: Recipe,
     progress: Progress | None,
 ) -> tuple[str, ...]:
-    """Measures what is not there, once it is known that what is there fits; the names of the new files.
+    """Checks the files that exist, measures those that do not, and returns the names of the new ones.
 
-    Several processes share the files among them, each measures some whole, and all wait until none is missing.
+    Several processes share the missing files: each measures some of them whole, and all wait for the last.
     """
     missing = [each for each in files if not each.path.exists()]
     for each in files:
@@ -166,7 +167,7 @@ def measure_missing(
 
 
 def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpoint:
-    """The file, once it is known that it is whole and was measured on these models and images, by these settings."""
+    """The file, known to be whole and measured on these models and images with these settings."""
     stored = open_checkpoint(file.path)
     try:
         _check(stored, file, models, method)
@@ -198,7 +199,7 @@ def _check(stored: Checkpoint, file: StatisticsFile, models: Models, method: Cal
 
 
 def _differences(found: object, wanted: object, key: str = "") -> Iterator[str]:
-    """A line for each value that is wanted and is another, or not there."""
+    """A line for each wanted value that is missing or different."""
     if isinstance(wanted, dict):
         table: dict[str, Any] = found if isinstance(found, dict) else {}
         for name, value in wanted.items():

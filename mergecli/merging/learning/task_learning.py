@@ -60,7 +60,7 @@ def _clip(work: LearningWork, method: TaskLearner) -> Clip:
         check_tower(clip, each)
     method.check_features(int(clip.model.config.projection_dim))
     clip.model.to(work.models.device)
-    del clip.model.text_model  # not used, and as large as a tower
+    clip.drop_text_tower()
     return clip
 
 
