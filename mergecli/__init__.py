@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     # Every public name stands here once. Type checkers follow these imports; `_homes` reads the lines.
-    from mergecli.evaluation.evaluate import Evaluation as Evaluation
     from mergecli.evaluation.evaluate import evaluate as evaluate
     from mergecli.evaluation.sweep import Swept as Swept
     from mergecli.evaluation.sweep import sweep as sweep
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from mergecli.merging.taskvector import taskvector as taskvector
     from mergecli.recipe.schema import Recipe as Recipe
     from mergecli.results.report import report as report
+    from mergecli.results.result import Evaluation as Evaluation
     from mergecli.runtime.errors import HubError as HubError
     from mergecli.runtime.errors import InputError as InputError
     from mergecli.runtime.errors import MergecliError as MergecliError

@@ -134,7 +134,7 @@ Rates = dict[str, list[tuple[float, float | None]]]
 
 def measure(folder: Path, given: argparse.Namespace) -> Rates:
     """Does everything once in each round."""
-    from mergecli.clip.model import load_clip, pixels
+    from mergecli.clip.model import load_clip
     from mergecli.data.tasks import TaskTable
     from mergecli.evaluation.evaluate import evaluate
     from mergecli.recipe.schema import Recipe
@@ -173,17 +173,18 @@ def measure(folder: Path, given: argparse.Namespace) -> Rates:
         from pyarrow import parquet
 
         from mergecli.clip.heads import zero_shot_head
-        from mergecli.data.decoding import Encoded, decoded
+        from mergecli.data.decoding import EncodedImage, decoded
 
         zero_shot_head(clip, CLASSES, TEMPLATES)
         rows = parquet.read_table(data / "test.parquet")["image"]
         with torch.inference_mode():
             for start in range(0, given.images, size):
                 stop = min(start + size, given.images)
-                pictures = [decoded(Encoded(rows[row]["bytes"].as_py())) for row in range(start, stop)]
-                made = torch.cat([pixels(clip, [picture]) for picture in pictures]).to(
-                    batch.device, batch.dtype
-                )
+                pictures = [decoded(EncodedImage(rows[row]["bytes"].as_py())) for row in range(start, stop)]
+                values = [
+                    clip.processor(images=each, return_tensors="pt")["pixel_values"] for each in pictures
+                ]
+                made = torch.cat(values).to(batch.device, batch.dtype)
                 features = clip.model.get_image_features(pixel_values=made).pooler_output
         features.cpu()
 

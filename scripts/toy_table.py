@@ -107,26 +107,27 @@ def pace(path: Path, routing: str) -> float:
 
     from mergecli.clip.heads import zero_shot_head
     from mergecli.clip.model import load_clip
-    from mergecli.evaluation.forward import Forward, Seat
+    from mergecli.evaluation.counting import ModelSlot, Worker
     from mergecli.storage.checkpoint import open_checkpoint
-    from mergecli.storage.sources import locate, parse_source
+    from mergecli.storage.sources import parse_source
+    from mergecli.storage.store import locate
 
     base = locate(parse_source("toy:base", Path()))
     clip = load_clip(base)
     other = load_clip(base)
-    seats = Seat(other), Seat(clip, routing)  # type: ignore[arg-type]
+    slots = ModelSlot(other), ModelSlot(clip, routing)  # type: ignore[arg-type]
     shown = torch.randn(128, 3, 32, 32)
     best = [float("inf"), float("inf")]
     with open_checkpoint(base) as plain, open_checkpoint(path) as stored, torch.inference_mode():
-        seats[0].take(plain.vision(), "digits")
-        seats[1].take(stored.vision(), "digits")
-        passes = [
-            Forward(seat, zero_shot_head(seat.clip, ["one", "two"], ["a photo of {}."])) for seat in seats
+        slots[0].take(plain.vision(), "digits")
+        slots[1].take(stored.vision(), "digits")
+        workers = [
+            Worker(slot, zero_shot_head(slot.clip, ["one", "two"], ["a photo of {}."])) for slot in slots
         ]
         for _ in range(12):
-            for number, forward in enumerate(passes):
+            for number, worker in enumerate(workers):
                 began = time.perf_counter()
-                forward(shown, None, 0)
+                worker.logits(shown)
                 best[number] = min(best[number], time.perf_counter() - began)
     return best[0] / best[1]
 

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergecli.clip.model import Clip, load_clip, pixels
+from mergecli.clip.model import Clip, load_clip
 from mergecli.data.images import load_images
 from mergecli.data.tasks import TaskTable, find
 from mergecli.recipe.schema import Recipe
 from mergecli.storage.sources import parse_source
+from tests.support.processor import pixel_values
 from tests.tiny import make_image_task, make_tiny_clip
 
 TEMPLATES = ("a {} picture", "something {}")
@@ -39,7 +40,7 @@ class Zoo:
         images = load_images(find(task, self.recipe), "train")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.recipe.seed))
         rows = order.tolist() if shuffle else range(len(images))
-        return pixels(self.clip(), [images[row][0] for row in list(rows)[:examples]])
+        return pixel_values(self.clip(), [images[row][0] for row in list(rows)[:examples]])
 
 
 def make_zoo(folder: Path) -> Zoo:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import expect_finite, whole_folder, write_text
 from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
+from mergecli.storage.differences import Form, differences
 from mergecli.storage.metadata import model_folder_files
 from mergecli.storage.safetensors_writer import save_tensors
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -95,16 +93,8 @@ def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
     Raises:
         InputError: tensors are missing, extra or of another shape; all of them are listed.
     """
-    want = {VISION + name: tuple(tensor.shape) for name, tensor in clip.tower.state_dict().items()}
-    have = {name: entry.shape for name, entry in checkpoint.vision().entries.items()}
-    lines = [f"lacks tensor `{name}`" for name in sorted(want.keys() - have.keys())]
-    lines += [f"has an extra tensor `{name}`" for name in sorted(have.keys() - want.keys())]
-    lines += [
-        f"`{name}` has shape {have[name]}, the base has {want[name]}"
-        for name in sorted(want.keys() & have.keys())
-        if have[name] != want[name]
-    ]
-    if lines:
+    want = {VISION + name: Form(tuple(tensor.shape)) for name, tensor in clip.tower.state_dict().items()}
+    if lines := differences(checkpoint.vision().entries, want, "the base has"):
         raise InputError(
             f"{checkpoint.path}: does not fit the vision tower of {clip.path}:\n{listed(lines)}",
             "name the base that it was fine-tuned from",
@@ -127,11 +117,6 @@ def set_tower(clip: Clip, checkpoint: Checkpoint) -> None:
                 if base is not None:
                     value += base.read(VISION + name).to(torch.float32)
                 tensor.copy_(value)
-
-
-def pixels(clip: Clip, images: Sequence[Image]) -> Tensor:
-    """(B, 3, H, W) float32: the images resized, cropped and normalised as the checkpoint's own config says."""
-    return clip.processor(images=list(images), return_tensors="pt")["pixel_values"].to(torch.float32)
 
 
 def features(clip: Clip, pixel_values: Tensor) -> Tensor:

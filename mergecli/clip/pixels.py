@@ -1,4 +1,4 @@
-"""Processed images: decoded, resized and cropped once, kept as bytes in a memory-mapped file."""
+"""Pixels: images decoded, resized and cropped once, kept as bytes in a memory-mapped file of the cache."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hashlib import sha256
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from mergecli.clip.preprocessing import Normalisation, frame_of
-from mergecli.data.decoding import Corruption, Decoders, Job, Unreadable, frames, workers_for
+from mergecli.clip.preprocessing import Normalization, resize_and_crop_of
+from mergecli.data.decoding import Block, Corruption, Decoders, Unreadable, decode_block, workers_for
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError
 from mergecli.storage import cache as caching
@@ -28,29 +28,38 @@ if TYPE_CHECKING:
     from mergecli.data.images import Images
 
 BLOCK = 32
-"""Images that one worker decodes at a time, at most."""
+"""Images that one process decodes at a time, at most."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images as the model gets them, but for the normalisation."""
+    """Images as the model gets them, but for the normalization."""
 
     labels: Tensor
     """(N,) int64."""
     stored: Tensor | None
     """(N, 3, H, W) uint8, in a memory-mapped file or in memory; None if only `read` gives them."""
     read: Callable[[Sequence[int]], Tensor]
+    """The images of these numbers, (B, 3, H, W) uint8."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, start: int, stop: int) -> Tensor:
-        """(stop - start, 3, H, W) uint8: neighbouring images."""
+        """(stop - start, 3, H, W) uint8: neighboring images."""
         return self.stored[start:stop] if self.stored is not None else self.read(range(start, stop))
 
     def rows(self, numbers: Tensor) -> Tensor:
         """(B, 3, H, W) uint8: the images of these numbers, in this order."""
         return self.stored[numbers] if self.stored is not None else self.read(numbers.tolist())
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(B, 3, H, W) uint8 images and their (B,) labels, `size` at a time and in order; ends with KeyboardInterrupt when
+        Ctrl-C was pressed."""
+        for start in range(0, len(self), size):
+            interrupts.check()
+            stop = min(start + size, len(self))
+            yield self.batch(start, stop), self.labels[start:stop]
 
 
 @dataclass(frozen=True)
@@ -84,9 +93,13 @@ def cached_pixels(clip: Clip, images: Images, processing: Processing | None = No
     return found or _decoded_each_time(clip, images, how)
 
 
-def spans(clip: Clip, images: Images, how: Processing, size: int, room: int) -> Generator[Pixels]:
-    """All images in order: in one piece if they are in the cache, else in pieces of whole batches of `size` images and
-    at most `room` bytes, or one batch; they are put into the cache on the way."""
+def chunks(clip: Clip, images: Images, how: Processing, size: int, room: int) -> Generator[Pixels]:
+    """All images in order: in one chunk if they are in the cache; else in chunks of whole batches of `size` images and
+    at most `room` bytes, or of one batch, and on the way they are put into the cache.
+
+    Why chunks: several models take turns on the same images, each for as long as possible, since to change the weights
+    costs time; but the decoded images of a large task do not fit into memory.
+    """
     import torch
 
     found = stored_pixels(clip, images, how)
@@ -94,42 +107,46 @@ def spans(clip: Clip, images: Images, how: Processing, size: int, room: int) -> 
         yield found
         return
     labels = torch.tensor(images.labels)
-    batches = decoded_batches(clip, images, how, size)
-    with contextlib.closing(batches):
+    with contextlib.closing(decoded_batches(clip, images, how, size)) as batches:
         done = 0
         for first in batches:
             count = min(size * max(room // first.nbytes, 1), len(images) - done)
-            piece = first if count <= len(first) else first.new_empty((count, *first.shape[1:]))
+            # filled in place: to join a list of batches would hold every image twice for a moment
+            chunk = first if count <= len(first) else first.new_empty((count, *first.shape[1:]))
             filled = len(first)
-            piece[:filled] = first
+            chunk[:filled] = first
             for batch in islice(batches, -(-(count - filled) // size)):
-                piece[filled : filled + len(batch)] = batch
+                chunk[filled : filled + len(batch)] = batch
                 filled += len(batch)
-            yield _in_memory(piece, labels[done : done + count])
+            yield _in_memory(chunk, labels[done : done + count])
             done += count
 
 
 def stored_pixels(clip: Clip, images: Images, how: Processing) -> Pixels | None:
-    """The images as the cache has them, among others of their split perhaps; None if it has not."""
+    """The images as the cache has them; None if it has not. Chosen images are also found in the file of all of their split."""
     import torch
 
     if not how.max_size:
         return None
-    shape = frame_of(clip)[1]
+    _, shape = resize_and_crop_of(clip)
     labels = torch.tensor(images.labels)
-    found = _opened(_place(clip, images, how), (len(images), 3, *shape))
+    found = _opened(_file(clip, images, how), (len(images), 3, *shape))
     if found is not None:
         return _in_memory(found, labels)
     if images.rows is None:
         return None
     rows = torch.tensor(images.rows)
     every = replace(images, rows=None)
-    whole = _opened(_place(clip, every, how), (len(every), 3, *shape))
+    whole = _opened(_file(clip, every, how), (len(every), 3, *shape))
+    # not `whole[rows]` at once: that would read all the chosen images into memory
     return None if whole is None else Pixels(labels, None, lambda numbers: whole[rows[torch.tensor(numbers)]])
 
 
 def decoded_batches(clip: Clip, images: Images, how: Processing, size: int) -> Generator[Tensor]:
     """(B, 3, H, W) uint8 batches of `size` images, in order; when the last has been taken, all are in the cache.
+
+    Each batch is cut into blocks, which the processes share. At most `how.ahead + 1` batches are under way: the queue
+    bounds the memory, whatever the number of images.
 
     Raises:
         InputError: an image cannot be read.
@@ -137,7 +154,7 @@ def decoded_batches(clip: Clip, images: Images, how: Processing, size: int) -> G
     import numpy as np
     import torch
 
-    count, shape = len(images), frame_of(clip)[1]
+    count, shape = len(images), resize_and_crop_of(clip)[1]
     workers = workers_for(count, how.workers)
     block = min(BLOCK, -(-size // workers))
     what = f"{count} images of {images.where}" + (f", {how.corruption.name}" if how.corruption else "")
@@ -145,7 +162,7 @@ def decoded_batches(clip: Clip, images: Images, how: Processing, size: int) -> G
     every = [range(start, min(start + size, count)) for start in range(0, count, size)]
     coming: deque[list[tuple[range, Any]]] = deque()
     with (
-        _Store(_place(clip, images, how), layout, what, _size(clip, images), how.max_size) as store,
+        _Store(_file(clip, images, how), layout, what, _size(clip, images), how.max_size) as store,
         Decoders(workers) as decoders,
     ):
         store.write("labels", torch.tensor(images.labels))
@@ -153,17 +170,19 @@ def decoded_batches(clip: Clip, images: Images, how: Processing, size: int) -> G
         for numbers in every:
             for later in islice(ahead, how.ahead + 1 - len(coming)):
                 parts = [later[start : start + block] for start in range(0, len(later), block)]
-                coming.append([(part, decoders.submit(_job(clip, images, how, part))) for part in parts])
+                coming.append([(part, decoders.submit(_block(clip, images, how, part))) for part in parts])
             arrays = [_readable(images, part, future.result()) for part, future in coming.popleft()]
             batch = torch.from_numpy(np.concatenate(arrays))
             store.write("pixels", batch, numbers.start * batch[0].numel())
             yield batch
 
 
-def _job(clip: Clip, images: Images, how: Processing, numbers: range) -> Callable[[], Job]:
+def _block(clip: Clip, images: Images, how: Processing, numbers: range) -> Callable[[], Block]:
+    """What makes the block of these images: to read them from their files is left to the thread that sends them on."""
     rows = [images.row(number) for number in numbers]
     seeds = [f"{images.fingerprint} {images.split} {row}" for row in rows]
-    return lambda: Job([images.encoded(row) for row in rows], frame_of(clip)[0], how.corruption, seeds)
+    crop, _ = resize_and_crop_of(clip)
+    return lambda: Block([images.encoded(row) for row in rows], crop, how.corruption, seeds)
 
 
 def _readable(images: Images, numbers: range, found: Any) -> Any:
@@ -177,7 +196,7 @@ def _decoded_each_time(clip: Clip, images: Images, how: Processing) -> Pixels:
 
     def read(numbers: Sequence[int]) -> Tensor:
         parts = [range(number, number + 1) for number in numbers]
-        arrays = [_readable(images, part, frames(_job(clip, images, how, part)())) for part in parts]
+        arrays = [_readable(images, part, decode_block(_block(clip, images, how, part)())) for part in parts]
         return torch.cat([torch.from_numpy(array) for array in arrays])
 
     return Pixels(torch.tensor(images.labels), None, read)
@@ -191,19 +210,22 @@ def _in_memory(stored: Tensor, labels: Tensor) -> Pixels:
 
 def _size(clip: Clip, images: Images) -> int:
     """Bytes of all images."""
-    height, width = frame_of(clip)[1]
+    _, (height, width) = resize_and_crop_of(clip)
     return len(images) * 3 * height * width
 
 
-def _place(clip: Clip, images: Images, how: Processing) -> Path:
-    """The file in the cache for these images, so processed."""
+def _file(clip: Clip, images: Images, how: Processing) -> Path:
+    """The file in the cache for these images, so processed.
+
+    Its name holds all that the bytes depend on. Pillow's version does: its filters and its JPEG library may change.
+    """
     import PIL
 
     about = {
         "data": images.fingerprint,
         "columns": images.columns,
         "rows": None if images.rows is None else list(images.rows),
-        "framing": asdict(frame_of(clip)[0]),
+        "framing": asdict(resize_and_crop_of(clip)[0]),
         "corruption": [*how.corruption, images.split] if how.corruption else None,
         "pillow": PIL.__version__,
     }
@@ -220,6 +242,7 @@ def _opened(path: Path, shape: tuple[int, ...]) -> Tensor | None:
     with contextlib.suppress(InputError, OSError, KeyError), open_checkpoint(path) as stored:
         entry = stored.entries["pixels"]
         if entry.shape == shape and entry.dtype == "U8":
+            # copy on write: torch warns of arrays that it must not write to; nothing writes here
             mapped = np.memmap(path, np.uint8, mode="c", offset=entry.start, shape=shape)
             caching.touch(path)
             return torch.from_numpy(mapped)
@@ -262,23 +285,22 @@ def batches(clip: Clip, images: Images, size: int) -> Iterator[Tensor]:
     Raises:
         InputError: an image cannot be read.
     """
-    normalised = Normalisation(clip)
+    normalize = Normalization(clip)
     how = Processing(max_size=caching.allowed_size())
-    with closing(spans(clip, images, how, size * max(DECODED // size, 1), 0)) as parts:
+    with closing(chunks(clip, images, how, size * max(DECODED // size, 1), 0)) as parts:
         for pixels in parts:
-            for start in range(0, len(pixels), size):
-                interrupts.check()
-                yield normalised(pixels.batch(start, min(start + size, len(pixels))))
+            for batch, _ in pixels.batches(size):
+                yield normalize(batch)
 
 
-PIECE = 4 << 20
+MICRO_BATCH = 4 << 20
 """Bytes of activations that a processor works on at a time: on ViT-B/32 a sixth more images a second than 128 at once."""
 FEWEST = 8
 """Images that a processor works on at a time, whatever they take: fewer are slower again, for they read all weights."""
 
 
-def piece_of(clip: Clip) -> int:
-    """How many images' widest activations take about `PIECE` bytes, at least `FEWEST`."""
+def micro_batch_size(clip: Clip) -> int:
+    """How many images' widest activations take about `MICRO_BATCH` bytes, at least `FEWEST`."""
     config = clip.model.config.vision_config
     tokens = (config.image_size // config.patch_size) ** 2 + 1
-    return max(FEWEST, PIECE // (4 * tokens * max(config.intermediate_size, 1)))
+    return max(FEWEST, MICRO_BATCH // (4 * tokens * max(config.intermediate_size, 1)))

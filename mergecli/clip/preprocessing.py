@@ -1,10 +1,10 @@
-"""A CLIP's image processor in two parts: what it does to the picture, and what it makes of the numbers."""
+"""A CLIP's image processor in two parts: resizing and cropping of the image, and normalization of its pixels."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergecli.data.decoding import Framing
+from mergecli.data.decoding import ResizeAndCrop
 from mergecli.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mergecli.clip.model import Clip
 
 
-def frame_of(clip: Clip) -> tuple[Framing, tuple[int, int]]:
+def resize_and_crop_of(clip: Clip) -> tuple[ResizeAndCrop, tuple[int, int]]:
     """What the CLIP's processor does before it rescales, and the height and width that come out.
 
     Raises:
@@ -30,12 +30,17 @@ def frame_of(clip: Clip) -> tuple[Framing, tuple[int, int]]:
             f"{clip.path}: its image processor is not one of CLIP's",
             "`preprocessor_config.json` should have `size` with `shortest_edge`, and `crop_size`",
         )
-    return Framing(shorter, fixed, int(known.resample), cut), result
+    return ResizeAndCrop(shorter, fixed, int(known.resample), cut), result
 
 
-class Normalisation:
+class Normalization:
     """(B, 3, H, W) uint8 -> float32 on the CLIP's device: what its processor makes of resized and cropped images, bit
-    by bit."""
+    by bit.
+
+    The processor itself computes on the host, in float32 or float64 as its version does. So it is asked once what it makes
+    of each of the 256 bytes. Where plain arithmetic on the device gives just these numbers, which is the usual case, it is
+    used, since it is faster than a look-up; else the table is.
+    """
 
     def __init__(self, clip: Clip) -> None:
         import numpy as np

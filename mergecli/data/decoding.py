@@ -1,4 +1,4 @@
-"""Images decoded, resized and cropped as the model's processor does it, also by processes beside this one; no torch."""
+"""Images decoded, resized and cropped as the model's processor does it, in this process or in several; no torch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FEW = 512
-"""So many images are decoded by this process alone: others would take longer to start."""
+"""Up to so many images are decoded by this process alone: to start others would take longer."""
 
 
-class Encoded(NamedTuple):
+class EncodedImage(NamedTuple):
     """An image that is not decoded yet, and can be sent to another process."""
 
     content: bytes | str | tuple[str, str, int] | None
@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Framing:
+class ResizeAndCrop:
     """What an image processor does before it rescales; lengths in pixels."""
 
     shortest_edge: int | None
@@ -47,37 +47,37 @@ class Framing:
 
 
 class Corruption(NamedTuple):
-    """What is done to every image after it was cropped."""
+    """A corruption of every image after it was cropped."""
 
     name: str
     severity: int
 
 
-class Job(NamedTuple):
-    """Images that one process frames at a time."""
+class Block(NamedTuple):
+    """Images that one process decodes at a time."""
 
-    images: Sequence[Encoded]
-    framing: Framing
+    images: Sequence[EncodedImage]
+    resize_and_crop: ResizeAndCrop
     corruption: Corruption | None
     seeds: Sequence[str]
-    """What the chance in a corruption depends on, for each image."""
+    """What the random numbers of a corruption are seeded with, for each image."""
 
 
 class Unreadable(NamedTuple):
-    """The first image of a job that cannot be read, and why."""
+    """The first image of a block that cannot be read, and why."""
 
     number: int
     reason: str
 
 
-def decoded(encoded: Encoded) -> Image:
+def decoded(encoded: EncodedImage) -> Image:
     """The image as RGB, turned as its EXIF orientation says.
 
     Raises:
         OSError, ValueError, ...: one of PIL's many; `UNREADABLE` is all of them.
     """
+    import PIL.Image
     from PIL import ExifTags, ImageOps
-    from PIL import Image as Pictures
 
     content = encoded.content
     if isinstance(content, tuple):
@@ -86,7 +86,8 @@ def decoded(encoded: Encoded) -> Image:
         return draw(*content)[0]
     if content is None or (isinstance(content, str) and not Path(content).is_file()):
         raise OSError("there is none")
-    image: Image = Pictures.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+    # a cut file fails here and not later: `open` reads the header only
+    image: Image = PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
     image.load()
     if image.getexif().get(ExifTags.Base.Orientation) is not None:
         image = ImageOps.exif_transpose(image)
@@ -109,20 +110,25 @@ def unreadable() -> tuple[type[Exception], ...]:
     )
 
 
-def framed(image: Image, framing: Framing) -> ndarray[Any, Any]:
-    """(3, H, W) uint8: resized and cropped, bit by bit as transformers' processor of PIL does it."""
+def resized_and_cropped(image: Image, how: ResizeAndCrop) -> ndarray[Any, Any]:
+    """(3, H, W) uint8: an RGB image resized and cropped, bit by bit as transformers' processor of PIL does it.
+
+    Differs for a palette image with a transparent color: Pillow still names that color in the `info` of the image that was
+    converted to RGB, and the processor of transformers 5 makes its pixels white. Here they keep the color, as they did with
+    transformers 4.
+    """
     import numpy as np
 
     width, height = image.size
-    if framing.shortest_edge is not None:
-        edge = framing.shortest_edge
+    if how.shortest_edge is not None:
+        edge = how.shortest_edge
         size = (edge, edge * height // width) if width <= height else (edge * width // height, edge)
-        image = image.resize(size, framing.resample)
-    elif framing.size is not None:
-        image = image.resize((framing.size[1], framing.size[0]), framing.resample)
+        image = image.resize(size, how.resample)
+    elif how.size is not None:
+        image = image.resize((how.size[1], how.size[0]), how.resample)
     array = np.asarray(image)
-    if framing.crop is not None:
-        array = _middle(array, *framing.crop)
+    if how.crop is not None:
+        array = _middle(array, *how.crop)
     return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
@@ -141,35 +147,40 @@ def _middle(array: ndarray[Any, Any], height: int, width: int) -> ndarray[Any, A
     return array[top : top + height, first : first + width]
 
 
-def frames(job: Job) -> ndarray[Any, Any] | Unreadable:
+def decode_block(block: Block) -> ndarray[Any, Any] | Unreadable:
     """(B, 3, H, W) uint8, or what cannot be read."""
     import numpy as np
 
     found: list[Any] = []
     errors = unreadable()
-    for number, encoded in enumerate(job.images):
+    for number, encoded in enumerate(block.images):
         try:
-            array = framed(decoded(encoded), job.framing)
+            array = resized_and_cropped(decoded(encoded), block.resize_and_crop)
         except errors as error:
             return Unreadable(number, str(error))
-        if job.corruption is not None:
-            array = _corrupted(array, job.corruption, job.seeds[number])
+        if block.corruption is not None:
+            array = _corrupted(array, block.corruption, block.seeds[number])
         found.append(array)
     return np.stack(found)
 
 
 def _corrupted(array: ndarray[Any, Any], corruption: Corruption, seed: str) -> ndarray[Any, Any]:
     import numpy as np
-    from PIL import Image as Pictures
+    import PIL.Image
 
     from mergecli.data.corruptions import corrupt
 
-    image = corrupt(Pictures.fromarray(array.transpose(1, 2, 0)), corruption.name, corruption.severity, seed)
+    image = corrupt(PIL.Image.fromarray(array.transpose(1, 2, 0)), corruption.name, corruption.severity, seed)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 class Decoders:
-    """Processes that frame images, one job at a time each; with one worker, this process itself."""
+    """Processes that decode images, one block at a time each; with one worker, this process itself.
+
+    Each child is fed by a thread through a pipe. Why not `ProcessPoolExecutor`: its children import the caller's main file,
+    which fails in a script without `if __name__ == "__main__"`; they stay when this process is killed, where a child of ours
+    finds its pipe closed and ends; and pixels pass through one thread of it, at half as many images a second.
+    """
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -177,27 +188,27 @@ class Decoders:
         self._own = threading.local()
         self._children: list[subprocess.Popen[bytes]] = []
 
-    def submit(self, make: Callable[[], Job]) -> Future[ndarray[Any, Any] | Unreadable]:
-        """What `frames` says of the job, which is made by another thread."""
-        return self._threads.submit(self._frames, make)
+    def submit(self, make: Callable[[], Block]) -> Future[ndarray[Any, Any] | Unreadable]:
+        """What `decode_block` makes of the block, which another thread makes."""
+        return self._threads.submit(self._decode, make)
 
-    def _frames(self, make: Callable[[], Job]) -> ndarray[Any, Any] | Unreadable:
-        job = make()
+    def _decode(self, make: Callable[[], Block]) -> ndarray[Any, Any] | Unreadable:
+        block = make()
         if self.workers == 1:
-            return frames(job)
+            return decode_block(block)
         try:
             child = getattr(self._own, "child", None) or self._start()
             assert child.stdin is not None
             assert child.stdout is not None
-            pickle.dump(job, child.stdin)
+            pickle.dump(block, child.stdin)
             child.stdin.flush()
             return pickle.load(child.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError):  # it was killed, or cannot be started here
-            return frames(job)
+        except (EOFError, OSError, pickle.UnpicklingError):  # the child was killed, or cannot be started here
+            return decode_block(block)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        home = str(Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+        package = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         child = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", "from mergecli.data.decoding import serve; serve()"],
             stdin=subprocess.PIPE,
@@ -215,22 +226,22 @@ class Decoders:
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(cancel_futures=True)
         for child in self._children:
-            with contextlib.suppress(BrokenPipeError), child:  # one that died still has a job in its pipe
+            with contextlib.suppress(BrokenPipeError), child:  # one that died still has a block in its pipe
                 child.kill()
 
 
 def serve() -> None:
-    """Frames the jobs that come on stdin and sends the images to stdout, until there are no more."""
+    """Decodes the blocks that come on stdin and sends the pixels to stdout, until there are no more."""
     answers: IO[bytes] = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # what a library prints must not end up among the answers
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            pickle.dump(frames(pickle.load(sys.stdin.buffer)), answers, protocol=5)
+            pickle.dump(decode_block(pickle.load(sys.stdin.buffer)), answers, protocol=5)
             answers.flush()
 
 
 def workers_for(images: int, given: int | None = None) -> int:
-    """How many processes frame so many images: as given, else one for each processor, at most eight."""
+    """How many processes decode so many images: as given, else one for each processor, at most eight."""
     if given is not None:
         return given
     if images <= FEW:

@@ -1,4 +1,4 @@
-"""Labelled images on disk, or drawn: Parquet files, image folders and the toy tasks, seen as one sequence."""
+"""Labeled images of a task, on disk or drawn: Parquet files, image folders and the toy tasks, each seen as one sequence."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mergecli.data.decoding import Encoded, decoded, unreadable
-from mergecli.data.parquet import Rows, parquet_rows, picture_rows
-from mergecli.data.splits import VALIDATION_NAMES, digest, fingerprint, folder_splits, parquet_splits
+from mergecli.data.decoding import EncodedImage, decoded, unreadable
+from mergecli.data.parquet import Rows, folder_rows, parquet_rows
+from mergecli.data.splits import VALIDATION_NAMES, fingerprint, folder_splits, parquet_splits, sha256_digest
 from mergecli.runtime.errors import InputError, UsageError, quoted
-from mergecli.storage.sources import locate
+from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,7 +40,7 @@ class Images:
     """Where images and labels come from; the same content may have several."""
     every_label: Sequence[int] = field(repr=False)
     """The labels of all rows, chosen or not."""
-    encoded: Callable[[int], Encoded] = field(repr=False)
+    encoded: Callable[[int], EncodedImage] = field(repr=False)
     """The image of a row, not decoded."""
     rows: Sequence[int] | None = field(default=None, repr=False)
     """The chosen rows; None is all, in order."""
@@ -102,7 +102,7 @@ def load_images(task: Task, split: str | None = None, *, remember: bool = True) 
         return load(named)
     if wanted in (VALIDATION, REMAINDER) and task.train_split in known:
         whole = load(task.train_split)
-        order: list[int] = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).tolist()
+        order = _shuffled(len(whole), 0)
         kept = len(order) - int(0.1 * len(order))
         rows = order[:kept] if wanted == REMAINDER else order[kept:]
         if not rows:
@@ -116,13 +116,60 @@ def _where(task: Task) -> str:
     return str(task.data.path or f"{task.data.kind}:{task.data.name}") + f" (task `{task.name}`)"
 
 
+@dataclass(frozen=True)
+class TaskImages:
+    """One task and those of its images that are looked at."""
+
+    task: Task
+    images: Images
+    numbers: Sequence[int] | None
+    """The numbers in the split of the chosen images; None if all are."""
+    classes: Sequence[str]
+
+
+def task_images(
+    task: Task, split: str | None = None, limit: int | None = None, *, remember: bool = True
+) -> TaskImages:
+    """The task with its images, or with at most `limit` of them; the rest is as `load_images` says."""
+    images = load_images(task, split, remember=remember)
+    classes = task.classes or images.classes or ()
+    if limit is None or limit >= len(images):
+        return TaskImages(task, images, None, classes)
+    numbers = balanced(images.labels, limit)
+    return TaskImages(task, images.chosen(numbers), numbers, classes)
+
+
+def balanced(labels: Sequence[int], limit: int) -> list[int]:
+    """The numbers of at most `limit` images, in order: one of each class in turn, drawn by a generator of seed 0.
+
+    A smaller limit gives a part of what a larger one gives.
+    """
+    of_class: dict[int, list[int]] = {}
+    turns: list[tuple[int, int, int]] = []
+    for number in _shuffled(len(labels), 0):
+        drawn = of_class.setdefault(labels[number], [])
+        turns.append((len(drawn), labels[number], number))
+        drawn.append(number)
+    return sorted(number for _, _, number in sorted(turns)[:limit])
+
+
+def drawn(images: Images, examples: int, seed: int | None) -> Images:
+    """So many of the images, drawn by the seed; without one the first, as they are stored."""
+    order = range(len(images)) if seed is None else _shuffled(len(images), seed)
+    return images.chosen(order[:examples])
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    """The numbers below `count` in the order in which `torch.utils.data.random_split` takes them with that seed."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 Loader = tuple[Callable[[str], Images], tuple[str, ...]]
 
 
 def _toy(task: Task) -> Loader:
     """How to draw a split of a toy task, and its splits."""
     from mergecli.data.toy import TASKS
-    from mergecli.data.toy.drawing import draw
 
     name = task.data.name
     if name not in TASKS:
@@ -132,16 +179,16 @@ def _toy(task: Task) -> Loader:
     toy = TASKS[name]
 
     def load(split: str) -> Images:
-        count = toy.train if split == "train" else toy.test
-        code = sorted(Path(draw.__code__.co_filename).parent.glob("*.py"))
+        train, test = zip((toy.train, toy.test), toy.fingerprints, strict=True)
+        count, content = train if split == "train" else test
         found = Images(
             split=split,
             classes=tuple(toy.classes),
-            fingerprint=digest(f"{name} {split} {count}\n", *(file.read_text("utf-8") for file in code)),
+            fingerprint=content,
             where=f"{_where(task)}: split `{split}`",
             columns=("image", "label"),
             every_label=[index % len(toy.classes) for index in range(count)],
-            encoded=lambda row: Encoded((name, split, row)),
+            encoded=lambda row: EncodedImage((name, split, row)),
         )
         return _checked(task, found)
 
@@ -166,7 +213,7 @@ def _on_disk(task: Task, remember: bool) -> Loader:
     def load(split: str) -> Images:
         content = fingerprint(files[split], with_names=not tables, remember=remember)
         where = f"{_where(task)}: split `{split}`"
-        rows = parquet_rows(files[split], where) if tables else picture_rows(files[split], classes)
+        rows = parquet_rows(files[split], where) if tables else folder_rows(files[split], classes)
         return _images(task, split, rows, content, remember)
 
     return load, tuple(files)
@@ -189,7 +236,7 @@ def _images(task: Task, split: str, data: Rows, content: str, remember: bool) ->
         raise InputError(f"{where}: column `{image}` does not hold images, but {error}") from error
     elsewhere = [file for path in dict.fromkeys(data.paths(image)) if (file := Path(path)).is_file()]
     if elsewhere:
-        content = digest(content, fingerprint(elsewhere, with_names=False, remember=remember))
+        content = sha256_digest(content, fingerprint(elsewhere, with_names=False, remember=remember))
     values: Sequence[Any] = data.labels(label)
     for row, value in enumerate(values):
         if not isinstance(value, int):

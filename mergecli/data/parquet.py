@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergecli.data.decoding import Encoded
+from mergecli.data.decoding import EncodedImage
 from mergecli.runtime.errors import InputError
 
 HELD = 512 << 20
@@ -29,20 +29,20 @@ class Rows:
     """The class names that the labels of a column stand for, if the data say so."""
     labels: Callable[[str], Sequence[Any]]
     """The values of a column."""
-    images: Callable[[str], Callable[[int], Encoded]]
+    images: Callable[[str], Callable[[int], EncodedImage]]
     """A function that gives a column's image in a row; TypeError says that the column holds something else."""
     paths: Callable[[str], Sequence[str]]
     """The files that images of a column lie in which are not in the table itself, and which its digest knows nothing of."""
 
 
-def picture_rows(files: Sequence[Path], names: Sequence[str]) -> Rows:
+def folder_rows(files: Sequence[Path], names: Sequence[str]) -> Rows:
     """Image files: the name of each one's folder is its class."""
     return Rows(
         columns=("image", "label"),
         count=len(files),
         classes=lambda _: tuple(names),
         labels=lambda _: [names.index(file.parent.name) for file in files],
-        images=lambda _: lambda row: Encoded(str(files[row])),
+        images=lambda _: lambda row: EncodedImage(str(files[row])),
         paths=lambda _: (),
     )
 
@@ -77,7 +77,7 @@ def parquet_rows(files: Sequence[Path], where: str) -> Rows:
         except (OSError, ValueError, KeyError) as error:
             raise _damaged(where, error) from error
 
-    def images(column: str) -> Callable[[int], Encoded]:
+    def images(column: str) -> Callable[[int], EncodedImage]:
         kind = schema.field(column).type
         _check_images(kind)
         mode = features.get(column, {}).get("mode")
@@ -156,12 +156,12 @@ class _ParquetImages:
         for file, group in self._groups:
             self._starts.append(self._starts[-1] + file.metadata.row_group(group).num_rows)
 
-    def __call__(self, row: int) -> Encoded:
+    def __call__(self, row: int) -> EncodedImage:
         number = bisect.bisect_right(self._starts, row) - 1
         value: Any = self._group(number)[row - self._starts[number]].as_py()
         if isinstance(value, dict):
             value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-        return Encoded(value, self._mode)
+        return EncodedImage(value, self._mode)
 
     def _group(self, number: int) -> Any:
         """The column's values in one row group."""

@@ -93,7 +93,7 @@ def fingerprint(files: Sequence[Path], with_names: bool, remember: bool = True) 
         with contextlib.suppress(InputError, KeyError), open_checkpoint(place) as stored:
             caching.touch(place)
             return stored.metadata["digest"]
-    found = digest(*_lines(files, with_names))
+    found = sha256_digest(*_lines(files, with_names))
     room = place is not None and caching.make_room(1 << 10, caching.allowed_size())
     if place is not None and room and seen == _untouched(files, with_names):
         about = {"what": f"the digest of {len(files)} files in {files[0].parent.name}", "digest": found}
@@ -129,5 +129,10 @@ def _lines(files: Sequence[Path], with_names: bool) -> list[str]:
     return lines
 
 
-def digest(*parts: str) -> str:
+def sha256_digest(*parts: str) -> str:
+    """32 hex digits of the SHA-256 of the texts, one after another.
+
+    Its label says `xxh3:`, which is the hash of the single files whose digests are in the texts; the label stands in results
+    and in the metadata of merges, where it cannot change.
+    """
     return "xxh3:" + sha256("".join(parts).encode()).hexdigest()[:32]

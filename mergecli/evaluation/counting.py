@@ -1,17 +1,21 @@
-"""Counts: how many images of one task each of several vision towers gets right."""
+"""Counts: which class each of several vision towers gives each image of one task, and the losses."""
 
 from __future__ import annotations
 
-import json
+import copy
+import functools
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, fields
-from hashlib import sha256
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergecli.clip.pixels import micro_batch_size
+from mergecli.formats.mixture import mixture_of
+from mergecli.methods._mixture import Installed, Routing
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError
 from mergecli.storage import cache as caching
@@ -20,27 +24,25 @@ from mergecli.storage.checkpoint import open_checkpoint
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergecli.clip.heads import ClipDigests
     from mergecli.clip.model import Clip
     from mergecli.clip.pixels import Pixels
-    from mergecli.data.selection import Subject
     from mergecli.evaluation.features import LayerFeatures
-    from mergecli.evaluation.forward import Seat
     from mergecli.evaluation.routes import RouteSums
-    from mergecli.evaluation.settings import Scores, Settings, Tower
-    from mergecli.runtime.progress import Progress
     from mergecli.storage.checkpoint import Checkpoint
 
-SEATS = 4
-"""Towers that are evaluated at once, at most: each takes its memory."""
+    Batches = Iterable[tuple[Tensor, Tensor]]
+
+AT_ONCE = 4
+"""Towers that are evaluated at once, at most: each has its own weights in memory."""
 
 
 @dataclass
-class Tally:
-    """What one tower has got so far on one task."""
+class Counts:
+    """What one tower has made of one task's images so far."""
 
     labels: list[int] = field(default_factory=list[int])
     chosen: list[int] = field(default_factory=list[int])
+    """The class with the highest logit."""
     probabilities: list[float] = field(default_factory=list[float])
     """Of the chosen class."""
     batch_losses: list[float] = field(default_factory=list[float])
@@ -62,283 +64,307 @@ class Tally:
         """Mean over the batches of their means."""
         return sum(self.batch_means) / len(self.batch_means)
 
-    def add(self, scores: Tensor, labels: Tensor) -> bool:
-        """Takes in (B, C) logits and (B,) labels of one batch; False if a loss is no number."""
+    def add(self, logits: Tensor, labels: Tensor) -> bool:
+        """Adds the (B, C) logits and (B,) labels of one batch; False if a loss is NaN or infinite."""
         import torch
 
-        losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none").double()
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
         self.labels += labels.tolist()
-        self.chosen += scores.argmax(dim=1).tolist()
-        self.probabilities += torch.softmax(scores, dim=1).amax(dim=1).tolist()
+        self.chosen += logits.argmax(dim=1).tolist()
+        self.probabilities += torch.softmax(logits, dim=1).amax(dim=1).tolist()
         self.batch_losses.append(float(losses.sum()))
         self.batch_means.append(float(losses.mean()))
         return bool(losses.isfinite().all())
 
 
-@dataclass(frozen=True)
-class Round:
-    """The towers that are shown one task's images, and what they are shown them with."""
+class CountsFile(NamedTuple):
+    """The file of the cache that holds a tower's counts on a task until the results are written."""
 
-    checkpoints: Sequence[Checkpoint]
-    head: Tensor
-    size: int
-    """Images in a batch."""
-    task: str
-    features: Sequence[LayerFeatures | None]
-    tell: Callable[[int, Tally, int], None]
-    """Called with a tower's number, its tally so far, and how many images were added just now."""
-    routes: Sequence[RouteSums | None] = ()
-    """For each tower, what takes in its routing weights; empty where nobody asks."""
+    path: Path
+    what: str
+    """What `mergecli cache` says of it."""
+    max_size: int
+    """Bytes that the cache may grow to; 0 keeps nothing."""
 
 
-def count(seats: list[Seat], work: Round, parts: Iterable[Pixels]) -> list[Tally]:
-    """What each tower gets on the images, which come in parts that are shown to every tower.
-
-    Each seat is a thread; on a processor there are up to `SEATS`, as far as there are towers, which share its cores: that
-    is faster than all of them working on one tower. `seats` grows as far as is needed.
-    """
-    import torch
-
-    tallies = [Tally() for _ in work.checkpoints]
-    several = seats[0].clip.device.type == "cpu" and not any(work.features)
-    wanted = min(SEATS, torch.get_num_threads(), len(tallies)) if several else 1
-    while len(seats) < wanted:
-        seats.append(seats[0].another())
-    lock = threading.Lock()
-    turns = [_Turn(seat, work, tallies, lock) for seat in seats[:wanted]]
-    at_once = len(tallies) - len(tallies) % len(turns) if len(turns) > 1 else 0
-    for part in parts:
-        if at_once:
-            _show_at_once(turns, part, at_once)
-        for number in range(at_once, len(tallies)):  # too few for every seat: all cores work on each
-            turns[0].show(part, number)
-    return tallies
-
-
-def _show_at_once(turns: Sequence[_Turn], part: Pixels, towers: int) -> None:
-    """Shows a part to all towers; each turn takes the next that waits."""
-    import torch
-
-    threads = torch.get_num_threads()
-    waiting = iter(range(towers))
-    lock = threading.Lock()
-
-    def work(turn: _Turn) -> None:
-        torch.set_num_threads(max(1, threads // len(turns)))
-        with torch.inference_mode():
-            while True:
-                with lock:
-                    number = next(waiting, None)
-                if number is None:
-                    return
-                turn.show(part, number)
-
-    with ThreadPoolExecutor(len(turns)) as pool:
-        running = [pool.submit(work, turn) for turn in turns]
-        try:
-            while any(not each.done() for each in running):
-                wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
-                interrupts.check()
-                if any(each.done() and each.exception() for each in running):
-                    _stop(turns)
-                    break
-        except BaseException:
-            _stop(turns)
-            raise
-        finally:
-            pool.shutdown()
-            torch.set_num_threads(threads)
-    for each in running:
-        each.result()
-
-
-def _stop(turns: Sequence[_Turn]) -> None:
-    for turn in turns:
-        turn.stopped = True
-
-
-class _Turn:
-    """A seat at work."""
-
-    def __init__(self, seat: Seat, work: Round, tallies: Sequence[Tally], lock: threading.Lock) -> None:
-        from mergecli.clip.preprocessing import Normalisation
-        from mergecli.evaluation.forward import Forward
-
-        self._seat, self._work, self._tallies, self._lock = seat, work, tallies, lock
-        self._forward, self._normalise = Forward(seat, work.head), Normalisation(seat.clip)
-        self.stopped = False
-        """Whether it is to end before the next batch."""
-
-    def show(self, part: Pixels, number: int) -> None:
-        """Shows a part to a tower. While a device beside the processor computes on one batch, the one before is counted."""
-        self._seat.take(self._work.checkpoints[number], self._work.task)
-        sums = self._work.routes[number] if self._work.routes else None
-        self._forward.watch = sums.add if sums else None
-        seen, size = len(self._tallies[number].labels), self._work.size
-        waiting: tuple[Tensor, Tensor] | None = None
-        for start in range(0, len(part), size):
-            interrupts.check()
-            if self.stopped:
-                return
-            stop = min(start + size, len(part))
-            batch = part.batch(start, stop)
-            batch = batch.pin_memory() if self._work.head.is_cuda else batch
-            scores = self._forward(self._normalise(batch), self._work.features[number], seen + start)
-            if waiting is not None:
-                self._settle(number, *waiting)
-            waiting = (scores, part.labels[start:stop])
-        if waiting is not None:
-            self._settle(number, *waiting)
-
-    def _settle(self, number: int, scores: Tensor, labels: Tensor) -> None:
-        with self._lock:
-            if not self._tallies[number].add(scores.cpu(), labels):
-                raise InputError(
-                    f"{self._work.checkpoints[number].path}: gives NaN or infinite logits on task `{self._work.task}`",
-                    "look at the weights with `mergecli info`",
-                )
-            self._work.tell(number, self._tallies[number], len(labels))
-
-
-def keep(tally: Tally, path: Path, what: str) -> None:
-    """Writes a tally, so that an evaluation that is interrupted need not count again."""
+def save_counts(counts: Counts, file: CountsFile) -> None:
+    """Writes the counts, so that an evaluation that is interrupted later need not repeat them; nothing if there is no room."""
     import torch
 
     from mergecli.storage.safetensors_writer import save_tensors
 
-    columns: dict[str, Any] = {each.name: getattr(tally, each.name) for each in fields(Tally)}
-    kinds = {name: torch.int64 if name in ("labels", "chosen") else torch.float64 for name in columns}
-    save_tensors(
-        {name: torch.tensor(values, dtype=kinds[name]) for name, values in columns.items()},
-        path,
-        {"what": what},
-    )
+    if not caching.make_room(40 * len(counts.labels), file.max_size):
+        return
+    columns: dict[str, Any] = {each.name: getattr(counts, each.name) for each in fields(Counts)}
+    dtypes = {name: torch.int64 if name in ("labels", "chosen") else torch.float64 for name in columns}
+    tensors = {name: torch.tensor(values, dtype=dtypes[name]) for name, values in columns.items()}
+    with suppress(InputError):
+        save_tensors(tensors, file.path, {"what": file.what})
 
 
-def kept(path: Path, labels: Sequence[int]) -> Tally | None:
-    """The tally in the file, if there is one and its labels are these."""
+def load_counts(file: CountsFile, labels: Sequence[int]) -> Counts | None:
+    """The counts in the file; None if there is none, or if it is damaged or has other labels."""
     try:
-        with open_checkpoint(path) as stored:
-            tally = Tally(**{each.name: stored.read(each.name).tolist() for each in fields(Tally)})
+        with open_checkpoint(file.path) as stored:
+            counts = Counts(**{each.name: stored.read(each.name).tolist() for each in fields(Counts)})
     except (InputError, KeyError):
         return None
-    return tally if tally.labels == list(labels) and len(tally.chosen) == len(labels) else None
+    return counts if counts.labels == list(labels) and len(counts.chosen) == len(labels) else None
 
 
-PIXEL_BYTES = 1 << 30
-"""Of images that are not in the cache yet, so many bytes are held in memory while the towers take turns."""
+@dataclass(frozen=True)
+class Job:
+    """One tower on the images of one task."""
+
+    checkpoint: Checkpoint
+    task: str
+    images: int
+    """How many there are, over all runs of the job."""
+    file: CountsFile
+    counts: Counts = field(default_factory=Counts)
+    features: LayerFeatures | None = None
+    """What saves the features of every layer, if they are wanted."""
+    routes: RouteSums | None = None
+    """What sums up the routing weights, if they are wanted."""
 
 
-def tallies_of(
-    seats: list[Seat],
-    towers: Sequence[Tower],
-    subject: Subject,
-    settings: Settings,
-    scores: Scores,
-    progress: Progress | None,
-    routes: Sequence[RouteSums | None],
-) -> list[Tally]:
-    """What each tower gets on the task: as counted before an interruption, or counted now.
+class ModelSlot:
+    """A CLIP with room for one vision tower at a time."""
 
-    A tower whose routes are asked for, by its place in `routes`, is counted now: tallies keep no routes.
-    """
-    from mergecli.clip.heads import cached_head
-    from mergecli.clip.pixels import Processing, spans
-    from mergecli.evaluation.features import LayerFeatures, feature_file, saved_with
+    def __init__(self, clip: Clip, routing: Routing = "sample") -> None:
+        self.clip = clip
+        self.routing: Routing = routing
+        """How towers that route do so."""
+        self.correction: Callable[[Tensor], Tensor] | None = None
+        """What changes the image features of the tower and task."""
+        self.installed: Installed | None = None
+        """The routing layers of the tower that is in."""
+        self._taken: tuple[Checkpoint, str] | None = None
 
-    clip, name, images = seats[0].clip, subject.task.name, subject.images
-    keys = [_key(clip, tower, subject, settings, scores.clip) for tower in towers]
-    places = [caching.place("results", key) for key in keys]
-    targets = [feature_file(settings.features, tower.name, name, len(towers) > 1) for tower in towers]
-    labels = images.labels
-    found: list[Tally | None] = [None for _ in towers]
-    if settings.max_size:
-        scores.unfinished += places
-        for number, (key, place, target) in enumerate(zip(keys, places, targets, strict=True)):
-            if not settings.fresh and routes[number] is None and (target is None or saved_with(target, key)):
-                found[number] = kept(place, labels)
-    done = len(labels) * sum(each is not None for each in found)
-    missing = [number for number, each in enumerate(found) if each is None]
+    @property
+    def keeps_batches_whole(self) -> bool:
+        """Whether the logits of an image depend on the other images of its batch."""
+        return self.installed is not None and self.installed.keeps_batches_whole
 
-    def tell(position: int, tally: Tally, more: int) -> None:
-        nonlocal done
-        done += more
-        number = missing[position]
-        if len(tally.labels) == len(labels) and caching.make_room(40 * len(labels), settings.max_size):
-            with suppress(InputError):
-                keep(tally, places[number], f"an unfinished evaluation: {towers[number].name} on {name}")
-        if progress is not None:
-            progress(name, done, len(labels) * len(towers))
+    def take(self, checkpoint: Checkpoint, task: str) -> None:
+        """Puts a checkpoint's weights in, of a mixture those for the task, unless they are there already."""
+        from mergecli.clip.model import set_tower
 
-    if missing:
-        head = cached_head(clip, subject.classes, subject.task.templates, scores.clip.text, settings.max_size)
-        processing = Processing(
-            settings.corruption, settings.workers, settings.max_size, 2 if head.device.type != "cpu" else 0
+        if self._taken and self._taken[0] is checkpoint:
+            serves_all = self.installed is not None or not checkpoint.is_mixture
+            if serves_all or self._taken[1] == task:
+                return
+        self.release()
+        if not checkpoint.is_mixture:
+            set_tower(self.clip, checkpoint)
+        else:
+            mixture = mixture_of(checkpoint)
+            if mixture.is_routed:
+                set_tower(self.clip, mixture.shared)
+                self.installed = mixture.install(self.clip.tower, self.routing)
+            else:
+                set_tower(self.clip, mixture.of_task(task))
+                self.correction = mixture.correction(task, self.clip.device)
+        self._taken = checkpoint, task
+
+    def release(self) -> None:
+        """Leaves a plain tower, whose weights no longer matter."""
+        if self.installed is not None:
+            self.installed.remove()
+        self._taken = self.installed = self.correction = None
+
+    def another(self) -> ModelSlot:
+        """A slot that shares everything with this one but the tower's weights."""
+        self.release()
+        model = self.clip.model
+        shared = {id(part): part for name, part in model.named_children() if name != "vision_model"}
+        return ModelSlot(replace(self.clip, model=copy.deepcopy(model, shared)), self.routing)
+
+
+_saving = threading.Lock()
+
+
+def saves_finished_counts(
+    run: Callable[[Worker, Job, Batches], Counts],
+) -> Callable[[Worker, Job, Batches], Counts]:
+    """`Worker.run`, which saves the counts once they are of all images."""
+
+    @functools.wraps(run)
+    def run_and_save(worker: Worker, job: Job, batches: Batches) -> Counts:
+        counts = run(worker, job, batches)
+        if len(counts.labels) == job.images:
+            with _saving:  # two workers that make room at once would both remove files
+                save_counts(counts, job.file)
+        return counts
+
+    return run_and_save
+
+
+class Worker:
+    """A model slot that runs one job after another, all of them with the (C, D) head of one task."""
+
+    def __init__(self, slot: ModelSlot, head: Tensor) -> None:
+        from mergecli.clip.preprocessing import Normalization
+
+        self._slot, self._head, self._normalize = slot, head, Normalization(slot.clip)
+        on_processor = head.device.type == "cpu"
+        self._most: int | None = micro_batch_size(slot.clip) if on_processor else None
+        """Images that pass through the tower at a time; None is a whole batch."""
+
+    @saves_finished_counts
+    def run(self, job: Job, batches: Batches) -> Counts:
+        """Adds (B, 3, H, W) uint8 images and their (B,) labels to the job's counts, which it returns.
+
+        A batch is counted only after the next one was sent to the device: to read logits is to wait for the device, which
+        would then have nothing to do while Python counts and fetches images.
+
+        Raises:
+            InputError: logits are NaN or infinite, or one image alone takes too much memory.
+        """
+        self._slot.take(job.checkpoint, job.task)
+        seen = len(job.counts.labels)
+        uncounted: tuple[Tensor, Tensor] | None = None
+        for pixels, labels in batches:
+            pinned = pixels.pin_memory() if self._head.is_cuda else pixels
+            logits = self.logits(self._normalize(pinned), job.features, job.routes, seen)
+            seen += len(labels)
+            if uncounted is not None:
+                _add(job, *uncounted)
+            uncounted = logits, labels
+        if uncounted is not None:
+            _add(job, *uncounted)
+        return job.counts
+
+    def logits(
+        self,
+        pixel_values: Tensor,
+        features: LayerFeatures | None = None,
+        routes: RouteSums | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """(B, C) float32 logits of the tower that is in the slot; `first` is the number of the batch's first image.
+
+        On a processor the batch passes in micro-batches whose activations fit into its cache. On a GPU it is one, until the
+        memory does not suffice: then it is tried again in halves. A tower that routes whole batches gets whole ones.
+
+        Raises:
+            InputError: the memory does not suffice, and the batch cannot be divided further.
+        """
+        import torch
+
+        while True:
+            divisible = self._most is not None and not self._slot.keeps_batches_whole
+            count = -(-len(pixel_values) // (self._most or 1)) if divisible else 1
+            micro_batches = pixel_values.tensor_split(count)
+            try:
+                with features.of_images_from(first) if features else nullcontext():
+                    found = [self._micro_batch(each, watched=routes is not None) for each in micro_batches]
+            except torch.cuda.OutOfMemoryError as error:
+                if len(micro_batches[0]) == 1 or self._slot.keeps_batches_whole:
+                    raise InputError(
+                        "the device has too little memory for so many images", "use a smaller `--batch-size`"
+                    ) from error
+                self._most = (len(micro_batches[0]) + 1) // 2
+                torch.cuda.empty_cache()
+                continue
+            if routes is not None:  # only now: a micro-batch before one that failed would count twice
+                for (_, weights), images in zip(found, micro_batches, strict=True):
+                    routes.add(weights, len(images))
+            return torch.cat([logits for logits, _ in found])
+
+    def _micro_batch(self, pixel_values: Tensor, watched: bool) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(B, C) logits, and the routing weights of every layer if they are watched."""
+        from mergecli.clip.heads import logits
+
+        found = logits(self._slot.clip, self._head, pixel_values, self._slot.correction)
+        installed = self._slot.installed if watched else None
+        return found, installed.routes() if installed else {}
+
+
+def _add(job: Job, logits: Tensor, labels: Tensor) -> None:
+    if not job.counts.add(logits.cpu(), labels):
+        raise InputError(
+            f"{job.checkpoint.path}: gives NaN or infinite logits on task `{job.task}`",
+            "look at the weights with `mergecli info`",
         )
-        room = PIXEL_BYTES if len(missing) > 1 else 0
-        numbers = range(len(labels)) if subject.numbers is None else subject.numbers
-        with ExitStack() as files:
-            writers = [
-                files.enter_context(
-                    LayerFeatures(clip, target, labels, numbers, _feature_facts(towers[n], subject, keys[n]))
-                )
-                if (target := targets[n])
-                else None
-                for n in missing
-            ]
-            parts = spans(clip, images, processing, settings.batch_size, room)
-            files.callback(parts.close)
-            checkpoints = [towers[n].checkpoint for n in missing]
-            work = Round(
-                checkpoints, head, settings.batch_size, name, writers, tell, [routes[n] for n in missing]
-            )
-            counted = count(seats, work, parts)
-        for number, tally in zip(missing, counted, strict=True):
-            found[number] = tally
-    elif progress is not None:
-        progress(name, done, done)
-    return [tally for tally in found if tally is not None]
 
 
-def _key(clip: Clip, tower: Tower, subject: Subject, settings: Settings, digests: ClipDigests) -> str:
-    """32 hex digits of all that a tally depends on."""
+def count(
+    slots: list[ModelSlot],
+    jobs: Sequence[Job],
+    head: Tensor,
+    chunks: Iterable[Pixels],
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Runs the jobs, all on the same images, which come in chunks; `progress` is told how many more images a tower has seen.
+
+    On a processor up to `AT_ONCE` towers are evaluated at once, each by a thread with its share of the cores: that is faster
+    than all cores on one tower, whose small matrix products do not keep them busy. Jobs that are left over when every worker
+    has had as many as the others come last, with all cores on each.
+
+    Args:
+        slots: as many as there have been needed so far; grows.
+    """
     import torch
 
-    from mergecli.storage.metadata import version
+    lock = threading.Lock()
+    stop = threading.Event()
 
-    images = subject.images
-    about = {
-        "program": [version(), torch.__version__, clip.device.type, settings.dtype],
-        "tower": [tower.checkpoint.digest(), _reading(tower.checkpoint, subject, settings)],
-        "clip": digests,
-        "head": [list(subject.classes), list(subject.task.templates)],
-        "data": [
-            images.fingerprint,
-            images.split,
-            images.columns,
-            None if images.rows is None else list(images.rows),
-        ],
-        "processor": clip.processor.to_json_string(),
-        "corruption": settings.corruption,
-        "batch_size": settings.batch_size,
-    }
-    return sha256(json.dumps(about).encode()).hexdigest()[:32]
+    def batches(chunk: Pixels) -> Iterator[tuple[Tensor, Tensor]]:
+        for pixels, labels in chunk.batches(batch_size):
+            if stop.is_set():
+                return
+            yield pixels, labels
+            with lock:
+                progress(len(labels))
 
-
-def _reading(checkpoint: Checkpoint, subject: Subject, settings: Settings) -> object:
-    """What is made of a checkpoint's tensors."""
-    if not checkpoint.is_mixture:
-        return checkpoint.is_task_vector
-    facts = ("method", "tasks", "settings_table")
-    return [settings.routing, subject.task.name, *(checkpoint.metadata.get(key) for key in facts)]
+    on_processor = slots[0].clip.device.type == "cpu" and not any(job.features for job in jobs)
+    wanted = min(AT_ONCE, torch.get_num_threads(), len(jobs)) if on_processor else 1
+    while len(slots) < wanted:
+        slots.append(slots[0].another())
+    workers = [Worker(slot, head) for slot in slots[:wanted]]
+    at_once = len(jobs) - len(jobs) % len(workers) if len(workers) > 1 else 0
+    for chunk in chunks:
+        if at_once:
+            _run_at_once(workers, [(job, batches(chunk)) for job in jobs[:at_once]], stop)
+        for job in jobs[at_once:]:
+            workers[0].run(job, batches(chunk))
 
 
-def _feature_facts(tower: Tower, subject: Subject, key: str) -> dict[str, str]:
-    from mergecli.evaluation.features import KIND
-    from mergecli.storage.metadata import about
+def _run_at_once(
+    workers: Sequence[Worker], runs: Sequence[tuple[Job, Batches]], stop: threading.Event
+) -> None:
+    """Runs each of the jobs by the worker that is free first; after an error or Ctrl-C, `stop` ends the others' batches."""
+    import torch
 
-    images = subject.images
-    made_of = {tower.name: tower.checkpoint.digest(), "data": images.fingerprint}
-    return about(
-        KIND, inputs=made_of, task=subject.task.name, split=images.split, token="class", evaluation=key
-    )
+    threads = torch.get_num_threads()
+    free: SimpleQueue[Worker] = SimpleQueue()
+    for worker in workers:
+        free.put(worker)
+
+    def run(job: Job, batches: Batches) -> None:
+        worker = free.get()
+        try:
+            with torch.inference_mode():  # counts for one thread only
+                worker.run(job, batches)
+        finally:
+            free.put(worker)
+
+    share = max(1, threads // len(workers))
+    pool = ThreadPoolExecutor(len(workers), initializer=torch.set_num_threads, initargs=(share,))
+    try:
+        running = [pool.submit(run, *each) for each in runs]
+        waiting: Collection[Future[None]] = running
+        while waiting:  # wakes up for a Ctrl-C that a library has swallowed, which only `interrupts` knows of
+            done, waiting = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
+            interrupts.check()
+            if any(each.exception() for each in done):
+                break
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        stop.clear()
+        torch.set_num_threads(threads)
+    for each in running:
+        each.result()

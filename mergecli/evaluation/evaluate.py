@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,18 +18,15 @@ from mergecli.formats.opening import open_source
 from mergecli.results import plots
 from mergecli.results.result import (
     FINE_TUNED,
-    SCHEMA,
-    Average,
     Evaluation,
-    TaskScore,
-    read_result,
     result_files,
     write_predictions,
 )
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.atomic import check_target, check_targets, write_text
 from mergecli.storage.metadata import looked_at, made_of
-from mergecli.storage.sources import Source, locate, parse_source
+from mergecli.storage.sources import Source, parse_source
+from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from mergecli.data.tasks import Task
@@ -38,101 +35,6 @@ if TYPE_CHECKING:
     from mergecli.recipe.schema import Recipe
     from mergecli.runtime.progress import Progress
     from mergecli.storage.checkpoint import Checkpoint
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What one result is about, and its scores; see `mergecli.results.result.Evaluation`."""
-
-    checkpoint: Mapping[str, str | None]
-    parameters: int
-    bytes: int
-    tasks: Mapping[str, TaskScore]
-    models: Mapping[str, str]
-    looked_at: Mapping[str, Mapping[str, str]]
-
-
-def subjects(
-    models: Sequence[Tower], scores: Scores, settings: Settings, tasks: Sequence[str], individual: bool
-) -> list[Subject]:
-    """A subject for each tower, or one of all together, each on its own task."""
-    sizes = [model.checkpoint.nbytes for model in models]
-    counts = [parameters(model.checkpoint) for model in models]
-    if individual:
-        own = {name: each for one in scores.tasks for name, each in one.items()}
-        facts = {"name": FINE_TUNED, "path": FINE_TUNED, "digest": None, "kind": None, "method": FINE_TUNED}
-        size = sum(size for size, each in zip(sizes, scores.tasks, strict=True) if each)
-        sources = {model.name: model.label for model in models}
-        return [Subject(facts, counts[0], size, {name: own[name] for name in tasks}, sources, {})]
-    metadata = [model.checkpoint.metadata for model in models]
-    return [
-        Subject(
-            _about(model, scores.clip.vision, settings), count, size, each, made_of(told)[1], looked_at(told)
-        )
-        for model, count, size, each, told in zip(models, counts, sizes, scores.tasks, metadata, strict=True)
-    ]
-
-
-def _about(tower: Tower, base_digest: str, settings: Settings) -> dict[str, str | None]:
-    """What is known about a checkpoint; None where the file does not say."""
-    digest, metadata = tower.checkpoint.digest(), tower.checkpoint.metadata
-    method = metadata.get("method") or ("pretrained" if digest == base_digest else None)
-    kind = metadata.get("kind", "checkpoint")
-    found = {"name": tower.name, "path": tower.label, "digest": digest, "kind": kind, "method": method}
-    if tower.checkpoint.is_mixture:
-        found["routing"] = mixture_of(tower.checkpoint).routing(settings.routing) or "task"
-    return found | made_of(metadata)[0]
-
-
-def parameters(checkpoint: Checkpoint) -> int:
-    """Entries of all tensors; of a mixture, whose masks are no parameters, of the floating point ones."""
-    counts = [
-        entry.size for entry in checkpoint.entries.values() if entry.is_float or not checkpoint.is_mixture
-    ]
-    return sum(counts)
-
-
-def check_files(
-    models: Sequence[Tower],
-    tasks: Sequence[Task],
-    settings: Settings,
-    results: Sequence[Path],
-    predictions: str | Path | None,
-    individual: bool,
-) -> None:
-    """Raises UsageError unless everything can be written and replaces no input: found before the work, not after it."""
-    targets: list[tuple[Path, Sequence[str]]] = [(each, ()) for each in results]
-    if predictions is not None:
-        targets.append((Path(predictions), (".parquet",)))
-    several = len(models) > 1 and not individual
-    for model, task in itertools.product(models, tasks):
-        if individual and model.name != task.name:
-            continue
-        if file := feature_file(settings.features, model.name, task.name, several):
-            targets.append((file, ()))
-    if settings.routes is not None:
-        named = [model.name for model in models if model.checkpoint.is_mixture]
-        targets += [(file, ()) for name in named for file in route_files(settings.routes, name)]
-    check_targets(targets, {model.name: file for model in models for file in model.checkpoint.files})
-    for folder in (settings.features, settings.routes):
-        if folder is not None:
-            check_target(folder, folder=True)
-    for task in tasks:
-        for target, _ in targets:
-            if task.data.path and target.absolute().is_relative_to(task.data.path.absolute()):
-                raise UsageError(f"{target}: lies in the data of `{task.name}`, which is never written to")
-
-
-__all__ = [
-    "SCHEMA",
-    "Average",
-    "Evaluation",
-    "TaskScore",
-    "evaluate",
-    "evaluate_open",
-    "read_result",
-    "tasks_of",
-]
 
 
 def evaluate(
@@ -271,7 +173,7 @@ def evaluate_open(
     With a list `unfinished`, the files from which an interrupted evaluation goes on stay, and are put into it.
     """
     targets = result_files([FINE_TUNED] if individual else [model.name for model in models], output)
-    check_files(models, tasks, settings, targets, predictions, individual)
+    _check_files(models, tasks, settings, targets, predictions, individual)
 
     scores = score(
         models,
@@ -282,26 +184,8 @@ def evaluate_open(
         predictions=predictions is not None,
         progress=progress,
     )
-    with open_source(base) as whole:
-        tower = whole.vision().nbytes
-    digests = {"digest": scores.clip.vision, "text": scores.clip.text, "rest": scores.clip.rest}
-    clip: dict[str, str | None] = {"path": base.label, **digests, "processing": scores.processing}
-    results = tuple(
-        Evaluation(
-            checkpoint=each.checkpoint,
-            clip=clip,
-            parameters=each.parameters,
-            tasks=each.tasks,
-            batch_size=settings.batch_size,
-            dtype=settings.dtype,
-            bytes=each.bytes,
-            relative_size=each.bytes / tower,
-            device=settings.device.partition(":")[0],
-            models=each.models,
-            looked_at=each.looked_at,
-        )
-        for each in subjects(models, scores, settings, [task.name for task in tasks], individual)
-    )
+    names = [task.name for task in tasks] if individual else None
+    results = _evaluations(models, base, scores, settings, names)
     for target, result in zip(targets, results, strict=False):
         write_text(target, result.to_json())
     if predictions is not None:
@@ -316,6 +200,101 @@ def evaluate_open(
     else:
         unfinished += scores.unfinished
     return results
+
+
+def _check_files(
+    models: Sequence[Tower],
+    tasks: Sequence[Task],
+    settings: Settings,
+    results: Sequence[Path],
+    predictions: str | Path | None,
+    individual: bool,
+) -> None:
+    """Raises UsageError unless everything can be written and replaces no input: found before the work, not after it."""
+    targets: list[tuple[Path, Sequence[str]]] = [(each, ()) for each in results]
+    if predictions is not None:
+        targets.append((Path(predictions), (".parquet",)))
+    several = len(models) > 1 and not individual
+    for model, task in itertools.product(models, tasks):
+        if individual and model.name != task.name:
+            continue
+        if file := feature_file(settings.features, model.name, task.name, several):
+            targets.append((file, ()))
+    if settings.routes is not None:
+        named = [model.name for model in models if model.checkpoint.is_mixture]
+        targets += [(file, ()) for name in named for file in route_files(settings.routes, name)]
+    check_targets(targets, {model.name: file for model in models for file in model.checkpoint.files})
+    for folder in (settings.features, settings.routes):
+        if folder is not None:
+            check_target(folder, folder=True)
+    for task in tasks:
+        for target, _ in targets:
+            if task.data.path and target.absolute().is_relative_to(task.data.path.absolute()):
+                raise UsageError(f"{target}: lies in the data of `{task.name}`, which is never written to")
+
+
+def _evaluations(
+    models: Sequence[Tower],
+    base: Source,
+    scores: Scores,
+    settings: Settings,
+    individual: Sequence[str] | None,
+) -> tuple[Evaluation, ...]:
+    """A result for each tower; or one of all together, each on its own of the `individual` tasks."""
+    sizes = [model.checkpoint.nbytes for model in models]
+    with open_source(base) as whole:
+        tower_size = whole.vision().nbytes
+    digests = {"digest": scores.clip.vision, "text": scores.clip.text, "rest": scores.clip.rest}
+    result = partial(
+        Evaluation,
+        clip={"path": base.label, **digests, "processing": scores.processing},
+        batch_size=settings.batch_size,
+        dtype=settings.dtype,
+        device=settings.device.partition(":")[0],
+    )
+    if individual is not None:
+        own = {name: each for one in scores.tasks for name, each in one.items()}
+        size = sum(size for size, each in zip(sizes, scores.tasks, strict=True) if each)
+        together = result(
+            checkpoint={"name": FINE_TUNED, "path": FINE_TUNED, "digest": None, "kind": None, "method": FINE_TUNED},
+            parameters=_parameters(models[0].checkpoint),
+            tasks={name: own[name] for name in individual},
+            bytes=size,
+            relative_size=size / tower_size,
+            models={model.name: model.label for model in models},
+        )  # fmt: skip
+        return (together,)
+    return tuple(
+        result(
+            checkpoint=_checkpoint_facts(model, scores.clip.vision, settings),
+            parameters=_parameters(model.checkpoint),
+            tasks=tasks,
+            bytes=size,
+            relative_size=size / tower_size,
+            models=made_of(model.checkpoint.metadata)[1],
+            looked_at=looked_at(model.checkpoint.metadata),
+        )
+        for model, size, tasks in zip(models, sizes, scores.tasks, strict=True)
+    )
+
+
+def _checkpoint_facts(tower: Tower, base_digest: str, settings: Settings) -> dict[str, str | None]:
+    """What `Evaluation.checkpoint` says of it; None where the file does not say."""
+    digest, metadata = tower.checkpoint.digest(), tower.checkpoint.metadata
+    method = metadata.get("method") or ("pretrained" if digest == base_digest else None)
+    kind = metadata.get("kind", "checkpoint")
+    found = {"name": tower.name, "path": tower.label, "digest": digest, "kind": kind, "method": method}
+    if tower.checkpoint.is_mixture:
+        found["routing"] = mixture_of(tower.checkpoint).routing(settings.routing) or "task"
+    return found | made_of(metadata)[0]
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    """Entries of all tensors; of a mixture, whose masks are no parameters, of the floating point ones."""
+    counts = [
+        entry.size for entry in checkpoint.entries.values() if entry.is_float or not checkpoint.is_mixture
+    ]
+    return sum(counts)
 
 
 def forget(files: Sequence[Path]) -> None:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from mergecli.runtime.errors import InputError
 from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.storage.metadata import about
 from mergecli.storage.safetensors_writer import SafetensorsWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergecli.clip.model import Clip
-
-KIND = "features"
-"""The `kind` in the metadata of the files."""
+    from mergecli.data.images import TaskImages
+    from mergecli.evaluation.settings import Tower
 
 
 class LayerFeatures:
@@ -37,14 +37,14 @@ class LayerFeatures:
         tower: Any = clip.tower
         self._layers: list[Any] = list(tower.encoder.layers)
         self._width = int(clip.model.config.vision_config.hidden_size)
-        self._about = {"labels": torch.tensor(labels), "index": torch.tensor(numbers)}
+        self._columns = {"labels": torch.tensor(labels), "index": torch.tensor(numbers)}
         layout = {_name(number): ("F32", (len(labels), self._width)) for number in range(len(self._layers))}
-        about = {name: ("I64", (len(labels),)) for name in self._about}
-        self._writer = SafetensorsWriter(path, {**layout, **about}, metadata)
+        columns = {name: ("I64", (len(labels),)) for name in self._columns}
+        self._writer = SafetensorsWriter(path, {**layout, **columns}, metadata)
 
     def __enter__(self) -> LayerFeatures:
         self._writer.__enter__()
-        for name, values in self._about.items():
+        for name, values in self._columns.items():
             self._writer.write(name, values)
         return self
 
@@ -78,6 +78,15 @@ def feature_file(folder: Path | None, tower: str, task: str, several: bool) -> P
     if folder is None:
         return None
     return (folder / tower if several else folder) / f"{task}.safetensors"
+
+
+def features_metadata(tower: Tower, of_task: TaskImages, key: str) -> dict[str, str]:
+    """The metadata of a tower's features on a task's images; `key` is a digest of all that they depend on."""
+    images = of_task.images
+    inputs = {tower.name: tower.checkpoint.digest(), "data": images.fingerprint}
+    return about(
+        "features", inputs=inputs, task=of_task.task.name, split=images.split, token="class", evaluation=key
+    )
 
 
 def saved_with(path: Path, key: str) -> bool:

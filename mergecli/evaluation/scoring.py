@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergecli.evaluation import counting
+from mergecli.evaluation.counting import Counts, CountsFile, Job, ModelSlot, load_counts
+from mergecli.evaluation.features import LayerFeatures, feature_file, features_metadata, saved_with
+from mergecli.evaluation.routes import Routes, RouteSums
 from mergecli.evaluation.settings import Scores, Settings, Tower
+from mergecli.formats.mixture import mixture_of
 from mergecli.results.result import TaskScore
 from mergecli.runtime.errors import UsageError
+from mergecli.storage import cache as caching
 
 if TYPE_CHECKING:
+    from mergecli.clip.heads import ClipDigests
     from mergecli.clip.model import Clip
-    from mergecli.data.selection import Subject
+    from mergecli.data.images import TaskImages
     from mergecli.data.tasks import Task
-    from mergecli.evaluation.counting import Tally
     from mergecli.evaluation.routes import Weights
     from mergecli.runtime.progress import Progress
+    from mergecli.storage.checkpoint import Checkpoint
+
+CHUNK_BYTES = 1 << 30
+"""Of images that are not in the cache yet, so many bytes are in memory while one tower after another sees them."""
 
 
 def score(
@@ -45,15 +57,11 @@ def score(
 
     from mergecli.clip.heads import clip_digests
     from mergecli.clip.model import load_clip
-    from mergecli.data.images import load_images
-    from mergecli.data.selection import subject_of
-    from mergecli.data.splits import digest
-    from mergecli.evaluation.counting import tallies_of
-    from mergecli.evaluation.forward import Seat
-    from mergecli.evaluation.routes import Routes, RouteSums
+    from mergecli.data.images import task_images
+    from mergecli.data.splits import sha256_digest
     from mergecli.runtime.distributed import usable_device
 
-    place = usable_device(settings.device)
+    device = usable_device(settings.device)
     clip = load_clip(folder)
     experts = [
         _check(clip, tower, [task for task in tasks if not own_task_only or task.name == tower.name])
@@ -69,32 +77,31 @@ def score(
             "--routing: none of the checkpoints holds a tower that routes batches otherwise than images",
             "`weight_ensembling_moe` and `efficient_weight_ensembling_moe` make some",
         )
-    keeps = settings.max_size > 0
-    subjects = [
-        subject_of(task, load_images(task, settings.split, remember=keeps), settings.limit) for task in tasks
-    ]
-    clip.model.to(place)
+    remember = settings.max_size > 0
+    every = [task_images(task, settings.split, settings.limit, remember=remember) for task in tasks]
+    clip.model.to(device)
     clip.tower.to(getattr(torch, settings.dtype))
     clip.model.visual_projection.to(getattr(torch, settings.dtype))
-    processing = digest(clip.processor.to_json_string())
+    processing = sha256_digest(clip.processor.to_json_string())
     scores = Scores([{} for _ in towers], {}, clip_digests(folder), processing, [])
     weights: list[dict[str, Weights]] = [{} for _ in towers]
-    seats = [Seat(clip, settings.routing)]
+    slots = [ModelSlot(clip, settings.routing)]
     with torch.inference_mode(), _exact_convolutions(torch.backends.cudnn):
-        for subject in subjects:
-            name = subject.task.name
-            shown = [n for n, tower in enumerate(towers) if not own_task_only or tower.name == name]
-            sums = [RouteSums() if settings.routes and experts[n] else None for n in shown]
-            tallies = tallies_of(seats, [towers[n] for n in shown], subject, settings, scores, progress, sums)
-            for number, tally, routed in zip(shown, tallies, sums, strict=True):
-                if routed is not None:
-                    weights[number][name] = routed.means()
-                scores.tasks[number][name] = _score(subject, tally, settings)
+        for of_task in every:
+            name = of_task.task.name
+            numbers = [n for n, tower in enumerate(towers) if not own_task_only or tower.name == name]
+            routes = [RouteSums() if settings.routes and experts[n] else None for n in numbers]
+            shown = [towers[n] for n in numbers]
+            counted = _counts(slots, shown, of_task, settings, scores, progress, routes)
+            for number, counts, sums in zip(numbers, counted, routes, strict=True):
+                if sums is not None:
+                    weights[number][name] = sums.means()
+                scores.tasks[number][name] = _score(of_task, counts, settings)
                 if predictions:
-                    _add_rows(scores.predictions, towers[number].name, subject, tally)
+                    _add_rows(scores.predictions, towers[number].name, of_task, counts)
     scores.routes += [
-        Routes(tower.name, found, each)
-        for tower, found, each in zip(towers, experts, weights, strict=True)
+        Routes(tower.name, names, each)
+        for tower, names, each in zip(towers, experts, weights, strict=True)
         if each
     ]
     return scores
@@ -103,7 +110,6 @@ def score(
 def _check(clip: Clip, tower: Tower, tasks: Sequence[Task]) -> tuple[str, ...]:
     """The experts of a tower that routes; raises InputError if it does not fit the CLIP, or lacks one of the tasks."""
     from mergecli.clip.model import check_tower
-    from mergecli.formats.mixture import mixture_of
 
     if not tower.checkpoint.is_mixture:
         check_tower(clip, tower.checkpoint)
@@ -118,40 +124,130 @@ def _check(clip: Clip, tower: Tower, tasks: Sequence[Task]) -> tuple[str, ...]:
 
 
 def _routes_batches(tower: Tower) -> bool:
-    from mergecli.formats.mixture import mixture_of
-
     return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).routing("batch") == "batch"
 
 
-def _score(subject: Subject, tally: Tally, settings: Settings) -> TaskScore:
+def _counts(
+    slots: list[ModelSlot],
+    towers: Sequence[Tower],
+    of_task: TaskImages,
+    settings: Settings,
+    scores: Scores,
+    progress: Progress | None,
+    routes: Sequence[RouteSums | None],
+) -> list[Counts]:
+    """What each tower makes of the task's images: as counted before an interruption, or counted now.
+
+    A tower whose routes are asked for, which is one that has sums in `routes`, is counted now: files of counts hold no routes.
+    """
+    from mergecli.clip.heads import cached_head
+    from mergecli.clip.pixels import Processing, chunks
+
+    clip, task, images = slots[0].clip, of_task.task, of_task.images
+    labels = images.labels
+    numbers = range(len(labels)) if of_task.numbers is None else of_task.numbers
+    with ExitStack() as files:
+        jobs: list[Job] = []
+        for tower, sums in zip(towers, routes, strict=True):
+            key = _key(clip, tower, of_task, settings, scores.clip)
+            what = f"an unfinished evaluation: {tower.name} on {task.name}"
+            file = CountsFile(caching.place("results", key), what, settings.max_size)
+            target = feature_file(settings.features, tower.name, task.name, len(towers) > 1)
+            counts = features = None
+            if settings.max_size:
+                scores.unfinished.append(file.path)
+                if not settings.fresh and sums is None and (target is None or saved_with(target, key)):
+                    counts = load_counts(file, labels)
+            if target and not counts:
+                metadata = features_metadata(tower, of_task, key)
+                features = files.enter_context(LayerFeatures(clip, target, labels, numbers, metadata))
+            counts = counts or Counts()
+            jobs.append(Job(tower.checkpoint, task.name, len(labels), file, counts, features, sums))
+        missing = [job for job in jobs if not job.counts.labels]
+        total = len(jobs) * len(labels)
+        done = total - len(missing) * len(labels)
+
+        def tell(more: int) -> None:
+            nonlocal done
+            done += more
+            if progress is not None:
+                progress(task.name, done, total)
+
+        if not missing:
+            tell(0)
+            return [job.counts for job in jobs]
+        head = cached_head(clip, of_task.classes, task.templates, scores.clip.text, settings.max_size)
+        ahead = 2 if head.device.type != "cpu" else 0  # a processor has no time left for the next batches
+        processing = Processing(settings.corruption, settings.workers, settings.max_size, ahead)
+        room = CHUNK_BYTES if len(missing) > 1 else 0
+        parts = chunks(clip, images, processing, settings.batch_size, room)
+        files.callback(parts.close)
+        counting.count(slots, missing, head, parts, settings.batch_size, tell)
+    return [job.counts for job in jobs]
+
+
+def _key(clip: Clip, tower: Tower, of_task: TaskImages, settings: Settings, digests: ClipDigests) -> str:
+    """32 hex digits of all that the counts depend on."""
+    import torch
+
+    from mergecli.storage.metadata import version
+
+    images = of_task.images
+    about = {
+        "program": [version(), torch.__version__, clip.device.type, settings.dtype],
+        "tower": [tower.checkpoint.digest(), _use_of(tower.checkpoint, of_task, settings)],
+        "clip": digests,
+        "head": [list(of_task.classes), list(of_task.task.templates)],
+        "data": [
+            images.fingerprint,
+            images.split,
+            images.columns,
+            None if images.rows is None else list(images.rows),
+        ],
+        "processor": clip.processor.to_json_string(),
+        "corruption": settings.corruption,
+        "batch_size": settings.batch_size,
+    }
+    return sha256(json.dumps(about).encode()).hexdigest()[:32]
+
+
+def _use_of(checkpoint: Checkpoint, of_task: TaskImages, settings: Settings) -> object:
+    """What becomes of a checkpoint's tensors: two towers of the same tensors may be used differently."""
+    if not checkpoint.is_mixture:
+        return checkpoint.is_task_vector
+    facts = ("method", "tasks", "settings_table")
+    return [settings.routing, of_task.task.name, *(checkpoint.metadata.get(key) for key in facts)]
+
+
+def _score(of_task: TaskImages, counts: Counts, settings: Settings) -> TaskScore:
     from mergecli.data.tasks import digest
 
-    total = len(tally.labels)
+    total = len(counts.labels)
     return TaskScore(
-        accuracy=tally.correct / total,
-        loss=tally.loss,
-        loss_batch_mean=tally.loss_batch_mean,
-        correct=tally.correct,
+        accuracy=counts.correct / total,
+        loss=counts.loss,
+        loss_batch_mean=counts.loss_batch_mean,
+        correct=counts.correct,
         images=total,
-        split=subject.images.split,
-        data={"source": subject.task.data.label, "fingerprint": subject.images.fingerprint},
-        classes=digest(subject.classes),
-        templates=digest(subject.task.templates),
-        limit=settings.limit if subject.numbers is not None else None,
+        split=of_task.images.split,
+        data={"source": of_task.task.data.label, "fingerprint": of_task.images.fingerprint},
+        classes=digest(of_task.classes),
+        templates=digest(of_task.task.templates),
+        limit=settings.limit if of_task.numbers is not None else None,
         corruption=settings.corruption.name if settings.corruption else None,
         severity=settings.corruption.severity if settings.corruption else None,
     )
 
 
-def _add_rows(columns: dict[str, list[object]], tower: str, subject: Subject, tally: Tally) -> None:
-    total = len(tally.labels)
+def _add_rows(columns: dict[str, list[object]], tower: str, of_task: TaskImages, counts: Counts) -> None:
+    total = len(counts.labels)
     added: Mapping[str, Iterable[object]] = {
         "checkpoint": [tower] * total,
-        "task": [subject.task.name] * total,
-        "index": range(total) if subject.numbers is None else subject.numbers,
-        "label": tally.labels,
-        "prediction": tally.chosen,
-        "probability": tally.probabilities,
+        "task": [of_task.task.name] * total,
+        "index": range(total) if of_task.numbers is None else of_task.numbers,
+        "label": counts.labels,
+        "prediction": counts.chosen,
+        "probability": counts.probabilities,
     }
     for name, values in added.items():
         columns.setdefault(name, []).extend(values)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mergecli.evaluation.evaluate import evaluate, forget
@@ -21,12 +17,10 @@ from mergecli.results.tables import Table
 from mergecli.runtime.errors import UsageError, shown
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_targets, write_text
-from mergecli.storage.sources import locate
+from mergecli.storage.store import locate
 
 ROOM = 4 << 30
 """Bytes of checkpoints that lie in the temporary folder at a time; each round of them costs one pass over the models."""
-_SCRATCH, _STALE = "mergecli-sweep-", 24 * 3600
-"""What temporary folders are called, and seconds after which one was left by a program that was killed."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +131,8 @@ def sweep(
     results: list[Evaluation] = []
     unfinished: list[Path] = []
     shared["unfinished"] = unfinished
-    with _scratch() as folder:
+    with TemporaryDirectory(prefix="mergecli-sweep-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
         for number, round_ in _rounds(points, kept):
             files = {
                 each.path.stem: each.path
@@ -166,22 +161,6 @@ def sweep(
         _draw(swept, axis, Path(plot))
     forget(unfinished)
     return swept
-
-
-class _scratch:  # noqa: N801  used as a function is
-    """A temporary folder that vanishes however the block ends."""
-
-    def __enter__(self) -> Path:
-        for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
-            with contextlib.suppress(OSError):
-                status = left.lstat()
-                if status.st_uid == os.getuid() and time.time() - status.st_mtime > _STALE:
-                    shutil.rmtree(left)
-        self._folder = Path(tempfile.mkdtemp(prefix=_SCRATCH))
-        return self._folder
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _rounds(points: Sequence[Point], kept: Path | None) -> Iterator[tuple[int, Sequence[Point]]]:

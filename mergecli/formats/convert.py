@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from mergecli.formats.lora_files import is_adapter
 from mergecli.formats.open_clip_names import renaming
-from mergecli.formats.pickles import DTYPES, pickled_files, read_state
+from mergecli.formats.pickles import pickled_files, read_state
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_targets, whole_folder, writing
 from mergecli.storage.checkpoint import open_checkpoint
 from mergecli.storage.metadata import about
-from mergecli.storage.safetensors_format import TORCH_NAMES
+from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, TORCH_NAMES
 from mergecli.storage.safetensors_writer import SafetensorsWriter
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def convert(
 
 
 def _form(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
-    return DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
+    return SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
 
 
 def _metadata(kind: str, source: Path, files: list[Path], left_out: list[str]) -> Mapping[str, str]:

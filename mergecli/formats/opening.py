@@ -12,7 +12,8 @@ from mergecli.formats.mixture import mixture_of
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.checkpoint import MIXTURE, TASK_VECTOR, Checkpoint, open_checkpoint
 from mergecli.storage.lazy_checkpoint import rounded
-from mergecli.storage.sources import Source, home, locate
+from mergecli.storage.sources import Source
+from mergecli.storage.store import home, locate
 
 MODELS = ("checkpoint", TASK_VECTOR, MIXTURE)
 """The `kind` of files of ours that are opened as models."""

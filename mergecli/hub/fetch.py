@@ -20,7 +20,8 @@ from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import HubError, InputError, MergecliError, UsageError, did_you_mean, listed
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_target, writing
-from mergecli.storage.sources import HUBS, home, locate
+from mergecli.storage.sources import HUBS
+from mergecli.storage.store import home, locate
 
 
 def raise_failures(failures: Mapping[Key, MergecliError], wishes: Wishes, offline: bool) -> None:

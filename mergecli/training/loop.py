@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from mergecli.clip.preprocessing import Normalisation
+from mergecli.clip.preprocessing import Normalization
 from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import Ranks
 from mergecli.runtime.errors import InputError
@@ -48,7 +48,7 @@ class Training:
         self, clip: Clip, lessons: Sequence[Ready], state: TrainingState, settings: Settings, ranks: Ranks
     ) -> None:
         self.clip, self.lessons, self.state, self.settings, self.ranks = clip, lessons, state, settings, ranks
-        self._normalise = Normalisation(clip)
+        self._normalise = Normalization(clip)
         self._dropouts = dropouts(clip.tower)
 
     def run(self, save_every: int, report: Report, keep: Keep) -> None:

@@ -167,7 +167,10 @@ def test_a_folder_can_be_sharded_and_holds_the_same(world: World, run: Run) -> N
     ("arguments", "message"),
     [
         (["-o", "m.safetensors", "--shard-size", "1GB"], "error: m.safetensors: one file has no shards"),
-        (["-o", "m", "--shard-size", "big"], "error: size `big`: expected a number of bytes such as `5GB`"),
+        (
+            ["-o", "m", "--shard-size", "big"],
+            "error: --shard-size: expected a size such as `500MB` or `20GB`, got `big`",
+        ),
         (["-o", "m", "--device", "cuda:9"], "error: device `cuda:9`: cannot be used here"),
     ],
 )

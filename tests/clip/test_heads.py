@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from mergecli.clip import heads
 from mergecli.clip.heads import cached_head, clip_digests, logits, zero_shot_head
-from mergecli.clip.model import Clip, load_clip, pixels
+from mergecli.clip.model import Clip, load_clip
 from mergecli.runtime.errors import InputError
+from tests.support.processor import pixel_values
 from tests.tiny import make_tiny_clip, tinted
 
 NAMES = ("red", "a very long name", "{}")
@@ -38,7 +39,7 @@ def test_the_head_is_the_mean_of_the_normalised_prompts_normalised_again(clip):
 
 def test_the_logits_are_those_of_the_whole_model(clip):
     head = zero_shot_head(clip, NAMES[:2], TEMPLATES[:1])
-    batch = pixels(clip, [tinted(label, (label,)) for label in range(3)])
+    batch = pixel_values(clip, [tinted(label, (label,)) for label in range(3)])
     prompts = clip.tokenizer(
         [TEMPLATES[0].replace("{}", name) for name in NAMES[:2]], padding=True, return_tensors="pt"
     )
@@ -50,7 +51,7 @@ def test_a_head_needs_no_gradient_but_the_logits_pass_it_to_the_tower(clip):
     head = zero_shot_head(clip, NAMES, TEMPLATES)
     assert not head.requires_grad
     weight = clip.model.vision_model.post_layernorm.weight.requires_grad_(True)
-    logits(clip, head, pixels(clip, [tinted(0, (0,))])).sum().backward()
+    logits(clip, head, pixel_values(clip, [tinted(0, (0,))])).sum().backward()
     assert weight.grad is not None
     weight.requires_grad_(False)
 

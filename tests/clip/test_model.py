@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergecli.clip.model import features, load_clip, pixels, save_tower, set_tower
+from mergecli.clip.model import features, load_clip, save_tower, set_tower
 from mergecli.runtime.distributed import usable_device
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.checkpoint import TASK_VECTOR, open_checkpoint
+from tests.support.processor import pixel_values
 from tests.tiny import make_tiny_clip, tinted
 
 
@@ -82,7 +83,7 @@ def test_pixels_are_resized_cropped_and_normalised_as_the_config_says(copy):
         json.dumps(config | {"image_mean": mean, "image_std": std})
     )
     image = tinted(0, (3,), side=40).resize((40, 30))
-    got = pixels(load_clip(copy), [image, image])
+    got = pixel_values(load_clip(copy), [image, image])
     assert got.shape == (2, 3, 16, 16)
     assert got.dtype == torch.float32
     small = np.asarray(image.resize((21, 16), resample=3), np.float32)[:, 2:18] / 255
@@ -94,12 +95,12 @@ def test_sizes_written_as_plain_numbers_are_understood(folder, copy):
     config = json.loads((copy / "preprocessor_config.json").read_text())
     (copy / "preprocessor_config.json").write_text(json.dumps(config | {"size": 16, "crop_size": 16}))
     image = [tinted(0, (3,))]
-    assert torch.equal(pixels(load_clip(copy), image), pixels(load_clip(folder), image))
+    assert torch.equal(pixel_values(load_clip(copy), image), pixel_values(load_clip(folder), image))
 
 
 def test_features_are_the_model_s_own(folder):
     clip = load_clip(folder)
-    batch = pixels(clip, [tinted(0, (1,)), tinted(1, (2,))])
+    batch = pixel_values(clip, [tinted(0, (1,)), tinted(1, (2,))])
     assert torch.equal(features(clip, batch), clip.model.get_image_features(pixel_values=batch).pooler_output)
 
 
@@ -165,7 +166,7 @@ def test_a_saved_folder_is_loaded_by_plain_transformers(folder, tmp_path):
     model, found = CLIPVisionModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
-    batch = pixels(clip, [tinted(0, (1,))])
+    batch = pixel_values(clip, [tinted(0, (1,))])
     assert torch.equal(model(pixel_values=batch).pooler_output, clip.tower(pixel_values=batch).pooler_output)
 
 

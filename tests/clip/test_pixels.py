@@ -16,19 +16,19 @@ import torch
 from PIL import Image
 
 from mergecli.clip import pixels as pixels_module
-from mergecli.clip.model import Clip, load_clip, pixels
-from mergecli.clip.pixels import Processing, cached_pixels, decoded_batches, spans, stored_pixels
-from mergecli.clip.preprocessing import Normalisation, frame_of
+from mergecli.clip.model import Clip, load_clip
+from mergecli.clip.pixels import Processing, cached_pixels, chunks, decoded_batches, stored_pixels
+from mergecli.clip.preprocessing import Normalization, resize_and_crop_of
 from mergecli.data.decoding import (
+    Block,
     Corruption,
     Decoders,
-    Encoded,
-    Framing,
-    Job,
+    EncodedImage,
+    ResizeAndCrop,
     Unreadable,
+    decode_block,
     decoded,
-    framed,
-    frames,
+    resized_and_cropped,
 )
 from mergecli.data.images import Images, load_images
 from mergecli.data.tasks import TaskTable, find
@@ -36,6 +36,7 @@ from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError
 from mergecli.storage import cache as caching
 from mergecli.storage.sources import parse_source
+from tests.support.processor import pixel_values
 from tests.tiny import make_image_task, make_tiny_clip, tinted
 
 REAL = Path(os.environ.get("MERGECLI_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -96,8 +97,8 @@ def test_resized_and_cropped_bytes_are_the_processor_s_own(clip, tmp_path, size,
     noise = np.random.default_rng(list(size)).integers(0, 256, (size[1], size[0], 3), np.uint8)
     image = Image.fromarray(noise)
     want = other.processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
-    framing, shape = frame_of(other)
-    got = framed(image, framing)
+    framing, shape = resize_and_crop_of(other)
+    got = resized_and_cropped(image, framing)
     assert got.dtype == np.uint8
     assert got.shape == (3, *shape)
     assert np.array_equal(got, want["pixel_values"][0])
@@ -118,16 +119,16 @@ def test_resized_and_cropped_bytes_are_the_processor_s_own(clip, tmp_path, size,
 def test_normalised_pixels_are_the_processor_s_own_bit_by_bit(clip, tmp_path, given):
     other = configured(clip, tmp_path / "other", **given)
     image = tinted(0, (3,), side=40).resize((40, 30))
-    batch = torch.from_numpy(framed(image, frame_of(other)[0]))[None]
+    batch = torch.from_numpy(resized_and_cropped(image, resize_and_crop_of(other)[0]))[None]
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, 3, 1, 256)
-    assert torch.equal(Normalisation(other)(batch), pixels(other, [image]))
-    assert len(Normalisation(other)(every).unique()) >= 256
+    assert torch.equal(Normalization(other)(batch), pixel_values(other, [image]))
+    assert len(Normalization(other)(every).unique()) >= 256
 
 
 def test_a_processor_of_another_kind_is_refused(clip, tmp_path):
     other = configured(clip, tmp_path / "other", size={"shortest_edge": 16, "longest_edge": 99})
     with pytest.raises(InputError, match="its image processor is not one of CLIP's"):
-        frame_of(other)
+        resize_and_crop_of(other)
 
 
 def test_an_image_is_turned_as_its_exif_orientation_says():
@@ -135,15 +136,15 @@ def test_an_image_is_turned_as_its_exif_orientation_says():
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(buffer, "PNG", exif=exif)
-    assert decoded(Encoded(buffer.getvalue())).size == (20, 10)
+    assert decoded(EncodedImage(buffer.getvalue())).size == (20, 10)
 
 
 def test_pixels_and_labels_are_those_of_the_images_in_their_order(clip, data, home):
     images = images_of(data)
     found = cached_pixels(clip, images, ROOM)
     assert found.labels.tolist() == [label for _, label in images]
-    want = pixels(clip, [image for image, _ in images])
-    normalise = Normalisation(clip)
+    want = pixel_values(clip, [image for image, _ in images])
+    normalise = Normalization(clip)
     assert torch.equal(normalise(found.batch(0, len(images))), want)
     assert torch.equal(normalise(found.batch(3, 5)), want[3:5])
     assert torch.equal(normalise(found.rows(torch.tensor([7, 0, 7]))), want[[7, 0, 7]])
@@ -154,12 +155,12 @@ def test_pixels_and_labels_are_those_of_the_images_in_their_order(clip, data, ho
 def test_what_is_in_the_cache_is_not_decoded_again(clip, data):
     cached_pixels(clip, images_of(data), ROOM)
 
-    def refuse(row: int) -> Encoded:
+    def refuse(row: int) -> EncodedImage:
         raise AssertionError("an image was decoded")
 
     again = replace(images_of(data), encoded=refuse)
     assert len(cached_pixels(clip, again, ROOM).batch(0, 12)) == 12
-    (whole,) = spans(clip, again, ROOM, 5, 0)
+    (whole,) = chunks(clip, again, ROOM, 5, 0)
     assert len(whole) == 12
 
 
@@ -203,7 +204,7 @@ def test_spans_hold_whole_batches_and_what_there_is_room_for(clip, data):
     images = images_of(data, "train")
     one = 3 * 16 * 16
     for room, want in ((0, [8, 8, 8, 6]), (17 * one, [16, 14]), (99 * one, [30])):
-        parts = list(spans(clip, images, Processing(), 8, room))
+        parts = list(chunks(clip, images, Processing(), 8, room))
         assert [len(part) for part in parts] == want
         assert torch.cat([part.labels for part in parts]).tolist() == images.labels
 
@@ -223,7 +224,9 @@ def test_a_corruption_is_the_same_in_every_process_and_order(clip, data):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_unreadable_image_is_named_and_nothing_is_kept(clip, data, home, workers):
     images = images_of(data)
-    broken = replace(images, encoded=lambda row: Encoded(b"no image") if row == 7 else images.encoded(row))
+    broken = replace(
+        images, encoded=lambda row: EncodedImage(b"no image") if row == 7 else images.encoded(row)
+    )
     with pytest.raises(InputError, match="split `test`, image 7: cannot be read: cannot identify image file"):
         cached_pixels(clip, broken, replace(ROOM, workers=workers))
     assert files(home) == []
@@ -246,16 +249,16 @@ def test_two_at_once_do_no_harm(clip, data, home):
 
 
 def test_a_worker_that_dies_is_replaced_by_this_process():
-    framing = Framing(8, None, 3, (8, 8))
+    framing = ResizeAndCrop(8, None, 3, (8, 8))
     image = io.BytesIO()
     tinted(0, (1,)).save(image, "PNG")
-    job = Job([Encoded(image.getvalue())], framing, None, [""])
+    block = Block([EncodedImage(image.getvalue())], framing, None, [""])
     with Decoders(2) as decoders:
-        assert np.array_equal(decoders.submit(lambda: job).result(), frames(job))
+        assert np.array_equal(decoders.submit(lambda: block).result(), decode_block(block))
         for child in decoders._children:
             child.kill()
             child.wait()
-        assert np.array_equal(decoders.submit(lambda: job).result(), frames(job))
+        assert np.array_equal(decoders.submit(lambda: block).result(), decode_block(block))
 
 
 def test_a_worker_imports_no_torch():
@@ -264,8 +267,8 @@ def test_a_worker_imports_no_torch():
 
 
 def test_a_missing_picture_is_unreadable():
-    job = Job([Encoded(None)], Framing(8, None, 3, (8, 8)), None, [""])
-    assert frames(job) == Unreadable(0, "there is none")
+    block = Block([EncodedImage(None)], ResizeAndCrop(8, None, 3, (8, 8)), None, [""])
+    assert decode_block(block) == Unreadable(0, "there is none")
 
 
 @pytest.mark.parametrize("how", [Processing(), Processing(max_size=100)], ids=["none", "small"])
@@ -324,6 +327,6 @@ def test_real_images_become_the_processor_s_pixels(clip, name):
     table = TaskTable(data=parse_source(str(REAL / name), Path()), templates=("{}",), classes=None)
     images = load_images(find("real", Recipe(tasks={"real": table})), "test").chosen(range(0, 300, 3))
     found = cached_pixels(clip, images, replace(ROOM, workers=2))
-    want = pixels(clip, [image for image, _ in images])
-    assert torch.equal(Normalisation(clip)(found.batch(0, len(images))), want)
+    want = pixel_values(clip, [image for image, _ in images])
+    assert torch.equal(Normalization(clip)(found.batch(0, len(images))), want)
     assert found.labels.tolist() == [label for _, label in images]

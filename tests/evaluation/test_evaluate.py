@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from mergecli.clip import heads
 from mergecli.data import tasks
-from mergecli.data.images import load_images
-from mergecli.data.selection import balanced
+from mergecli.data.images import balanced, load_images
 from mergecli.data.tasks import TaskTable
-from mergecli.evaluation import counting as tallies
-from mergecli.evaluation.evaluate import evaluate, read_result
+from mergecli.evaluation import scoring
+from mergecli.evaluation.evaluate import evaluate
 from mergecli.recipe.schema import Recipe
+from mergecli.results.result import read_result
 from mergecli.storage.checkpoint import open_checkpoint
 from mergecli.storage.sources import parse_source
 
@@ -122,7 +122,7 @@ def test_several_together_get_what_each_gets_alone(place, recipe, monkeypatch):
     together = evaluate(towers, recipe=recipe)
     assert together == tuple(evaluate([tower], recipe=recipe)[0] for tower in towers)
     assert together[0].tasks != together[1].tasks
-    monkeypatch.setattr(tallies, "PIXEL_BYTES", 0)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 0)
     assert evaluate(towers, recipe=recipe) == together
 
 
@@ -132,7 +132,7 @@ def test_towers_that_are_shown_images_at_once_get_what_they_get_in_turn(place, r
     in_turn = evaluate(towers, recipe=recipe)
     torch.set_num_threads(threads)
     for room in (1 << 30, 0):
-        monkeypatch.setattr(tallies, "PIXEL_BYTES", room)
+        monkeypatch.setattr(scoring, "CHUNK_BYTES", room)
         at_once = evaluate(towers, recipe=recipe, cache=False)
         for one, other in zip(at_once, in_turn, strict=True):
             assert {name: (score.correct, score.images) for name, score in one.tasks.items()} == {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 import mergecli
 from mergecli.evaluation import sweep as sweep_scores
-from mergecli.evaluation.counting import Tally
+from mergecli.evaluation.counting import Counts
 from mergecli.results.result import read_result
 from mergecli.runtime.errors import UsageError
 from mergecli.storage.cache import cache
@@ -101,10 +100,10 @@ def test_an_interrupted_sweep_evaluates_what_was_left(
     counted: list[str] = []
 
     def stop(description: str, done: int, total: int) -> None:
+        if len(counted) == 2:  # Ctrl-C at the first image of the third point
+            raise KeyboardInterrupt
         if description == "colours" and done == total:
             counted.append(description)
-            if len(counted) == 2:
-                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         mergecli.sweep(
@@ -119,9 +118,9 @@ def test_an_interrupted_sweep_evaluates_what_was_left(
     assert not (tmp_path / "swept").exists()
     assert len(cache(["results"]).entries) == 4
     shown: list[int] = []
-    add = Tally.add
+    add = Counts.add
     monkeypatch.setattr(
-        Tally, "add", lambda self, scores, labels: shown.append(len(labels)) or add(self, scores, labels)
+        Counts, "add", lambda self, scores, labels: shown.append(len(labels)) or add(self, scores, labels)
     )
     again = mergecli.sweep(
         RECIPE, over, method="ties", select="validation", output=tmp_path / "swept", **SHARED
@@ -131,24 +130,6 @@ def test_an_interrupted_sweep_evaluates_what_was_left(
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "swept" / file.name).read_bytes() == file.read_bytes()
     assert cache(["results"]).entries == ()
-
-
-def test_folders_of_sweeps_that_were_killed_go_after_a_day(own_folders: Path) -> None:
-    old, young, other = (
-        own_folders / name for name in ("mergecli-sweep-old", "mergecli-sweep-young", "other")
-    )
-    for folder in (old, young, other):
-        folder.mkdir()
-        (folder / "t.safetensors").write_bytes(b"x")
-    for folder in (old, other):
-        os.utime(folder, (0, 0))
-    mergecli.sweep(RECIPE, ["method.scaling_factor=0.1"], method="ties", tasks=["digits"], limit=10)
-    assert sorted(
-        each.name for each in own_folders.iterdir() if "mergecli" in each.name or each == other
-    ) == [
-        "mergecli-sweep-young",
-        "other",
-    ]
 
 
 def test_the_best_result_says_what_it_was_chosen_on_and_is_no_point_of_a_curve(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from mergecli.hub.fetch import fetch
 from mergecli.recipe.lock import Entry, Lock, LockedFile, lock_path, pin, pinned_source, read_lock, write_lock
 from mergecli.recipe.reading import recipe_of
 from mergecli.runtime.errors import HubError, InputError, UsageError
-from mergecli.storage.sources import locate, parse_source
+from mergecli.storage.sources import parse_source
+from mergecli.storage.store import locate
 from tests.conftest import Run
 from tests.hub.conftest import RECIPE, USED, Hubs, pickled
 from tests.hub.servers import Repository

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergecli.clip.heads import logits, zero_shot_head
-from mergecli.clip.model import Clip, load_clip, pixels
+from mergecli.clip.model import Clip, load_clip
 from mergecli.data.images import load_images
 from mergecli.data.tasks import TaskTable, find
 from mergecli.evaluation.evaluate import evaluate
@@ -28,6 +28,7 @@ from mergecli.training.finetune import finetune
 from mergecli.training.loop import Training
 from mergecli.training.resume import TrainingState
 from mergecli.training.settings import Settings
+from tests.support.processor import pixel_values
 from tests.tiny import make_image_task, make_tiny_clip
 
 pytestmark = pytest.mark.usefixtures("own_store")
@@ -67,7 +68,7 @@ class ByHand:
         images = load_images(task, split)
         self.clip = clip
         self.head = zero_shot_head(clip, images.classes or (), task.templates)
-        self.pixels = pixels(clip, [image for image, _ in images])
+        self.pixels = pixel_values(clip, [image for image, _ in images])
         self.labels = torch.tensor(images.labels)
 
     def batches(self, size: int, seed: int, steps: int) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from transformers import CLIPVisionModel
 
-from mergecli.clip.model import load_clip, pixels
+from mergecli.clip.model import load_clip
 from mergecli.data.images import load_images
 from mergecli.data.tasks import find
 from mergecli.evaluation.evaluate import evaluate
@@ -27,6 +27,7 @@ from mergecli.runtime.errors import UsageError
 from mergecli.storage.sources import parse_source
 from mergecli.training.finetune import finetune
 from mergecli.training.loop import dropout_seed
+from tests.support.processor import pixel_values
 from tests.training.test_loop import BOTH, SHORT, ByHand, make_tasks, stopping
 
 pytestmark = [
@@ -147,7 +148,7 @@ def test_a_linearized_layer_is_the_first_order_expansion_at_its_start() -> None:
 
 def logits_of(tower: nn.Module, recipe: Recipe) -> Tensor:
     clip = load_clip(base_of(recipe))
-    images = pixels(clip, [image for image, _ in load_images(find("tints", recipe), "test")])
+    images = pixel_values(clip, [image for image, _ in load_images(find("tints", recipe), "test")])
     with torch.no_grad():
         return clip.model.visual_projection(tower(pixel_values=images).pooler_output)
 

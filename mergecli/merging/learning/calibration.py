@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergecli.data.tasks import Task, digest, find
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError, UsageError
-from mergecli.storage.sources import locate
+from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from mergecli.data.images import Images

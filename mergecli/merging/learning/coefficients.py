@@ -35,7 +35,7 @@ from mergecli.runtime.errors import InputError
 from mergecli.runtime.progress import Progress
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import about
-from mergecli.storage.sources import home
+from mergecli.storage.store import home
 
 if TYPE_CHECKING:
     from torch import Tensor

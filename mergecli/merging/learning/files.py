@@ -17,9 +17,10 @@ from mergecli.methods._learned import Learner
 from mergecli.methods._settings import frozen
 from mergecli.recipe.schema import Recipe
 from mergecli.results.tables import Table
-from mergecli.runtime.errors import InputError, UsageError, quoted, shown
+from mergecli.runtime.errors import InputError, UsageError, listed, quoted, shown
 from mergecli.storage.atomic import check_target, check_targets, refuse_inputs, whole_file, write_text
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
+from mergecli.storage.differences import Form, differences
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,14 +168,9 @@ def json_field(stored: Checkpoint, key: str) -> Any:
 
 def expect(stored: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises InputError unless the file has float32 tensors of these shapes."""
-    for key, shape in shapes.items():
-        entry = stored.entries.get(key)
-        if entry is None:
-            raise InputError(f"{stored.path}: `{key}` is missing, expected shape {shape}")
-        if entry.shape != shape:
-            raise InputError(f"{stored.path}: `{key}` has shape {entry.shape}, expected shape {shape}")
-        if entry.dtype != "F32":
-            raise InputError(f"{stored.path}: `{key}` has dtype {entry.dtype}, expected F32")
+    have = {key: entry for key, entry in stored.entries.items() if key in shapes}
+    if wrong := differences(have, {key: Form(shape, "F32") for key, shape in shapes.items()}):
+        raise InputError(f"{stored.path}: is not what its metadata says:\n{listed(wrong)}")
 
 
 def finite(stored: Checkpoint, name: str, values: Tensor) -> Tensor:

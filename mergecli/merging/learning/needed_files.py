@@ -18,7 +18,8 @@ from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError, UsageError, quoted
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import inputs_of
-from mergecli.storage.sources import locate, parse_source
+from mergecli.storage.sources import parse_source
+from mergecli.storage.store import locate
 
 SETTINGS: Mapping[Need, str] = {"merged_tower": "merged", "masks": "masks"}
 """What a method needs -> its setting that names the file."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from mergecli.clip.preprocessing import Normalisation
+from mergecli.clip.preprocessing import Normalization
 from mergecli.merging.learning.work import LearningWork
 from mergecli.merging.models import Models
 from mergecli.methods._adapted import Adapted, entropy
@@ -96,7 +96,7 @@ class EntropyObjective:
         """
         self.tasks, self.base, self.deltas = tasks, base, deltas
         self._clip, self._batches, self._size, self._seed, self._ranks = clip, batches, size, seed, ranks
-        self._normalized = Normalisation(clip)
+        self._normalized = Normalization(clip)
         self._installed, self._read_mask = installed, read_mask
         # tasks whose images share routing weights must not be in one batch
         self._together = size if installed and installed.keeps_batches_whole else TOGETHER

@@ -16,7 +16,7 @@ from mergecli.storage.atomic import write_errors
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.safetensors_format import bytes_of
 from mergecli.storage.safetensors_writer import SafetensorsWriter
-from mergecli.storage.sources import locate
+from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
@@ -87,7 +87,7 @@ class StatisticsRun:
         self, tasks: Sequence[CalibrationTask], folder: Path, report: Report
     ) -> Generator[tuple[str, Tensor]]:
         from mergecli.clip.model import set_tower
-        from mergecli.data.selection import drawn
+        from mergecli.data.images import drawn
 
         method, models = self._method, self._models
         seed = self._seed if method.shuffle else None

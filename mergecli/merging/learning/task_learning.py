@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mergecli.clip.pixels import piece_of
+from mergecli.clip.pixels import micro_batch_size
 from mergecli.merging.learning.work import LearningWork
 from mergecli.methods._learned import State
 from mergecli.methods._task_learner import TaskLearner
@@ -97,7 +97,9 @@ class TowerFeatures:
             return result
         set_tower(clip, stored)
         with torch.no_grad():
-            for batch in batches(clip, images, piece_of(clip) if clip.device.type == "cpu" else DEVICE_PIECE):
+            for batch in batches(
+                clip, images, micro_batch_size(clip) if clip.device.type == "cpu" else DEVICE_PIECE
+            ):
                 image = features(clip, batch).float()
                 result[row : row + len(batch)] = image / image.norm(dim=-1, keepdim=True)
                 row += len(batch)

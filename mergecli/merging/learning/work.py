@@ -20,7 +20,7 @@ from mergecli.methods._task_learner import TaskLearner
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import UsageError, quoted
 from mergecli.storage.checkpoint import Checkpoint
-from mergecli.storage.sources import locate
+from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from mergecli.clip.heads import ClipDigests

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import mergecli
-from mergecli.evaluation import counting as tallies
-from mergecli.evaluation import evaluate as evaluation
+from mergecli.evaluation import counting
 from mergecli.formats.mixture import mixture_of
+from mergecli.results.result import read_result
 from mergecli.runtime.errors import InputError
 from mergecli.storage.checkpoint import open_checkpoint
 from tests.mixed import LEARNT, ROUTED, TASKS, TOLD, counts, refuse, scores
@@ -110,7 +110,7 @@ def test_a_mixture_that_is_told_the_task_scores_as_each_tasks_tower_by_itself(
 def test_a_task_that_a_mixture_lacks_is_an_error_before_the_first_image(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tallies, "tallies_of", refuse)
+    monkeypatch.setattr(counting, "count", refuse)
     models = {task: place / f"{task}.safetensors" for task in ("one", "two")}
     mergecli.merge(models, base=place / "clip", method="emr", output=tmp_path / "emr.safetensors")
     with pytest.raises(InputError, match=r"emr.safetensors: has no tower for `three`") as raised:
@@ -135,7 +135,7 @@ def test_a_batch_that_shares_its_weights_is_not_cut_into_pieces(
 ) -> None:
     file = place / f"{method}.safetensors"
     sample, batch = (scores(place, file, routing=each, cache=False) for each in ("sample", "batch"))
-    monkeypatch.setattr("mergecli.clip.pixels.PIECE", 1)
+    monkeypatch.setattr("mergecli.clip.pixels.MICRO_BATCH", 1)
     monkeypatch.setattr("mergecli.clip.pixels.FEWEST", 2)
     for routing, want in (("sample", sample), ("batch", batch)):
         for task, (correct, loss) in scores(place, file, routing=routing, cache=False).items():
@@ -151,7 +151,7 @@ def test_results_say_how_the_task_was_told_and_how_large_the_checkpoint_is(
 ) -> None:
     files = {name: place / f"{name}.safetensors" for name in ("smile", *LEARNT, "emr", "one")}
     mergecli.evaluate(files, recipe=place / "r.toml", routing="batch", limit=3, output=tmp_path / "out")
-    read = {name: evaluation.read_result(tmp_path / "out" / f"{name}.json") for name in files}
+    read = {name: read_result(tmp_path / "out" / f"{name}.json") for name in files}
     told = {name: each.checkpoint.get("routing") for name, each in read.items()}
     assert told == {"smile": "sample", **dict.fromkeys(LEARNT, "batch"), "emr": "task", "one": None}
     one = sum(each.nbytes for each in load_file(files["one"]).values())
@@ -181,11 +181,11 @@ def test_results_of_before_have_no_size(place: Path, tmp_path: Path) -> None:
     values = json.loads((tmp_path / "r.json").read_text())
     del values["model_info"]["bytes"], values["model_info"]["relative_size"]
     (tmp_path / "old.json").write_text(json.dumps(values))
-    old = evaluation.read_result(tmp_path / "old.json")
+    old = read_result(tmp_path / "old.json")
     assert (old.bytes, old.relative_size) == (None, None)
     values["model_info"]["relative_size"] = "large"
     (tmp_path / "bad.json").write_text(json.dumps(values))
     with pytest.raises(
         InputError, match=r"bad.json: is not a result: `model_info.relative_size`: expected float"
     ):
-        evaluation.read_result(tmp_path / "bad.json")
+        read_result(tmp_path / "bad.json")

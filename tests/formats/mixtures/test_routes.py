@@ -45,7 +45,7 @@ def by_hand(place: Path) -> dict[tuple[str, str], list[float]]:
 def test_routes_are_the_means_over_each_tasks_images(
     place: Path, tmp_path: Path, by_hand: dict[tuple[str, str], list[float]], size: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("mergecli.clip.pixels.PIECE", 4 * 5 * 32 * 2)  # two images at a time
+    monkeypatch.setattr("mergecli.clip.pixels.MICRO_BATCH", 4 * 5 * 32 * 2)  # two images at a time
     torch.set_num_threads(threads)
     files = {
         name: place / f"{file}.safetensors" for name, file in (("a", "smile"), ("b", "emr"), ("c", "smile"))

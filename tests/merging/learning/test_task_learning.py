@@ -236,10 +236,10 @@ def test_a_result_that_is_not_what_it_says_is_refused(
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({UP: torch.zeros(3, D, 4)}, r"`surgery.up` has shape \(3, 8, 4\), expected shape \(3, 8, 3\)"),
-    ({DOWN: None}, "`surgery.down` is missing"),
+    ({UP: torch.zeros(3, D, 4)}, r"`surgery.up` has shape \(3, 8, 4\), expected \(3, 8, 3\)"),
+    ({DOWN: None}, "lacks tensor `surgery.down`"),
     ({UP: torch.full((3, D, 3), torch.nan)}, "`surgery.up` has NaN or infinity"),
-    ({"trace.losses": torch.zeros(2, 3)}, r"`trace.losses` has shape \(2, 3\), expected shape \(1, 3\)"),
+    ({"trace.losses": torch.zeros(2, 3)}, r"`trace.losses` has shape \(2, 3\), expected \(1, 3\)"),
     ({UP: torch.zeros(3, D, 3).half()}, "`surgery.up` has dtype F16, expected F32"),
     ({"metadata": {"kind": None}}, "holds no coefficients"),
     ({"metadata": {"method": "ada_merging"}}, "was learned by `ada_merging`"),
