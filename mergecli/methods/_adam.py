@@ -1,4 +1,4 @@
-"""Adam, for methods that minimise a function of one matrix whose gradient is known in closed form."""
+"""Adam, for methods that minimize a function of one matrix whose gradient is known in closed form."""
 
 from __future__ import annotations
 

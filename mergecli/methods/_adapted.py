@@ -1,4 +1,4 @@
-"""Methods that learn their coefficients or masks on images without labels: AdaMerging, Concrete.
+"""Methods that learn coefficients, masks or routers by descent, on images without labels.
 
 A gradient with respect to a coefficient is the inner product of the gradient with respect to the merged weights with
 the task vector. So the weights are merged in place, one ordinary backward pass is run, and inner products are taken: no

@@ -1,4 +1,4 @@
-"""Concrete masks: random, smooth, learned; one number in (0, 1) for each entry of the model, the same for all tasks.
+"""Concrete masks: one number in (0, 1) for each entry of the model, random and learned, the same for all tasks.
 
 Tang et al., Concrete Subspace Learning, arXiv 2312.06173; the distribution: Maddison et al., arXiv 1611.00712.
 """
@@ -34,6 +34,8 @@ def mask_of(kind: Kind, logits: Tensor, uniform: Tensor, temperature: float) -> 
         return logits.sigmoid()
     if kind == "discrete":
         return (uniform < logits.sigmoid()).float()
+    # logit(u) of uniform u is logistic noise: with it a sigmoid is a smooth coin toss, whose gradient with respect to the
+    # logits exists. u = 0 or 1 would give infinity.
     tiny = torch.finfo(torch.float32).eps
     noise = uniform.clamp(tiny, 1 - tiny)
     return ((noise.log() - (1 - noise).log() + logits) / temperature).sigmoid()
@@ -67,8 +69,10 @@ def rescaled(mask: Tensor) -> Tensor:
 
 
 def mask_gradient(objective: Objective, mask: Tensor, gradient: Tensor, temperature: float) -> Tensor:
-    """(...) the gradient with respect to one tensor's logits; `gradient` (...), with respect to the rescaled mask, is
-    overwritten.
+    """(...) the gradient with respect to one tensor's logits.
+
+    Args:
+        gradient: (...) with respect to the rescaled mask; overwritten.
 
     The rescaled mask is r = m / mean(m), so dL/dm_k = s_k / mean(m) - sum_j s_j m_j / (n mean(m)^2), and
     dm/dlogit = m (1 - m) / temperature.
@@ -125,13 +129,14 @@ def mask_shapes(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, 
 
 
 def final_mask(learned: LearnedTensors | Any, group: Group, kind: Kind, temperature: float) -> Tensor:
-    """(...) the rescaled mask that is kept, for a block of a tensor; 0 where the whole tensor's mask is."""
+    """(...) the rescaled mask that is applied, for a block of a tensor; 0 if the whole tensor's mask is."""
     from torch.nn.functional import pad
 
     count = group.shape.numel()
     logits = learned.read(logits_key(group.name), group.start, group.start + count)
     drawn = group.drawn(FINAL, learned.seed).view(-1)
-    # processors round the last few entries of a row otherwise than the others: no entry may be among them
+    # Vector units compute a row in steps of several entries, and the rest of it by other code, which rounds otherwise.
+    # Padding makes every entry part of a full step, so that the size of the blocks changes no byte.
     logits, drawn = (pad(each, (0, -count % WIDTH)) for each in (logits.to(drawn.device), drawn))
     mask = mask_of(kind, logits, drawn, temperature)[:count].view(group.shape)
     mean = float(learned.tensors["mask_means"][learned.names.index(group.name)])

@@ -45,11 +45,12 @@ class Rank:
 def kth_largest(groups: Groups, ranks: Sequence[Rank], values: Callable[[Group], Tensor]) -> list[Tensor]:
     """(T,) k-th largest value of each task's entries over the whole model, for each of the ranks, in one pass.
 
-    `values` gives a group's (T, ...) values, and may overwrite the group.
+    Args:
+        values: a group's (T, ...) values; may overwrite the group.
 
-    Why this way: a small sample brackets the k-th value; one pass over all models counts what lies above the bracket
-    and keeps what falls inside, under a hundredth of the entries; the exact one is selected among those. If the
-    bracket missed, which the counts show, a wider one is tried.
+    To sort all entries, all task vectors would have to be in memory. Instead, a small sample brackets the k-th value;
+    one pass over all models counts the entries above the bracket and keeps those inside, under a hundredth of all; the
+    exact k-th value is selected among those. The counts show whether the bracket missed; then a wider one is tried.
     """
     import torch
 
@@ -57,6 +58,8 @@ def kth_largest(groups: Groups, ranks: Sequence[Rank], values: Callable[[Group],
     while True:
         brackets = _sampled_quantiles(groups, ranks, values, margin)
         above, inside, entries = _count(groups, brackets, values)
+        # Of `keep` wanted entries, `more` lie above the bracket: the (keep - more)-th largest inside is the threshold. A
+        # task is left out of `found` where that is not inside.
         found = [
             [
                 torch.inf if keep == 0 else _kth_largest(torch.cat(near), keep - more)
@@ -67,7 +70,7 @@ def kth_largest(groups: Groups, ranks: Sequence[Rank], values: Callable[[Group],
         ]
         if all(len(each) == len(low) for each, (low, _) in zip(found, brackets, strict=True)):
             return [torch.tensor(each) for each in found]
-        margin *= 8
+        margin *= 8  # three times are enough for a bracket of all entries
 
 
 def _kept(entries: int, density: float, one_more: bool) -> int:
@@ -88,7 +91,7 @@ def _sampled_quantiles(
     pieces = list(groups.map(lambda group: values(group).reshape(group.tasks, -1).clone(), SAMPLE))
     sample = torch.cat(pieces, dim=1).cpu().numpy()  # (T, entries / SAMPLE)
     size = sample.shape[1]
-    slack = margin + 2 / max(size, 1)
+    slack = margin + 2 / max(size, 1)  # two entries more, for samples so small that the margin is none
     places = [
         size - 1 - int(share * size)
         for rank in ranks
@@ -149,6 +152,7 @@ def keep_largest(deltas: Tensor, thresholds: Tensor) -> Tensor:
     """(T, ...) the deltas with every entry whose magnitude is below its task's threshold set to 0, in place."""
     import torch
 
+    # `hardshrink` drops magnitudes up to its limit, in place and in one pass; the threshold itself must stay.
     below = torch.nextafter(thresholds, torch.full_like(thresholds, -1.0)).tolist()
     for row, largest_dropped in zip(deltas, below, strict=True):
         torch.ops.aten.hardshrink.out(row, largest_dropped, out=row)

@@ -71,14 +71,14 @@ class AceMerging(PerTensor):
         bare = torch.zeros_like(identity)
         residual = torch.zeros_like(deltas[0])
         for delta in deltas:
-            centred = delta - delta.mean(dim=0)
-            covariance = gram(centred)
+            centered = delta - delta.mean(dim=0)
+            covariance = gram(centered)
             scale = float(covariance.trace()) + _TINY if refine else 1.0
             covariance /= scale
             bare += covariance
             residual += delta @ covariance
             covariance += identity * (self.ridge / scale)
-            weighted += centred @ covariance
+            weighted += centered @ covariance
             weights += covariance
         shared = bare.mean(dim=0) / (float(squares.mean()) + _TINY if refine else 1.0)
         merged, singular = torch.linalg.solve_ex(weights + shared, weighted, left=False)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaMerging(Adapted):
-    """theta = theta_0 + sum_i c_i tau_i,  the c_i minimising  sum_t mean_x H(softmax(logits_t(x; theta)))
+    """theta = theta_0 + sum_i c_i tau_i,  the c_i minimizing  sum_t mean_x H(softmax(logits_t(x; theta)))
 
     by `steps` steps of Adam from `start`, H the entropy, x images of task t without labels; with
     `granularity = "layer"` one coefficient for each task and tensor. With `preprocess = "ties"` (AdaMerging++) the tau_i

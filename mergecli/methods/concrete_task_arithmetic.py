@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class ConcreteTaskArithmetic(Adapted):
     """theta = theta_0 + lambda (m / mean(m)) sum_i tau_i,  m = sigmoid((logit(u) + phi) / temperature),  u uniform
 
-    one phi for each entry of the model, shared by the tasks, minimising  sum_t mean_x H(softmax(logits_t(x; theta)))
+    one phi for each entry of the model, shared by the tasks, minimizing  sum_t mean_x H(softmax(logits_t(x; theta)))
     by `steps` steps of Adam, each with a mask drawn anew; the mean is over a tensor.
 
     At the end one more mask is drawn (`mask = "sample"`, as published), so the result depends on the seed; `expected`

@@ -29,7 +29,7 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
     r(h) = A_2 relu(A_1 h + b_1) + b_2, one router for all layers
 
     Of the task vectors only what is kept is written, with a bit an entry that says where it belongs. The published 90 %
-    are those that are cut off: `density = 0.1`. Routing as in `weight_ensembling_moe`; a routing weight of 1
+    are the share that is cut off: `density = 0.1`. Routing is that of `weight_ensembling_moe`; a routing weight of 1
     gives that task's MLPs, pruned.
     """
 
@@ -46,11 +46,13 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
     shared_router: bool = True
     """Whether all layers have one router, or each its own."""
     position_encoding: Annotated[int, Range(0)] = 0
-    """Sines and cosines of the layer's number that routers get before each token; the published size is 8, the default
-    none."""
+    """How many sines and cosines of the layer's number are put before each token that a router gets, so that a shared
+    router can tell layers apart; 0, as in the published tables, puts none. FusionBench's switch `position_encoding` is
+    off or 8."""
     router_density: Annotated[float, Range(0, 1, open_low=True)] = 1.0
-    """Fraction of the entries of each router's weights that is left after learning; the others become 0, and take as much
-    room in the file as before."""
+    """Fraction of the entries of each router's weights that is kept after learning, the largest; the others become 0 and
+    take as much room in the file as before. FusionBench's `gate_prune_ratio`, with `post_sparse_gate` on, is 1 minus this;
+    the published tables prune none."""
 
     @property
     def shares_router(self) -> bool:

@@ -14,7 +14,7 @@ class WeightEnsemblingMoe(WeightEnsembling):
 
     l = mean over the tokens h of r(h),  r(h) = A_2 relu(A_1 h + b_1) + b_2
 
-    one router r a layer, h what the layer's MLP gets. The routers minimise the mean entropy of predictions on unlabeled
+    one router r a layer, h what the layer's MLP gets. The routers minimize the mean entropy of predictions on unlabeled
     images, by Adam.
 
     A routing weight of 1 for one task gives that task's MLPs; elsewhere the tower is that of all tasks still.
