@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Change = Callable[[], None]
-"""What changes a state in place. It only adds what a step has computed, so that a step is done whole or not at all."""
+"""Applies what a step has computed to a state, in place. A step that is interrupted before has changed nothing."""
 
 BLOCK = 1 << 14
 """Entries of task vectors in bfloat16 that are made float32 at a time, few enough for a processor's cache."""
 
 UNSAVED = "unsaved."
-"""Keys of a state that begin so can be made again, and are left out of files."""
+"""Beginning of keys of a state that can be computed again, and are left out of files."""
 
 
 class Objective(Protocol):
-    """What an adapted method may see: weights, images without labels, and what a merged model makes of them."""
+    """What a method that adapts sees: weights, and the entropy of a merged model on images without labels."""
 
     @property
     def tasks(self) -> Sequence[str]:
@@ -43,8 +43,10 @@ class Objective(Protocol):
 
     @property
     def deltas(self) -> Mapping[str, Tensor]:
-        """Name -> (T, ...) task vectors as the method prepared them, perhaps in bfloat16. Where they are held elsewhere
-        than the weights, each look at them is a copy: only one tensor's should be kept at a time."""
+        """Name -> (T, ...) task vectors as the method prepared them, perhaps in bfloat16.
+
+        Where they are in main memory and the weights on another device, reading one copies it: keep only one at a time.
+        """
         ...
 
     @property
@@ -70,7 +72,7 @@ class Objective(Protocol):
         ...
 
     def routes(self) -> Tensor:
-        """(T,) the mean routing weights in the last step, of towers that route."""
+        """(T,) mean routing weights in the last step, of a tower that routes."""
         ...
 
     def uniform(self, name: str, label: str) -> Tensor:
@@ -109,7 +111,7 @@ class Adapted(Learner):
 
     @property
     def phases(self) -> tuple[int, ...]:
-        """Steps at most of each thing that is learned after another; `step` counts them through."""
+        """The most steps of each phase, such as a mask and then coefficients; `step` numbers them through all phases."""
         raise NotImplementedError
 
     @property
@@ -118,7 +120,7 @@ class Adapted(Learner):
         return sum(self.phases)
 
     def survey(self, groups: Groups, /) -> State:
-        """What `prepared` needs to know of the whole models; kept with what is learned."""
+        """What `prepared` needs to know of the whole models; it is written to the file."""
         del groups
         return {}
 
@@ -132,11 +134,11 @@ class Adapted(Learner):
         raise NotImplementedError
 
     def step(self, objective: Objective, state: State, number: int, /) -> tuple[Tensor, Change]:
-        """(T,) mean entropies of step `number`, from 0, and what it changes in the state."""
+        """(T,) mean entropies of step `number`, from 0, and the change of the state."""
         raise NotImplementedError
 
     def finish(self, objective: Objective, state: State, /) -> State:
-        """What is kept of the state after the last step."""
+        """The tensors of the file, from the state after the last step."""
         raise NotImplementedError
 
     def traced(self, state: State, /) -> Tensor:

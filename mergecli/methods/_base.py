@@ -1,4 +1,4 @@
-"""What a merging method is: settings in a frozen dataclass, and one or two functions of tensors.
+"""What a merging method is: a frozen dataclass of settings with one or two functions of tensors.
 
 Letters in shapes: T tasks, n entries of a block, `...` the tensor's own shape.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 RUN = 1 << 16
-"""Random numbers are drawn for so many consecutive entries at a time, whatever the size of the blocks."""
+"""Random numbers are drawn for this many consecutive entries at a time, whatever the size of the blocks."""
 
 
 class Group:
@@ -141,22 +141,22 @@ class Groups(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """What all kinds share. A method's docstring is its equation; each setting's docstring says what it does."""
+    """What all kinds share. A method's docstring is its equation; each setting is documented under its field."""
 
     title: ClassVar[str]
     """The method's name and one line about it, for lists."""
     paper: ClassVar[str]
     """Where it comes from."""
     needs_base: ClassVar[bool] = True
-    """Whether there is no merge without a base."""
+    """Whether the method cannot merge without a base."""
     elementwise: ClassVar[bool] = True
-    """Whether an entry of the result depends on the same entry of the models only: then blocks of entries do."""
+    """Whether an entry of the result depends only on the same entry of the models, so that tensors can be merged in blocks."""
     passes: ClassVar[int] = 1
-    """How often every model is read from disk."""
+    """How many times every model is read from disk."""
     work: ClassVar[str] = ""
-    """What costs more than reading the models, if anything does."""
+    """The cost besides reading the models, in words; empty if there is none."""
     looks_at: ClassVar[str] = "no images"
-    """Which images must be there."""
+    """Which images are needed."""
     published: ClassVar[str] = ""
     """The method's row in the published tables; `{setting}` stands for what a setting says, capitalized."""
     merge_time: ClassVar[frozenset[str]] = frozenset({"scaling_factor"})
@@ -171,7 +171,7 @@ class Method:
 
     @property
     def reads(self) -> int:
-        """How often this method, as it is set, reads every model."""
+        """How many times this method, with these settings, reads every model."""
         return self.passes
 
     @classmethod
@@ -192,7 +192,7 @@ class PerTensor(Method):
 
 @dataclass(frozen=True)
 class TwoPass(Method):
-    """Methods that must have seen the whole model before they can merge a tensor."""
+    """Methods that must survey the whole model before they can merge a tensor."""
 
     passes: ClassVar[int] = 2
 

@@ -63,10 +63,10 @@ def kth_largest(groups: Groups, ranks: Sequence[Rank], values: Callable[[Group],
         found = [
             [
                 torch.inf if keep == 0 else _kth_largest(torch.cat(near), keep - more)
-                for near, more in zip(inside[place], above[place], strict=True)
+                for near, more in zip(inside[index], above[index], strict=True)
                 if keep == 0 or more < keep <= more + sum(map(len, near))
             ]
-            for place, keep in enumerate(min(entries, rank.kept(entries)) for rank in ranks)
+            for index, keep in enumerate(min(entries, rank.kept(entries)) for rank in ranks)
         ]
         if all(len(each) == len(low) for each, (low, _) in zip(found, brackets, strict=True)):
             return [torch.tensor(each) for each in found]
@@ -92,20 +92,20 @@ def _sampled_quantiles(
     sample = torch.cat(pieces, dim=1).cpu().numpy()  # (T, entries / SAMPLE)
     size = sample.shape[1]
     slack = margin + 2 / max(size, 1)  # two entries more, for samples so small that the margin is none
-    places = [
+    indices = [
         size - 1 - int(share * size)
         for rank in ranks
         for share in (rank.density + slack, rank.density - slack)
     ]
-    if known := sorted({place for place in places if 0 <= place < size}):
+    if known := sorted({index for index in indices if 0 <= index < size}):
         sample.partition(known, axis=1)
 
-    def at(place: int) -> Tensor:
-        if 0 <= place < size:
-            return torch.from_numpy(sample[:, place].copy())
-        return torch.full((len(sample),), -np.inf if place < 0 else np.inf)
+    def at(index: int) -> Tensor:
+        if 0 <= index < size:
+            return torch.from_numpy(sample[:, index].copy())
+        return torch.full((len(sample),), -np.inf if index < 0 else np.inf)
 
-    return [(at(low), at(high)) for low, high in zip(places[::2], places[1::2], strict=True)]
+    return [(at(low), at(high)) for low, high in zip(indices[::2], indices[1::2], strict=True)]
 
 
 def _count(
@@ -126,10 +126,10 @@ def _count(
     entries = 0
     for count, counted in groups.map(look):
         entries += count
-        for place, tasks in enumerate(counted):
+        for index, tasks in enumerate(counted):
             for task, (more, near) in enumerate(tasks):
-                above[place][task] += more
-                inside[place][task].append(near)
+                above[index][task] += more
+                inside[index][task].append(near)
     return above, inside, entries
 
 

@@ -1,4 +1,4 @@
-"""What weight-ensembling mixtures share: their routers, how those are learned, and how the tower is put together."""
+"""Weight-ensembling mixtures: their routers, how those are learned, and how the tower is put together."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class WeightEnsembling(Routed, Adapted):
     router_spread: Annotated[float, Range(0)] = 0.01
     """Standard deviation of the routers' weights before the first step; 0 makes them constant, which is task arithmetic."""
     train_routing: Literal["batch", "sample"] = "batch"
-    """While learning: whether the images of a task's batch share their weights, as published, or each has its own, which
-    is how images are evaluated by default, and takes more memory."""
+    """While learning: whether the images of a task's batch share their routing weights, as published, or each has its own.
+    The latter is how images are evaluated by default; it takes more memory."""
 
     @property
     def shares_router(self) -> bool:
@@ -56,7 +56,7 @@ class WeightEnsembling(Routed, Adapted):
 
     @property
     def position_size(self) -> int:
-        """Numbers that tell a router its layer."""
+        """How many numbers encode a layer's position for a router."""
         return 0
 
     @property
@@ -68,17 +68,17 @@ class WeightEnsembling(Routed, Adapted):
         return own | (self.expert_parts(name, shape, tasks) if _MLP.match(name) else {})
 
     def expert_parts(self, name: str, shape: tuple[int, ...], tasks: int) -> dict[str, Part]:
-        """Key -> what is written of the task vectors of an MLP's tensor."""
+        """Key -> tensor that is written for the task vectors of an MLP's tensor."""
         return {f"experts.{name}": Part(SAME, (tasks, *shape))}
 
     def expert_values(self, name: str, deltas: Tensor) -> dict[str, Tensor]:
         """The tensors of `expert_parts`."""
         return {f"experts.{name}": deltas}
 
-    def expert(self, name: str, place: int, shape: Sequence[int], read: Read) -> Tensor:
-        """(...) one task's vector, as it stands in the file."""
+    def expert(self, name: str, index: int, shape: Sequence[int], read: Read) -> Tensor:
+        """(...) one task's vector, from the file."""
         del shape
-        return read(f"experts.{name}")[place].float()
+        return read(f"experts.{name}")[index].float()
 
     def extras(self, tensors: Mapping[str, tuple[int, ...]], tasks: int, /) -> dict[str, Part]:
         found: dict[str, Part] = {}
@@ -109,9 +109,9 @@ class WeightEnsembling(Routed, Adapted):
     def values(self, learned: Any, /) -> dict[str, Tensor]:
         return {key: value for key, value in learned.tensors.items() if key.startswith(ROUTER)}
 
-    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
+    def weights(self, name: str, index: int, read: Read, /) -> Tensor:
         own = read(name).float()
-        return own + self.expert(name, place, own.shape, read) if _MLP.match(name) else own
+        return own + self.expert(name, index, own.shape, read) if _MLP.match(name) else own
 
     def install(
         self, tower: nn.Module, read: Read, tasks: Sequence[str], routing: Routing, prefix: str, /
@@ -137,7 +137,9 @@ class WeightEnsembling(Routed, Adapted):
                 position = torch.tensor(_sinusoid(int(path.split(".")[-2]), self.position_size))
                 routers[key] = Router(own, position.to(like.device))
                 for each, parameter in zip(own, list(routers[key].own), strict=True):
-                    if key + each in parameters:  # one router, told other positions
+                    if (
+                        key + each in parameters
+                    ):  # one router for all layers: they share parameters, not positions
                         routers[key].own[list(own).index(each)] = parameters[key + each]
                     else:
                         parameters[key + each] = parameter
@@ -154,13 +156,13 @@ class WeightEnsembling(Routed, Adapted):
         return self.install(tower, read, tasks, self.train_routing, prefix)
 
     def experts(self, name: str, like: Tensor, read: Read) -> Any:
-        """The task vectors of one weight, where and in the dtype that they are computed with."""
+        """The task vectors of one weight, on the device and in the dtype of `like`."""
         from mergecli.methods._wemoe_layers import Dense
 
         return Dense(self.dense(name, like, read))
 
     def dense(self, name: str, like: Tensor, read: Read) -> Tensor:
-        """(T, ...) the same of any tensor, every entry."""
+        """(T, ...) the task vectors of any tensor, with every entry."""
         return read(f"experts.{name}").to(like)
 
     def begin(self, objective: Objective, /) -> State:
@@ -218,5 +220,5 @@ def _normal(objective: Objective, key: str) -> Tensor:
 
 def _sinusoid(position: int, size: int) -> list[float]:
     """Sines and cosines of a layer's number, as in Vaswani et al. (2017)."""
-    angles = [position / 10000 ** (2 * (place // 2) / max(size, 1)) for place in range(size)]
-    return [math.cos(angle) if place % 2 else math.sin(angle) for place, angle in enumerate(angles)]
+    angles = [position / 10000 ** (2 * (number // 2) / max(size, 1)) for number in range(size)]
+    return [math.cos(angle) if number % 2 else math.sin(angle) for number, angle in enumerate(angles)]

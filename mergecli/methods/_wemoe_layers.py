@@ -63,50 +63,50 @@ class Pruned(nn.Module):
     """
 
     values: Tensor
-    places: Tensor
+    positions: Tensor
 
     def __init__(self, kept: Sequence[tuple[Tensor, Tensor]], rows: int, columns: int) -> None:
         """The task vectors of a weight of so many rows and columns.
 
         Args:
-            kept: for each task (k,) ascending places in the flattened weight, and (k,) values.
+            kept: for each task (k,) ascending positions in the flattened weight, and (k,) values.
         """
         super().__init__()
         # `blocks` fills one (T, r n) block of all tasks with a single `index_copy_`. So values are stored block by block
-        # and, in a block, task by task; a place is one in that flattened (T, r n) block, no longer one in the weight.
+        # and, in a block, task by task; a position is one in that flattened (T, r n) block, no longer one in the weight.
         device = kept[0][0].device
         step = rows_of(rows, columns, device)
         self.shape, self.steps = (len(kept), columns), [*range(0, rows, step), rows]
         edges = torch.tensor(self.steps[1:-1], dtype=torch.long, device=device) * columns
-        cuts = [torch.searchsorted(places, edges).tolist() for places, _ in kept]  # places ascend
+        cuts = [torch.searchsorted(positions, edges).tolist() for positions, _ in kept]  # positions ascend
         found: list[Tensor] = []
         values: list[Tensor] = []
-        for cut, (places, own) in zip(cuts, kept, strict=True):
-            found.extend(places.tensor_split(cut))
+        for cut, (positions, own) in zip(cuts, kept, strict=True):
+            found.extend(positions.tensor_split(cut))
             values.extend(own.tensor_split(cut))
         blocks = len(self.steps) - 1
         order = [task * blocks + block for block in range(blocks) for task in range(len(kept))]
-        # place in the weight - start * columns is that in the block's rows; each task has (stop - start) * columns entries
+        # position in the weight - start * columns is that in the block's rows; each task has (stop - start) * columns entries
         shifts = [
             (task * (stop - start) - start) * columns
             for start, stop in zip(self.steps, self.steps[1:], strict=False)
             for task in range(len(kept))
         ]
         # int32 is half of int64's memory, and a block is far smaller than 2^31 entries
-        places = [(found[each] + shift).int() for each, shift in zip(order, shifts, strict=True)]
-        counts = torch.tensor([len(each) for each in places]).view(blocks, -1).sum(1)
+        positions = [(found[each] + shift).int() for each, shift in zip(order, shifts, strict=True)]
+        counts = torch.tensor([len(each) for each in positions]).view(blocks, -1).sum(1)
         self.counts: list[int] = counts.tolist()
         self.register_buffer("values", torch.cat([values[each] for each in order]), persistent=False)
-        self.register_buffer("places", torch.cat(places), persistent=False)
+        self.register_buffer("positions", torch.cat(positions), persistent=False)
 
     def blocks(self, images: int) -> Iterator[tuple[int, int, Tensor]]:
         del images
         tasks, columns = self.shape
         room = self.values.new_zeros(tasks * self.steps[1] * columns)
-        parts = zip(self.values.split(self.counts), self.places.split(self.counts), strict=True)
-        for start, stop, (values, places) in zip(self.steps, self.steps[1:], parts, strict=False):
+        parts = zip(self.values.split(self.counts), self.positions.split(self.counts), strict=True)
+        for start, stop, (values, positions) in zip(self.steps, self.steps[1:], parts, strict=False):
             own = room[: tasks * (stop - start) * columns]
-            own.zero_().index_copy_(0, places.long(), values)
+            own.zero_().index_copy_(0, positions.long(), values)
             yield start, stop, own.view(tasks, -1)
 
 

@@ -1,4 +1,4 @@
-"""Concrete AdaMerging: AdaMerging on the entries that a learned mask leaves."""
+"""Concrete AdaMerging: AdaMerging under a learned mask."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ if TYPE_CHECKING:
 class ConcreteAdaMerging(Adapted):
     """theta = theta_0 + (m / mean(m)) sum_i c_i tau_i,  m = sigmoid((logit(u) + phi) / temperature),  u uniform
 
-    First the mask, `mask_steps` times: from c = `start` one step of descent on c under a sampled mask, then one step of
-    Adam on phi at that c, each on a batch of its own; the second gradient does not go through the first step. Then
-    one mask is fixed, and c is learned from `start` as in AdaMerging, `steps` times.
+    First the mask is learned in `mask_steps` steps: from c = `start` one step of descent on c under a sampled mask, then
+    one step of Adam on phi at that c, each on a batch of its own; the second gradient does not go through the first
+    step. Then one mask is fixed, and c is learned from `start` as in AdaMerging, in `steps` steps.
 
-    With `order = "corrected"` the weights are merged after c is set back, and the step on c is
-    `inner_rate` times the gradient. `published` is the order of FusionBench: merged before, so that the gradient belongs
-    to the c of the step before, which Adam of rate `inner_rate`, never set back, applies to `start`.
+    With `order = "corrected"` c is set back to `start` before the weights are merged, and its step is `inner_rate` times
+    the gradient. `published` is the order of FusionBench: the weights are merged before c is set back, so that the
+    gradient is that at the c of the step before, and Adam of rate `inner_rate`, whose moments are kept, applies it to
+    `start`.
     """
 
     title: ClassVar[str] = "coefficients, and before them a mask, learned on unlabeled images"
@@ -83,7 +84,7 @@ class ConcreteAdaMerging(Adapted):
     """A file of what this method or `concrete_task_arithmetic` learned on the same models, as a path relative to the current
     folder or another source: its mask is taken, and only the coefficients are learned."""
     order: Literal["corrected", "published"] = "corrected"
-    """The order of the steps on coefficients and mask."""
+    """Whether c is set back before the weights are merged (`corrected`) or after (`published`), while the mask is learned."""
 
     @property
     def phases(self) -> tuple[int, ...]:
@@ -166,7 +167,7 @@ class ConcreteAdaMerging(Adapted):
         return coefficient_gradients(objective, masked, coefficients.shape[1]), losses
 
     def _final(self, objective: Objective, state: State, name: str) -> Tensor:
-        """(...) the rescaled mask that is kept; made once."""
+        """(...) the rescaled mask that coefficients are learned under; computed once, and again after a resumed run."""
         if (key := f"{UNSAVED}{name}") not in state:
             drawn = objective.uniform(name, FINAL).view(objective.weights[name].shape)
             mask = mask_of(self.mask, state[logits_key(name)], drawn, self.temperature)

@@ -1,4 +1,4 @@
-"""Concrete task arithmetic: task arithmetic on the entries that a learned mask leaves."""
+"""Concrete task arithmetic: task arithmetic under a learned mask."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ConcreteTaskArithmetic(Adapted):
     """theta = theta_0 + lambda (m / mean(m)) sum_i tau_i,  m = sigmoid((logit(u) + phi) / temperature),  u uniform
 
     one phi for each entry of the model, shared by the tasks, minimizing  sum_t mean_x H(softmax(logits_t(x; theta)))
-    by `steps` steps of Adam, each with a mask drawn anew; the mean is over a tensor.
+    by `steps` steps of Adam, each with a newly drawn mask; the mean is over a tensor.
 
     At the end one more mask is drawn (`mask = "sample"`, as published), so the result depends on the seed; `expected`
     takes sigmoid(phi), `discrete` draws 0 or 1.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HALF = 0.5
-"""The density above which task vectors take less memory with every entry than with the place of each."""
+"""The density above which task vectors take less memory with every entry than with the position of each."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
             left[: len(own)] = own
         return {f"experts.{name}": values, f"masks.{name}": pack(masks)}
 
-    def expert(self, name: str, place: int, shape: Sequence[int], read: Read) -> Tensor:
-        bits, values = read(f"masks.{name}")[place], read(f"experts.{name}")[place].float()
+    def expert(self, name: str, index: int, shape: Sequence[int], read: Read) -> Tensor:
+        bits, values = read(f"masks.{name}")[index], read(f"experts.{name}")[index].float()
         return _filled(kept(f"masks.{name}", bits, values, math.prod(shape)), shape)
 
     def experts(self, name: str, like: Tensor, read: Read) -> Any:
@@ -98,7 +98,7 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
         return torch.stack([_filled(each, like.shape) for each in self._kept(name, like, read)])
 
     def _kept(self, name: str, like: Tensor, read: Read) -> list[tuple[Tensor, Tensor]]:
-        """For each task the places that are kept, and their values."""
+        """For each task the positions that are kept, and their values."""
         key = f"masks.{name}"
         rows = zip(read(key).to(like.device), read(f"experts.{name}").to(like), strict=True)
         return [kept(key, bits, values, like.numel()) for bits, values in rows]
@@ -112,9 +112,9 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
 
 
 def _filled(kept: tuple[Tensor, Tensor], shape: Sequence[int]) -> Tensor:
-    """(...) the values at their places, and 0 elsewhere."""
-    places, values = kept
-    return values.new_zeros(math.prod(shape)).index_copy_(0, places, values).view(*shape)
+    """(...) the values at their positions, and 0 elsewhere."""
+    positions, values = kept
+    return values.new_zeros(math.prod(shape)).index_copy_(0, positions, values).view(*shape)
 
 
 def kept_of(entries: int, density: float) -> int:
@@ -130,8 +130,8 @@ def above_quantile(magnitudes: Tensor, density: float) -> Tensor:
     entries = len(magnitudes)
     if density >= 1 or not entries:
         return magnitudes >= 0
-    place = (1 - density) * (entries - 1)
-    low = math.floor(place)
+    rank = (1 - density) * (entries - 1)
+    low = math.floor(rank)
     lower = float(magnitudes.kthvalue(low + 1).values)
     upper = float(magnitudes.kthvalue(min(low + 2, entries)).values)
-    return magnitudes > lower + (place - low) * (upper - lower)
+    return magnitudes > lower + (rank - low) * (upper - lower)

@@ -65,10 +65,10 @@ class Emr(Conditioned, TwoPass):
     def values(self, learned: Tensor, /) -> dict[str, Tensor]:
         return {RESCALERS: learned.float()}
 
-    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
+    def weights(self, name: str, index: int, read: Read, /) -> Tensor:
         unified = read(f"unified.{name}").float()
-        mask = unpack(read(f"masks.{name}")[place], unified.numel()).view(unified.shape)
-        return unified.mul(mask).mul_(read(RESCALERS)[place]).add_(read(name))
+        mask = unpack(read(f"masks.{name}")[index], unified.numel()).view(unified.shape)
+        return unified.mul(mask).mul_(read(RESCALERS)[index]).add_(read(name))
 
 
 def _aligned(group: Group) -> tuple[Tensor, Tensor]:

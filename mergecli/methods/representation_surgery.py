@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DOWN, UP = "surgery.down", "surgery.up"
-"""(T, rank, D) and (T, D, rank): D of features f, U of f - U relu(D f), of every task."""
+"""Keys of the (T, rank, D) matrices D and the (T, D, rank) matrices U of f - U relu(D f), D also the size of features."""
 
 
 LOSSES = "trace.losses"
@@ -31,11 +31,11 @@ LOSSES = "trace.losses"
 class RepresentationSurgery(Conditioned, TaskLearner):
     """theta_t = theta_merged,  and of its unit image features f the task t takes f - U_t relu(D_t f)
 
-    learn U_t, D_t that bring the corrected features of unlabeled images near those of the task's own model:
+    U_t, D_t bring the corrected features of unlabeled images near the features f_t of the task's own model:
           Adam on mean |f - U relu(D f) - f_t|,  D from Kaiming's uniform distribution, U from 0
 
-    What comes out is not normalized again. The merged tower is one that another method has written: merge first, then
-    give the file as `merged`. Steps are taken on features, which are computed once for each image.
+    Corrected features are not normalized again. The merged tower is one that another method has written: merge first,
+    then name the file as `merged`. Steps are taken on features, which are computed once for each image.
     """
 
     title: ClassVar[str] = (
@@ -89,12 +89,12 @@ class RepresentationSurgery(Conditioned, TaskLearner):
     def values(self, learned: LearnedTensors, /) -> dict[str, Tensor]:
         return {key: learned.tensors[key] for key in (DOWN, UP)}
 
-    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
-        del place
+    def weights(self, name: str, index: int, read: Read, /) -> Tensor:
+        del index
         return read(name).float()
 
-    def correction(self, place: int, read: Read, /) -> Callable[[Tensor], Tensor]:
-        down, up = read(DOWN)[place], read(UP)[place]
+    def correction(self, index: int, read: Read, /) -> Callable[[Tensor], Tensor]:
+        down, up = read(DOWN)[index], read(UP)[index]
 
         def corrected(features: Tensor) -> Tensor:
             if features.shape[-1] != self.feature_size:
@@ -170,8 +170,8 @@ class RepresentationSurgery(Conditioned, TaskLearner):
         return down, up, losses
 
     def _batches(self, count: int, task: str, seed: int) -> Iterator[Tensor]:
-        """The numbers of each step's images: all in random order, then all again in another, and so on; the last batch
-        of a round may be smaller."""
+        """The numbers of each step's images: every epoch takes all of them, in an order of its own; the last batch of an
+        epoch may be smaller."""
         for epoch in itertools.count():
             order = uniform(seed, "surgery.batches", f"{task} {epoch}", 0, count).argsort(stable=True)
             yield from order.split(self.batch_size)

@@ -89,16 +89,16 @@ class Smile(Routed, PerTensor):
         right = torch.stack([v.T.float() for _, _, v in triplets])
         return own | {f"left.{name}": left, f"right.{name}": right}
 
-    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
+    def weights(self, name: str, index: int, read: Read, /) -> Tensor:
         own = read(name).float()
         kind = _linear_part(name, tuple(own.shape))
         if kind == "bias":
-            return own + read(f"deltas.{name}")[place]
+            return own + read(f"deltas.{name}")[index]
         if kind is None:
             return own
-        left = read(f"left.{name}")[place].float()
+        left = read(f"left.{name}")[index].float()
         return own + (
-            left if self._rank(tuple(own.shape)) is None else left @ read(f"right.{name}")[place].float()
+            left if self._rank(tuple(own.shape)) is None else left @ read(f"right.{name}")[index].float()
         )
 
     def install(

@@ -71,9 +71,9 @@ class TallMask(Conditioned, PerTensor):
         masks = torch.cat([pack(self._mask(own, summed)[None]) for own in deltas])
         return {group.name: group.base.clone(), f"summed.{group.name}": summed, f"masks.{group.name}": masks}
 
-    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
+    def weights(self, name: str, index: int, read: Read, /) -> Tensor:
         summed = read(f"summed.{name}").float()
-        mask = unpack(read(f"masks.{name}")[place], summed.numel()).view(summed.shape)
+        mask = unpack(read(f"masks.{name}")[index], summed.numel()).view(summed.shape)
         return summed.masked_fill(~mask, 0).add_(read(name))
 
     def _mask(self, own: Tensor, summed: Tensor) -> Tensor:

@@ -61,14 +61,14 @@ class TsvC(Conditioned, PerTensor):
         right = torch.stack([v.T.float() for _, _, v in triplets])
         return own | {f"left.{name}": left, f"right.{name}": right}
 
-    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
+    def weights(self, name: str, index: int, read: Read, /) -> Tensor:
         base = read(name).float()
         if not self._is_matrix(name, tuple(base.shape)):
-            return read(f"deltas.{name}")[place] + base
-        left = read(f"left.{name}")[place].float()
+            return read(f"deltas.{name}")[index] + base
+        left = read(f"left.{name}")[index].float()
         if left.shape == base.shape:  # kept whole: the right factor would be the identity
             return left + base
-        return left @ read(f"right.{name}")[place].float() + base
+        return left @ read(f"right.{name}")[index].float() + base
 
     def _is_matrix(self, name: str, shape: tuple[int, ...]) -> bool:
         import torch

@@ -31,16 +31,16 @@ class LoopState:
     """The state after the steps so far, and the trace of them."""
 
     path: Path
-    """Where the state is kept."""
+    """The file that the state is saved in."""
     key: str
-    """The work that it belongs to."""
+    """That of the work; a file of another work is ignored."""
     state: State
     phases: tuple[int, ...]
     """Steps at most of each."""
     patience: int
-    """A phase ends when so many steps in it were on average no better than as many before; 0: it never ends early."""
+    """A phase ends early when the mean entropy of this many steps is no lower than that of as many before; 0: never."""
     number: int = 0
-    """The next step, counted through all phases as if none ended early."""
+    """The next step. A phase that ends early skips its other numbers, so that a number always means the same step."""
     entropies: list[Tensor] = field(default_factory=list["Tensor"])
     """(T,) of each step."""
     coefficients: list[Tensor] = field(default_factory=list["Tensor"])
@@ -48,7 +48,7 @@ class LoopState:
     _sums: list[float] = field(default_factory=list[float])
     """The sum of all tasks' entropies in each step of this phase."""
     _saved: int = 0
-    """The step whose state stands in the file."""
+    """How many steps the state in the file has."""
     _due: float = field(default_factory=lambda: time.monotonic() + SAVE_EVERY)
 
     @property
@@ -56,10 +56,9 @@ class LoopState:
         """How many steps have been done."""
         return len(self.entropies)
 
-    def add(self, losses: Tensor, shown: Tensor) -> None:
-        """Counts a step, whose change is in the state by now: the entropies are of before it, what is shown is of after
-        it."""
-        self.coefficients.append(shown.cpu())
+    def add(self, losses: Tensor, traced: Tensor) -> None:
+        """Counts a step whose change is in the state already: the entropies are those before it, `traced` is that after."""
+        self.coefficients.append(traced.cpu())
         self.entropies.append(losses.cpu())
         self._sums.append(float(self.entropies[-1].sum()))
         self.number += 1
@@ -84,14 +83,14 @@ class LoopState:
         }
 
     def save_sometimes(self) -> None:
-        """Saves if it is time; no more than a twentieth of all time goes into it."""
+        """Saves if it is time; saving takes at most a twentieth of all time."""
         now = time.monotonic()
         if now >= self._due:
             self.save()
             self._due = time.monotonic() + max(SAVE_EVERY, 20 * (time.monotonic() - now))
 
     def save(self) -> None:
-        """Writes everything that the next step needs, if there is something new."""
+        """Writes everything that the next step needs, if there is anything new."""
         from mergecli.storage.safetensors_writer import save_tensors
 
         if not is_first() or self.step == self._saved:
@@ -101,10 +100,12 @@ class LoopState:
         save_tensors(tensors, self.path, about("adaptation state", key=self.key))
         self._saved = self.step
 
-    def load(self, ranks: Ranks, tasks: int, shown: int) -> None:
-        """Goes on from the file, if it is of the same work; all processes go on where the first one does.
+    def load(self, ranks: Ranks, tasks: int, traced: int) -> None:
+        """Resumes from the file, if it is of the same work; all processes resume where the first one does.
 
-        `tasks` and `shown` are the lengths of what is added at each step.
+        Args:
+            tasks: T, the length of a step's entropies.
+            traced: the length of what is traced of a step.
         """
         import torch
 
@@ -116,7 +117,7 @@ class LoopState:
         if ranks.count > 1 and steps:
             for each in self.state.values():
                 ranks.first(each)
-            trace = [torch.zeros(steps, width, device=device) for width in (tasks, shown)]
+            trace = [torch.zeros(steps, width, device=device) for width in (tasks, traced)]
             if is_first():
                 trace = [each.to(device) for each in self.trace(tasks).values()]
             self._take(*(ranks.first(each).cpu() for each in trace))
@@ -125,12 +126,12 @@ class LoopState:
         self.number = 0
         for rows in (self.entropies, self.coefficients, self._sums):
             rows.clear()
-        for losses, shown in zip(entropies, coefficients, strict=True):
-            self.add(losses, shown)
+        for losses, traced in zip(entropies, coefficients, strict=True):
+            self.add(losses, traced)
         self._saved = self.step
 
     def _stored(self) -> State | None:
-        """What stands in the file; None if there is none that is whole and of the same work."""
+        """The tensors of the file; None if no file is there that is whole and of the same work."""
         wanted = {f"state.{name}" for name in self.state} | self.trace(1).keys()
         try:
             with open_checkpoint(self.path) as stored:

@@ -144,8 +144,8 @@ def trace_table(learned: LearnedTensors, method: Learner, looked_at: Collection[
     Row k has the losses that step k found, which are of the model before it, and the coefficients after it.
     """
     name, key = method.loss
-    looked = [place for place, task in enumerate(learned.tasks) if task in looked_at]
-    columns = ["step", name, *(f"{name} {learned.tasks[place]}" for place in looked)]
+    looked = [index for index, task in enumerate(learned.tasks) if task in looked_at]
+    columns = ["step", name, *(f"{name} {learned.tasks[index]}" for index in looked)]
     losses = learned.tensors[key].tolist()
     traced: list[list[float]] = [[] for _ in losses]
     if isinstance(method, Adapted):
@@ -153,7 +153,7 @@ def trace_table(learned: LearnedTensors, method: Learner, looked_at: Collection[
         columns += [one] if one else [f"coefficient {task}" for task in learned.tasks]
         traced = learned.tensors["trace.coefficients"].tolist()
     rows = [
-        (step, sum(row[place] for place in looked) / max(len(looked), 1), *(row[place] for place in looked), *own)
+        (step, sum(row[index] for index in looked) / max(len(looked), 1), *(row[index] for index in looked), *own)
         for step, (row, own) in enumerate(zip(losses, traced, strict=True), 1)
     ]  # fmt: skip
     return Table(tuple(Column(each, "number") for each in columns), tuple(rows))

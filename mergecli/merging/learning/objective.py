@@ -51,7 +51,7 @@ class OffloadedTensors(Mapping[str, "Tensor"]):
 class TaskBatches:
     """The batches of one task: its images in random order, and its zero-shot head."""
 
-    place: int
+    index: int
     """Which of the models it is."""
     name: str
     pixels: Pixels
@@ -142,7 +142,7 @@ class EntropyObjective:
             found = [each.mean(0) for each in self._installed.routes().values()]
             self._routes.append(torch.stack(found).mean(0) * len(together))
         for each, loss in zip(together, own, strict=True):
-            losses[each.place] = loss.detach()
+            losses[each.index] = loss.detach()
 
     def total(self, tensor: Tensor) -> Tensor:
         """(...) the sum over all processes, added in the order of their ranks."""
@@ -241,7 +241,7 @@ def _task_batches(work: LearningWork, method: Adapted, clip: Clip, names: Sequen
     from mergecli.clip.heads import cached_head
     from mergecli.clip.pixels import Processing, cached_pixels, stored_pixels
 
-    places, size = list(work.models.tuned), caching.allowed_size()
+    tasks, size = list(work.models.tuned), caching.allowed_size()
     text = work.clip_digests.text
     found: list[TaskBatches] = []
     for name in names:
@@ -253,5 +253,5 @@ def _task_batches(work: LearningWork, method: Adapted, clip: Clip, names: Sequen
             how = Processing()  # decoding all images for the cache would take longer than the steps
         head = cached_head(clip, task.classes, task.templates, text, size)
         pixels = cached_pixels(clip, task.images, how)
-        found.append(TaskBatches(places.index(name), name, pixels, head))
+        found.append(TaskBatches(tasks.index(name), name, pixels, head))
     return found

@@ -221,18 +221,18 @@ class ActivationFile:
     def _through(self, layer: Module, *, keep: bool) -> None:
         import torch
 
-        place = 0
+        offset = 0
         for shape in self._shapes:
             interrupts.check()
             batch = torch.empty(shape)
-            self._file.seek(place)
+            self._file.seek(offset)
             self._file.readinto(bytes_of(batch))  # pyright: ignore[reportAttributeAccessIssue]
             with torch.no_grad():
                 after = layer(batch.to(self._clip.device), None)
             if keep:
-                self._file.seek(place)
+                self._file.seek(offset)
                 self._write(after)
-            place += batch.nbytes
+            offset += batch.nbytes
 
     def _write(self, batch: Tensor) -> None:
         with write_errors(self._folder):
