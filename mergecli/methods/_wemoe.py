@@ -32,7 +32,7 @@ class WeightEnsembling(Routed, Adapted):
         "steps of Adam on the routers, each a forward and a backward pass of every task's batch"
     )
 
-    prefixes = ("experts.", "masks.", ROUTER)
+    prefixes = ("experts.", ROUTER)
     own_tower: ClassVar[str] = "that task's MLPs; the rest is shared by all tasks"
 
     learning_rate: Annotated[float, Range(0)] = 1e-4

@@ -39,6 +39,7 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
         "Shen et al., Efficient and effective weight-ensembling MoE, arXiv 2410.21804, section 4"
     )
 
+    prefixes = (*WeightEnsembling.prefixes, "masks.")
     own_tower: ClassVar[str] = "that task's MLPs, pruned; the rest is shared by all tasks"
 
     density: Annotated[float, Range(0, 1, open_low=True)] = 0.1
