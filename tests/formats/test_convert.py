@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mergecli.formats.convert import convert, is_pickled, needs_conversion
 from mergecli.runtime.errors import InputError, UsageError
 from tests.conftest import Weights, assert_same
-from tests.tiny import make_tiny_clip
+from tests.support.tiny_clip import make_tiny_clip
 
 BLOCK = {
     "ln_1": "layer_norm1",
