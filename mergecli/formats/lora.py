@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mergecli.formats.lora_files import Adapter
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.checkpoint import VISION, Checkpoint
-from mergecli.storage.lazy_checkpoint import Fill, View, view
+from mergecli.storage.lazy_checkpoint import BlockReader, LazyCheckpoint, lazy_checkpoint
 from mergecli.storage.safetensors_format import entry_count
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ KEPT = 4
 
 def adapted(
     base: Checkpoint, adapter: Adapter, *, path: Path | None = None, dtype: str | None = None
-) -> View:
+) -> LazyCheckpoint:
     """The base with the adapter added, as a checkpoint; nothing is computed before it is read.
 
     LoRA (Hu et al. 2021, arXiv 2106.09685): W + s B A. Linearized at (A0, B0) (Tang et al. 2024, arXiv 2310.04742):
@@ -49,18 +49,18 @@ def adapted(
             f"name the base that the adapter was trained on{made_on}",
         )
     load = lru_cache(KEPT)(partial(_load, adapter))
-    fills: dict[str, Fill] = {}
+    readers: dict[str, BlockReader] = {}
     for module, parts in adapter.modules.items():
         name = f"{prefix}{module}.weight"
-        fills[name] = _Weight(base, name, partial(load, module), adapter.config.scaling(module)).fill
+        readers[name] = _Weight(base, name, partial(load, module), adapter.config.scaling(module)).read_block
         if "B.bias" in parts:
             name = f"{prefix}{module}.bias"
             scaling = adapter.config.scaling(module)
-            fills[name] = partial(_add, base, name, adapter.stored, parts["B.bias"], scaling)
+            readers[name] = partial(_add, base, name, adapter.stored, parts["B.bias"], scaling)
     for name, key in adapter.whole.items():
-        fills[prefix + name] = partial(_replace, adapter.stored, key)
+        readers[prefix + name] = partial(_replace, adapter.stored, key)
     said = {key: text for key, text in adapter.stored.metadata.items() if key in ("method", "inputs")}
-    seen = view(base, fills, dtype=dtype, path=path, metadata=said, others=(adapter.stored,))
+    seen = lazy_checkpoint(base, readers, dtype=dtype, path=path, metadata=said, others=(adapter.stored,))
     return replace(seen, files=(*seen.files, adapter.config.path))
 
 
@@ -145,7 +145,7 @@ class _Weight:
     load: Callable[[], tuple[Tensor, Tensor, Tensor | None]]
     scaling: float
 
-    def fill(self, start: int, stop: int, into: Tensor) -> None:
+    def read_block(self, start: int, stop: int, into: Tensor) -> None:
         left, right, magnitudes = self.load()
         width = right.shape[1]
         first = start // width // ROWS * ROWS

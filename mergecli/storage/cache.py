@@ -111,7 +111,7 @@ def entries() -> list[CachedFile]:
     ]
 
 
-def place(kind: str, key: str) -> Path:
+def cache_path(kind: str, key: str) -> Path:
     """The file of the kind `kind` that holds what the digest `key` stands for, whether it is there or not."""
     return _folder() / kind / f"{key.rpartition(':')[2]}.safetensors"
 

@@ -48,5 +48,5 @@ def test_everything_that_is_wrong_is_collected_and_replaced_by_a_value_of_its_ty
 
 
 def test_the_first_problem_is_raised_where_that_is_asked_for() -> None:
-    with pytest.raises(ValueError, match='^`size`: expected a whole number, at least 0, got "3"$'):
+    with pytest.raises(ValueError, match=r'^`size`: expected a whole number, at least 0, got "3"$'):
         TableReader(at_once=True).whole("3", "size")
