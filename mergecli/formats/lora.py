@@ -1,4 +1,4 @@
-"""A low-rank adapter seen as a checkpoint: base + s B A, and its closed form where it was linearized, block by block."""
+"""A low-rank adapter as a checkpoint: base + s B A, and its closed form where it was linearized, block by block."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def adapted(
             readers[name] = partial(_add, base, name, adapter.stored, parts["B.bias"], scaling)
     for name, key in adapter.whole.items():
         readers[prefix + name] = partial(_replace, adapter.stored, key)
-    said = {key: text for key, text in adapter.stored.metadata.items() if key in ("method", "inputs")}
-    seen = lazy_checkpoint(base, readers, dtype=dtype, path=path, metadata=said, others=(adapter.stored,))
-    return replace(seen, files=(*seen.files, adapter.config.path))
+    metadata = {key: text for key, text in adapter.stored.metadata.items() if key in ("method", "inputs")}
+    lazy = lazy_checkpoint(base, readers, dtype=dtype, path=path, metadata=metadata, others=(adapter.stored,))
+    return replace(lazy, files=(*lazy.files, adapter.config.path))
 
 
 def _prefix(base: Checkpoint, adapter: Adapter) -> str:
@@ -129,7 +129,7 @@ def _load(adapter: Adapter, module: str) -> tuple[Tensor, Tensor, Tensor | None]
     if "embedding_A" in part:
         return part["embedding_A"].T.contiguous(), part["embedding_B"].T.contiguous(), None
     left, right = part["B"].flatten(1), part["A"].flatten(1)
-    if adapter.is_linearized:
+    if adapter.is_linearized:  # B A0 + B0 A - B0 A0 as one product: [B B0] times A0 above A - A0
         left = torch.cat([left, part["B0"].flatten(1)], dim=1)
         right = torch.cat([part["A0"].flatten(1), right - part["A0"].flatten(1)])
     magnitudes = part.get("magnitude_vector")
@@ -148,6 +148,7 @@ class _Weight:
     def read_block(self, start: int, stop: int, into: Tensor) -> None:
         left, right, magnitudes = self.load()
         width = right.shape[1]
+        # whole groups of ROWS rows, though the block may begin and end within one: see ROWS
         first = start // width // ROWS * ROWS
         for row in range(first, -(-stop // width), ROWS):
             rows = slice(row, min(row + ROWS, len(left)))

@@ -43,7 +43,7 @@ class OpenMixture:
         return isinstance(self.method, Routed)
 
     def routing(self, asked: Routing) -> Routing | None:
-        """How it routes when it is asked to do so by samples or by batches; None if it must be told the task."""
+        """How it routes when it is asked to do so by samples or by batches; None if it is task-conditioned."""
         if not isinstance(self.method, Routed):
             return None
         return asked if self.method.routes_batches else "sample"

@@ -1,5 +1,5 @@
-"""`cache`: the files that evaluations leave for later ones, how large they may grow, and which go first; and what merges
-have measured and learned, which stays until it is removed by name."""
+"""`cache`: what evaluations keep for later ones, how large it may grow and what goes first; and what merges have measured
+and learned, which stays until it is removed by name."""
 
 from __future__ import annotations
 

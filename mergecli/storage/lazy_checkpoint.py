@@ -23,7 +23,7 @@ from any thread, and the same values however the tensor is cut into blocks."""
 class LazyCheckpoint(Checkpoint):
     """A checkpoint that is computed from others; its digest is that of a file with the same content.
 
-    The `file` of an entry is its place in `readers`.
+    The `file` of an entry is its index in `readers`.
     """
 
     readers: tuple[BlockReader, ...]
@@ -64,9 +64,10 @@ def lazy_checkpoint(
 
     Args:
         dtype: a torch name such as `float16`; by default every tensor keeps the base's own.
-        path: what messages call it. metadata: what it says of itself. Both are the base's by default.
+        path: what messages call it; by default the base's.
+        metadata: what it says of itself; by default what the base does.
         others: checkpoints besides the base that `readers` read.
-        stored: what its size is told by; by default its own dtypes.
+        stored: the checkpoint whose size it has; by default its own dtypes make it.
     """
     wanted = SAFETENSORS_NAMES[dtype] if dtype else None
     entries: dict[str, TensorEntry] = {}
