@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/demo
 
-.PHONY: help setup demo test slow check lint types format startup sizes bare clean
+.PHONY: help setup demo test slow check lint types format docs startup sizes bare clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,13 @@ types: .venv/installed ## pyright, strict
 format: .venv/installed ## put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/documents ## build the documentation into out/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(CURDIR) $(BIN)/mkdocs build --strict --quiet
+
+.venv/documents: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e '.[docs]'
+	@touch $@
 
 startup: .venv/installed ## milliseconds of --help, best of ten, for each command
 	$(BIN)/python scripts/startup.py

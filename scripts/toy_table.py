@@ -109,7 +109,8 @@ def pace(path: Path, routing: str) -> float:
     from mergecli.clip.model import load_clip
     from mergecli.evaluation.counting import ModelSlot, Worker
     from mergecli.storage.checkpoint import open_checkpoint
-    from mergecli.storage.sources import locate, parse_source
+    from mergecli.storage.sources import parse_source
+    from mergecli.storage.store import locate
 
     base = locate(parse_source("toy:base", Path()))
     clip = load_clip(base)

@@ -108,10 +108,9 @@ def _drawn(content: Table) -> None:
     for row in content.rows:
         drawn.add_row(*(column.shown(value) for column, value in zip(content.columns, row, strict=True)))
     console = Console(highlight=False)
-    # a narrow terminal wraps a line; cut numbers would be lost
-    console.width = max(
-        console.width, console.measure(drawn, options=console.options.update(width=10_000)).maximum
-    )
+    needed = console.measure(drawn, options=console.options.update(width=10_000)).maximum
+    # a narrow terminal wraps a line, but cut numbers would be lost; without a height rich takes a dumb one for 80 wide
+    console.size = (max(console.width, needed), console.height)
     console.print(drawn)
 
 

@@ -42,7 +42,7 @@ def methods(
     console.line(f"{name}: {described['title']}\n")
     console.line(f"{described['equation']}\n")
     for setting in described["settings"]:
-        default = "required" if setting["required"] else f"default {_written(setting['default'])}"
+        default = "required" if setting["required"] else f"default {shown(setting['default'])}"
         console.line(f"method.{setting['name']}  {setting['expected']}; {default}")
         console.line(f"    {' '.join(setting['documentation'].split())}")
     console.line(f"{chr(10) if described['settings'] else ''}cost   {described['cost']}")
@@ -55,7 +55,7 @@ def _described(name: str) -> dict[str, Any]:
     method = registry.find(name)
     settings: list[dict[str, Any]] = [
         {"name": each.name, "expected": each.expected, "required": each.required,
-         "default": None if each.required else each.default, "documentation": each.documentation}
+         "default": None if each.required else _plain(each.default), "documentation": each.documentation}
         for each in registry.settings(name).values()
     ]  # fmt: skip
     return {
@@ -77,13 +77,13 @@ def _described(name: str) -> dict[str, Any]:
     }
 
 
-def _written(default: object) -> str:
-    """A default as TOML; other methods as tables."""
+def _plain(default: object) -> object:
+    """A default as a recipe has it: another method is the table of its settings."""
     from mergecli import methods as registry
 
     if isinstance(default, registry.Method):
-        return shown({"name": registry.name_of(default), **registry.table_of(default)})
-    return shown(default)
+        return {"name": registry.name_of(default), **registry.table_of(default)}
+    return default
 
 
 def _reads(passes: int) -> str:

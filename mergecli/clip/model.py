@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import expect_finite, whole_folder, write_text
 from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
+from mergecli.storage.differences import Form, differences
 from mergecli.storage.metadata import model_folder_files
 from mergecli.storage.safetensors_writer import save_tensors
 
@@ -88,16 +89,8 @@ def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
     Raises:
         InputError: tensors are missing, extra or of another shape; all of them are listed.
     """
-    want = {VISION + name: tuple(tensor.shape) for name, tensor in clip.tower.state_dict().items()}
-    have = {name: entry.shape for name, entry in checkpoint.vision().entries.items()}
-    lines = [f"lacks tensor `{name}`" for name in sorted(want.keys() - have.keys())]
-    lines += [f"has an extra tensor `{name}`" for name in sorted(have.keys() - want.keys())]
-    lines += [
-        f"`{name}` has shape {have[name]}, the base has {want[name]}"
-        for name in sorted(want.keys() & have.keys())
-        if have[name] != want[name]
-    ]
-    if lines:
+    want = {VISION + name: Form(tuple(tensor.shape)) for name, tensor in clip.tower.state_dict().items()}
+    if lines := differences(checkpoint.vision().entries, want, "the base has"):
         raise InputError(
             f"{checkpoint.path}: does not fit the vision tower of {clip.path}:\n{listed(lines)}",
             "name the base that it was fine-tuned from",

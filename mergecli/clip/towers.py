@@ -9,6 +9,7 @@ from typing import Any
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import check_target, write_text
 from mergecli.storage.checkpoint import VISION, Checkpoint
+from mergecli.storage.differences import Form, differences
 from mergecli.storage.metadata import about
 
 
@@ -31,18 +32,11 @@ def load_tower(folder: Path, checkpoint: Checkpoint, base: Checkpoint | None = N
             f"{folder / 'config.json'}: is not a vision tower's configuration: {str(error).splitlines()[0]}"
         ) from error
     with torch.device("meta"):
-        expected = {
-            VISION + key: tuple(each.shape) for key, each in CLIPVisionModel(config).state_dict().items()
+        want = {
+            VISION + key: Form(tuple(each.shape))
+            for key, each in CLIPVisionModel(config).state_dict().items()
         }
-    found = {name: entry.shape for name, entry in checkpoint.entries.items()}
-    wrong = [f"lacks tensor `{name}`" for name in sorted(expected.keys() - found.keys())]
-    wrong += [f"has an extra tensor `{name}`" for name in sorted(found.keys() - expected.keys())]
-    wrong += [
-        f"`{name}` has shape {found[name]}, the configuration asks for {expected[name]}"
-        for name in sorted(expected.keys() & found.keys())
-        if expected[name] != found[name]
-    ]
-    if wrong:
+    if wrong := differences(checkpoint.entries, want, "the configuration asks for"):
         raise InputError(f"{checkpoint.path}: does not fit {folder / 'config.json'}:\n{listed(wrong)}")
     model: Any = CLIPVisionModel(config)
     with torch.no_grad():

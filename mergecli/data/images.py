@@ -13,7 +13,7 @@ from mergecli.data.decoding import EncodedImage, decoded, unreadable
 from mergecli.data.parquet import Rows, folder_rows, parquet_rows
 from mergecli.data.splits import VALIDATION_NAMES, fingerprint, folder_splits, parquet_splits, sha256_digest
 from mergecli.runtime.errors import InputError, UsageError, quoted
-from mergecli.storage.sources import locate
+from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from PIL.Image import Image

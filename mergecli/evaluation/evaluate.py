@@ -20,7 +20,8 @@ from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.atomic import check_target, check_targets, write_text
 from mergecli.storage.metadata import looked_at, made_of
-from mergecli.storage.sources import Source, locate, parse_source
+from mergecli.storage.sources import Source, parse_source
+from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from mergecli.data.tasks import Task

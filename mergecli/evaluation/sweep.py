@@ -17,7 +17,7 @@ from mergecli.results.tables import Table
 from mergecli.runtime.errors import UsageError, shown
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_targets, write_text
-from mergecli.storage.sources import locate
+from mergecli.storage.store import locate
 
 ROOM = 4 << 30
 """Bytes of checkpoints that are in the temporary folder at a time. Each such batch costs one pass over the models."""

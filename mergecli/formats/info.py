@@ -11,7 +11,8 @@ from mergecli.formats.mixture import mixture_of
 from mergecli.formats.opening import is_model, open_source
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import inputs_of
-from mergecli.storage.sources import locate, parse_source
+from mergecli.storage.sources import parse_source
+from mergecli.storage.store import locate
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from mergecli.methods._bitmasks import ContradictionError
 from mergecli.methods._mixture import SAME, Conditioned, Installed, Mixture, Part, Routed, Routing
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed, quoted
 from mergecli.storage.checkpoint import VISION, Checkpoint, ChunkHashes
+from mergecli.storage.differences import Form, differences
 from mergecli.storage.lazy_checkpoint import Fill, view
-from mergecli.storage.safetensors_format import FLOATS
 
 if TYPE_CHECKING:
     import torch
@@ -151,19 +151,18 @@ def _own_names(stored: Checkpoint, method: Mixture, tasks: int) -> list[str]:
     extras = {key for key in shapes if key.startswith(_PREFIXES)}
     own = [name for name in shapes if name not in extras]
     floats = {name: shapes[name] for name in own if stored.entries[name].is_float}
-    wanted: dict[str, Part] = {}
+    parts: dict[str, Part] = {}
     for name, shape in floats.items():
-        wanted |= method.parts(name, shape, tasks)
-    wanted |= method.extras(floats, tasks)
+        parts |= method.parts(name, shape, tasks)
+    parts |= method.extras(floats, tasks)
+    want = {
+        key: Form(part.shape, "a float", any_float=True)
+        if part.dtype == SAME
+        else Form(part.shape, part.dtype)
+        for key, part in parts.items()
+    }
     have = {key: stored.entries[key] for key in shapes if key in extras or key in floats}
-    wrong = [f"lacks tensor `{key}`" for key in sorted(wanted.keys() - have.keys())]
-    wrong += [f"has an extra tensor `{key}`" for key in sorted(have.keys() - wanted.keys())]
-    for key in sorted(wanted.keys() & have.keys()):
-        part, entry = wanted[key], have[key]
-        if entry.shape != part.shape:
-            wrong.append(f"`{key}` has shape {entry.shape}, expected {part.shape}")
-        elif entry.dtype != part.dtype and not (part.dtype == SAME and entry.dtype in FLOATS):
-            wrong.append(f"`{key}` has dtype {entry.dtype}, expected {part.dtype.replace(SAME, 'a float')}")
+    wrong = differences(have, want)
     if not floats:
         wrong.append("has no tensors that all tasks share")
     if wrong:

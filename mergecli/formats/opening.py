@@ -12,7 +12,8 @@ from mergecli.formats.mixture import mixture_of
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.checkpoint import MIXTURE, TASK_VECTOR, Checkpoint, open_checkpoint
 from mergecli.storage.lazy_checkpoint import rounded
-from mergecli.storage.sources import Source, home, locate
+from mergecli.storage.sources import Source
+from mergecli.storage.store import home, locate
 
 MODELS = ("checkpoint", TASK_VECTOR, MIXTURE)
 """The `kind` of files of ours that are opened as models."""
@@ -88,10 +89,10 @@ def _converted(path: Path) -> Path:
     weights = path.glob("*.safetensors*") if path.is_dir() else [path] if ".safetensors" in path.name else []
     if any(weights):
         return path
-    from mergecli.formats.convert import place
+    from mergecli.formats.convert import converted_path
 
     try:
-        found = place(path, home(), allow_pickle=False)
+        found = converted_path(path, home(), allow_pickle=False)
     except (InputError, UsageError):
         return path  # whoever opens it says what is wrong with it
     return found if found.exists() else path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import struct
@@ -14,13 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mergecli.runtime.errors import InputError, listed, quoted
-from mergecli.storage.safetensors_format import TORCH_NAMES
+from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, shards_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-DTYPES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
-"""The name of a torch dtype -> its safetensors dtype."""
 
 _ZIP = b"PK\x03\x04"
 _PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
@@ -67,15 +63,14 @@ def _in_folder(path: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names: set[Any] = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{index}: is not an index of shards: no readable `weight_map`") from error
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise InputError(f"{index}: is not an index of shards: `weight_map` does not name files beside it")
-    missing = [name for name in sorted(names) if not (index.parent / name).is_file()]
-    if missing:
+        names = shards_of(index.read_bytes())
+        if not all(Path(name).name == name for name in names):
+            raise ValueError("`weight_map` does not name files beside it")
+    except ValueError as error:
+        raise InputError(f"{index}: is not an index of shards: {error}") from error
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise InputError(f"{index}: shards are missing:\n{listed(missing)}", _AGAIN)
-    return [index.parent / name for name in sorted(names)]
+    return [index.parent / name for name in names]
 
 
 def _starts_as_pickle(file: Path) -> bool:
@@ -234,7 +229,7 @@ def _plain(file: Path, name: str, tensor: Tensor) -> Tensor:
         tensor.layout != torch.strided
         or tensor.is_quantized
         or tensor.device.type != "cpu"
-        or dtype not in DTYPES
+        or dtype not in SAFETENSORS_NAMES
     ):
         how = dtype if tensor.layout == torch.strided else str(tensor.layout).removeprefix("torch.")
         raise InputError(f"{file}: `{name}` is a tensor of a kind that safetensors cannot hold ({how})")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
-from typing import Any
 
 from mergecli.data.splits import split_of
-from mergecli.hub.client import RemoteFile
 from mergecli.runtime.errors import HubError, UsageError, quoted
+from mergecli.storage.safetensors_format import shards_of
+from mergecli.storage.store import RemoteFile
 
 LISTED_SUFFIXES = (
     ".json",
@@ -105,18 +104,14 @@ def _refuse_pickles(weights: Sequence[str], where: str) -> None:
 def _shards(content: bytes, index: str, known: Collection[str], where: str) -> list[str]:
     """The files that an index of shards names, all of them beside it."""
     try:
-        names: set[Any] = set(json.loads(content)["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise HubError(f"{where}: `{index}` is not an index of shards: no readable `weight_map`") from error
-    if not names or not all(
-        isinstance(name, str) and name.endswith((".safetensors", *PICKLED)) for name in names
-    ):
-        raise HubError(
-            f"{where}: `{index}` is not an index of shards: `weight_map` does not name files of weights"
-        )
-    if missing := sorted(names - set(known)):
+        names = shards_of(content)
+        if not all(name.endswith((".safetensors", *PICKLED)) for name in names):
+            raise ValueError("`weight_map` does not name files of weights")
+    except ValueError as error:
+        raise HubError(f"{where}: `{index}` is not an index of shards: {error}") from error
+    if missing := [name for name in names if name not in known]:
         raise HubError(f"{where}: `{index}` names {quoted(missing)}, which the hub does not have beside it")
-    return sorted(names)
+    return names
 
 
 def _weights(names: list[str], named: str | None, where: str) -> list[str]:

@@ -24,14 +24,13 @@ from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import expect_finite, refuse_inputs, whole_folder
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.metadata import about, inputs_of
-from mergecli.storage.safetensors_format import DTYPE_BYTES, TORCH_NAMES
+from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES
 from mergecli.storage.safetensors_writer import SafetensorsWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _NAME = "tuned"
-_SAFETENSORS = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def extract(
             error_of_modules=f"{error_of_modules:.6g}",
         )  # fmt: skip
         tensors = {key: factor for module, change in found.items() for key, factor in _keys(module, change)}
-        layout = {key: (_SAFETENSORS[dtype], tuple(factor.shape)) for key, factor in tensors.items()}
+        layout = {key: (SAFETENSORS_NAMES[dtype], tuple(factor.shape)) for key, factor in tensors.items()}
         expect_finite(tensors, target, "look at the model with `mergecli info`")
         with whole_folder(target) as folder:
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -27,7 +27,7 @@ from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.progress import Progress
 from mergecli.storage.metadata import inputs_of
-from mergecli.storage.safetensors_writer import parse_size
+from mergecli.storage.sizes import parse_size
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def merge_points(
     Every pass over the models serves all of them, and surveys are shared where their settings are the same.
     """
     outputs = [Output.of(recipe, target) for target, recipe in points.items()]
-    size = parse_size(shard_size) if shard_size is not None else None
+    size = parse_size(shard_size, "--shard-size", least=1) if shard_size is not None else None
     for each in outputs:
         if size is not None and each.target.suffix:
             raise UsageError(

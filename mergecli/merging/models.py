@@ -22,7 +22,8 @@ from mergecli.runtime.distributed import usable_device
 from mergecli.runtime.errors import InputError, UsageError, listed
 from mergecli.runtime.progress import Progress
 from mergecli.storage.checkpoint import Checkpoint
-from mergecli.storage.sources import locate
+from mergecli.storage.differences import Form, differences
+from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -208,24 +209,23 @@ def check_fit(models: Models) -> None:
     whose = "the base" if models.base else f"`{next(iter(models.tuned))}`"
     problems: list[str] = []
     for task, each in models.tuned.items():
+        # a task vector may have no tensors but those that are merged
         wanted = {
-            name: entry for name, entry in reference.items() if entry.is_float or not each.is_task_vector
+            name: Form(entry.shape, entry.dtype, entry.is_float)
+            for name, entry in reference.items()
+            if entry.is_float or not each.is_task_vector
         }
-        problems += [
-            f"{task}: has an extra tensor `{name}`" for name in each.entries if name not in reference
-        ]
-        problems += [f"{task}: lacks tensor `{name}`" for name in wanted if name not in each.entries]
-        for name, entry in wanted.items():
-            other = each.entries.get(name)
-            if other is None:
+        have = {
+            name: entry for name, entry in each.entries.items() if name in wanted or name not in reference
+        }
+        problems += [f"{task}: {line}" for line in differences(have, wanted, f"{whose} has")]
+        for name, form in wanted.items():
+            entry = have.get(name)
+            if form.any_float or entry is None or (entry.shape, entry.dtype) != (form.shape, form.dtype):
                 continue
-            if other.shape != entry.shape:
-                problems.append(f"{task}: `{name}` has shape {other.shape}, {whose} has {entry.shape}")
-            elif other.is_float != entry.is_float or (not entry.is_float and other.dtype != entry.dtype):
-                problems.append(f"{task}: `{name}` has dtype {other.dtype}, {whose} has {entry.dtype}")
-            elif not entry.is_float and not models.reference.read(name).equal(each.read(name)):
+            if not models.reference.read(name).equal(each.read(name)):
                 problems.append(
-                    f"{task}: `{name}` ({entry.dtype}) differs from that of {whose}, and is not averaged"
+                    f"{task}: `{name}` ({form.dtype}) differs from that of {whose}, and is not averaged"
                 )
     if not models.floats:
         problems.append(f"{whose} has no floating point tensors")

@@ -20,13 +20,11 @@ from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.atomic import check_target, whole_folder
 from mergecli.storage.checkpoint import MIXTURE
 from mergecli.storage.metadata import UNKNOWN_DIGEST, about, model_folder_files
-from mergecli.storage.safetensors_format import TORCH_NAMES
+from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, TORCH_NAMES
 from mergecli.storage.safetensors_writer import SafetensorsWriter, ShardedWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_SAFETENSORS = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Output:
 
     def layout(self, models: Models) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> dtype and shape of what is written."""
-        wanted, entries = _SAFETENSORS.get(self.recipe.dtype), models.reference.entries
+        wanted, entries = SAFETENSORS_NAMES.get(self.recipe.dtype), models.reference.entries
         own = {name: wanted if wanted and entry.is_float else entry.dtype for name, entry in entries.items()}
         found = {name: (own[name], entry.shape) for name, entry in entries.items()}
         if not isinstance(self.method, Mixture) or not self.method.is_mixture:

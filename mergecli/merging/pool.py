@@ -15,7 +15,8 @@ from mergecli.formats.opening import open_source
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean
-from mergecli.storage.sources import Source, locate
+from mergecli.storage.sources import Source
+from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,7 +15,7 @@ from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import refuse_inputs
 from mergecli.storage.checkpoint import TASK_VECTOR
 from mergecli.storage.metadata import UNKNOWN_DIGEST, about
-from mergecli.storage.safetensors_format import TORCH_NAMES
+from mergecli.storage.safetensors_format import SAFETENSORS_NAMES
 from mergecli.storage.safetensors_writer import SafetensorsWriter
 from mergecli.storage.sources import named_sources
 
@@ -69,7 +69,7 @@ def _subtract(models: Models, recipe: Recipe, path: Path) -> None:
 
     assert models.base is not None
     (name,) = models.tuned
-    dtype = {torch_name: ours for ours, torch_name in TORCH_NAMES.items()}[recipe.dtype]
+    dtype = SAFETENSORS_NAMES[recipe.dtype]
     layout = {key: (dtype, models.base.entries[key].shape) for key in models.floats}
 
     def metadata(digests: Mapping[str, str]) -> dict[str, str]:

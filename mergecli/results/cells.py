@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Unit = Literal["text", "count", "percent", "points", "number", "mixed"]
+Unit = Literal["text", "count", "percent", "points", "number", "ratio", "mixed"]
 
 
 class Estimate(NamedTuple):
@@ -49,6 +49,6 @@ class Column:
         if self.unit in ("percent", "points"):
             rounded = round(100 * float(value), 1) + 0.0  # no -0.0
             return f"{rounded:+.1f}" if self.unit == "points" else f"{rounded:.1f}"
-        if self.unit == "number":
-            return f"{float(value):.4f}"
+        if self.unit in ("number", "ratio"):
+            return f"{float(value):.{4 if self.unit == 'number' else 2}f}"
         return f"{value:,}" if self.unit == "count" else str(value)

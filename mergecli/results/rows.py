@@ -247,13 +247,6 @@ def looked_at_itself(result: Evaluation) -> list[str]:
     ]
 
 
-class _Ratio(float):
-    """A number that people see with two decimals, and programs in full."""
-
-    def __str__(self) -> str:
-        return f"{float(self):.2f}"
-
-
 def about_towers(rows: Sequence[Row]) -> Block:
     """How large each checkpoint is beside one tower, once one is larger or smaller, and how those of several towers
     are told the task."""
@@ -266,7 +259,7 @@ def about_towers(rows: Sequence[Row]) -> Block:
     columns: list[tuple[Column, list[Cell]]] = []
     notes: list[str] = []
     if uneven:
-        columns.append((Column("size", "mixed"), [None if size is None else _Ratio(size) for size in sizes]))
+        columns.append((Column("size", "ratio"), list(sizes)))
         notes.append("size: bytes of the checkpoint, divided by those of the CLIP's own vision tower.")
     if any(routings):
         columns.append((Column("routing"), list(routings)))

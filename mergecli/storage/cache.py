@@ -1,11 +1,10 @@
 """`cache`: the files that evaluations leave for later ones, how large they may grow, and which go first; and what merges
-have measured and learnt, which stays until it is removed by name."""
+have measured and learned, which stays until it is removed by name."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -17,12 +16,13 @@ from typing import NamedTuple
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.safetensors_format import read_header
-from mergecli.storage.sources import home
+from mergecli.storage.sizes import parse_size
+from mergecli.storage.store import home
 
-PASSING = ("pixels", "heads", "results", "digests", "data")
-"""Images; heads; what unfinished evaluations have so far; digests of large data files; data that older versions converted."""
+PASSING = ("pixels", "heads", "results", "digests")
+"""Images; heads; what unfinished evaluations have so far; digests of large data files."""
 LASTING = ("statistics", "coefficients")
-"""What merges have measured, and learnt. It does not count in the size that the cache may grow to."""
+"""What merges have measured, and learned. It does not count in the size that the cache may grow to."""
 KINDS = (*PASSING, *LASTING)
 
 DEFAULT_SIZE = 20 * 10**9
@@ -31,15 +31,11 @@ SPARE = 10**9
 
 _STALE = 24 * 3600
 """Seconds after which a file that is not whole was left by a program that was killed."""
-_UNITS = {"": 1, "B": 1, **{f"{unit}{end}": 10**power for unit, power in
-          (("K", 3), ("M", 6), ("G", 9), ("T", 12)) for end in ("", "B")}}  # fmt: skip
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", re.IGNORECASE)
-_CONVERTED = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One file of the cache, or one folder of older versions."""
+class CachedFile:
+    """One file of the cache."""
 
     kind: str
     what: str
@@ -56,9 +52,9 @@ class Cache:
     """What the cache holds."""
 
     folder: Path
-    entries: tuple[Entry, ...]
+    entries: tuple[CachedFile, ...]
     """The last used first."""
-    removed: tuple[Entry, ...]
+    removed: tuple[CachedFile, ...]
     max_size: int
     """Bytes that it may grow to."""
 
@@ -88,7 +84,7 @@ def cache(kinds: Sequence[str] = (), *, clear: bool = False, max_size: str | int
             )
     bound = allowed_size(max_size)
     every = entries()
-    removed: list[Entry] = []
+    removed: list[CachedFile] = []
     if clear:
         removed = [entry for entry in every if entry.kind in (kinds or PASSING)]
     elif max_size is not None:
@@ -101,10 +97,10 @@ def cache(kinds: Sequence[str] = (), *, clear: bool = False, max_size: str | int
     return Cache(_folder(), kept, tuple(removed), bound)
 
 
-def entries() -> list[Entry]:
+def entries() -> list[CachedFile]:
     """Everything in the cache, the last used first."""
     return [
-        Entry(
+        CachedFile(
             kind=file.kind,
             what=_what(file.path),
             size=file.size,
@@ -138,11 +134,7 @@ def allowed_size(given: str | int | None = None) -> int:
     text = given if given is not None else os.environ.get("MERGECLI_CACHE_SIZE")
     if text is None:
         return min(DEFAULT_SIZE, (_free() + sum(file.size for file in _files())) // 2)
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        name = "cache size" if given is not None else "MERGECLI_CACHE_SIZE"
-        raise UsageError(f"{name}: expected a size such as `500MB` or `20GB`, got `{text}`")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return parse_size(text, "cache size" if given is not None else "MERGECLI_CACHE_SIZE")
 
 
 def make_room(size: int, max_size: int) -> bool:
@@ -157,7 +149,7 @@ def make_room(size: int, max_size: int) -> bool:
 
 
 class _File(NamedTuple):
-    """A file of the cache, or a folder of older versions."""
+    """A file of the cache, as the disk has it."""
 
     used: float
     """Seconds since 1970."""
@@ -172,8 +164,7 @@ def _files(kinds: Sequence[str] = PASSING) -> list[_File]:
     for kind, path in _paths(kinds):
         with contextlib.suppress(OSError):
             status = path.stat()
-            size = _folder_size(path) if path.is_dir() else status.st_size
-            found.append(_File(status.st_mtime, kind, path, size))
+            found.append(_File(status.st_mtime, kind, path, status.st_size))
     return sorted(found, key=lambda file: (-file.used, file.path))
 
 
@@ -199,18 +190,12 @@ def _paths(kinds: Sequence[str]) -> Iterator[tuple[str, Path]]:
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".safetensors", ".part"):
                 yield kind, path
-    with contextlib.suppress(OSError):
-        for path in sorted(_folder().iterdir()):
-            if _CONVERTED.fullmatch(path.name) and path.is_dir():
-                yield "data", path
 
 
 def _what(path: Path) -> str:
     """What the file says that it holds."""
     if path.suffix == ".part":
         return "not finished"
-    if path.is_dir():
-        return "images that an older version converted"
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError:
@@ -227,10 +212,6 @@ def _what(path: Path) -> str:
     return metadata.get("what") or metadata.get("kind", "")
 
 
-def _folder_size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
 def _free() -> int:
     """Bytes free on the disk of the cache; 0 where that cannot be known."""
     for folder in (_folder(), *_folder().parents):
@@ -240,11 +221,8 @@ def _free() -> int:
 
 
 def _remove(path: Path) -> None:
-    """Removes it; programs that have it open read on undisturbed."""
+    """Removes it; programs that have it open can read on."""
     try:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be removed: {(error.strerror or '').lower()}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from mergecli.storage.safetensors_format import (
     bytes_of,
     entry_count,
     read_header,
+    shards_of,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ _WHOLE_CLIP_MARKS = (
 _BUFFERS = ("embeddings.position_ids",)
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """Where one tensor lies: `start` is its first byte in file number `file`."""
 
     dtype: str
@@ -123,7 +123,7 @@ class Checkpoint:
     """
 
     path: Path
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
     files: tuple[Path, ...]
     descriptors: tuple[int, ...]
@@ -178,7 +178,7 @@ class Checkpoint:
             self.hashes.feed(name, start * DTYPE_BYTES[entry.dtype], buffer, entry.chunk)
         return into
 
-    def _read_bytes(self, entry: Entry, offset: int, buffer: memoryview) -> None:
+    def _read_bytes(self, entry: TensorEntry, offset: int, buffer: memoryview) -> None:
         done = 0
         while done < len(buffer):
             try:
@@ -227,7 +227,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         InputError: it is missing, not safetensors, damaged, or has two tensors of one name.
     """
     files = _files(path)
-    raw: dict[str, Entry] = {}
+    raw: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
     descriptors: list[int] = []
     try:
@@ -242,7 +242,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
             if twice:
                 raise InputError(f"{path}: {quoted(twice)} stand in more than one shard")
             raw.update(
-                {name: Entry(dtype, shape, number, start) for name, (dtype, shape, start) in tensors.items()}
+                {
+                    name: TensorEntry(dtype, shape, number, start)
+                    for name, (dtype, shape, start) in tensors.items()
+                }
             )
     except BaseException:
         for descriptor in descriptors:
@@ -280,11 +283,9 @@ def _files(path: Path) -> list[Path]:
         raise InputError(f"{path}: has no `model.safetensors`")
     if path.name.endswith(".index.json"):
         try:
-            shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise InputError(f"{path}: is not an index of shards: no readable `weight_map`") from error
-        if not shards or not all(isinstance(shard, str) and shard for shard in shards):
-            raise InputError(f"{path}: is not an index of shards: `weight_map` does not name files")
+            shards = shards_of(path.read_bytes())
+        except ValueError as error:
+            raise InputError(f"{path}: is not an index of shards: {error}") from error
         missing = [shard for shard in shards if not (path.parent / shard).is_file()]
         if missing:
             raise InputError(f"{path}: shards are missing:\n{listed(missing)}")

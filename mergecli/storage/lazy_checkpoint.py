@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergecli.storage.checkpoint import Checkpoint, ChunkHashes, Entry
-from mergecli.storage.safetensors_format import DTYPE_BYTES, TORCH_NAMES
+from mergecli.storage.checkpoint import Checkpoint, ChunkHashes, TensorEntry
+from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES, TORCH_NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 Fill = Callable[[int, int, "Tensor"], object]
 """`fill(start, stop, into)` writes the entries [start, stop) of a flattened tensor into `into`, rounded to its dtype;
 from any thread, and the same values however the tensor is cut into blocks."""
-
-_SAFETENSORS = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class View(Checkpoint):
         """Bytes of all tensors together, in the dtypes of `stored`."""
         return super().nbytes if self.stored is None else self.stored.nbytes
 
-    def _read_bytes(self, entry: Entry, offset: int, buffer: memoryview) -> None:
+    def _read_bytes(self, entry: TensorEntry, offset: int, buffer: memoryview) -> None:
         import torch
 
         into = torch.frombuffer(buffer, dtype=getattr(torch, TORCH_NAMES[entry.dtype]))
@@ -70,12 +68,12 @@ def view(
         others: checkpoints besides the base that `fills` read.
         stored: what its size is told by; by default its own dtypes.
     """
-    wanted = _SAFETENSORS[dtype] if dtype else None
-    entries: dict[str, Entry] = {}
+    wanted = SAFETENSORS_NAMES[dtype] if dtype else None
+    entries: dict[str, TensorEntry] = {}
     every: list[Fill] = []
     for number, (name, entry) in enumerate(base.entries.items()):
         own = wanted if wanted and entry.is_float else entry.dtype
-        entries[name] = Entry(own, entry.shape, number, 0)
+        entries[name] = TensorEntry(own, entry.shape, number, 0)
         unchanged = partial(base.read_entries, name) if own == entry.dtype else partial(_round, base, name)
         every.append(fills.get(name, unchanged))
     sources = (base, *others)
@@ -94,7 +92,7 @@ def view(
 
 def rounded(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     """The checkpoint with its floating point tensors rounded to `dtype`, a torch name, as they are read."""
-    wanted = _SAFETENSORS[dtype]
+    wanted = SAFETENSORS_NAMES[dtype]
     if all(entry.dtype == wanted for entry in checkpoint.entries.values() if entry.is_float):
         return checkpoint
     return view(checkpoint, {}, dtype=dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -115,3 +115,26 @@ def _config(file: Path) -> dict[str, Any]:
     if known.get("model_type") == "clip" and not isinstance(known.setdefault("vision_config", {}), dict):
         raise InputError(f"{file}: `vision_config`: expected a table")
     return known
+
+
+def table_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, only_new: bool = False, within: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) wherever two JSON tables differ; None is a value that is not there.
+
+    Tables in tables are compared entry by entry, and their keys joined by dots.
+
+    Args:
+        only_new: compare only the keys of `new`.
+    """
+    for name in dict.fromkeys([*new, *(() if only_new else old)]):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) or isinstance(after, dict):
+            inner = f"{within}{name}."
+            yield from table_differences(_table(before), _table(after), only_new=only_new, within=inner)
+        elif before != after:
+            yield f"{within}{name}", before, after
+
+
+def _table(value: object) -> dict[str, Any]:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}

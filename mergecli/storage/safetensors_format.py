@@ -29,6 +29,9 @@ TORCH_NAMES = {
 }  # fmt: skip
 """safetensors dtype -> the name of the torch dtype."""
 
+SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+"""The name of a torch dtype -> the safetensors dtype."""
+
 FLOATS = ("F16", "BF16", "F32", "F64")
 """The dtypes that are merged; tensors of any other dtype must be equal in all models and are copied."""
 
@@ -58,6 +61,21 @@ def bytes_of(tensor: Tensor) -> memoryview:
         return memoryview(b"")
     array: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def shards_of(index: str | bytes) -> list[str]:
+    """The files that an index of shards names, sorted.
+
+    Raises:
+        ValueError: it is no such index.
+    """
+    try:
+        names: set[Any] = set(json.loads(index)["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise ValueError("no readable `weight_map`") from None
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("`weight_map` does not name files")
+    return sorted(names)
 
 
 def header_bytes(metadata: Mapping[str, str], tensors: Mapping[str, object]) -> bytes:

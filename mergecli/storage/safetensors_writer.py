@@ -1,4 +1,4 @@
-"""A checkpoint written as several safetensors files with an index, as transformers reads them."""
+"""Safetensors files written tensor by tensor: one, or several with an index as transformers reads them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,27 +13,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from mergecli.runtime.errors import UsageError
 from mergecli.storage.atomic import whole_file
-from mergecli.storage.safetensors_format import DTYPE_BYTES, TORCH_NAMES, bytes_of, entry_count, header_bytes
+from mergecli.storage.safetensors_format import (
+    DTYPE_BYTES,
+    SAFETENSORS_NAMES,
+    bytes_of,
+    entry_count,
+    header_bytes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `5GB` or `500MB`.
-
-    Raises:
-        UsageError: it is not a size, or not above 0.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
-    size = float(found[1]) * _UNITS[found[2]] if found else 0.0
-    if not 1 <= size < 1e18:
-        raise UsageError(f"size `{text}`: expected a number of bytes such as `5GB` or `500MB`")
-    return int(size)
 
 
 class ShardedWriter:
@@ -92,9 +81,8 @@ class ShardedWriter:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Writes tensors that are in memory as one safetensors file."""
-    names = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
     layout = {
-        name: (names[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        name: (SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
         for name, tensor in tensors.items()
     }
     with SafetensorsWriter(path, layout, metadata) as writer:

@@ -1,24 +1,20 @@
-"""What `hf:`, `ms:`, `toy:` and a path mean, and where a fetched one lies."""
+"""What `hf:`, `ms:`, `toy:` and a path mean."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
-from mergecli.runtime.errors import InputError, UsageError, did_you_mean, quoted
+from mergecli.runtime.errors import UsageError, did_you_mean
 
 Kind = Literal["hf", "ms", "toy", "path"]
 
 HUBS = {"hf": "Hugging Face", "ms": "ModelScope"}
 DEFAULT_BRANCH = {"hf": "main", "ms": "master"}
-
-
-TOY_MODELS = Path(__file__).parents[1] / "data" / "toy" / "models"
 
 
 _REPOSITORY = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?")
@@ -116,108 +112,27 @@ def parse_source(text: str, anchor: Path) -> Source:
     return Source("path", text, None, path)
 
 
+def is_safe(path: str) -> bool:
+    """Whether a path inside a repository stays inside, on every system, when it is joined to a folder."""
+    return not any(part in ("", ".", "..") or set(part) & set("\\:\0") for part in path.split("/"))
+
+
+def is_commit(text: str) -> bool:
+    """Whether a text is a commit's hexadecimal digits, or the first of them."""
+    return bool(re.fullmatch(r"[0-9a-f]{7,64}", text))
+
+
 def checked_inside(path: str) -> str:
-    """A path inside a repository, once it is sure that it stays inside.
+    """The path, which stays inside its repository.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it does not stay inside.
     """
-    parts = path.split("/")
-    if not path or any(part in ("", ".", "..") for part in parts) or "\\" in path:
+    if not is_safe(path):
         raise UsageError(
             f"`{path}`: expected a file or folder inside the repository, such as `vision/model.safetensors`"
         )
     return path
-
-
-def home() -> Path:
-    """The folder of the store: `MERGECLI_HOME`, else `mergecli` in the user's cache folder."""
-    if own := os.environ.get("MERGECLI_HOME"):
-        return Path(os.path.expanduser(own))  # noqa: PTH111
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return Path(cache or os.path.expanduser("~/.cache")) / "mergecli"  # noqa: PTH111
-
-
-def store_folder(source: Source) -> Path:
-    """The folder of the store for all commits of a hub's repository: a folder for each commit, and `refs/<revision>`
-    files that hold the commit which a branch or tag stood for when it was fetched."""
-    return home() / source.kind / ("datasets" if source.is_data else "") / source.name
-
-
-def locate(source: Source) -> Path:
-    """The file or folder on disk that holds the source.
-
-    Raises:
-        InputError: it is not there; the hint says how to get it.
-    """
-    root = _located(source)
-    path = root / source.inside if source.inside else root
-    if path.suffix in (".bin", ".pt", ".pth") and path.with_suffix(".safetensors").is_file():
-        return path.with_suffix(".safetensors")  # `fetch` converted it
-    if source.inside and not path.exists():
-        raise InputError(f"{source}: there is no `{source.inside}` in {root}")
-    return path
-
-
-def _located(source: Source) -> Path:
-    if source.kind == "path":
-        path = source.path or Path(source.name)
-        if not os.path.exists(path):  # noqa: PTH110  a name that is too long does not exist either
-            hub = not path.is_absolute() and source.name.count("/") == 1 and not source.name.startswith(".")
-            hint = f"for the hub's model write `hf:{source.name}`" if hub and "." not in path.name else ""
-            raise InputError(f"{source.name}: no such file or folder", hint)
-        return path
-    if source.kind == "toy":
-        path = TOY_MODELS / source.name
-        if not path.is_dir():
-            known = sorted(folder.name for folder in TOY_MODELS.iterdir() if folder.is_dir())
-            raise InputError(
-                f"{source}: there is no such toy{did_you_mean(source.name, known)}",
-                "the toys are " + ", ".join(f"`toy:{name}`" for name in known),
-            )
-        return path
-    pinned = source.pinned or source
-    folder = store_folder(pinned)
-    commit = pinned.revision or DEFAULT_BRANCH[pinned.kind]
-    path = folder / (_referred(folder / "refs" / commit) or commit)
-    if not path.is_dir():
-        name = str(source).replace(":", ":datasets/", 1) if source.is_data else str(source)
-        which = f"commit {commit[:12]}, which its lock names, " if source.pinned else ""
-        raise InputError(
-            f"{source}: {which}has not been fetched",
-            f"run `mergecli fetch {name}`, or with the recipe, where there is a network",
-        )
-    _check_whole(path, source)
-    return path
-
-
-def _referred(reference: Path) -> str:
-    """The commit that a file of `refs/` names; empty if there is none."""
-    try:
-        commit = reference.read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-    return commit if re.fullmatch(r"[0-9a-f]{7,64}", commit) else ""
-
-
-def _check_whole(folder: Path, source: Source) -> None:
-    """Raises InputError unless the files that `fetch` put there are there, each with its size."""
-    manifest = folder / ".mergecli.json"
-    try:
-        files: Any = json.loads(manifest.read_bytes())["files"]
-        sizes = {str(name): int(each["size"]) for name, each in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return  # put there by hand, or by another version
-    wrong = [
-        name
-        for name, size in sizes.items()
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size
-    ]
-    if wrong:
-        raise InputError(
-            f"{source}: {quoted(wrong)} in {folder} {'is' if len(wrong) == 1 else 'are'} missing or not as fetched",
-            "delete that folder and fetch again",
-        )
 
 
 def named_sources(arguments: Sequence[str]) -> dict[str, str]:

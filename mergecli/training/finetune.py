@@ -13,7 +13,8 @@ from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.errors import UsageError
 from mergecli.storage.atomic import refuse_inputs
-from mergecli.storage.sources import Source, locate, parse_source
+from mergecli.storage.sources import Source, parse_source
+from mergecli.storage.store import locate
 from mergecli.training.output import Product
 from mergecli.training.settings import LowRank, Settings, check_output, last_good, modules_of
 from mergecli.training.trace import Records, trace_table

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from mergecli.runtime.distributed import Ranks, is_first
 from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, listed, shown
 from mergecli.storage.checkpoint import open_checkpoint
-from mergecli.storage.metadata import about
+from mergecli.storage.metadata import about, table_differences
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,7 +53,10 @@ def read_state(
     try:
         with open_checkpoint(path) as stored:
             known: Any = json.loads(stored.metadata["work"])
-            differing = list(_differences(known, json.loads(work_text(work))))
+            differing = [
+                f"`{key}`: {_text(before)} -> {_text(after)}"
+                for key, before, after in table_differences(known, json.loads(work_text(work)))
+            ]
             facts: dict[str, float] = {}
             tensors: dict[str, Tensor] = {}
             if not differing:
@@ -96,21 +99,7 @@ def _expect_sound(
         raise ValueError("not a state")
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """`name: old -> new` for whatever differs, tables entry by entry."""
-    for name in dict.fromkeys([*new, *old]):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) or isinstance(after, dict):
-            yield from _differences(_table(before), _table(after), f"{within}{name}.")
-        elif before != after:
-            yield f"`{within}{name}`: {_said(before)} -> {_said(after)}"
-
-
-def _table(value: object) -> dict[str, Any]:
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-
-
-def _said(value: object) -> str:
+def _text(value: object) -> str:
     return "none" if value is None else shown(value)
 
 

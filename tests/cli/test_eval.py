@@ -14,12 +14,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Run
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CLIP, two towers named after their tasks, and a recipe that knows them."""
+    tmp_path = tmp_path_factory.mktemp("original")
     make_tiny_clip(tmp_path / "base")
     for seed, name in enumerate(("warm", "cold"), 1):
         weights = load_file(make_tiny_clip(tmp_path / f"clip-{name}", seed) / "model.safetensors")
@@ -32,6 +33,13 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "r.toml").write_text(
         f'base = "base"\n[tuned]\nwarm = "warm.safetensors"\ncold = "cold.safetensors"\n{tasks}[eval]\nbatch_size = 5\n'
     )
+    return tmp_path
+
+
+@pytest.fixture
+def place(original: Path, tmp_path: Path) -> Path:
+    """A copy of it for the test alone."""
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -149,7 +157,7 @@ def killed_in_the_middle(place: Path, number: int) -> tuple[int, str]:
     return process.returncode, text
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
 def test_an_evaluation_that_was_stopped_does_only_what_is_left_and_ends_with_the_same_file(
     place: Path, run: Run, number: int
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mergecli import methods
 from tests.conftest import Run, World
 
 
@@ -69,6 +70,16 @@ def test_methods_lists_every_method_and_shows_one(run: Run) -> None:
     assert "arXiv 2306.01708" in shown
     described = json.loads(run("methods", "ties", "--json").out)
     assert [each["name"] for each in described["settings"]][:2] == ["scaling_factor", "density"]
+
+
+def test_a_method_in_a_default_is_a_table_in_json(run: Run) -> None:
+    for name, setting in {"dare": "of", "lines": "of", "svc": "of"}.items():
+        ended = run("methods", name, "--json")
+        assert (ended.status, ended.err) == (0, "")
+        (default,) = [
+            each["default"] for each in json.loads(ended.out)["settings"] if each["name"] == setting
+        ]
+        assert default["name"] in methods.names()
 
 
 def test_tasks_lists_the_twenty_tasks_a_set_and_one(run: Run) -> None:

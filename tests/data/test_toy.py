@@ -15,7 +15,8 @@ from mergecli.data.images import balanced
 from mergecli.data.toy import TASKS
 from mergecli.data.toy.drawing import draw
 from mergecli.storage.checkpoint import open_checkpoint
-from mergecli.storage.sources import TOY_MODELS, locate, parse_source
+from mergecli.storage.sources import parse_source
+from mergecli.storage.store import TOY_MODELS, locate
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "toy.toml"
 

@@ -24,8 +24,8 @@ def test_missing_extra_and_reshaped_tensors_are_all_listed(world: World, run: Ru
     assert (ended.status, ended.out) == (3, "")
     assert ended.err.splitlines() == [
         "error: the checkpoints do not fit together:",
-        "  t1: has an extra tensor `extra`",
         "  t1: lacks tensor `scale`",
+        "  t1: has an extra tensor `extra`",
         "  t2: `conv` has dtype I64, the base has F32",
         "  t2: `layer.0.bias` has shape (2,), the base has (7,)",
         "hint: merge only models that were fine-tuned from the same base",

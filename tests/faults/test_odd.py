@@ -164,18 +164,21 @@ def closed(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_closed_and_full_streams_lose_no_work(world: World) -> None:
     merge = "merge t1.safetensors t2.safetensors --method average -o"
-    for number, streams in enumerate((">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-")):
+    for number, streams in enumerate((">&-", "<&- >&- 2>&-")):
         done = closed(f"{merge} {number}.safetensors {streams}", world.folder)
         assert (done.returncode, done.stderr) == (0, ""), streams
-    contents = {(world.folder / f"{number}.safetensors").read_bytes() for number in range(4)}
+    contents = {(world.folder / f"{number}.safetensors").read_bytes() for number in range(2)}
     assert len(contents) == 1
+    assert closed("methods 2>&-", world.folder).returncode == 0
     assert closed("info nosuch.safetensors 2>&-", world.folder).returncode == 3
     done = closed("methods > /dev/full", world.folder)
     assert (done.returncode, done.stderr) == (3, "error: stdout: cannot write: no space left on device\n")
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into the process")
-@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 2.0])
+@pytest.mark.parametrize(
+    "seconds", [0.0, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.1, 0.2, 0.4, 0.6, 0.8)), 2.0]
+)
 def test_ctrl_c_is_130_while_libraries_are_imported_too(world: World, seconds: float) -> None:
     save_file({"w": torch.zeros(1500, 1500)}, world.folder / "zero.safetensors")
     save_file({"w": torch.randn(1500, 1500)}, world.folder / "large.safetensors")

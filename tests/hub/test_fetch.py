@@ -12,7 +12,8 @@ import pytest
 from mergecli.hub.fetch import fetch
 from mergecli.runtime.errors import HubError, InputError, UsageError
 from mergecli.storage.checkpoint import open_checkpoint
-from mergecli.storage.sources import locate, parse_source
+from mergecli.storage.sources import parse_source
+from mergecli.storage.store import locate
 from tests.conftest import Run
 from tests.hub.conftest import USED, Hubs, pickled
 from tests.hub.servers import Repository, altered

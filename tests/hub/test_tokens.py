@@ -140,14 +140,14 @@ def proxy(hubs: Hubs) -> Iterator[tuple[str, list[str], type[_Proxy]]]:
 
 @PLACES
 def test_a_proxy_is_used(
-    hubs: Hubs, prefix: str, run: Run, proxy: tuple[str, list[str], type[_Proxy]]
+    hubs: Hubs, prefix: str, process: Run, proxy: tuple[str, list[str], type[_Proxy]]
 ) -> None:
     url, asked, handler = proxy
     hub = hubs.hf if prefix == "hf" else hubs.ms
     handler.behind = "127.0.0.1", hub.hub.server_port
     hub.cdn_endpoint = f"http://127.0.0.1:{hub.cdn.server_port}"
     variable = "HF_ENDPOINT" if prefix == "hf" else "MODELSCOPE_ENDPOINT"
-    ended = run(
+    ended = process(
         "fetch", f"{prefix}:org/tuned", HTTP_PROXY=url, http_proxy=url, **{variable: "http://hub.example"}
     )
     assert ended.status == 0, ended.err
@@ -158,7 +158,7 @@ def test_a_proxy_is_used(
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
 @PLACES
 def test_the_hub_itself_gets_the_token_by_https_and_its_cdn_does_not(
-    hubs: Hubs, prefix: str, run: Run, proxy: tuple[str, list[str], type[_Proxy]], tmp_path: Path
+    hubs: Hubs, prefix: str, process: Run, proxy: tuple[str, list[str], type[_Proxy]], tmp_path: Path
 ) -> None:
     names = ("huggingface.co", "cdn.hf.example") if prefix == "hf" else ("modelscope.cn", "cdn.ms.example")
     certificate, key = tmp_path / "hub.pem", tmp_path / "hub.key"
@@ -178,14 +178,14 @@ def test_the_hub_itself_gets_the_token_by_https_and_its_cdn_does_not(
         **TOKENS, "HTTPS_PROXY": url, "https_proxy": url, "SSL_CERT_FILE": str(certificate),
         "REQUESTS_CA_BUNDLE": str(certificate), "HF_ENDPOINT": "https://huggingface.co", "MODELSCOPE_ENDPOINT": "",
     }  # fmt: skip
-    ended = run("fetch", f"{prefix}:org/tuned", **environment)
+    ended = process("fetch", f"{prefix}:org/tuned", **environment)
     assert ended.status == 0, ended.err
     assert set(asked) == {f"{name}:443" for name in names}
     assert len(told(hub.requests)) == len(hub.requests) >= len(USED)
     assert hub.cdn_requests
     assert told(hub.cdn_requests) == []
     known = {"SSL_CERT_FILE": "", "REQUESTS_CA_BUNDLE": ""}
-    ended = run("fetch", f"{prefix}:org/base", **{**environment, **known})
+    ended = process("fetch", f"{prefix}:org/base", **{**environment, **known})
     front.close()
     assert ended.status == 4
     assert f"cannot reach {names[0]}: " in ended.err

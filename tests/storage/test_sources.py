@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mergecli.runtime.errors import InputError, UsageError
-from mergecli.storage.sources import locate, named_sources, parse_source
+from mergecli.storage.sources import named_sources, parse_source
+from mergecli.storage.store import locate
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from mergecli.runtime.errors import InputError, quoted
 from mergecli.runtime.progress import Progress
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import inputs_of
-from mergecli.storage.sources import home, locate, parse_source
+from mergecli.storage.sources import parse_source
+from mergecli.storage.store import home, locate
 
 if TYPE_CHECKING:
     from torch import Tensor

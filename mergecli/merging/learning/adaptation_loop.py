@@ -26,7 +26,7 @@ from mergecli.runtime.progress import Progress
 from mergecli.storage import cache as caching
 from mergecli.storage.checkpoint import open_checkpoint
 from mergecli.storage.metadata import about
-from mergecli.storage.sources import locate
+from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from torch import Tensor

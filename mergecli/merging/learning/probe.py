@@ -16,7 +16,7 @@ from mergecli.storage.atomic import write_errors
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.safetensors_format import bytes_of
 from mergecli.storage.safetensors_writer import SafetensorsWriter
-from mergecli.storage.sources import locate
+from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from torch import Size, Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +18,8 @@ from mergecli.recipe.schema import Recipe
 from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.errors import InputError, listed, shown
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
-from mergecli.storage.metadata import about
-from mergecli.storage.sources import home, locate
+from mergecli.storage.metadata import about, table_differences
+from mergecli.storage.store import home, locate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,7 +185,10 @@ def _check(stored: Checkpoint, file: StatisticsFile, models: Models, method: Cal
     except (KeyError, ValueError, RecursionError) as error:
         raise InputError(f"{file.path}: does not say what it was measured on", "delete it") from error
     wanted = json.loads(json.dumps({"inputs": file.inputs, "measured": file.measured}))
-    wrong = list(_differences(found, wanted))
+    wrong = [
+        f"`{key}`: it was measured on {'nothing' if before is None else shown(before)}, wanted is {shown(after)}"
+        for key, before, after in table_differences(found, wanted, only_new=True)
+    ]
     shapes = {name: models.reference.entries[name].shape for name in models.floats}
     layout = method.layout(shapes)
     have = {name: (entry.dtype, entry.shape) for name, entry in stored.entries.items()}
@@ -197,14 +200,3 @@ def _check(stored: Checkpoint, file: StatisticsFile, models: Models, method: Cal
             f"{file.path}: was not measured on what is merged:\n{listed(wrong)}",
             "name another folder, or delete the file: then it is measured again",
         )
-
-
-def _differences(found: object, wanted: object, key: str = "") -> Iterator[str]:
-    """A line for each value that is wanted and is another, or not there."""
-    if isinstance(wanted, dict):
-        table: dict[str, Any] = found if isinstance(found, dict) else {}
-        for name, value in wanted.items():
-            yield from _differences(table.get(name), value, f"{key}.{name}" if key else str(name))
-    elif found != wanted:
-        was = shown(found) if found is not None else "nothing"
-        yield f"`{key}`: it was measured on {was}, wanted is {shown(wanted)}"

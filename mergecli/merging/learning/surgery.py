@@ -29,7 +29,8 @@ from mergecli.runtime.errors import InputError, UsageError
 from mergecli.runtime.progress import Progress
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import about
-from mergecli.storage.sources import Source, home, locate, parse_source
+from mergecli.storage.sources import Source, parse_source
+from mergecli.storage.store import home, locate
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -73,11 +73,6 @@ def find(name: str) -> Reference:
     return _tables()[name]
 
 
-def published_averages(name: str) -> dict[str, float]:
-    """Row of the published table -> its average accuracy over all tasks, as a fraction."""
-    return {row.name: row.averages["all"] for row in find(name).rows.values() if "all" in row.averages}
-
-
 @cache
 def _tables() -> Mapping[str, Reference]:
     found = [*_main(), *_generalization(), *_robustness()]

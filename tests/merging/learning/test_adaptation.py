@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from mergecli.merging.learning.trial import Moved, Seen
 from mergecli.merging.merge import merge
 from mergecli.runtime.errors import InputError, MergecliError, UsageError
-from tests.adapted import CASES, SHORT, AdaptedWorld, learn, make_adapted_world
-from tests.tiny import make_image_task
+from tests.support.adapted_world import CASES, SHORT, AdaptedWorld, learn, make_adapted_world
+from tests.support.tiny_clip import make_image_task
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mergecli.merging.learning import adaptation_loop as adaptation_run
-from tests.adapted import CASES, AdaptedWorld, learn, make_adapted_world, stopping
+from tests.support.adapted_world import CASES, AdaptedWorld, learn, make_adapted_world, stopping
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

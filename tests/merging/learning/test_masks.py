@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from mergecli.merging.merge import merge
 from mergecli.merging.sweep_points import merge_sweep, points_of
 from mergecli.runtime.errors import InputError, UsageError
-from tests.adapted import SHORT, AdaptedWorld, learn, make_adapted_world, stopping
 from tests.conftest import assert_same
+from tests.support.adapted_world import SHORT, AdaptedWorld, learn, make_adapted_world, stopping
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

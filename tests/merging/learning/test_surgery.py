@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from mergecli import evaluate
 from mergecli.formats.mixture import mixture_of
@@ -19,9 +18,7 @@ from mergecli.merging.merge import Merged, merge
 from mergecli.methods.representation_surgery import DOWN, UP
 from mergecli.runtime.errors import InputError, MergecliError, UsageError
 from mergecli.storage.checkpoint import open_checkpoint
-from tests.golden import naive_surgery
-from tests.golden.test_surgery import batches, start
-from tests.looking import CLASSES, Zoo, make_zoo
+from tests.support.image_zoo import CLASSES, Zoo, make_zoo
 
 pytestmark = pytest.mark.usefixtures("own_store")
 
@@ -51,30 +48,6 @@ def metadata(file: Path) -> dict[str, str]:
         return stored.metadata()
 
 
-def features(zoo: Zoo, weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
-    """(N, D) unit features that a tower with these weights gives."""
-    clip = zoo.clip()
-    clip.tower.load_state_dict({name.removeprefix(VISION): value for name, value in weights.items()})
-    found = clip.model.get_image_features(pixel_values=pixels).pooler_output
-    return found / found.norm(dim=-1, keepdim=True)
-
-
-def test_the_whole_of_it_equals_the_naive_one(zoo: Zoo, tmp_path: Path) -> None:
-    operate(zoo, tmp_path / "s.safetensors", split="train")
-    file, merged = load_file(tmp_path / "s.safetensors"), load_file(zoo.folder / "merged.safetensors")
-    assert file[DOWN].shape == (3, 3, D)
-    for place, task in enumerate(CLASSES):
-        pixels = zoo.pixels(task, 100, shuffle=False)
-        own, given = features(zoo, zoo.tuned[task], pixels), features(zoo, merged, pixels)
-        rows = batches(len(pixels), 5, 12, task, 0)
-        module, _ = naive_surgery.representation_surgery(given, own, start(3, D, task, 0), rows, 1e-2)
-        # features differ by 1e-7, and a step is their gradient over its own size
-        torch.testing.assert_close(file[UP][place], module.up.weight.detach(), rtol=0, atol=1e-5)
-        torch.testing.assert_close(file[DOWN][place], module.down.weight.detach(), rtol=0, atol=1e-5)
-    for name, value in merged.items():
-        assert file[name].equal(value)
-
-
 @pytest.mark.parametrize("steps", [0, 12])
 def test_without_steps_the_result_counts_what_the_merged_tower_counts(
     zoo: Zoo, tmp_path: Path, steps: int
@@ -88,13 +61,6 @@ def test_without_steps_the_result_counts_what_the_merged_tower_counts(
     )
     assert (losses[0] == losses[1]) == (steps == 0)
     assert steps or counts[0] == counts[1]
-
-
-def test_a_merged_tower_that_is_a_tasks_own_is_left_alone_on_that_task(zoo: Zoo, tmp_path: Path) -> None:
-    operate(zoo, tmp_path / "s.safetensors", merged=str(zoo.folder / "a.safetensors"))
-    up = load_file(tmp_path / "s.safetensors")[UP]
-    assert not up[0].any()
-    assert up[1:].abs().amax((1, 2)).min() > 1e-3
 
 
 def test_the_trace_tells_a_loss_that_falls(zoo: Zoo, tmp_path: Path) -> None:

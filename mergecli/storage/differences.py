@@ -1,0 +1,45 @@
+"""Tensors in a file compared with those that should be there: names, shapes and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from mergecli.storage.checkpoint import TensorEntry
+from mergecli.storage.safetensors_format import FLOATS
+
+
+class Form(NamedTuple):
+    """What a tensor should be."""
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    """A safetensors dtype; None stands for any."""
+    any_float: bool = False
+    """Whether every floating point dtype will do, and `dtype` is only what messages call it."""
+
+    def accepts(self, dtype: str) -> bool:
+        """Whether the tensor may have that dtype."""
+        if self.any_float:
+            return dtype in FLOATS
+        return self.dtype in (None, dtype)
+
+
+def differences(
+    have: Mapping[str, TensorEntry], want: Mapping[str, Form], whose: str = "expected"
+) -> list[str]:
+    """A line for every tensor that is missing, extra, of another shape or of another dtype; empty if all is well.
+
+    Args:
+        whose: what messages put before the wanted shape or dtype, such as `the base has`.
+    """
+    lines = [f"lacks tensor `{name}`" for name in want if name not in have]
+    lines += [f"has an extra tensor `{name}`" for name in have if name not in want]
+    for name, form in want.items():
+        if (entry := have.get(name)) is None:
+            continue
+        if entry.shape != form.shape:
+            lines.append(f"`{name}` has shape {entry.shape}, {whose} {form.shape}")
+        elif not form.accepts(entry.dtype):
+            lines.append(f"`{name}` has dtype {entry.dtype}, {whose} {form.dtype}")
+    return lines

@@ -1,0 +1,218 @@
+"""Where sources lie on disk: paths, toys, and what `fetch` brought to the store.
+
+The store has a folder for each repository, in it one for each commit, and `refs/<revision>` files that hold the commit
+which a branch or tag stood for when it was fetched. `<store>/<hf|ms>/[datasets/]<org>/<name>/<commit>/` is whole when it is
+there; `.mergecli.json` in it says size and SHA-256 of every file, and what else the repository has. Folders put there by
+hand work too. `mergecli.hub.store` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergecli.runtime.errors import HubError, InputError, UsageError, did_you_mean, quoted
+from mergecli.storage.sources import DEFAULT_BRANCH, Source, is_safe
+
+MANIFEST = ".mergecli.json"
+TOY_MODELS = Path(__file__).parents[1] / "data" / "toy" / "models"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file that a hub lists at a commit."""
+
+    path: str
+    """With `/` between names."""
+    size: int
+    """Bytes."""
+    sha256: str | None = None
+    """The digest that the hub promises; hubs know it of large files (git LFS), ModelScope of all."""
+    git: str | None = None
+    """SHA-1 of the file as a git blob, where the hub knows no SHA-256."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a repository, as it was verified."""
+
+    path: str
+    """With `/` between names."""
+    size: int
+    """Bytes."""
+    sha256: str
+    made_from: str | None = None
+    """The pickled file that it was converted from; None if it is the hub's own."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the store knows of a commit."""
+
+    files: Mapping[str, StoredFile] = field(default_factory=dict[str, StoredFile])
+    """Path -> file, of those that are here."""
+    listing: tuple[RemoteFile, ...] | None = None
+    """All files that the hub has and that could be used; None where nobody asked."""
+    converted_from: str | None = None
+    """The commit whose data the hub converted to these Parquet files."""
+
+
+def home() -> Path:
+    """The folder of the store: `MERGECLI_HOME`, else `mergecli` in the user's cache folder."""
+    if own := os.environ.get("MERGECLI_HOME"):
+        return Path(os.path.expanduser(own))  # noqa: PTH111
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return Path(cache or os.path.expanduser("~/.cache")) / "mergecli"  # noqa: PTH111
+
+
+@dataclass(frozen=True)
+class Store:
+    """The store in the folder `root`, as it is read."""
+
+    root: Path
+
+    def repository(self, source: Source) -> Path:
+        """The folder of all commits of a repository.
+
+        Raises:
+            UsageError: its name would leave the store.
+        """
+        if not is_safe(source.name):
+            raise UsageError(f"source `{source}`: expected `{source.kind}:org/name`")
+        return self.root / source.kind / ("datasets" if source.is_data else "") / source.name
+
+    def folder(self, source: Source, commit: str) -> Path:
+        """The folder of a commit; there only if it is whole.
+
+        Raises:
+            HubError: it is no commit, and its folder would leave that of the repository.
+        """
+        if not is_folder_name(commit):
+            raise HubError(f"{source}: `{commit}` cannot be a commit")
+        return self.repository(source) / commit
+
+    def reference_file(self, source: Source) -> Path:
+        """The file that holds the commit which the source's revision stood for.
+
+        Raises:
+            UsageError: the revision would leave the store.
+        """
+        revision = source.revision or DEFAULT_BRANCH[source.kind]
+        if not is_safe(revision):
+            raise UsageError(f"source `{source}`: `{revision}` cannot be a branch, tag or commit")
+        return self.repository(source) / "refs" / revision
+
+    def reference(self, source: Source) -> str | None:
+        """The commit that the source's revision was when it was last fetched; a commit is itself."""
+        try:
+            written = self.reference_file(source).read_text("utf-8").strip()
+        except (OSError, ValueError):
+            written = ""
+        if is_folder_name(written):
+            return written
+        revision = source.revision or DEFAULT_BRANCH[source.kind]
+        return revision if is_folder_name(revision) and self.folder(source, revision).is_dir() else None
+
+    def manifest(self, source: Source, commit: str) -> Manifest:
+        """What is known of a commit; empty if nothing is.
+
+        Raises:
+            InputError: the manifest is damaged, or of another version.
+        """
+        path = self.folder(source, commit) / MANIFEST
+        try:
+            values: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            listing = values["listing"]
+            return Manifest(
+                {name: StoredFile(name, **each) for name, each in values["files"].items()},
+                None if listing is None else tuple(RemoteFile(**each) for each in listing),
+                values["converted_from"],
+            )
+        except (FileNotFoundError, NotADirectoryError):
+            return Manifest()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{path}: is damaged", f"delete the folder {path.parent} and fetch again"
+            ) from error
+
+    def has(self, source: Source, commit: str, file: RemoteFile) -> bool:
+        """Whether the commit's folder has the file, of the right size and once verified."""
+        known = self.manifest(source, commit).files.get(file.path)
+        if known is None or known.size != file.size or file.sha256 not in (None, known.sha256):
+            return False
+        return size_of(self.folder(source, commit) / file.path) == file.size
+
+
+def is_folder_name(commit: str) -> bool:
+    """Whether a commit may be the name of a folder in that of its repository."""
+    return is_safe(commit) and "/" not in commit and commit != "refs" and not commit.endswith(".partial")
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a file; None if there is none."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
+
+
+def locate(source: Source) -> Path:
+    """The file or folder on disk that holds the source.
+
+    Raises:
+        InputError: it is not there; the hint says how to get it.
+    """
+    found = {"path": _path, "toy": _toy}.get(source.kind, _fetched)(source)
+    path = found / source.inside if source.inside else found
+    if path.suffix in (".bin", ".pt", ".pth") and path.with_suffix(".safetensors").is_file():
+        return path.with_suffix(".safetensors")  # `fetch` converted it
+    if source.inside and not path.exists():
+        raise InputError(f"{source}: there is no `{source.inside}` in {found}")
+    return path
+
+
+def _path(source: Source) -> Path:
+    path = source.path or Path(source.name)
+    if not os.path.exists(path):  # noqa: PTH110  a name that is too long does not exist either
+        hub = not path.is_absolute() and source.name.count("/") == 1 and not source.name.startswith(".")
+        hint = f"for the hub's model write `hf:{source.name}`" if hub and "." not in path.name else ""
+        raise InputError(f"{source.name}: no such file or folder", hint)
+    return path
+
+
+def _toy(source: Source) -> Path:
+    path = TOY_MODELS / source.name
+    if not path.is_dir():
+        known = sorted(folder.name for folder in TOY_MODELS.iterdir() if folder.is_dir())
+        raise InputError(
+            f"{source}: there is no such toy{did_you_mean(source.name, known)}",
+            "the toys are " + ", ".join(f"`toy:{name}`" for name in known),
+        )
+    return path
+
+
+def _fetched(source: Source) -> Path:
+    store, pinned = Store(home()), source.pinned or source
+    commit = store.reference(pinned)
+    if commit is None or not (folder := store.folder(pinned, commit)).is_dir():
+        name = str(source).replace(":", ":datasets/", 1) if source.is_data else str(source)
+        locked = source.pinned and (source.pinned.revision or "")[:12]
+        which = f"commit {locked}, which its lock names, " if locked else ""
+        raise InputError(
+            f"{source}: {which}has not been fetched",
+            f"run `mergecli fetch {name}`, or with the recipe, where there is a network",
+        )
+    try:
+        files = store.manifest(pinned, commit).files
+    except InputError:
+        return folder  # put there by hand, or by another version
+    if wrong := [path for path, file in files.items() if size_of(folder / path) != file.size]:
+        raise InputError(
+            f"{source}: {quoted(wrong)} in {folder} {'is' if len(wrong) == 1 else 'are'} missing or not as fetched",
+            "delete that folder and fetch again",
+        )
+    return folder
