@@ -39,6 +39,10 @@ class Clip:
         """Where the weights are."""
         return self.model.logit_scale.device
 
+    def drop_text_tower(self) -> None:
+        """Frees the text tower, which is as large as a vision tower, once the heads are made."""
+        del self.model.text_model
+
 
 def load_clip(path: Path) -> Clip:
     """The CLIP in a folder as `save_pretrained` writes it: weights, tokenizer and image processor.

@@ -240,11 +240,11 @@ def test_several_processes_go_on_where_they_were_stopped_with_dropout(recipe: Pa
 WHO_WRITES = """
 import os, sys
 from mergecli.merging.learning import probe
-write = probe.Laboratory.write
+write = probe.StatisticsRun.write
 def name(self, path, subjects, *more):
     print("wrote", os.environ["RANK"], *(each.name for each in subjects), file=sys.stderr, flush=True)
     write(self, path, subjects, *more)
-probe.Laboratory.write = name
+probe.StatisticsRun.write = name
 """
 
 

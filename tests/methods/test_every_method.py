@@ -13,7 +13,7 @@ import torch
 
 from mergecli import methods
 from mergecli.merging import models
-from mergecli.methods._base import Group, Looking, Method, TwoPass, merge_group
+from mergecli.methods._base import DataDriven, Group, Method, TwoPass, merge_group
 from mergecli.methods._mixture import Mixture
 from tests.conftest import Weights, World, assert_same
 from tests.support.layered_world import layered_world
@@ -35,7 +35,7 @@ OF_WEIGHTS = ("average", "weighted_average", "linear", "slerp", "karcher", "mode
 NAMES = [
     name
     for name in methods.names()
-    if not issubclass(methods.find(name), Looking)
+    if not issubclass(methods.find(name), DataDriven)
     and (name in SETTINGS or not issubclass(methods.find(name), Mixture))
 ]
 """All but those that look at images or give more than one tower, which have tests of their own."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergecli.merging.learning.trial import Seen
+from mergecli.merging.learning.objective import TaskBatches
 from tests.methods.reference._adamerging_loop import Sight
 from tests.support.adapted_world import CLASSES, TEMPLATE, VISION, AdaptedWorld, images_of
 
@@ -49,7 +49,9 @@ class ExactClip:
         every = self.pixels[split]
 
         def batches(draw: int) -> list[tuple[int, Tensor]]:
-            rows = {name: Seen(0, name, every[name], every[name]).rows(draw, BATCH, SEED) for name in tasks}
+            rows = {
+                name: TaskBatches(0, name, every[name], every[name]).rows(draw, BATCH, SEED) for name in tasks
+            }
             return [(place, every[name][rows[name]]) for place, name in enumerate(CLASSES) if name in tasks]
 
         return batches

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mergecli.merging.learning.trial import Moved, Seen
+from mergecli.merging.learning.objective import OffloadedTensors, TaskBatches
 from mergecli.merging.merge import merge
 from mergecli.runtime.errors import InputError, MergecliError, UsageError
 from tests.support.adapted_world import CASES, SHORT, AdaptedWorld, learn, make_adapted_world
@@ -131,17 +131,17 @@ def changed(file: Path, **tensors: Any) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"coefficients": torch.zeros(3, 2)}, r"`coefficients` has shape \(3, 2\), expected shape \(3, 39\)"),
-    ({"coefficients": None}, r"`coefficients` is missing"),
+    ({"coefficients": torch.zeros(3, 2)}, r"`coefficients` has shape \(3, 2\), expected \(3, 39\)"),
+    ({"coefficients": None}, r"lacks tensor `coefficients`"),
     ({"coefficients": torch.full((3, 39), torch.nan)}, "`coefficients` has NaN or infinity"),
     ({"metadata": {"kind": None}}, "holds no coefficients"),
-    ({"metadata": {"method": "concrete_ada_merging"}}, "was learnt by `concrete_ada_merging`"),
-    ({"metadata": {"tasks": None}}, "does not say what it was learnt on"),
-    ({"metadata": {"tasks": "[[[["}}, "does not say what it was learnt on"),
-    ({"metadata": {"settings_table": "[1]"}}, "does not say what it was learnt on"),
+    ({"metadata": {"method": "concrete_ada_merging"}}, "was learned by `concrete_ada_merging`"),
+    ({"metadata": {"tasks": None}}, "does not say what it was learned on"),
+    ({"metadata": {"tasks": "[[[["}}, "does not say what it was learned on"),
+    ({"metadata": {"settings_table": "[1]"}}, "does not say what it was learned on"),
     ({"metadata": {"settings_table": '{"steps": "many"}'}}, "steps"),
-    ({"metadata": {"adapted_on": "7"}}, "does not say what it was learnt on"),
-    ({"metadata": {"adapted_on": None}}, "does not say what it was learnt on"),
+    ({"metadata": {"adapted_on": "7"}}, "does not say what it was learned on"),
+    ({"metadata": {"adapted_on": None}}, "does not say what it was learned on"),
     ({"metadata": {"tensors": '["other"]'}}, "is for models with other tensors"),
     ({"metadata": {"tasks": '["two", "one", "three"]'}}, "is for the models `two`, `one`, `three`, in this order"),
 ]  # fmt: skip
@@ -168,10 +168,10 @@ def test_a_file_that_does_not_fit_is_refused(
         ({"logits.vision_model.post_layernorm.bias": torch.full((16,), torch.inf)}, "has NaN or infinity"),
         (
             {"logits.vision_model.post_layernorm.bias": torch.zeros(17)},
-            r"has shape \(17,\), expected shape \(16,\)",
+            r"has shape \(17,\), expected \(16,\)",
         ),
-        ({"logits.vision_model.post_layernorm.bias": None}, "is missing"),
-        ({"mask_means": None}, "`mask_means` is missing"),
+        ({"logits.vision_model.post_layernorm.bias": None}, "lacks tensor"),
+        ({"mask_means": None}, "lacks tensor `mask_means`"),
     ],
 )
 def test_a_damaged_mask_is_refused_and_nothing_written(
@@ -191,7 +191,7 @@ def test_settings_that_differ_from_those_it_was_learnt_with_are_refused(
     world: AdaptedWorld, tmp_path: Path
 ) -> None:
     learn(world, tmp_path, steps=1)
-    with pytest.raises(UsageError, match=r"was learnt with `steps = 1`, the recipe says `2`"):
+    with pytest.raises(UsageError, match=r"was learned with `steps = 1`, the recipe says `2`"):
         merge(
             world.recipe, method="ada_merging", settings={"steps": 2}, output=tmp_path / "m.safetensors",
             coefficients=tmp_path / "learnt.safetensors",
@@ -254,16 +254,16 @@ def test_vectors_in_the_machines_memory_change_no_number(
 
 def test_of_vectors_held_elsewhere_only_what_is_asked_for_is_copied_and_nothing_kept() -> None:
     held = {"a": torch.ones(2, 3), "b": torch.zeros(2, 4)}
-    moved = Moved(held, "meta")
+    moved = OffloadedTensors(held, "meta")
     assert list(moved) == ["a", "b"]
     assert (moved["a"].is_meta, moved["a"].shape) == (True, (2, 3))
     assert not any(each.is_meta for each in held.values())
-    assert Moved(held, "cpu")["b"] is held["b"], "a copy would take as much again"
+    assert OffloadedTensors(held, "cpu")["b"] is held["b"], "a copy would take as much again"
 
 
 def test_every_image_is_looked_at_once_a_round_in_an_order_of_its_own() -> None:
     pixels: Any = range(10)
-    one, other = (Seen(0, name, pixels, torch.zeros(1)) for name in ("one", "other"))
+    one, other = (TaskBatches(0, name, pixels, torch.zeros(1)) for name in ("one", "other"))
     rounds = [
         torch.cat([one.rows(4 * epoch + number, 3, 0) for number in range(4)]).tolist() for epoch in range(3)
     ]

@@ -1,4 +1,4 @@
-"""One result of a merge: what is written, and what it says about itself."""
+"""Where a merge goes: the file or folder, its tensors, and its metadata."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Output:
-    """The method, the recipe with its settings, and the file or folder."""
+class MergeTarget:
+    """What one merge writes: by which method and recipe, to which file or folder."""
 
     method: Method
     recipe: Recipe
-    target: Path
+    path: Path
 
     @classmethod
-    def of(cls, recipe: Recipe, target: Path) -> Output:
-        """Raises UsageError if the recipe names no method, or the target's name does not say what it is."""
+    def of(cls, recipe: Recipe, path: Path) -> MergeTarget:
+        """Raises UsageError if the recipe names no method, or the path's suffix does not say what it is."""
         method = recipe.built
-        if target.suffix not in ("", ".safetensors"):
-            raise UsageError(f"{target}: expected a `.safetensors` file, or a folder's name without suffix")
-        if not target.suffix and isinstance(method, Mixture) and method.is_mixture:
+        if path.suffix not in ("", ".safetensors"):
+            raise UsageError(f"{path}: expected a `.safetensors` file, or a folder's name without suffix")
+        if not path.suffix and isinstance(method, Mixture) and method.is_mixture:
             raise UsageError(
-                f"{target}: `{recipe.method}` writes more than one tower, which transformers would not find in a folder",
+                f"{path}: `{recipe.method}` writes more than one tower, which transformers would not find in a folder",
                 "name a `.safetensors` file",
             )
-        check_target(target, folder=not target.suffix)
-        return cls(method, recipe, target)
+        check_target(path, folder=not path.suffix)
+        return cls(method, recipe, path)
 
     def layout(self, models: Models) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> dtype and shape of what is written."""
@@ -56,7 +56,7 @@ class Output:
         found = {name: (own[name], entry.shape) for name, entry in entries.items()}
         if not isinstance(self.method, Mixture) or not self.method.is_mixture:
             return found
-        tasks, shapes = len(models.tuned), {name: entries[name].shape for name in models.floats}
+        tasks, shapes = len(models.tuned), models.shapes
         for name, shape in shapes.items():
             for key, part in self.method.parts(name, shape, tasks).items():
                 found[key] = (own[name] if part.dtype == SAME else part.dtype, part.shape)
@@ -104,10 +104,10 @@ class Output:
     ) -> SafetensorsWriter | ShardedWriter:
         """The writer, with everything in it that is copied; whole when `stack` ends."""
         layout, placeholder = self.layout(models), self.metadata(dict.fromkeys(inputs, UNKNOWN_DIGEST), more)
-        if self.target.suffix:
-            writer = SafetensorsWriter(self.target, layout, placeholder)
+        if self.path.suffix:
+            writer = SafetensorsWriter(self.path, layout, placeholder)
         else:
-            folder = stack.enter_context(whole_folder(self.target))
+            folder = stack.enter_context(whole_folder(self.path))
             for name, text in model_folder_files(models.reference.path).items():
                 (folder / name).write_text(text, encoding="utf-8")
             whole = folder / "model.safetensors"

@@ -202,14 +202,15 @@ def test_a_result_that_is_not_what_it_says_is_refused(
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({UP: torch.zeros(3, D, 4)}, r"`surgery.up` is F32 of shape \(3, 8, 4\), expected F32 of shape \(3, 8, 3\)"),
-    ({DOWN: None}, "`surgery.down` is missing"),
+    ({UP: torch.zeros(3, D, 4)}, r"`surgery.up` has shape \(3, 8, 4\), expected \(3, 8, 3\)"),
+    ({DOWN: None}, "lacks tensor `surgery.down`"),
     ({UP: torch.full((3, D, 3), torch.nan)}, "`surgery.up` has NaN or infinity"),
-    ({"trace.losses": torch.zeros(2, 3)}, "`trace.losses` is F32"),
+    ({"trace.losses": torch.zeros(2, 3)}, r"`trace.losses` has shape \(2, 3\), expected \(1, 3\)"),
+    ({UP: torch.zeros(3, D, 3).half()}, "`surgery.up` has dtype F16, expected F32"),
     ({"metadata": {"kind": None}}, "holds no coefficients"),
-    ({"metadata": {"method": "ada_merging"}}, "was learnt by `ada_merging`"),
-    ({"metadata": {"tasks": "[[[["}}, "does not say what it was learnt on"),
-    ({"metadata": {"adapted_on": None}}, "does not say what it was learnt on"),
+    ({"metadata": {"method": "ada_merging"}}, "was learned by `ada_merging`"),
+    ({"metadata": {"tasks": "[[[["}}, "does not say what it was learned on"),
+    ({"metadata": {"adapted_on": None}}, "does not say what it was learned on"),
     ({"metadata": {"settings_table": '{"steps": "many"}'}}, "steps"),
     ({"metadata": {"tasks": '["b", "a", "c"]'}}, "is for the models `b`, `a`, `c`, in this order"),
 ]  # fmt: skip
@@ -234,11 +235,11 @@ def test_a_file_of_what_was_learnt_that_does_not_fit_is_refused(
 def test_another_setting_is_refused_and_another_tower_is_warned_of(zoo: Zoo, tmp_path: Path) -> None:
     file, output = tmp_path / "c.safetensors", tmp_path / "s.safetensors"
     assert operate(zoo, output, save_coefficients=file).warnings == ()
-    with pytest.raises(UsageError, match=r"was learnt with `steps = 12`, the recipe says `2`"):
+    with pytest.raises(UsageError, match=r"was learned with `steps = 12`, the recipe says `2`"):
         operate(zoo, output, steps=2, coefficients=file)
     merge(zoo.folder / "zoo.toml", method="average", output=tmp_path / "average.safetensors")
     other = operate(zoo, output, coefficients=file, merged=str(tmp_path / "average.safetensors"))
-    assert other.warnings == (f"{file}: was learnt on other weights of `merged tower`",)
+    assert other.warnings == (f"{file}: was learned on other weights of `merged tower`",)
 
 
 def test_a_tower_merged_from_other_models_is_warned_of(zoo: Zoo, tmp_path: Path) -> None:

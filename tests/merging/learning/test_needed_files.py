@@ -173,4 +173,4 @@ def test_masks_that_do_not_fit_are_refused_before_any_work(world: AdaptedWorld, 
     tower = load_file(other.folder / "two.safetensors")
     tower["vision_model.post_layernorm.bias"] += 1
     save_file(tower, other.folder / "two.safetensors")
-    refused("its masks were learnt on other weights of `two`", good, other)
+    refused("its masks were learned on other weights of `two`", good, other)
