@@ -16,7 +16,8 @@ from mergecli.clip import heads
 from mergecli.data import tasks
 from mergecli.data.images import balanced, load_images
 from mergecli.data.tasks import TaskTable
-from mergecli.evaluation.evaluate import evaluate, scoring
+from mergecli.evaluation import scoring
+from mergecli.evaluation.evaluate import evaluate
 from mergecli.recipe.schema import Recipe
 from mergecli.results.result import read_result
 from mergecli.storage.checkpoint import open_checkpoint

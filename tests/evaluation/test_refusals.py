@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mergecli.data.tasks import TaskTable
-from mergecli.evaluation.evaluate import counting, evaluate
-from mergecli.evaluation.evaluate import evaluate as evaluation
+from mergecli.evaluation import counting
+from mergecli.evaluation.evaluate import evaluate
 from mergecli.recipe.schema import Recipe
 from mergecli.results.result import read_result
 from mergecli.runtime.errors import InputError, UsageError
@@ -122,7 +122,7 @@ def test_features_never_replace_a_checkpoint_that_is_called_like_a_task(place, r
     ],
 )
 def test_a_file_that_is_no_result_is_refused(place, recipe, tmp_path, change, message):
-    (result,) = evaluation.evaluate([place / "base"], recipe=recipe, tasks=["tints"])
+    (result,) = evaluate([place / "base"], recipe=recipe, tasks=["tints"])
     values = json.loads(result.to_json())
     change(values)
     (tmp_path / "r.json").write_text(json.dumps(values))

@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from mergecli.clip import model
-from mergecli.evaluation.evaluate import counting, evaluate
+from mergecli.evaluation import counting
+from mergecli.evaluation.evaluate import evaluate
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, stop_at: str | None = None) -> list[str]:
