@@ -76,20 +76,6 @@ def test_only_the_same_evaluation_goes_on(place, recipe, tmp_path, monkeypatch, 
     assert seen == again
 
 
-def test_features_that_were_saved_before_an_interruption_are_not_made_again(
-    place, recipe, tmp_path, monkeypatch
-):
-    given = {"recipe": recipe, "features": tmp_path / "f"}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        counted(patch, stop_at="more")
-        evaluate(place / "other", **given)
-    assert [file.name for file in (tmp_path / "f").iterdir()] == ["tints.safetensors"]
-    seen = counted(monkeypatch)
-    evaluate(place / "other", **given)
-    assert seen == ["more 1"]
-    assert len(list((tmp_path / "f").iterdir())) == 2
-
-
 def test_a_damaged_count_of_an_interrupted_evaluation_is_made_anew(place, recipe, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         counted(patch, stop_at="more")
