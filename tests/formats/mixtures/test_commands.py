@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import mergecli
-from mergecli.evaluation.evaluate import counting
+from mergecli.evaluation import counting
 from mergecli.formats.mixture import mixture_of
 from mergecli.results.result import read_result
 from mergecli.runtime.errors import InputError
