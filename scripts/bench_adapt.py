@@ -79,51 +79,53 @@ def make(folder: Path) -> None:
         )
 
 
-def bare(trial: Any, size: int) -> Callable[[int], None]:
+def bare(objective: Any, size: int) -> Callable[[int], None]:
     """The tasks' batches through the tower one after another, forward and backward, and nothing else."""
     from mergecli.clip.model import features
     from mergecli.methods._adapted import entropy
 
-    clip = trial._clip
+    clip = objective._clip
 
-    def run(draw: int) -> None:
+    def run(batch: int) -> None:
         for each in clip.tower.parameters():
             each.grad = None
         with torch.enable_grad():
-            for seen in trial._seen:
-                pixels = trial._normalised(seen.pixels.rows(seen.rows(draw, size, 0)))
+            for each in objective._batches:
+                pixels = objective._normalized(each.pixels.rows(each.rows(batch, size, 0)))
                 image = features(clip, pixels)
                 image = clip.model.logit_scale.exp() * image / image.norm(dim=-1, keepdim=True)
-                entropy(image @ seen.head.T).backward()
+                entropy(image @ each.head.T).backward()
 
     return run
 
 
-def measure(folder: Path, method: str, changes: list[str], steps: int, alone: bool) -> None:
+def measure(folder: Path, name: str, changes: list[str], steps: int, alone: bool) -> None:
     """Prints a line for each step: seconds of it, and of the bare passes."""
-    from mergecli.merging.learning.adaptation_loop import Adaptation
+    from mergecli.merging.learning.objective import entropy_objective
+    from mergecli.merging.learning.work import LearningWork
+    from mergecli.merging.merge_target import MergeTarget
     from mergecli.merging.models import open_models
-    from mergecli.merging.outputs import Output
     from mergecli.recipe.reading import recipe_of
     from mergecli.runtime.distributed import Ranks
 
-    sources = {name: folder / f"{name}.safetensors" for name in TASKS}
+    sources = {task: folder / f"{task}.safetensors" for task in TASKS}
     recipe = recipe_of(
-        sources, base=folder / "base", method=method, changes=[f"method.{each}" for each in changes]
+        sources, base=folder / "base", method=name, changes=[f"method.{each}" for each in changes]
     )
-    output = Output.of(recipe, folder / "merged.safetensors")
+    target = MergeTarget.of(recipe, folder / "merged.safetensors")
     with ExitStack() as stack, torch.no_grad():
         models = open_models(recipe, stack, needs="base")
-        work: Any = Adaptation.of(models, output.method, recipe)
+        method: Any = target.method
+        work = LearningWork.of(models, method, recipe, {})
         begun = time.perf_counter()
-        trial = work._trial({}, Ranks(), "cpu")
+        objective = entropy_objective(work, method, {}, Ranks(), "cpu")
         tower = 4 * models.size / 1e9
         print(f"made ready in {time.perf_counter() - begun:.1f} s; a tower has {tower:.3f} GB")
-        state = work.method.begin(trial)
-        plain = bare(trial, work.method.batch_size)
+        state = method.begin(objective)
+        plain = bare(objective, method.batch_size)
         for number in range(steps):
             floor = (0.0, 0.0) if alone else timed(lambda at=number: plain(at))
-            took = timed(lambda at=number: work.method.step(trial, state, at)[1]())
+            took = timed(lambda at=number: method.step(objective, state, at)[1]())
             rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             against = ""
             if not alone:
@@ -132,7 +134,7 @@ def measure(folder: Path, method: str, changes: list[str], steps: int, alone: bo
                     f" {took[1] / floor[1]:.2f} times"
                 )
             print(
-                f"{method} step {took[0]:.2f} s, {took[1]:.2f} of the processor{against}; max RSS {rss:.2f} GB ="
+                f"{name} step {took[0]:.2f} s, {took[1]:.2f} of the processor{against}; max RSS {rss:.2f} GB ="
                 f" {rss / tower:.1f} towers",
                 flush=True,
             )

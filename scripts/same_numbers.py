@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -174,11 +175,14 @@ class Record:
     def case(self, name: str, make: Callable[[], Any]) -> None:
         """Adds what the function gives. Where it fails, that is the result, and the others go on."""
         try:
-            self.add(name, make())
+            found = make()
         except Exception as error:  # noqa: BLE001  whatever it is, it is to be compared
-            self.add(name, f"failed: {type(error).__name__}")
             self.note(f"{name}: failed", without_places(str(error)))
+            found = f"failed: {type(error).__name__}"
+            if not isinstance(error, mergecli.MergecliError):
+                traceback.print_exc()
             print(f"{self.section}/{name}: {type(error).__name__}: {error}", file=sys.stderr)
+        self.add(name, found)
 
     def to_json(self) -> str:
         """A line for each name, so that versions of the record can be compared."""
@@ -483,9 +487,10 @@ def adapters(record: Record) -> None:
     """Adapters as inputs of methods on weights; and other forms in which models come."""
     tuned = {task: make_adapter(f"lora/{task}", number) for number, task in enumerate(first(TOYS, 3))}
     for name, case in (BY_ENTRY | SPECTRAL).items():
-        record.case(name, lambda case=case: merged(tuned, case))
+        record.case(name, lambda case=case: merged(tuned, case, "dtype=float32"))
     for name, case in PAIRS.items():
-        record.case(name, lambda case=case: merged(first(tuned, 2), case))
+        record.case(name, lambda case=case: merged(first(tuned, 2), case, "dtype=float32"))
+    record.case("ties as the base", lambda: merged(tuned, BY_ENTRY["ties"]))
     kinds: dict[str, dict[str, Any]] = {
         "rank-stabilized": {"use_rslora": True},
         "other alphas": {"lora_alpha": 3, "alpha_pattern": {"q_proj": 5}},
@@ -1066,7 +1071,7 @@ def record_all(sections: Sequence[str]) -> Record:
             os.environ["MERGECLI_HOME"] = str(folder / "store")
             record.section = name
             try:
-                SECTIONS[name](record)
+                record.case("section", lambda section=SECTIONS[name]: section(record) or {})
                 entries = mergecli.cache().entries
                 record.note(
                     "kept in the store", sorted(f"{each.kind}: {each.what}: {each.size}" for each in entries)

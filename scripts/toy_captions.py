@@ -11,14 +11,14 @@ from mergecli.data.toy.canvas import PATTERNS, Plane, blur, flat, paint
 from mergecli.data.toy.scenes import (
     CLASSES,
     POSITIONS,
-    Colour,
+    Color,
     Pose,
-    colour,
+    color,
     face,
     figure,
     pose,
     texture,
-    two_colours,
+    two_colors,
 )
 
 SHARES = {
@@ -97,8 +97,8 @@ def compose(index: int) -> tuple[Plane, str]:
     """The index-th captioned picture: a (32, 32, 3) canvas in [0, 1] and its sentence."""
     rng, kind = _begin(index)
     name = _pick(rng, CLASSES[kind])
-    fore, back = two_colours(rng, name if kind == "colours" else None)
-    one, other = colour(rng, fore), colour(rng, back)
+    fore, back = two_colors(rng, name if kind == "colours" else None)
+    one, other = color(rng, fore), color(rng, back)
     said = ""
     if kind == "textures":
         canvas = texture(rng, name, one, other)
@@ -120,7 +120,7 @@ def compose(index: int) -> tuple[Plane, str]:
     return np.clip(disturb(rng, canvas), 0, 1), sentence
 
 
-def _put(rng: Generator, kind: str, name: str, canvas: Plane, one: Colour) -> tuple[Plane, str]:
+def _put(rng: Generator, kind: str, name: str, canvas: Plane, one: Color) -> tuple[Plane, str]:
     """The canvas with a figure of that kind, and the figure's name."""
     style = str(rng.choice(("plain", "round", "hollow", "dashed"), p=(0.45, 0.35, 0.12, 0.08)))
     if kind == "faces":

@@ -1,4 +1,4 @@
-"""The zero-shot head: what the text tower makes of a task's class names and prompts, and the logits it gives."""
+"""The zero-shot head: class embeddings made from a task's class names and prompts, and the logits they give."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def processing_texts(folder: Path) -> list[str]:
 
 
 def surroundings(folder: Path, *, head: bool) -> dict[str, str]:
-    """What decides the features, or with `head` the logits, that a vision tower in this CLIP gives besides its own
-    weights: name -> digest. Of a tower alone, which cannot be run, nothing is said."""
+    """Name -> digest of everything but the tower's own weights that its features, or with `head` its logits, depend on in
+    this CLIP. Empty for a tower alone, which cannot be run."""
     with open_checkpoint(folder) as stored:
         if not folder.is_dir() or not stored.is_whole_clip:
             return {}
@@ -91,7 +91,7 @@ def _config(text: str) -> str:
 def head_key(clip: Clip, text: str, classes: Sequence[str], templates: Sequence[str]) -> str:
     """32 hex digits of all that the head depends on; `text` is `ClipDigests.text`.
 
-    The kind of device and the version of torch are in it, because they round otherwise.
+    The kind of device and the version of torch are part of it, since others round differently.
     """
     about = [text, list(classes), list(templates), clip.device.type, torch.__version__]
     return sha256(json.dumps(about).encode()).hexdigest()[:32]
@@ -100,11 +100,11 @@ def head_key(clip: Clip, text: str, classes: Sequence[str], templates: Sequence[
 def cached_head(
     clip: Clip, classes: Sequence[str], templates: Sequence[str], text: str, max_size: int
 ) -> Tensor:
-    """(C, D) `zero_shot_head`, out of the cache if it is there, which it is from then on.
+    """(C, D) `zero_shot_head`, from the cache if it is there; else it is made and put there.
 
     Args:
         text: `ClipDigests.text` of the CLIP.
-        max_size: bytes that the cache may take; 0 does without it.
+        max_size: bytes that the cache may take; 0 uses none.
     """
     path = caching.place("heads", head_key(clip, text, classes, templates))
     if max_size:
@@ -124,9 +124,10 @@ def cached_head(
 
 @torch.no_grad()
 def zero_shot_head(clip: Clip, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(C, D) unit vectors: each class's prompts through the text tower, normalised, averaged, normalised again.
+    """(C, D) unit vectors: each class's prompts through the text tower, normalized, averaged, normalized again.
 
-    The prompts of one class make one batch, padded to its longest, as when the published numbers were made.
+    The prompts of one class are one batch, padded to its longest, as when the published numbers were made: another padding
+    rounds differently.
 
     Raises:
         InputError: a prompt has more tokens than the text tower takes.
@@ -159,7 +160,7 @@ def logits(
 ) -> Tensor:
     """(B, C) exp(logit_scale) * cosine of each image with each class; in float32, whatever the tower's dtype.
 
-    A `correction` changes the (B, D) unit image features first, which are not normalised again.
+    A `correction` changes the (B, D) unit image features first, which are not normalized again.
     """
     return compare(clip, features(clip, pixel_values), head, correction)
 
@@ -176,5 +177,5 @@ def compare(
 
 
 def _part(stored: Checkpoint, names: Sequence[str]) -> Checkpoint:
-    """Only these tensors of a checkpoint."""
+    """A checkpoint with only these of the tensors, and a digest of its own."""
     return replace(stored, entries={name: stored.entries[name] for name in names}, hashes=ChunkHashes())

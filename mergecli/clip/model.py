@@ -39,12 +39,16 @@ class Clip:
         """Where the weights are."""
         return self.model.logit_scale.device
 
+    def drop_text_tower(self) -> None:
+        """Frees the text tower, which is as large as a vision tower, once the heads are made."""
+        del self.model.text_model
+
 
 def load_clip(path: Path) -> Clip:
     """The CLIP in a folder as `save_pretrained` writes it: weights, tokenizer and image processor.
 
-    The image processor is always the one of PIL: torchvision's rounds otherwise, and results would depend on
-    whether it is installed.
+    The image processor is always the one that works with PIL: torchvision's rounds differently, and results would depend
+    on whether it is installed.
 
     Raises:
         InputError: a file is missing or damaged, or the folder does not hold a whole CLIP.
@@ -116,7 +120,7 @@ def set_tower(clip: Clip, checkpoint: Checkpoint) -> None:
 
 
 def features(clip: Clip, pixel_values: Tensor) -> Tensor:
-    """(B, D) the tower's pooled output after the CLIP's visual projection; not normalised."""
+    """(B, D) the tower's pooled output after the CLIP's visual projection; not normalized."""
     return clip.model.visual_projection(clip.tower(pixel_values=pixel_values).pooler_output)
 
 

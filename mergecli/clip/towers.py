@@ -1,4 +1,4 @@
-"""Vision towers by themselves, as `transformers.CLIPVisionModel`: made of checkpoints, and written as such."""
+"""Vision towers by themselves, as `transformers.CLIPVisionModel`: loaded from checkpoints and saved as checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load_tower(folder: Path, checkpoint: Checkpoint, base: Checkpoint | None = N
             CLIPVisionModel(config)
     except Exception as error:
         raise InputError(
-            f"{folder / 'config.json'}: is no vision tower's configuration: {str(error).splitlines()[0]}"
+            f"{folder / 'config.json'}: is not a vision tower's configuration: {str(error).splitlines()[0]}"
         ) from error
     with torch.device("meta"):
         want = {

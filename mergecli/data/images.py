@@ -35,7 +35,7 @@ class Images:
     fingerprint: str
     """`xxh3:` and 32 hex digits of the content; the same wherever the data lie."""
     where: str
-    """What messages call it."""
+    """What messages call the split."""
     columns: tuple[str, str]
     """Where images and labels come from; the same content may have several."""
     every_label: Sequence[int] = field(repr=False)
@@ -75,15 +75,16 @@ class Images:
         return replace(self, rows=[self.row(number) for number in numbers])
 
     def cannot_read(self, row: int, reason: str) -> InputError:
-        """The error that says so of a row."""
+        """The error for a row whose image cannot be read."""
         return InputError(f"{self.where}, image {row}: cannot be read: {reason}")
 
 
 def load_images(task: Task, split: str | None = None, *, remember: bool = True) -> Images:
     """The images of the task's own split, or of another; with `remember`, the digest of large files is kept in the cache.
 
-    `validation` is the split of that name, or where the data have none a tenth of the training images, drawn
-    as `torch.utils.data.random_split` does with a generator of seed 0; `train-without-validation` is the rest, which is all of them where there is a split for validation.
+    `validation` is the split of that name. Where the data have none, it is a tenth of the training images, drawn as
+    `torch.utils.data.random_split` does with a generator of seed 0. `train-without-validation` is the other nine tenths, or
+    all training images where the data have a validation split.
 
     Raises:
         InputError: the data are missing, damaged, or do not fit the task's classes.
@@ -168,7 +169,7 @@ Loader = tuple[Callable[[str], Images], tuple[str, ...]]
 
 
 def _toy(task: Task) -> Loader:
-    """How to draw a split of a toy task, and its splits."""
+    """A function that gives a split of a toy task, and the names of its splits."""
     from mergecli.data.toy import TASKS
 
     name = task.data.name
@@ -196,7 +197,7 @@ def _toy(task: Task) -> Loader:
 
 
 def _on_disk(task: Task, remember: bool) -> Loader:
-    """How to read a split of a folder or Parquet file, and its splits."""
+    """A function that reads a split of a folder or of Parquet files, and the names of the splits."""
     root = locate(task.data)
     if not root.exists():
         raise InputError(f"{_where(task)}: no such folder")
@@ -220,7 +221,7 @@ def _on_disk(task: Task, remember: bool) -> Loader:
 
 
 def _images(task: Task, split: str, data: Rows, content: str, remember: bool) -> Images:
-    """The rows as images, once the columns and labels are known to fit the task."""
+    """The rows as images; checks that columns and labels fit the task."""
     columns = {
         use: next((name for name in (own, use) if name in data.columns), None)
         for use, own in (("image", task.image_column), ("label", task.label_column))
@@ -254,7 +255,7 @@ def _images(task: Task, split: str, data: Rows, content: str, remember: bool) ->
 
 
 def _checked(task: Task, images: Images) -> Images:
-    """The images, once it is sure that there are some and that their labels fit the task's classes."""
+    """The images; checks that there are some and that their labels fit the task's classes."""
     where, labels = images.where, images.every_label
     if not labels:
         raise InputError(f"{where}: has no images")

@@ -1,4 +1,4 @@
-"""The rows of a data set on disk: labels at once, encoded images one by one as they are asked for."""
+"""The rows of a data set on disk: labels are read at once, encoded images one by one as they are asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergecli.data.decoding import EncodedImage
 from mergecli.runtime.errors import InputError
 
 HELD = 512 << 20
-"""Bytes of encoded images that are held in memory, over all data sets together; those used last stay."""
+"""Bytes of encoded images that are held in memory, of all data sets together; those used last stay."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Rows:
     columns: tuple[str, ...]
     count: int
     classes: Callable[[str], tuple[str, ...] | None]
-    """The class names that the labels of a column stand for, if the data say so."""
+    """The class names of a column's labels, if the data have them."""
     labels: Callable[[str], Sequence[Any]]
     """The values of a column."""
     images: Callable[[str], Callable[[int], EncodedImage]]
     """A function that gives a column's image in a row; TypeError says that the column holds something else."""
     paths: Callable[[str], Sequence[str]]
-    """The files that images of a column lie in which are not in the table itself, and which its digest knows nothing of."""
+    """Files outside the table that a column's images are in. The digest of the table does not cover them."""
 
 
 def folder_rows(files: Sequence[Path], names: Sequence[str]) -> Rows:
@@ -48,7 +48,7 @@ def folder_rows(files: Sequence[Path], names: Sequence[str]) -> Rows:
 
 
 def parquet_rows(files: Sequence[Path], where: str) -> Rows:
-    """Parquet files one after another, as if they were one; they stay as they are, and only what is used is read.
+    """Parquet files one after another, as if they were one; only the row groups and columns that are used are read.
 
     Raises:
         InputError: one is damaged, or there are no rows.
@@ -94,7 +94,7 @@ def parquet_rows(files: Sequence[Path], where: str) -> Rows:
 
 
 def _paths(file: Any, column: str, kind: Any) -> list[str]:
-    """The paths of a column's images in one file, of those that have no bytes."""
+    """The paths of those images of a column that have no bytes in the file."""
     from pyarrow import types
 
     if types.is_string(kind) or types.is_large_string(kind):
@@ -111,7 +111,7 @@ def _paths(file: Any, column: str, kind: Any) -> list[str]:
 
 
 def _have_bytes(group: Any, column: str) -> bool:
-    """Whether a row group is known to have the bytes of every image."""
+    """Whether a row group has the bytes of every image, as far as its statistics say; then it need not be read for paths."""
     for number in range(group.num_columns):
         part = group.column(number)
         if part.path_in_schema == f"{column}.bytes":
@@ -122,7 +122,7 @@ def _have_bytes(group: Any, column: str) -> bool:
 
 
 def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
-    """Column -> what the `datasets` library noted of it in the file."""
+    """Column -> its feature as the `datasets` library wrote it into the file."""
     try:
         known: Any = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {str(name): feature for name, feature in known.items() if isinstance(feature, dict)}
@@ -131,7 +131,7 @@ def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, dict[str, Any
 
 
 def _check_images(kind: Any) -> None:
-    """Raises TypeError unless an Arrow type is one of those that may hold images."""
+    """Raises TypeError unless an Arrow type may hold images."""
     from pyarrow import types
 
     plain = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_list)
@@ -146,7 +146,10 @@ def _check_images(kind: Any) -> None:
 
 
 class _ParquetImages:
-    """The images of one column of several Parquet files; whole row groups are read, from any thread."""
+    """The images of one column of several Parquet files; may be called from any thread.
+
+    A row group is read as a whole, since Parquet compresses it as a whole; the last ones stay in memory for their other rows.
+    """
 
     def __init__(self, files: Sequence[Any], column: str, where: str, mode: str | None) -> None:
         self._files, self._column, self._where, self._mode = files, column, where, mode
@@ -187,7 +190,7 @@ class _Held:
         self._size = 0
 
     def add(self, key: tuple[object, int], values: Any) -> None:
-        """Keeps one more, and forgets those used longest ago where they are too large together."""
+        """Keeps one more, and drops those used longest ago if all together are too large."""
         self.groups[key] = values
         self._size += values.nbytes
         while self._size > HELD and len(self.groups) > 1:
@@ -206,7 +209,7 @@ def _as_files(values: Any) -> Any:
     import datasets
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of whole numbers that are stored as larger ones than bytes
+        warnings.simplefilter("ignore")  # it warns of pixels that are stored in more than one byte
         return datasets.Image().cast_storage(values)
 
 

@@ -1,4 +1,4 @@
-"""A data folder: which files belong to which split, what they hold, and the digest of it."""
+"""A data folder: which files belong to which split, and the digest of their contents."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def split_of(path: PurePath) -> tuple[str, PurePath]:
 
 
 LARGE = 16 << 20
-"""Files that have so many bytes together are not read again for their digest as long as nobody has touched them."""
+"""The digest of files that have so many bytes together is remembered, and not computed again while they stay untouched."""
 _SETTLED = 5.0
-"""Seconds since the last change of a file, after which a file system's clock tells the next one from it."""
+"""Seconds after a change of a file from which on another change is sure to give it another time of change."""
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
@@ -82,10 +82,10 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def fingerprint(files: Sequence[Path], with_names: bool, remember: bool = True) -> str:
-    """The digest of the files' contents, in order; an image folder's class names count too.
+    """The digest of the files' contents, in order; `with_names` of their folders' names too, which are the classes.
 
-    With `remember` that of large files is kept in the cache, for the next time that they are the same files: of the
-    same size, and changed at the same time.
+    With `remember` the digest of large files is kept in the cache, and found there as long as the files have the same inode,
+    size and times of change.
     """
     seen = _untouched(files, with_names) if remember else None
     place = None if seen is None else caching.place("digests", sha256(seen.encode()).hexdigest()[:32])
@@ -103,7 +103,7 @@ def fingerprint(files: Sequence[Path], with_names: bool, remember: bool = True) 
 
 
 def _untouched(files: Sequence[Path], with_names: bool) -> str | None:
-    """What tells these files, as they are now, from others; None if they are small, or have just been changed."""
+    """A text that changes when the files do; None if they are small, or were changed just now."""
     states = [file.stat() for file in files]
     latest = max(max(each.st_mtime, each.st_ctime) for each in states)
     if sum(each.st_size for each in states) < LARGE or not latest < time.time() - _SETTLED:

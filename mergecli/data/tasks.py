@@ -1,4 +1,4 @@
-"""The tasks a tower is evaluated on: class names, prompts and where the images lie; no torch."""
+"""The tasks that towers are evaluated on: class names, prompts and the source of the images. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergecli.runtime.errors import UsageError, did_you_mean
 from mergecli.storage.sources import Source, parse_source
 
 _PROMPTS = Path(__file__).parent / "prompts"
-"""A TOML file a task; the folder is the registry."""
+"""One TOML file for each task; the folder is the registry."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Task:
     config: str | None
     """The configuration of a data set that has several, which is a folder in its repository."""
     split: str
-    """What is evaluated."""
+    """The split that is evaluated by default."""
     train_split: str
     image_column: str
     label_column: str
@@ -39,7 +39,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """`[tasks.NAME]`: a task that is not built in, or changes to one that is; None where nothing is said."""
+    """`[tasks.NAME]` of a recipe: a new task, or changes to a built-in one; None where the table says nothing."""
 
     data: Source | None = None
     classes: tuple[str, ...] | None = None
@@ -64,7 +64,7 @@ class TasksOfRecipe(Protocol):
 
 @cache
 def sets() -> dict[str, tuple[str, ...]]:
-    """Each set's name and its tasks, in order: those of `task_sets.toml`, and all toy tasks."""
+    """Name of a set -> its tasks, in order: the sets of `task_sets.toml`, and `toy8`."""
     written = tomllib.loads(_PROMPTS.with_name("task_sets.toml").read_text("utf-8"))
     prefixes = {name: tuple(written["published"][:count]) for name, count in written["first"].items()}
     return {**prefixes, "toy8": _toy_names()}
@@ -72,7 +72,7 @@ def sets() -> dict[str, tuple[str, ...]]:
 
 @cache
 def names() -> tuple[str, ...]:
-    """The names of all built-in tasks: the published ones in the order of their tables, others, the toy ones."""
+    """The names of all built-in tasks: published ones in the order of their tables, then others, then toy tasks."""
     order = list(max(sets().values(), key=len))
     found = sorted(file.stem for file in _PROMPTS.glob("*.toml"))
     found.sort(key=lambda name: order.index(name) if name in order else len(order))
@@ -80,7 +80,7 @@ def names() -> tuple[str, ...]:
 
 
 def find(name: str, recipe: TasksOfRecipe | None = None) -> Task:
-    """The task of that name: a built-in one, changed by the recipe's `[tasks.NAME]`, or one defined there.
+    """The task of that name: a built-in one, with the changes of the recipe's `[tasks.NAME]`, or one defined there.
 
     Hyphens and underscores are the same, and a hub id stands for its last part: `stanford_cars`,
     `tanganke/stanford_cars` and `stanford-cars` are one task, called `stanford-cars` from here on.
@@ -117,7 +117,7 @@ def find(name: str, recipe: TasksOfRecipe | None = None) -> Task:
 
 
 def expand(written: Sequence[str], recipe: TasksOfRecipe | None = None) -> tuple[str, ...]:
-    """The names of the tasks that a list of tasks and sets stands for, in order, each once.
+    """The names of the tasks in a list of tasks and sets, in order, each once.
 
     Raises:
         UsageError: one of them is neither.
@@ -176,7 +176,7 @@ def _lines(problems: Iterable[tuple[str, str]]) -> str:
 
 
 def _changed(task: Task, table: TaskTable) -> Task:
-    """The built-in task with what the recipe's table says instead."""
+    """The built-in task with the changes of the recipe's table."""
     wrong = _table_problems(task.name, table)
     if wrong:
         raise UsageError(_lines(wrong))
@@ -192,7 +192,7 @@ def _changed(task: Task, table: TaskTable) -> Task:
 
 
 def _table(task: str, recipe: TasksOfRecipe | None) -> TaskTable | None:
-    """The recipe's table for a task, under whichever spelling of its name."""
+    """The recipe's table for a task, under any spelling of its name."""
     if recipe is None:
         return None
     return next((table for name, table in recipe.tasks.items() if _canonical(name, recipe) == task), None)
@@ -224,7 +224,7 @@ def _toy_names() -> tuple[str, ...]:
 
 @cache
 def _built_in(name: str) -> Task:
-    """A built-in task as it is without a recipe."""
+    """A built-in task, unchanged by any recipe."""
     if name in _toy_names():
         from mergecli.data.toy import TASKS
 
@@ -262,5 +262,5 @@ def _strings(values: Iterable[str]) -> tuple[str, ...]:
 
 
 def digest(strings: Iterable[str]) -> str:
-    """16 hex digits that tell two lists of class names, or of templates, apart."""
+    """16 hex digits of the SHA-256 of class names, or of templates."""
     return sha256("\n".join(strings).encode()).hexdigest()[:16]

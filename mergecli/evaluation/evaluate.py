@@ -1,4 +1,4 @@
-"""`evaluate`: how many images of each task a vision tower classifies rightly, and its loss."""
+"""`evaluate`: how many images of each task a vision tower classifies correctly, and its loss."""
 
 from __future__ import annotations
 
@@ -16,12 +16,7 @@ from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import LEFT_OUT, mixture_of
 from mergecli.formats.opening import open_source
 from mergecli.results import plots
-from mergecli.results.result import (
-    FINE_TUNED,
-    Evaluation,
-    result_files,
-    write_predictions,
-)
+from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.atomic import check_target, check_targets, write_text
 from mergecli.storage.metadata import looked_at, made_of
@@ -30,7 +25,7 @@ from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from mergecli.data.tasks import Task
-    from mergecli.evaluation.settings import Scores, Settings, Tower
+    from mergecli.evaluation.settings import Scores
     from mergecli.methods._mixture import Routing
     from mergecli.recipe.schema import Recipe
     from mergecli.runtime.progress import Progress
@@ -68,37 +63,36 @@ def evaluate(
 
     A checkpoint is a path or a source such as `toy:digits`; a task vector is added to the base first. Text
     tower, projection and image processor are those of `clip`, which is the recipe's base unless it is given.
-    Each image is decoded once, however many checkpoints there are, and kept in the cache for the next time. An
-    evaluation that is interrupted goes on where it was when the same call is made again.
+    Each image is decoded once, however many checkpoints there are, and its pixels are kept in the cache for the next
+    time. To resume an interrupted evaluation, make the same call again.
 
     Args:
-        checkpoints: sources, by themselves or under the names that their results get; none stands for all models
-            of the recipe, its base first.
+        checkpoints: sources, by themselves or under the names that their results get. Without any, all models of the
+            recipe are evaluated, its base first.
         only: which models of the recipe, by their names; `base` is its base.
-        individual: each model only on the task that it is named after, all in one result called `fine-tuned`.
+        individual: each model is evaluated only on the task that it is named after; all are one result, `fine-tuned`.
         tasks: names of tasks or sets, as a list or with commas between; else the recipe's `[eval]`, else the tasks of its `[tuned]`.
         limit: at most so many images of each task, drawn evenly over the classes, always the same ones.
-        corruption: what is done to every image after it was cropped, see `mergecli.data.corruptions`; from
-            `severity` 1 to 5.
+        corruption: of every image after it was cropped, see `mergecli.data.corruptions`; at a `severity` from 1 to 5.
         dtype: of the tower's weights and of what it computes: float32, bfloat16 or float16.
         workers: processes that decode images; by default as many as there are processors, at most eight.
-        cache: whether images, heads and what is unfinished are kept in the cache and taken from there.
+        cache: whether pixels, heads and the counts of an interrupted evaluation are kept in the cache and taken from there.
         cache_size: what the cache may grow to, such as `20GB`.
-        fresh: count again what an interrupted evaluation has counted.
-        routing: how towers that route do so: `sample` for each image by itself, or `batch` for the images of a batch as
-            one, as in published tables; then the task leaks, since a batch's images are of one task.
+        fresh: do not resume: count again what an interrupted evaluation has counted.
+        routing: `sample` routes each image by itself; `batch` routes all images of a batch alike, as in published tables.
+            Then the task leaks, since a batch's images are of one task.
         output: a `.json` file; or a folder that gets `<name>.json` for each checkpoint.
         predictions: a Parquet file that gets a row for each image.
         features: a folder that gets `<task>.safetensors` with the class token after every layer for each image; of
             several checkpoints in `<name>/<task>.safetensors`.
         routes: a folder that gets `<name>.csv` for each checkpoint that routes: the mean routing weight of each expert
             over the images of each task, layer by layer; and a picture of it, `<name>.png`, where matplotlib is.
-        unfinished: of work that has several evaluations: a list that gets the files from which an interrupted one goes
-            on, which then stay.
+        unfinished: a list that gets the files from which an interrupted evaluation resumes. They stay then, until
+            `forget` removes them: for work that has several evaluations.
 
     Raises:
         UsageError: an argument is wrong, or the recipe.
-        InputError: a checkpoint or a data set is missing, damaged or does not fit; found before the first image.
+        InputError: a checkpoint or a data set is missing, damaged or does not fit. This is found before the first image.
     """
     from mergecli.data.decoding import Corruption
     from mergecli.recipe.reading import named_models, recipe_of
@@ -133,19 +127,19 @@ def evaluate(
             chosen = [task for task in chosen if task.name in own]
             if not chosen:
                 raise UsageError("no model is named after one of the tasks", "name them: `TASK=PATH`")
-        return evaluate_open(
+        return _evaluate_open(
             models, base, chosen, settings, individual=individual, output=output, predictions=predictions,
             progress=progress, unfinished=unfinished,
         )  # fmt: skip
 
 
 def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[Task]:
-    """The tasks that a call means: those it names, else the recipe's `[eval]`, else the tasks of its `[tuned]`.
+    """The tasks that are named, else those of the recipe's `[eval]`, else those of its `[tuned]`.
 
     Raises:
         UsageError: there are none, or one is unknown.
     """
-    from mergecli.data import tasks as catalogue
+    from mergecli.data import tasks as registry
 
     named = tasks.split(",") if isinstance(tasks, str) else tasks
     wanted = named or ((recipe.eval_tasks or tuple(recipe.tuned)) if recipe else ())
@@ -153,10 +147,10 @@ def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[T
         raise UsageError(
             "no tasks to evaluate on", "name tasks or a set such as `ta8`; `mergecli tasks` lists them"
         )
-    return [catalogue.find(name, recipe) for name in catalogue.expand(wanted, recipe)]
+    return [registry.find(name, recipe) for name in registry.expand(wanted, recipe)]
 
 
-def evaluate_open(
+def _evaluate_open(
     models: Sequence[Tower],
     base: Source,
     tasks: Sequence[Task],
@@ -168,10 +162,7 @@ def evaluate_open(
     progress: Progress | None = None,
     unfinished: list[Path] | None = None,
 ) -> tuple[Evaluation, ...]:
-    """As `evaluate`, of towers that are open already, such as merges that are computed while they are read.
-
-    With a list `unfinished`, the files from which an interrupted evaluation goes on stay, and are put into it.
-    """
+    """`evaluate` of towers that are open: checks the outputs, counts, and writes them."""
     targets = result_files([FINE_TUNED] if individual else [model.name for model in models], output)
     _check_files(models, tasks, settings, targets, predictions, individual)
 
@@ -210,7 +201,7 @@ def _check_files(
     predictions: str | Path | None,
     individual: bool,
 ) -> None:
-    """Raises UsageError unless everything can be written and replaces no input: found before the work, not after it."""
+    """Before any work: raises UsageError if an output cannot be written, or would replace an input."""
     targets: list[tuple[Path, Sequence[str]]] = [(each, ()) for each in results]
     if predictions is not None:
         targets.append((Path(predictions), (".parquet",)))
@@ -290,7 +281,7 @@ def _checkpoint_facts(tower: Tower, base_digest: str, settings: Settings) -> dic
 
 
 def _parameters(checkpoint: Checkpoint) -> int:
-    """Entries of all tensors; of a mixture, whose masks are no parameters, of the floating point ones."""
+    """Entries of all tensors; in a mixture only of those in floating point, since masks are no parameters."""
     counts = [
         entry.size for entry in checkpoint.entries.values() if entry.is_float or not checkpoint.is_mixture
     ]
@@ -298,7 +289,7 @@ def _parameters(checkpoint: Checkpoint) -> int:
 
 
 def forget(files: Sequence[Path]) -> None:
-    """Removes what an interrupted evaluation would have gone on from."""
+    """Removes the files from which an interrupted evaluation would have resumed."""
     for file in files:
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What each layer of a vision tower makes of the class token, saved while the tower classifies."""
+"""Features: the class token after each layer of a vision tower, saved while the tower classifies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 class LayerFeatures:
     """A safetensors file with `layer_00`, `layer_01`, ...: (N, D) float32, the class token after each layer of the
-    encoder; `labels` (N,), and `index` (N,), the images' numbers in the split. It takes its name when closed whole."""
+    encoder; `labels` (N,); and `index` (N,), the images' numbers in the split. The file appears when it is complete."""
 
     def __init__(
         self,
@@ -52,8 +52,9 @@ class LayerFeatures:
         self._writer.__exit__(kind, error, trace)
 
     @contextmanager
-    def of_images_from(self, row: int) -> Generator[None]:
-        """Inside of it the tower's forward pass is over the images from number `row` on, in one piece or in several."""
+    def of_images_from(self, first: int) -> Generator[None]:
+        """Saves what passes through the tower inside the block: the images from number `first` on, in one micro-batch or in
+        several. Nothing is written if the block fails, so that it can be tried again with smaller ones."""
         import torch
 
         found: dict[str, list[Tensor]] = {_name(number): [] for number in range(len(self._layers))}
@@ -70,7 +71,7 @@ class LayerFeatures:
                 hooks.enter_context(layer.register_forward_hook(take(number)))
             yield
         for name, states in found.items():
-            self._writer.write(name, torch.cat(states), row * self._width)
+            self._writer.write(name, torch.cat(states), first * self._width)
 
 
 def feature_file(folder: Path | None, tower: str, task: str, several: bool) -> Path | None:

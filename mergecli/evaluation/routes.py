@@ -1,4 +1,4 @@
-"""Routes: which experts towers that route send each task's images to, layer by layer."""
+"""Routes: to which experts a tower that routes sends each task's images, layer by layer."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ Weights = Mapping[str, tuple[float, ...]]
 
 
 class RouteSums:
-    """Routing weights of one tower on one task, summed over its images as they are shown."""
+    """Routing weights of one tower on one task, summed over the images that it has seen."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._images = 0
 
     def add(self, routes: Mapping[str, Tensor], images: int) -> None:
-        """Takes in layer -> (B, T) weights of B images, or (1, T) weights that all of them shared."""
+        """Adds layer -> (B, T) weights of B images, or (1, T) weights that all of them shared."""
         for layer, weights in routes.items():
-            added = (
-                weights.detach().double().mean(0).mul_(images)
-            )  # (T,), on its own device: nothing waits for it
+            # (T,); it stays on its device: to read it would wait for the device after every layer
+            added = weights.detach().double().mean(0).mul_(images)
             self._sums[layer] = self._sums[layer] + added if layer in self._sums else added
         self._images += images
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mergecli.storage.checkpoint import Checkpoint
 
 CHUNK_BYTES = 1 << 30
-"""Of images that are not in the cache yet, so many bytes are in memory while one tower after another sees them."""
+"""Bytes of pixels that are in memory while one tower after another sees them, where they are not in the cache yet."""
 
 
 def score(
@@ -48,10 +48,10 @@ def score(
 
     Args:
         own_task_only: each tower only on the task that has its name.
-        predictions: whether there is to be a row for each image.
+        predictions: whether one row for each image is wanted.
 
     Raises:
-        InputError: a tower or a data set does not fit, found before the first image; or an image cannot be read.
+        InputError: a tower or a data set does not fit, which is found before the first image; or an image cannot be read.
     """
     import torch
 
@@ -255,7 +255,7 @@ def _add_rows(columns: dict[str, list[object]], tower: str, of_task: TaskImages,
 
 @contextmanager
 def _exact_convolutions(settings: Any) -> Generator[None]:
-    """Convolutions in float32 as they are elsewhere: by default cuDNN rounds their inputs to TF32."""
+    """Full float32 in convolutions: by default cuDNN rounds their inputs to TF32, and the counts of a GPU would differ."""
     before = settings.allow_tf32
     settings.allow_tf32 = False
     try:

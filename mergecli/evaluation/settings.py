@@ -26,27 +26,27 @@ class Settings:
 
     batch_size: int = 128
     split: str | None = None
-    """Another split than each task's own."""
+    """A split to evaluate on in place of each task's own."""
     limit: int | None = None
-    """At most so many images of each task, about as many of each class."""
+    """At most so many images of each task, about equally many of each class."""
     corruption: Corruption | None = None
     device: str = "cpu"
     dtype: str = "float32"
-    """Of the tower's weights and of what it computes; heads and logits are float32 always."""
+    """Of the tower's weights and activations; heads and logits are always float32."""
     workers: int | None = None
     max_size: int = 0
-    """Bytes that the cache may grow to; 0 does without it."""
+    """Bytes that the cache may grow to; 0 uses none."""
     fresh: bool = False
-    """Whether what an interrupted evaluation has counted is counted again."""
+    """Whether not to resume an interrupted evaluation."""
     routing: Routing = "sample"
-    """How towers that route do so: for each image by itself, or for all images of a batch as one."""
+    """Whether towers that route do so for each image by itself, or for all images of a batch alike."""
     features: Path | None = None
     """The folder that gets the features of every layer."""
     routes: Path | None = None
     """The folder that gets the routes of towers that route."""
 
     def __post_init__(self) -> None:
-        """Raises UsageError if there is no such dtype or corruption, or a number is none."""
+        """Raises UsageError if dtype, routing or corruption are unknown, or a number is below 1."""
         if self.dtype not in DTYPES:
             near = did_you_mean(self.dtype, DTYPES)
             raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got `{self.dtype}`{near}")
@@ -68,23 +68,23 @@ class Tower(NamedTuple):
 
     name: str
     label: str
-    """What results call the place it comes from."""
+    """What results call its source."""
     checkpoint: Checkpoint
     """The vision tower only, open."""
 
 
 @dataclass
 class Scores:
-    """What the towers came to."""
+    """The scores of several towers, and what is reported besides."""
 
     tasks: list[dict[str, TaskScore]]
     """For each tower, task -> score."""
     predictions: dict[str, list[object]]
-    """Columns with a row for each tower, task and image, if they are wanted."""
+    """Columns with one row for each tower, task and image, if they are wanted."""
     clip: ClipDigests
     processing: str
     """Digest of the image processor's settings."""
     routes: list[Routes]
     """Of the towers that route, if they are wanted."""
     unfinished: list[Path] = field(default_factory=list[Path])
-    """Files of the cache that are of no more use once the results are written."""
+    """Files of the cache from which an interrupted evaluation resumes; to be removed once the results are written."""

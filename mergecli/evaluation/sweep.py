@@ -1,4 +1,4 @@
-"""`sweep`: a merge for each value of some settings, evaluated without keeping the checkpoints, and the best of them."""
+"""`sweep`: one merge for each value of some settings, each evaluated and then deleted, and the best of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mergecli.storage.atomic import check_targets, write_text
 from mergecli.storage.store import locate
 
 ROOM = 4 << 30
-"""Bytes of checkpoints that lie in the temporary folder at a time; each round of them costs one pass over the models."""
+"""Bytes of checkpoints that are in the temporary folder at a time. Each such batch costs one pass over the models."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Swept:
 
     @property
     def near(self) -> list[int]:
-        """Points whose average is not told apart from the best one's: the 95 % interval of the difference, as if they had
-        seen different images, holds 0."""
+        """Points whose average does not differ significantly from the best one's: the 95 % interval of the difference, as if
+        they had seen different images, contains 0."""
         best = _counts(self.results[self.best])
         intervals = [difference_interval(best, _counts(each)) for each in self.results]
         return [
@@ -101,15 +101,17 @@ def sweep(
 ) -> Swept:
     """Merges the recipe's models once for each value of some settings, and evaluates each merge.
 
-    Passes over the models, decoded images and heads are shared by all points. Checkpoints lie in a temporary folder
-    until they are evaluated. A sweep that was interrupted merges again, and evaluates what was left.
+    All points share the passes over the models, the decoded images and the heads. Checkpoints are in a temporary folder
+    until they are evaluated. To resume an interrupted sweep, make the same call again: it merges again, and evaluates
+    only what was left.
 
     Args:
         over: `method.SETTING=FIRST:LAST:STEP` or `method.SETTING=VALUE,VALUE,...`; several make a grid.
-        select: a split such as `validation` to choose the best point on; that point is then evaluated on the tasks' own.
+        select: a split such as `validation`, on which the best point is chosen. That point is then evaluated on the tasks'
+            own split.
         keep: a folder that gets the checkpoints.
-        output: a folder that gets a result a point, and `best.json`.
-        plot: curves (PNG, SVG or PDF) over the setting that has most values, all of them numbers.
+        output: a folder that gets one result for each point, and `best.json`.
+        plot: a file (PNG, SVG or PDF) that gets curves over the setting that has most values, all of them numbers.
         evaluation: further arguments of `evaluate`, such as `tasks`, `limit` or `dtype`.
     """
     points = points_of(recipe, over, method=method, changes=changes)
@@ -133,24 +135,24 @@ def sweep(
     shared["unfinished"] = unfinished
     with TemporaryDirectory(prefix="mergecli-sweep-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
-        for number, round_ in _rounds(points, kept):
+        for following, batch in _batches(points, kept):
             files = {
                 each.path.stem: each.path
-                for each in merge_sweep(round_, kept or folder, device=device, progress=progress)
+                for each in merge_sweep(batch, kept or folder, device=device, progress=progress)
             }
             found = evaluate(files, recipe=points[0].recipe, split=select or split, **shared)
-            results += [_labelled(result, point) for result, point in zip(found, round_, strict=True)]
-            if not kept and number:
+            results += [_labeled(result, point) for result, point in zip(found, batch, strict=True)]
+            if not kept and following:  # `select` may need the last batch again
                 for file in files.values():
                     file.unlink()
-        best = max(range(len(points)), key=lambda place: results[place].average.accuracy)
+        best = max(range(len(points)), key=lambda number: results[number].average.accuracy)
         confirmed = None
         if select is not None:
             path = (kept or folder) / f"{points[best].name}.safetensors"
             if not path.exists():
                 merge_sweep([points[best]], folder, device=device)
             (own,) = evaluate({points[best].name: path}, recipe=points[0].recipe, split=split, **shared)
-            confirmed = _labelled(own, points[best])
+            confirmed = _labeled(own, points[best])
     splits = {score.split for score in results[0].tasks.values()}
     swept = Swept(points, tuple(results), best, select or " and ".join(sorted(splits)), confirmed)
     chosen = confirmed or results[best]
@@ -163,8 +165,8 @@ def sweep(
     return swept
 
 
-def _rounds(points: Sequence[Point], kept: Path | None) -> Iterator[tuple[int, Sequence[Point]]]:
-    """(rounds still to come, points whose checkpoints there is room for at a time)."""
+def _batches(points: Sequence[Point], kept: Path | None) -> Iterator[tuple[int, Sequence[Point]]]:
+    """(batches that follow, points whose checkpoints fit into `ROOM` together)."""
     first = points[0].recipe
     source = first.base or next(iter(first.tuned.values()))
     path = locate(source)
@@ -179,15 +181,15 @@ def _counts(result: Evaluation) -> list[Count]:
     return [Count(each.correct, each.images) for each in result.tasks.values()]
 
 
-def _labelled(result: Evaluation, point: Point) -> Evaluation:
-    """The result, which says the values of the swept settings."""
+def _labeled(result: Evaluation, point: Point) -> Evaluation:
+    """The result with the values of the swept settings in it."""
     values = {key: _plain(each) for key, each in point.values.items()}
     about: Mapping[str, str | None] = {**result.checkpoint, "path": point.name, **values}
     return replace(result, checkpoint=about)
 
 
 def _axis(points: Sequence[Point]) -> str:
-    """The swept setting along which curves go: of those whose values are numbers, the one with most values."""
+    """The swept setting on the x axis: of those whose values are all numbers, the one with most values."""
     values = {key: {point.values[key] for point in points} for key in points[0].values}
     known = [key for key, each in values.items() if all(isinstance(value, int | float) for value in each)]
     if not known:
@@ -196,7 +198,7 @@ def _axis(points: Sequence[Point]) -> str:
 
 
 def _draw(swept: Swept, key: str, path: Path) -> None:
-    """Every task and their average along one setting; where others were swept too, the average for each of their values."""
+    """Curves of every task and of the average; where other settings were swept too, of the average for each of their values."""
     from mergecli.results.plots import curves, save
 
     x = sorted({float(point.values[key]) for point in swept.points})
@@ -218,7 +220,7 @@ def _draw(swept: Swept, key: str, path: Path) -> None:
 
 
 def _others(point: Point, key: str) -> str:
-    """What a curve along `key` is called: the values of the other settings; `average` where there are none."""
+    """The label of a curve along `key`: the values of the other settings, or `average` where there are none."""
     others = {each: value for each, value in point.values.items() if each != key}
     return (
         ", ".join(f"{each.removeprefix('method.')} {_plain(value)}" for each, value in others.items())

@@ -15,8 +15,7 @@ from mergecli.formats.lora_files import is_adapter
 from mergecli.formats.open_clip_names import renaming
 from mergecli.formats.pickles import pickled_files, read_state
 from mergecli.runtime import interrupts
-from mergecli.runtime.errors import UsageError, quoted
-from mergecli.runtime.progress import Progress
+from mergecli.runtime.errors import UsageError
 from mergecli.storage.atomic import check_targets, whole_folder, writing
 from mergecli.storage.checkpoint import open_checkpoint
 from mergecli.storage.metadata import about
@@ -53,14 +52,12 @@ def convert(
     target: Path,
     *,
     allow_pickle: bool = False,
-    progress: Progress | None = None,
-    note: Callable[[str], None] | None = None,
 ) -> Path:
     """The file `target`: the tensors of `source` as safetensors, each in its own dtype, with Hugging Face's names.
 
     `source` is a file of `torch.save`, in its zip or its older format, that holds a state dict or a table with one in
     it; an index of such shards; a folder with either; or safetensors with open_clip's names. What has no place in
-    `target` is told to `note` and stands in the file's metadata as `left_out`.
+    `target` stands in the file's metadata as `left_out`.
 
     The models that OpenAI trained, and so those fine-tuned from them in work on task arithmetic, need `quick_gelu` as
     activation, other models of open_clip mostly `gelu`: the weights do not tell, and no `config.json` is written.
@@ -100,20 +97,14 @@ def convert(
         plan = renaming(source, shapes)
         if stored and not plan.changes:
             raise UsageError(f"{source}: is safetensors with names that mergecli knows: nothing to convert")
-        if note and plan.left_out:
-            note(f"{source}: left out {quoted(plan.left_out)}: Hugging Face's model has no place for them")
-        if note and others:
-            note(f"{source}: left out {quoted(others)}: they are no tensors of the model")
         layout = {name: _form(origin.taken_from(forms[origin.name])) for name, origin in plan.origins.items()}
         kind = stored.metadata.get("kind", "checkpoint") if stored else "checkpoint"
         with SafetensorsWriter(
             target, layout, _metadata(kind, source, files, [*plan.left_out, *others])
         ) as writer:
-            for number, (name, origin) in enumerate(plan.origins.items(), 1):
+            for name, origin in plan.origins.items():
                 interrupts.check()
                 writer.write(name, origin.taken_from(read(origin.name)))
-                if progress:
-                    progress("converting", number, len(layout))
     return target
 
 
@@ -139,9 +130,10 @@ _COPIED = (".json", ".txt")
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
 
 
-def place(path: Path, home: Path, *, allow_pickle: bool) -> Path:
-    """Where the checkpoint can be read: itself, or else its conversion in the store, one for the same content, which
-    `make` puts there.
+def converted_path(path: Path, home: Path, *, allow_pickle: bool) -> Path:
+    """Where the checkpoint can be read: at its own path, or else at that of its conversion, which `convert_once` writes.
+
+    The conversion lies in the store under a digest of the content, so that what was converted once is found again.
 
     Raises:
         UsageError: it is a pickle that is not converted yet, and `allow_pickle` is not set. InputError: it is damaged.
@@ -161,9 +153,8 @@ def place(path: Path, home: Path, *, allow_pickle: bool) -> Path:
     return folder if path.is_dir() else folder / "model.safetensors"
 
 
-def make(path: Path, target: Path) -> None:
-    """Converts the checkpoint to the `place` it has, unless it is there. A folder's configuration and tokenizer files
-    come with it.
+def convert_once(path: Path, target: Path) -> None:
+    """Converts the checkpoint to its `converted_path`, unless that is there; with a folder's configuration and tokenizer.
 
     Raises:
         InputError: it is damaged, would run code, or cannot be written.

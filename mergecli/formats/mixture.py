@@ -60,9 +60,9 @@ class OpenMixture:
                 f"{self.stored.path}: has no tower for `{task}`{did_you_mean(task, self.tasks)}",
                 f"it holds towers for {', '.join(self.tasks)}",
             )
-        place = self.tasks.index(task)
+        index = self.tasks.index(task)
         fills = {
-            name: _fill(self, name, place) for name, entry in self.shared.entries.items() if entry.is_float
+            name: _fill(self, name, index) for name, entry in self.shared.entries.items() if entry.is_float
         }
         kept = {
             key: self.stored.metadata[key]
@@ -102,10 +102,10 @@ class OpenMixture:
         except ContradictionError as error:
             raise InputError(f"{self.stored.path}: {error}", _HINT) from error
 
-    def weights(self, name: str, place: int) -> Tensor:
-        """(...) float32 weights of one tensor for task number `place`; raises InputError as `install` does."""
+    def weights(self, name: str, index: int) -> Tensor:
+        """(...) float32 weights of one tensor for task number `index`; raises InputError as `install` does."""
         with self._named():
-            return self.method.weights(name, place, self.stored.read)
+            return self.method.weights(name, index, self.stored.read)
 
     def correction(self, task: str, device: torch.device) -> Callable[[Tensor], Tensor] | None:
         """What changes the (B, D) unit image features of a task."""
@@ -148,7 +148,7 @@ def mixture_of(stored: Checkpoint) -> OpenMixture:
 def _own_names(stored: Checkpoint, method: Mixture, tasks: int) -> list[str]:
     """The names of the shared tensors, once it is known that every tensor of the file is what it should be."""
     shapes = {name: entry.shape for name, entry in stored.entries.items()}
-    extras = {key for key in shapes if key.startswith(_PREFIXES)}
+    extras = {key for key in shapes if key.startswith(methods.key_prefixes())}
     own = [name for name in shapes if name not in extras]
     floats = {name: shapes[name] for name in own if stored.entries[name].is_float}
     parts: dict[str, Part] = {}
@@ -173,36 +173,22 @@ def _own_names(stored: Checkpoint, method: Mixture, tasks: int) -> list[str]:
     return own
 
 
-_PREFIXES = (
-    "experts.",
-    "masks.",
-    "unified.",
-    "summed.",
-    "left.",
-    "right.",
-    "deltas.",
-    "rescalers",
-    "router.",
-    "surgery.",
-)
-"""What keys begin with that are no names of a tower's tensors."""
-
-
 def check_names(names: Iterable[str], whose: Path) -> None:
     """Raises InputError if a tower has tensors whose names a mixture has for others."""
-    if taken := [name for name in names if name.startswith(_PREFIXES)]:
+    prefixes = methods.key_prefixes()
+    if taken := [name for name in names if name.startswith(prefixes)]:
         raise InputError(
             f"{whose}: {quoted(taken)}: expected names that do not begin as a mixture's own tensors do",
-            f"those begin with {quoted(_PREFIXES)}: rename the tensors, or choose a method that writes one tower",
+            f"those begin with {quoted(prefixes)}: rename the tensors, or choose a method that writes one tower",
         )
 
 
-def _fill(mixture: OpenMixture, name: str, place: int) -> Fill:
+def _fill(mixture: OpenMixture, name: str, index: int) -> Fill:
     """Computes the tensor when a part of it is asked for, and keeps it until all of it has been."""
 
     @lru_cache(maxsize=1)
     def whole() -> Tensor:
-        return mixture.weights(name, place).reshape(-1)
+        return mixture.weights(name, index).reshape(-1)
 
     def fill(start: int, stop: int, into: Tensor) -> None:
         values = whole()

@@ -89,10 +89,10 @@ def _converted(path: Path) -> Path:
     weights = path.glob("*.safetensors*") if path.is_dir() else [path] if ".safetensors" in path.name else []
     if any(weights):
         return path
-    from mergecli.formats.convert import place
+    from mergecli.formats.convert import converted_path
 
     try:
-        found = place(path, home(), allow_pickle=False)
+        found = converted_path(path, home(), allow_pickle=False)
     except (InputError, UsageError):
         return path  # whoever opens it says what is wrong with it
     return found if found.exists() else path

@@ -8,20 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mergecli.storage.sources import Source
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """One file of a repository at a commit."""
-
-    path: str
-    """With `/` between names."""
-    size: int
-    """Bytes."""
-    sha256: str | None = None
-    """The digest that the hub promises; hubs know it of large files (git LFS), ModelScope of all."""
-    git: str | None = None
-    """SHA-1 of the file as a git blob, where the hub knows no SHA-256."""
+from mergecli.storage.store import RemoteFile
 
 
 @dataclass(frozen=True)

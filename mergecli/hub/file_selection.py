@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
 from mergecli.data.splits import split_of
-from mergecli.hub.client import RemoteFile
 from mergecli.runtime.errors import HubError, UsageError, quoted
 from mergecli.storage.safetensors_format import shards_of
+from mergecli.storage.store import RemoteFile
 
 LISTED_SUFFIXES = (
     ".json",

@@ -2,7 +2,7 @@
 
 `HF_ENDPOINT`, `HF_TOKEN` (and `hf auth login`), `HF_HUB_DOWNLOAD_TIMEOUT`, `HF_HUB_ETAG_TIMEOUT`, the proxy and the
 certificate variables mean what they mean to that library, whose client makes every request here. Tries are repeated by
-`hub.patience` and not by the library's `http_backoff`, which sleeps as long as a server says, however long that is, and
+`hub.retry` and not by the library's `http_backoff`, which sleeps as long as a server says, however long that is, and
 takes 23 s to tell that a connection is refused. Xet is never used, with whatever endpoint: all files come by HTTP, which
 is what can be resumed. Pages of a list are followed here, since the library's own paging waits for a silent server
 for ever.
@@ -19,13 +19,13 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from urllib.parse import quote
 
-from mergecli.hub.client import Body, RemoteFile, TransientError
+from mergecli.hub.client import Body, TransientError
 from mergecli.hub.environment import check_variables, host_of, reason_of, wait_of, without_password
-from mergecli.hub.retry import Patience, retried
-from mergecli.hub.wanted import named
-from mergecli.recipe.lock import is_commit
+from mergecli.hub.requirements import named
+from mergecli.hub.retry import RetryPolicy, retried
 from mergecli.runtime.errors import HubError, did_you_mean, quoted
-from mergecli.storage.sources import DEFAULT_BRANCH, Source
+from mergecli.storage.sources import DEFAULT_BRANCH, Source, is_commit
+from mergecli.storage.store import RemoteFile
 
 OWN = ("https://huggingface.co", "https://hf.co", "https://hub-ci.huggingface.co")
 """The hub's own endpoints, which the token is for."""
@@ -36,7 +36,9 @@ CONVERTED = "refs/convert/parquet"
 class HuggingFace:
     """The hub at `HF_ENDPOINT`, or huggingface.co. A token goes to another endpoint only with `token_to_endpoint`."""
 
-    def __init__(self, stop: threading.Event, patience: Patience, *, token_to_endpoint: bool = False) -> None:
+    def __init__(
+        self, stop: threading.Event, policy: RetryPolicy, *, token_to_endpoint: bool = False
+    ) -> None:
         check_variables(
             certificates=("SSL_CERT_FILE",), seconds=("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
         )
@@ -57,7 +59,7 @@ class HuggingFace:
         self._headers = {"user-agent": f"mergecli/{version()}; hf_hub/{huggingface_hub.__version__}"}
         if self._trusted and (token := get_token_to_send(None)):
             self._headers["authorization"] = f"Bearer {token}"
-        self._stop, self._patience = stop, patience
+        self._stop, self._policy = stop, policy
         self._unreachable: HubError | None = None
         self._timeouts = constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT
 
@@ -84,7 +86,7 @@ class HuggingFace:
         url: str | None = f"{self._api(source)}/tree/{commit}?recursive=true&expand=false"
         while url:
             response = self._get(source, url)
-            with self._told(source, None):
+            with self._in_our_words(source, None):
                 found += [_remote(each) for each in response.json() if each["type"] == "file"]
             url = response.links.get("next", {}).get("url")
         return tuple(found)
@@ -103,7 +105,7 @@ class HuggingFace:
         if start:
             headers["Range"] = f"bytes={start}-"
         with (
-            self._told(source, path),
+            self._in_our_words(source, path),
             get_session().stream("GET", url, headers=headers, timeout=self._timeouts[1]) as response,
         ):
             hf_raise_for_status(response)
@@ -113,7 +115,7 @@ class HuggingFace:
             yield Body(begins, self._blocks(source, path, response))
 
     def _blocks(self, source: Source, path: str, response: Any) -> Iterator[bytes]:
-        with self._told(source, path):
+        with self._in_our_words(source, path):
             yield from response.iter_bytes()
 
     def _api(self, source: Source) -> str:
@@ -123,16 +125,16 @@ class HuggingFace:
         from huggingface_hub.utils import get_session, hf_raise_for_status
 
         def get() -> Any:
-            with self._told(source, None, first):
+            with self._in_our_words(source, None, first):
                 response = get_session().get(url, headers=self._headers, timeout=self._timeouts[0])
                 hf_raise_for_status(response)
                 response.json()
                 return response
 
-        return retried(get, self._stop, self._patience)
+        return retried(get, self._stop, self._policy)
 
     @contextmanager
-    def _told(self, source: Source, path: str | None, first: bool = False) -> Generator[None]:
+    def _in_our_words(self, source: Source, path: str | None, first: bool = False) -> Generator[None]:
         """Says in our words what went wrong, and whether another try may help."""
         from huggingface_hub.errors import HfHubHTTPError
 

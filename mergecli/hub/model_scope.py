@@ -3,7 +3,7 @@
 `MODELSCOPE_ENDPOINT`, its predecessor `MODELSCOPE_DOMAIN`, `MODELSCOPE_API_TOKEN` (and `modelscope login`),
 `MODELSCOPE_DOWNLOAD_TIMEOUT`, the proxy and the certificate variables mean what they mean to that library, whose
 sessions make every request here. Its own repeated tries are turned off, since they would multiply with those of
-`hub.patience`; its downloader is not used: `hub.transfer` says why.
+`hub.retry`; its downloader is not used: `hub.transfer` says why.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-from mergecli.hub.client import Body, RemoteFile, TransientError
+from mergecli.hub.client import Body, TransientError
 from mergecli.hub.environment import check_variables, host_of, reason_of, was_broken_off, without_password
-from mergecli.hub.retry import Patience, retried
-from mergecli.hub.wanted import named
-from mergecli.recipe.lock import is_commit
+from mergecli.hub.requirements import named
+from mergecli.hub.retry import RetryPolicy, retried
 from mergecli.runtime.errors import HubError, did_you_mean, quoted
-from mergecli.storage.sources import DEFAULT_BRANCH, Source
+from mergecli.storage.sources import DEFAULT_BRANCH, Source, is_commit
+from mergecli.storage.store import RemoteFile
 
 OWN = tuple(f"https://{www}modelscope.{land}" for www in ("", "www.") for land in ("cn", "ai"))
 """The hub's own endpoints, which the token is for."""
@@ -35,7 +35,9 @@ class ModelScope:
     """The hub at `MODELSCOPE_ENDPOINT`, or modelscope.cn. A token goes to another endpoint only with
     `token_to_endpoint`."""
 
-    def __init__(self, stop: threading.Event, patience: Patience, *, token_to_endpoint: bool = False) -> None:
+    def __init__(
+        self, stop: threading.Event, policy: RetryPolicy, *, token_to_endpoint: bool = False
+    ) -> None:
         check_variables(
             certificates=("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), seconds=("MODELSCOPE_DOWNLOAD_TIMEOUT",)
         )
@@ -54,10 +56,10 @@ class ModelScope:
             self._api = HubApi(
                 config if self._trusted else HubConfig(endpoint=self._endpoint, token="")
             ).legacy
-        _make_impatient(self._api)
+        _turn_off_retries(self._api)
         if not os.environ.get("MODELSCOPE_LOG_LEVEL"):
             logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
-        self._stop, self._patience = stop, patience
+        self._stop, self._policy = stop, policy
         self._unreachable: HubError | None = None
         self._lists: dict[tuple[Source, str], list[dict[str, Any]]] = {}
 
@@ -78,7 +80,7 @@ class ModelScope:
                 raise HubError(f"{named(source)}: has no files")
             near = did_you_mean(revision, known) or (f"; it has {quoted(known)}" if known else "")
             raise HubError(f"{named(source)}: there is no branch or tag `{revision}`{near}")
-        with self._told(source, None):
+        with self._in_our_words(source, None):
             newest = max(int(each["CommittedDate"]) for each in files)
             commits = sorted(
                 {str(each["Revision"]) for each in files if int(each["CommittedDate"]) == newest}
@@ -99,7 +101,7 @@ class ModelScope:
 
     def files(self, source: Source, commit: str) -> tuple[RemoteFile, ...]:
         found = self._lists.get((source, commit)) or self._list(source, commit)
-        with self._told(source, None):
+        with self._in_our_words(source, None):
             return tuple(_remote(each) for each in found)
 
     def open(self, source: Source, commit: str, path: str, start: int) -> AbstractContextManager[Body]:
@@ -109,7 +111,7 @@ class ModelScope:
     def _opened(self, source: Source, commit: str, path: str, start: int) -> Generator[Body]:
         headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
         with (
-            self._told(source, path),
+            self._in_our_words(source, path),
             self._api.download_stream(source.name, _kind(source), path, commit, headers=headers) as response,
         ):
             begins = start if response.status_code == 206 else 0
@@ -118,26 +120,26 @@ class ModelScope:
             yield Body(begins, self._blocks(source, path, response))
 
     def _blocks(self, source: Source, path: str, response: Any) -> Iterator[bytes]:
-        with self._told(source, path):
+        with self._in_our_words(source, path):
             yield from response.iter_content(_BLOCK)
 
     def _list(self, source: Source, revision: str) -> list[dict[str, Any]]:
         def ask() -> list[dict[str, Any]]:
-            with self._told(source, None):
+            with self._in_our_words(source, None):
                 found = self._api.list_repo_files(source.name, _kind(source), revision)
                 return [each for each in found if each.get("Type") != "tree"]
 
-        return retried(ask, self._stop, self._patience)
+        return retried(ask, self._stop, self._policy)
 
     def _revisions(self, source: Source) -> list[dict[str, Any]]:
         def ask() -> list[dict[str, Any]]:
-            with self._told(source, None):
+            with self._in_our_words(source, None):
                 return self._api.list_revisions(source.name, _kind(source))
 
-        return retried(ask, self._stop, self._patience)
+        return retried(ask, self._stop, self._policy)
 
     @contextmanager
-    def _told(self, source: Source, path: str | None) -> Generator[None]:
+    def _in_our_words(self, source: Source, path: str | None) -> Generator[None]:
         """Says in our words what went wrong, and whether another try may help."""
         import requests
         from modelscope_hub import errors
@@ -208,7 +210,7 @@ def _remote(entry: Any) -> RemoteFile:
     return RemoteFile(str(entry["Path"]), size, str(entry.get("Sha256") or "") or None)
 
 
-def _make_impatient(client: Any) -> None:
+def _turn_off_retries(client: Any) -> None:
     """One try for each request: the library has no setting for it that reaches all of them."""
     client._request_repo_tree = partial(client._request_repo_tree, max_attempts=1)
     for adapter in client._session.adapters.values():

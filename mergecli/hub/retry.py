@@ -26,13 +26,13 @@ class _Waited:
 
     seconds: float = 0.0
     until: float = 0.0
-    told: bool = False
+    noted: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long to bear with a hub."""
+class RetryPolicy:
+    """How often and for how long a hub is asked again."""
 
     tries: int = 5
     """In a row without any progress."""
@@ -72,21 +72,21 @@ class Patience:
                 )
             self._waited.seconds += more
             self._waited.until = max(self._waited.until, now + wait)
-            tell = wait > 10 and not self._waited.told
-            self._waited.told |= tell
+            tell = wait > 10 and not self._waited.noted
+            self._waited.noted |= tell
         if tell and self.note:
             self.note(f"waiting {wait:.0f} s: {reason}")
 
 
-def retried(action: Callable[[], T], stop: threading.Event, patience: Patience) -> T:
-    """The result of an action that may raise TransientError; HubError when patience ends."""
+def retried(action: Callable[[], T], stop: threading.Event, policy: RetryPolicy) -> T:
+    """The result of an action that may raise TransientError; HubError when the policy allows no more."""
     failures = 0
     while True:
         try:
             return action()
         except TransientError as reason:
             failures += 1
-            patience.pause(failures, reason, stop)
+            policy.pause(failures, reason, stop)
 
 
 def in_threads(

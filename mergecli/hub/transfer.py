@@ -16,13 +16,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from mergecli.hub.client import Hub, RemoteFile, TransientError
-from mergecli.hub.retry import Patience, StoppedError
-from mergecli.hub.store import size_of
-from mergecli.recipe.lock import LockedFile
+from mergecli.hub.client import Hub, TransientError
+from mergecli.hub.retry import RetryPolicy, StoppedError
 from mergecli.runtime.errors import HubError
 from mergecli.storage.atomic import writing
 from mergecli.storage.sources import Source
+from mergecli.storage.store import RemoteFile, StoredFile, size_of
 
 _SMALL = 1 << 27
 """Bytes."""
@@ -38,15 +37,15 @@ def download(
     folder: Path,
     stop: threading.Event,
     tell: Tell,
-    patience: Patience,
-) -> LockedFile:
+    policy: RetryPolicy,
+) -> StoredFile:
     """Puts the file under its path in `folder`, unless it is there already; its size and SHA-256 are verified.
 
     Bytes arrive in `<path>.incomplete`, from which the next try goes on. What turns out wrong is removed; if it began
     in an earlier run, it is fetched once more as a whole.
 
     Raises:
-        HubError: the hub refuses, patience ended, or the file is not what the hub promised.
+        HubError: the hub refuses, it was tried too often, or the file is not what the hub promised.
         InputError: it cannot be written.
         StoppedError: the work was given up.
     """
@@ -58,11 +57,11 @@ def download(
             target.replace(incomplete)
         resumed = size_of(incomplete) or 0
         while True:
-            digest, size = _fill(hub, source, commit, file, incomplete, stop, tell, patience)
+            digest, size = _fill(hub, source, commit, file, incomplete, stop, tell, policy)
             wrong = digest.wrong(size)
             if not wrong:
                 incomplete.replace(target)
-                return LockedFile(file.path, size, digest.sha256)
+                return StoredFile(file.path, size, digest.sha256)
             incomplete.unlink()
             if not resumed:
                 raise HubError(
@@ -73,13 +72,13 @@ def download(
 
 
 def content(
-    hub: Hub, source: Source, commit: str, file: RemoteFile, stop: threading.Event, patience: Patience
+    hub: Hub, source: Source, commit: str, file: RemoteFile, stop: threading.Event, policy: RetryPolicy
 ) -> bytes:
     """What is in a small file, which is not kept; verified, and errors as with `download`."""
     if file.size > _SMALL:
         raise HubError(f"`{file.path}`: expected a small file, and it has {file.size:,} bytes")
     with tempfile.TemporaryDirectory() as folder:
-        download(hub, source, commit, file, Path(folder), stop, lambda _: None, patience)
+        download(hub, source, commit, file, Path(folder), stop, lambda _: None, policy)
         return (Path(folder) / file.path).read_bytes()
 
 
@@ -122,7 +121,7 @@ def _fill(
     path: Path,
     stop: threading.Event,
     tell: Tell,
-    patience: Patience,
+    policy: RetryPolicy,
 ) -> tuple[_Digest, int]:
     """Appends to the file until it is as long as it should be; its digests and its size."""
     failures = 0
@@ -159,7 +158,7 @@ def _fill(
                     raise TransientError(f"the connection ended after {done} of {file.size} bytes")
             except TransientError as reason:
                 failures += 1
-                patience.pause(failures, reason, stop)
+                policy.pause(failures, reason, stop)
         os.fsync(out.fileno())
     return digest, done
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mergecli import methods
-from mergecli.merging.learning.files import Learning, Lesson
+from mergecli.merging.learning.files import Learned, LearningFiles
 from mergecli.merging.learning.learn import learn
-from mergecli.merging.models import Models, Passes, open_models
-from mergecli.merging.outputs import Output, cast
+from mergecli.merging.merge_target import MergeTarget, cast
+from mergecli.merging.models import ModelPasses, Models, open_models
 from mergecli.methods._base import Group, Method, TwoPass
 from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.recipe.reading import recipe_of
@@ -75,7 +75,7 @@ def merge(
         shard_size: of the files of a folder, such as `2GB`; by default there is one file.
         statistics: a folder for what a method measures on images, a file a task; by default the store, where it is
             found again by content.
-        coefficients: a file with what a method learnt before, to apply without images.
+        coefficients: a file with what a method learned before, to apply without images.
         save_coefficients: a file for what the method learns.
         trace: a CSV file with a row for each step in which the method learns.
         plot: a picture (PNG, SVG or PDF) of that.
@@ -86,9 +86,9 @@ def merge(
     """
     recipe = recipe_of(recipe, base=base, method=method, settings=settings, changes=changes)
     given = (statistics, coefficients, save_coefficients, trace, plot, tensorboard)
-    learning = Learning(*(None if each is None else Path(each) for each in given))
+    files = LearningFiles(*(None if each is None else Path(each) for each in given))
     points = {Path(output): recipe}
-    return merge_points(points, device=device, shard_size=shard_size, learning=learning, progress=progress)[0]
+    return merge_points(points, device=device, shard_size=shard_size, files=files, progress=progress)[0]
 
 
 def merge_points(
@@ -96,101 +96,96 @@ def merge_points(
     *,
     device: str = "cpu",
     shard_size: str | None = None,
-    learning: Learning | None = None,
+    files: LearningFiles | None = None,
     progress: Progress | None = None,
 ) -> tuple[Merged, ...]:
     """Merges the same models once for each output; the recipes differ in the method and its settings only.
 
     Every pass over the models serves all of them, and surveys are shared where their settings are the same.
     """
-    outputs = [Output.of(recipe, target) for target, recipe in points.items()]
+    targets = [MergeTarget.of(recipe, path) for path, recipe in points.items()]
     size = parse_size(shard_size, "--shard-size", least=1) if shard_size is not None else None
-    for each in outputs:
-        if size is not None and each.target.suffix:
+    for each in targets:
+        if size is not None and each.path.suffix:
             raise UsageError(
-                f"{each.target}: one file has no shards", "name a folder, without suffix, with `--shard-size`"
+                f"{each.path}: one file has no shards", "name a folder, without suffix, with `--shard-size`"
             )
-    learning = learning or Learning()
-    for each in outputs:
-        learning.check(each)
-    needs_base = any(each.method.needs_base for each in outputs)
+    files = files or LearningFiles()
+    for each in targets:
+        files.check(each)
+    needs_base = any(each.method.needs_base for each in targets)
     with ExitStack() as stack:
         models = open_models(
-            outputs[0].recipe, stack, needs="base" if needs_base else "weights", device=device
+            targets[0].recipe, stack, needs="base" if needs_base else "weights", device=device
         )
-        for each in outputs:
-            learning.refuse_inputs(each, models.paths)
+        for each in targets:
+            files.refuse_inputs(each, models.paths)
             each.check(models)
-        learnt: dict[str, Lesson] = {}
-        for each in outputs:
-            if _key(each.method) not in learnt:
-                learnt[_key(each.method)] = learn(models, each, learning, stack, progress)
-        lessons = [_taught(each, learnt[_key(each.method)]) for each in outputs]
-        return _stream(models, lessons, size, progress)
+        found: dict[str, Learned] = {}
+        for each in targets:
+            if _key(each.method) not in found:
+                found[_key(each.method)] = learn(models, each, files, stack, progress)
+        learned = [_learned_for(each, found[_key(each.method)]) for each in targets]
+        return _stream(models, learned, size, progress)
 
 
-def _taught(output: Output, lesson: Lesson) -> Lesson:
-    """The lesson for an output whose method may differ in late settings from the one it was learnt for."""
-    method = output.method if output.method.late else lesson.output.method
-    return replace(lesson, output=replace(output, method=method))
+def _learned_for(target: MergeTarget, learned: Learned) -> Learned:
+    """The learned state, with this target's own merge-time settings."""
+    method = target.method if target.method.merge_time else learned.target.method
+    return replace(learned, target=replace(target, method=method))
 
 
 def _stream(
-    models: Models, lessons: Sequence[Lesson], size: int | None, progress: Progress | None
+    models: Models, learned: Sequence[Learned], size: int | None, progress: Progress | None
 ) -> tuple[Merged, ...]:
-    """Merges every block, or every tensor, once for each output, and writes it where it belongs; one pass for all."""
+    """Merges every block, or every tensor, once for each target, and writes it where it belongs; one pass for all."""
+    targets = [each.target for each in learned]
     if not is_first():  # the first of several processes writes
-        return tuple(_merged(models, each.output, {}) for each in lessons)
-    outputs = [each.output for each in lessons]
-    passes = Passes(models, all(each.method.by_blocks for each in outputs), progress)
-    surveys = _surveys([each.method for each in outputs], passes)
-    learnt = [each.learnt if found is None else found for each, found in zip(lessons, surveys, strict=True)]
+        return tuple(_merged(models, each, {}) for each in targets)
+    passes = ModelPasses(models, all(each.method.by_blocks for each in targets), progress)
+    surveys = _surveys([each.method for each in targets], passes)
+    known = [each.value if found is None else found for each, found in zip(learned, surveys, strict=True)]
     with ExitStack() as stack:
         writers = [
-            each.output.open(models, size, stack, [*models.read, *each.files], each.about) for each in lessons
+            each.target.open(models, size, stack, [*models.read, *each.files], each.about) for each in learned
         ]
-        dtypes = [{name: dtype for name, (dtype, _) in each.layout(models).items()} for each in outputs]
+        dtypes = [{name: dtype for name, (dtype, _) in each.layout(models).items()} for each in targets]
 
         def work(start: int, group: Group) -> None:
-            for number, output in enumerate(outputs):
-                own = group.copy() if number + 1 < len(outputs) else group
-                for key, result in outcomes(output.method, own, learnt[number]).items():
+            for number, target in enumerate(targets):
+                own = group.copy() if number + 1 < len(targets) else group
+                for key, result in outcomes(target.method, own, known[number]).items():
                     writers[number].write(key, cast(result, dtypes[number][key], key), start)
 
         for _ in passes.run("merging", work):
             pass
-        for number, output in enumerate(outputs):
-            for key, result in extra_values(output.method, learnt[number]).items():
+        for number, target in enumerate(targets):
+            for key, result in extra_values(target.method, known[number]).items():
                 writers[number].write(key, cast(result, dtypes[number][key], key))
         digests = models.digests()
-        inputs = [digests | {name: file.digest() for name, file in each.files.items()} for each in lessons]
-        for lesson, own, writer in zip(lessons, inputs, writers, strict=True):
-            writer.describe(lesson.output.metadata(own, lesson.about))
-    return tuple(
-        replace(each, warnings=(*each.warnings, *_foreign_lessons(lesson, own)))
-        for lesson, own, each in zip(
-            lessons,
-            inputs,
-            (_merged(models, *pair) for pair in zip(outputs, inputs, strict=True)),
-            strict=True,
-        )
-    )
+        merged: list[Merged] = []
+        for each, writer in zip(learned, writers, strict=True):
+            inputs = digests | {name: file.digest() for name, file in each.files.items()}
+            writer.describe(each.target.metadata(inputs, each.about))
+            done = _merged(models, each.target, inputs)
+            merged.append(replace(done, warnings=(*done.warnings, *_foreign_files(each, inputs))))
+    return tuple(merged)
 
 
-def _merged(models: Models, output: Output, inputs: Mapping[str, str]) -> Merged:
+def _merged(models: Models, target: MergeTarget, inputs: Mapping[str, str]) -> Merged:
     return Merged(
-        output.target, str(output.recipe.method), tuple(models.tuned), len(models.reference.entries),
+        target.path, str(target.recipe.method), tuple(models.tuned), len(models.reference.entries),
         models.reference.parameters, inputs, tuple(_foreign_vectors(models, inputs)) if inputs else (),
     )  # fmt: skip
 
 
 def _key(method: Method) -> str:
-    """The same for methods that differ only in what neither surveys nor images are looked at for."""
-    return f"{methods.name_of(method)} {methods.table_of(method, without=method.late)}"
+    """The same for methods that differ only in their merge-time settings."""
+    return f"{methods.name_of(method)} {methods.table_of(method, without=method.merge_time)}"
 
 
-def _surveys(several: Sequence[Method], passes: Passes) -> list[Any]:
-    """What each method's survey found; those that differ in nothing that a survey looks at share one."""
+def _surveys(several: Sequence[Method], passes: ModelPasses) -> list[Any]:
+    """What each method's survey found; methods that differ only in merge-time settings share one."""
     found: dict[str, Any] = {}
     results: list[Any] = []
     for method in several:
@@ -201,12 +196,12 @@ def _surveys(several: Sequence[Method], passes: Passes) -> list[Any]:
     return results
 
 
-def _foreign_lessons(lesson: Lesson, digests: Mapping[str, str]) -> Iterator[str]:
+def _foreign_files(learned: Learned, digests: Mapping[str, str]) -> Iterator[str]:
     """A warning for each file that was made with other models than those that are merged."""
-    for file in lesson.files.values():
+    for file in learned.files.values():
         origin = inputs_of(file.metadata)
         if other := [name for name, digest in origin.items() if digests.get(name, digest) != digest]:
-            how = "merged from" if file.metadata.get("kind") == "checkpoint" else "learnt on"
+            how = "merged from" if file.metadata.get("kind") == "checkpoint" else "learned on"
             yield f"{file.path}: was {how} other weights of {quoted(other)}"
 
 

@@ -1,4 +1,4 @@
-"""The models of a merge: open together, known to fit, read in blocks as float32."""
+"""The models of a merge: open together, known to fit, and read in blocks of float32."""
 
 from __future__ import annotations
 
@@ -69,8 +69,13 @@ class Models:
         return [name for name, entry in self.reference.entries.items() if entry.is_float]
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the tensors that are merged."""
+        return {name: self.reference.entries[name].shape for name in self.floats}
+
+    @property
     def others(self) -> list[str]:
-        """Names of the tensors that are copied."""
+        """Names of the tensors that are copied, those that are not floating point."""
         return [name for name, entry in self.reference.entries.items() if not entry.is_float]
 
     @property
@@ -90,24 +95,28 @@ class Models:
     def map(
         self, work: Callable[[int, Group], Result], sample: int = 1, *, blocks: bool = True
     ) -> Iterator[Result]:
-        """What `work(first entry, group)` gives for every block of every merged tensor, in order; with
-        `blocks = False` for every whole tensor.
+        """`work(first entry, group)` of every block of every merged tensor, in order; of every whole tensor without
+        `blocks`.
 
-        Blocks are read and worked on in several threads, each of which has one buffer that it reads all its blocks
-        into: `work` may overwrite the group's tensors, and returns none of them. torch itself runs on one thread in
-        each, so that results do not depend on the number of processors.
+        Blocks are read and worked on in several threads. `work` may overwrite the group's tensors, and must return none
+        of them: a thread reads its next block into the same memory.
         """
         import torch
 
         width = len(self.tuned) + 1
         pieces = list(self._pieces(sample, blocks=blocks))
         widest = max((stop - start for _, start, stop in pieces), default=0)
+        # As many threads as all buffers have room for, so that memory does not grow with the number of processors.
         workers = max(1, min(os.cpu_count() or 1, BUFFERS // (4 * width * widest + 1)))
-        local = threading.local()
+        local = (
+            threading.local()
+        )  # each thread's own buffer: new memory for every block would cost page faults
         are_deltas = tuple(each.is_task_vector for each in self.tuned.values())
 
         def one(name: str, start: int, stop: int) -> Result:
             if not hasattr(local, "buffer"):
+                # Sums that torch splits among its threads round by how many there are: the bytes of a merge must not
+                # depend on the number of processors. Blocks run in parallel anyway.
                 torch.set_num_threads(1)
                 local.buffer = torch.empty(width * widest)
             rows = self._read(name, start, stop, local.buffer)
@@ -121,6 +130,8 @@ class Models:
         threads = torch.get_num_threads()
         pool = ThreadPoolExecutor(workers)
         try:
+            # Results come in order, so that writers and sums see them as one thread would. At most two blocks a thread
+            # wait: a slow consumer must not let results pile up in memory.
             waiting: deque[Future[Result]] = deque()
             for piece in pieces:
                 interrupts.check()
@@ -135,7 +146,11 @@ class Models:
             torch.set_num_threads(threads)
 
     def _pieces(self, sample: int, *, blocks: bool) -> Iterator[tuple[str, int, int]]:
-        """(tensor, first entry, end) of what is read at a time; a sample takes a short run out of each stretch."""
+        """(tensor, first entry, end) of what is read at a time.
+
+        A sample takes a short run of entries out of each stretch, because single entries would cost a read each; the
+        runs lie at varying places of their stretches, so that rows and columns of a matrix are all met.
+        """
         for name in self.floats:
             count = self.reference.entries[name].size
             step = (BLOCK if blocks else max(count, 1)) if sample == 1 else 1024 * sample
@@ -237,8 +252,8 @@ def check_fit(models: Models) -> None:
 
 
 @dataclass
-class Passes:
-    """Passes over the models, as a method's `survey` asks for them, which tell how far they are."""
+class ModelPasses:
+    """Repeated passes over the models; reports progress."""
 
     models: Models
     by_blocks: bool
@@ -255,7 +270,7 @@ class Passes:
         return self.run("surveying", lambda _, group: look(group), sample)
 
     def run(self, what: str, work: Callable[[int, Group], Result], sample: int = 1) -> Iterator[Result]:
-        """What `work(first entry, group)` gives, in order, for one pass."""
+        """`work(first entry, group)` of every block, in order, for one pass."""
 
         def counted(start: int, group: Group) -> tuple[int, Result]:
             return group.shape.numel() * sample, work(start, group)

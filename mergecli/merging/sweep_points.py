@@ -11,7 +11,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, cast
 
-from mergecli.merging.learning.files import Learning
+from mergecli.merging.learning.files import LearningFiles
 from mergecli.merging.merge import Merged, merge_points
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
@@ -121,8 +121,10 @@ def merge_sweep(
     check_target(target, folder=True)
     if target.suffix == ".safetensors":
         raise UsageError(f"{target}: a sweep writes several files, so the output is a folder")
-    files = {target / f"{point.name}.safetensors": point.recipe for point in points}
-    return merge_points(files, device=device, learning=Learning(statistics, coefficients), progress=progress)
+    paths = {target / f"{point.name}.safetensors": point.recipe for point in points}
+    return merge_points(
+        paths, device=device, files=LearningFiles(statistics, coefficients), progress=progress
+    )
 
 
 def _range(written: str, text: str) -> tuple[Any, ...]:

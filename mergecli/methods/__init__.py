@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergecli.methods._base import Looking, Method, PerTensor, TwoPass
+from mergecli.methods._base import DataDriven, Method, PerTensor, TwoPass
 from mergecli.methods._mixture import Mixture
 from mergecli.methods._modifier import Modifier
 from mergecli.methods._settings import Setting, setting_problems, settings_of, settled
 from mergecli.runtime.errors import UsageError, did_you_mean
 
 __all__ = [
-    "Looking", "Method", "Modifier", "PerTensor", "Setting", "SettingsError", "TwoPass", "create", "find", "name_of", "names", "settings", "table_of",
+    "DataDriven", "Method", "Modifier", "PerTensor", "Setting", "SettingsError", "TwoPass", "create", "find", "key_prefixes", "name_of",
+    "names", "settings", "table_of",
 ]  # fmt: skip
 
 
@@ -42,6 +44,13 @@ def find(name: str) -> type[Method]:
     ]
     (method,) = own
     return method
+
+
+@functools.cache
+def key_prefixes() -> tuple[str, ...]:
+    """What keys begin with, in files of any method, that are no names of a tower's tensors; sorted."""
+    kinds = [find(name) for name in names()]
+    return tuple(sorted({each for kind in kinds if issubclass(kind, Mixture) for each in kind.prefixes}))
 
 
 def settings(name: str) -> dict[str, Setting]:
@@ -88,7 +97,7 @@ def create(name: str, values: Mapping[str, Any], tasks: tuple[str, ...] | None =
 
 def _changeable(name: str, values: Mapping[str, Any], tasks: tuple[str, ...] | None) -> Method:
     """A method that another may change; raises SettingsError if it is wrong, or none."""
-    if name in names() and issubclass(find(name), Looking):
+    if name in names() and issubclass(find(name), DataDriven):
         why = "looks at images"
     else:
         method = create(name, values, tasks)
@@ -106,7 +115,7 @@ def name_of(method: Method) -> str:
 def table_of(method: Method, without: Collection[str] = ()) -> dict[str, Any]:
     """The method's settings, defaults included, as a recipe writes them, but for those of some names and those that no
     number depends on: other methods as tables with their name."""
-    left_out = {*without, *method.unrecorded}
+    left_out = {*without, *method.not_recorded}
     fields = [field.name for field in dataclasses.fields(method) if field.name not in left_out]
     values = {name: getattr(method, name) for name in fields}
     return {

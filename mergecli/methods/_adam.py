@@ -1,4 +1,4 @@
-"""Adam, for methods that minimise a function of one matrix whose gradient is known in closed form."""
+"""Adam, for methods that minimize a function of one matrix whose gradient is known in closed form."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def adam(start: Tensor, gradient: Callable[[Tensor], Tensor], learning_rate: flo
 
 
 def adam_step(
-    at: Tensor, slope: Tensor, mean: Tensor, square: Tensor, learning_rate: float, step: int
+    at: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, learning_rate: float, step: int
 ) -> None:
     """Step number `step`, from 1, of Adam (Kingma and Ba, arXiv 1412.6980): changes `at` and the moments."""
-    mean.lerp_(slope, 1 - _DECAY)
-    square.mul_(_SQUARE_DECAY).addcmul_(slope, slope, value=1 - _SQUARE_DECAY)
+    mean.lerp_(gradient, 1 - _DECAY)
+    square.mul_(_SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - _SQUARE_DECAY)
     size = (square / (1 - _SQUARE_DECAY**step)).sqrt_().add_(_TINY)
     at.addcdiv_(mean, size, value=-learning_rate / (1 - _DECAY**step))

@@ -1,4 +1,4 @@
-"""Methods that learn their coefficients or masks on images without labels: AdaMerging, Concrete.
+"""Methods that learn coefficients, masks or routers by descent, on images without labels.
 
 A gradient with respect to a coefficient is the inner product of the gradient with respect to the merged weights with
 the task vector. So the weights are merged in place, one ordinary backward pass is run, and inner products are taken: no
@@ -11,27 +11,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 
-from mergecli.methods._base import Group, Groups, Looking
+from mergecli.methods._base import Group, Groups
+from mergecli.methods._learned import Learner, State
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-State = dict[str, "Tensor"]
-"""Everything that changes from step to step, by name: what is learnt, and its optimiser's moments."""
-
 Change = Callable[[], None]
-"""What changes a state in place. It only adds what a step has computed, so that a step is done whole or not at all."""
+"""Applies what a step has computed to a state, in place. A step that is interrupted before has changed nothing."""
 
 BLOCK = 1 << 14
 """Entries of task vectors in bfloat16 that are made float32 at a time, few enough for a processor's cache."""
 
 UNSAVED = "unsaved."
-"""Keys of a state that begin so can be made again, and are left out of files."""
+"""Beginning of keys of a state that can be computed again, and are left out of files."""
 
 
-class Trial(Protocol):
-    """What an adapted method may see: weights, images without labels, and what a merged model makes of them."""
+class Objective(Protocol):
+    """What a method that adapts sees: weights, and the entropy of a merged model on images without labels."""
 
     @property
     def tasks(self) -> Sequence[str]:
@@ -45,8 +43,10 @@ class Trial(Protocol):
 
     @property
     def deltas(self) -> Mapping[str, Tensor]:
-        """Name -> (T, ...) task vectors as the method prepared them, perhaps in bfloat16. Where they are held elsewhere
-        than the weights, each look at them is a copy: only one tensor's should be kept at a time."""
+        """Name -> (T, ...) task vectors as the method prepared them, perhaps in bfloat16.
+
+        Where they are in main memory and the weights on another device, reading one copies it: keep only one at a time.
+        """
         ...
 
     @property
@@ -54,15 +54,17 @@ class Trial(Protocol):
         """Name -> (...) the merged model's weights, which the method overwrites."""
         ...
 
-    def slopes(self, draw: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """(T,) mean entropy of the predictions for batch number `draw` of every task (0 for tasks that are not looked
-        at), and name -> (...) gradient of their sum with respect to the weights, which may be overwritten. Where
-        several processes share the tasks, the gradient is of this process's own: `total` makes one of what is computed
-        from it."""
+    def entropies_and_gradients(self, batch: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(T,) mean entropy of the predictions on batch number `batch` of every task (0 for tasks that are not looked
+        at), and name -> (...) gradient of their sum with respect to the weights, which may be overwritten.
+
+        Where several processes share the tasks, the gradient is that of this process's tasks: `total` sums what is
+        computed from it.
+        """
         ...
 
-    def given(self, key: str) -> Tensor:
-        """(...) a tensor of the file of masks that the method's setting `masks` names."""
+    def mask(self, key: str) -> Tensor:
+        """(...) a tensor of the file of masks that the setting `masks` names, for methods that need it."""
         ...
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ class Trial(Protocol):
         ...
 
     def routes(self) -> Tensor:
-        """(T,) the mean routing weights in the last step, of towers that route."""
+        """(T,) mean routing weights in the last step, of a tower that routes."""
         ...
 
     def uniform(self, name: str, label: str) -> Tensor:
@@ -79,32 +81,14 @@ class Trial(Protocol):
 
 
 @dataclass(frozen=True)
-class Learnt:
-    """What a method has learnt, as it stands in a file: named tensors, and the settings that they were learnt with."""
+class Adapted(Learner):
+    """Methods that adapt the merged model by steps of descent, on images of all tasks at once."""
 
-    tasks: tuple[str, ...]
-    names: tuple[str, ...]
-    """The merged tensors; the columns of tensors that have one."""
-    tensors: Mapping[str, Tensor]
-    seed: int
-    """What random masks are drawn from."""
-    read: Callable[[str, int, int], Tensor]
-    """`read(key, first entry, end)` gives (n,) entries of a tensor that is too large to be held."""
-
-
-@dataclass(frozen=True)
-class Adapted(Looking):
-    """What methods share that adapt first; what they learnt is kept as a file and can be applied without images."""
-
-    looks_at: ClassVar[str] = "unlabelled images of every task"
-    late: ClassVar[frozenset[str]] = frozenset()
-    unrecorded: ClassVar[frozenset[str]] = frozenset({"vectors_on"})
-    applied: ClassVar[frozenset[str]] = frozenset()
-    """Settings that may be others than those it was learnt with when what was learnt is applied."""
-    unlearnt: ClassVar[frozenset[str]] = frozenset()
-    """Those of them that change nothing that is learnt: what was learnt once serves all their values."""
-    one_shown: ClassVar[str] = ""
-    """What `shown` gives, where it is one number and not a coefficient of each task."""
+    looks_at: ClassVar[str] = "unlabeled images of every task"
+    needs_head = True
+    not_recorded: ClassVar[frozenset[str]] = frozenset({"vectors_on"})
+    trace_column: ClassVar[str] = ""
+    """What `traced` gives, where it is one number and not a coefficient of each task."""
 
     learning_rate: Annotated[float, Range(0)] = 1e-3
     """Of Adam."""
@@ -116,18 +100,18 @@ class Adapted(Looking):
     adapt_on: tuple[str, ...] = ()
     """The tasks whose images are looked at; all by default."""
     patience: Annotated[int, Range(0)] = 0
-    """Stop when the mean entropy over so many steps is no lower than over as many before, or of a method that learns one
-    thing after another go on to the next; 0 never stops early."""
+    """Stop when the mean entropy over this many steps is no lower than over as many before; a method that learns one
+    thing after another goes on to the next. 0 never stops early."""
     vectors: Literal["float32", "bfloat16"] = "float32"
-    """The dtype in which AdaMerging and Concrete hold the task vectors while adapting: `bfloat16` halves their T towers. The
-    merge itself takes them as they are."""
+    """The dtype of the task vectors in memory while adapting, of methods that hold them: `bfloat16` halves their T
+    towers. The merge itself takes them as they are."""
     vectors_on: Literal["cpu"] | None = None
-    """Where they hold them: on the device, or with `cpu` in the machine's own memory, from which each tensor's are copied when
-    they are needed; that is slower, and gives the same numbers."""
+    """Where those task vectors are: on the device, or with `cpu` in main memory, from which each tensor is copied when
+    it is needed; that is slower, and gives the same numbers."""
 
     @property
     def phases(self) -> tuple[int, ...]:
-        """Steps at most of each thing that is learnt after another; `step` counts them through."""
+        """The most steps of each phase, such as a mask and then coefficients; `step` numbers them through all phases."""
         raise NotImplementedError
 
     @property
@@ -136,7 +120,7 @@ class Adapted(Looking):
         return sum(self.phases)
 
     def survey(self, groups: Groups, /) -> State:
-        """What `prepared` needs to know of the whole models; kept with what is learnt."""
+        """What `prepared` needs to know of the whole models; it is written to the file."""
         del groups
         return {}
 
@@ -145,43 +129,34 @@ class Adapted(Looking):
         del surveyed
         return group.deltas
 
-    def begin(self, trial: Trial, /) -> State:
+    def begin(self, objective: Objective, /) -> State:
         """The state before the first step."""
         raise NotImplementedError
 
-    def step(self, trial: Trial, state: State, number: int, /) -> tuple[Tensor, Change]:
-        """(T,) mean entropies of step `number`, from 0, and what it changes in the state."""
+    def step(self, objective: Objective, state: State, number: int, /) -> tuple[Tensor, Change]:
+        """(T,) mean entropies of step `number`, from 0, and the change of the state."""
         raise NotImplementedError
 
-    def finish(self, trial: Trial, state: State, /) -> State:
-        """What is kept of the state after the last step."""
+    def finish(self, objective: Objective, state: State, /) -> State:
+        """The tensors of the file, from the state after the last step."""
         raise NotImplementedError
 
-    def renewed(self, learnt: Learnt, tensors: Mapping[str, tuple[int, ...]], /) -> State:
-        """What is kept besides the learning itself, made anew because settings of `applied` are others."""
-        del learnt, tensors
-        return {}
-
-    def shapes(self, tasks: int, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Key -> shape of what is kept of the learning on merged tensors of these names and shapes."""
-        raise NotImplementedError
-
-    def shown(self, state: State, /) -> Tensor:
-        """(T,) or (1,) what tells how far it has come: each task's coefficient, or the mean of them, or `one_shown`."""
+    def traced(self, state: State, /) -> Tensor:
+        """(T,) or (1,) what the trace records of a state: each task's mean coefficient, or `trace_column`."""
         raise NotImplementedError
 
 
 def entropy(logits: Tensor) -> Tensor:
     """() mean over (B, C) logits of the entropy of the predictions (Yang et al., AdaMerging, equation 4)."""
-    chances = logits.softmax(1)
-    return -(chances * (chances + 1e-8).log()).sum(1).mean()
+    probabilities = logits.softmax(1)
+    return -(probabilities * (probabilities + 1e-8).log()).sum(1).mean()
 
 
-def inner(slope: Tensor, deltas: Tensor) -> Tensor:
+def inner(gradient: Tensor, deltas: Tensor) -> Tensor:
     """(T,) inner products of a (...) gradient with (T, ...) task vectors."""
     import torch
 
-    products = [torch.mv(rows, part) for part, rows in _blocks(slope, deltas)]
+    products = [torch.mv(rows, part) for part, rows in _blocks(gradient, deltas)]
     return torch.stack(products).sum(0) if len(products) > 1 else products[0]
 
 

@@ -1,4 +1,4 @@
-"""What a merging method is: settings in a frozen dataclass, and one or two functions of tensors.
+"""What a merging method is: a frozen dataclass of settings with one or two functions of tensors.
 
 Letters in shapes: T tasks, n entries of a block, `...` the tensor's own shape.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 RUN = 1 << 16
-"""Random numbers are drawn for so many consecutive entries at a time, whatever the size of the blocks."""
+"""Random numbers are drawn for this many consecutive entries at a time, whatever the size of the blocks."""
 
 
 class Group:
@@ -141,26 +141,28 @@ class Groups(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """What all kinds share. A method's docstring is its equation; each setting's docstring says what it does."""
+    """What all kinds share. A method's docstring is its equation; each setting is documented under its field."""
 
     title: ClassVar[str]
     """The method's name and one line about it, for lists."""
     paper: ClassVar[str]
     """Where it comes from."""
     needs_base: ClassVar[bool] = True
-    """Whether there is no merge without a base."""
+    """Whether the method cannot merge without a base."""
     elementwise: ClassVar[bool] = True
-    """Whether an entry of the result depends on the same entry of the models only: then blocks of entries do."""
+    """Whether an entry of the result depends only on the same entry of the models, so that tensors can be merged in blocks."""
     passes: ClassVar[int] = 1
-    """How often every model is read from disk."""
+    """How many times every model is read from disk."""
     work: ClassVar[str] = ""
-    """What costs more than reading the models, if anything does."""
+    """The cost besides reading the models, in words; empty if there is none."""
     looks_at: ClassVar[str] = "no images"
-    """Which images must be there."""
-    late: ClassVar[frozenset[str]] = frozenset({"scaling_factor"})
-    """Settings that `survey` does not look at: merges that differ in nothing else share one survey."""
-    unrecorded: ClassVar[frozenset[str]] = frozenset()
-    """Settings that no number depends on; results do not say them."""
+    """Which images are needed."""
+    published: ClassVar[str] = ""
+    """The method's row in the published tables; `{setting}` stands for what a setting says, capitalized."""
+    merge_time: ClassVar[frozenset[str]] = frozenset({"scaling_factor"})
+    """Settings that only `merge` reads: methods that differ in nothing else share one survey, or what was learned."""
+    not_recorded: ClassVar[frozenset[str]] = frozenset()
+    """Settings that no number depends on; results do not record them."""
 
     @property
     def by_blocks(self) -> bool:
@@ -169,7 +171,7 @@ class Method:
 
     @property
     def reads(self) -> int:
-        """How often this method, as it is set, reads every model."""
+        """How many times this method, with these settings, reads every model."""
         return self.passes
 
     @classmethod
@@ -190,7 +192,7 @@ class PerTensor(Method):
 
 @dataclass(frozen=True)
 class TwoPass(Method):
-    """Methods that must have seen the whole model before they can merge a tensor."""
+    """Methods that must survey the whole model before they can merge a tensor."""
 
     passes: ClassVar[int] = 2
 
@@ -204,18 +206,25 @@ class TwoPass(Method):
 
 
 @dataclass(frozen=True)
-class Looking(Method):
-    """Methods that look at images before they merge, and keep what they learnt as files; see `_calibrated` and
-    `_adapted`."""
+class DataDriven(Method):
+    """Methods that look at images before they merge, and keep what they learned as files.
 
-    def merge(self, group: Group, learnt: Any, /) -> Tensor:
-        """(...) the merged weights of the group's tensor, float32."""
+    `_calibrated` has those that keep statistics, a file a task; `_learned` those that keep one file for all tasks.
+    """
+
+    kept_as: ClassVar[Literal["statistics", "coefficients"]]
+    """The kind of those files, which says which options of `merge` name them."""
+    needs_head: ClassVar[bool] = False
+    """Whether logits are looked at, so that class names and prompts matter."""
+
+    def merge(self, group: Group, learned: Any, /) -> Tensor:
+        """(...) the merged weights of the group's tensor, float32; `learned` is what the files hold."""
         raise NotImplementedError
 
 
 def merge_group(method: Method, group: Group, surveyed: Any) -> Tensor:
     """(...) the merged weights of one group by a method of any kind."""
-    if isinstance(method, TwoPass | Looking):
+    if isinstance(method, TwoPass | DataDriven):
         return method.merge(group, surveyed)
     assert isinstance(method, PerTensor)
     return method.merge(group)

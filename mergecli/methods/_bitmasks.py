@@ -38,18 +38,18 @@ class ContradictionError(ValueError):
 
 
 def kept(key: str, bits: Tensor, values: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """(k,) the places whose bit is set, ascending, and (k,) their values, of (ceil(n / 8),) bits and (at least k,)
+    """(k,) the positions whose bit is set, ascending, and (k,) their values, of (ceil(n / 8),) bits and (at least k,)
     values padded with zeros; `key` is what messages call the bits.
 
     Raises:
-        ContradictionError: there are more places than values, or values without a place.
+        ContradictionError: there are more positions than values, or values without a position.
     """
-    places = unpack(bits, entries).nonzero()[:, 0]
-    count, room = len(places), len(values)
+    positions = unpack(bits, entries).nonzero()[:, 0]
+    count, room = len(positions), len(values)
     if count > room:
         raise ContradictionError(
             f"`{key}`: expected at most {room} bits that are set, one for a value, got {count}"
         )
     if bool(values[count:].any()):
         raise ContradictionError(f"`{key}`: expected a bit for each value that is not 0, got {count}")
-    return places, values[:count]
+    return positions, values[:count]

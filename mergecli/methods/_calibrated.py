@@ -1,4 +1,4 @@
-"""Methods that measure each model on images of its own task before they merge: Fisher, RegMean."""
+"""Methods that measure statistics of each model, on images of its own task, before they merge."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
-from mergecli.methods._base import Group, Looking, total
+from mergecli.methods._base import DataDriven, Group, total
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -20,15 +20,15 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Tensor -> dtype (as safetensors call it) and shape, of everything that is measured."""
 
 
-class States(Protocol):
-    """The activations of all images of a task between two layers, (B, S, D) a batch; kept on disk."""
+class Activations(Protocol):
+    """(B, S, D) activations between two layers, of all images of a task, batch by batch; kept on disk."""
 
     def look(self, layer: Module, /) -> None:
-        """Lets them go through the layer, and forgets what comes out."""
+        """Sends them through the layer and drops its output: hooks see what goes in."""
         ...
 
     def step(self, layer: Module, /) -> None:
-        """Puts what comes out of the layer in their place."""
+        """Replaces them by the layer's output."""
         ...
 
 
@@ -52,13 +52,13 @@ class Probe(Protocol):
         """Name and module of each transformer layer, from the first to the last."""
         ...
 
-    def states(self, size: int, /) -> States:
-        """What goes into the first layer, `size` images at a time."""
+    def activations(self, size: int, /) -> Activations:
+        """The inputs of the first layer, `size` images in a batch."""
         ...
 
 
 class JointProbe(Protocol):
-    """The images of all tasks, one tower to put merged weights into, and the weights of every model."""
+    """The images of all tasks, a tower for merged weights, and the weights of every model."""
 
     @property
     def tasks(self) -> int:
@@ -82,13 +82,13 @@ class JointProbe(Protocol):
         """Name and module of each transformer layer, from the first to the last."""
         ...
 
-    def states(self, task: int, size: int, /) -> States:
-        """What goes into the first layer for the images of a task, with the model's weights of now."""
+    def activations(self, task: int, size: int, /) -> Activations:
+        """The inputs of the first layer for the images of a task, by the weights that the model has now."""
         ...
 
 
 class Statistics(Protocol):
-    """What was measured, read piece by piece; one file a task, or one for all where they are measured together."""
+    """Measured statistics, read piece by piece: a file a task, or one file of all tasks if they are measured together."""
 
     @property
     def names(self) -> Collection[str]:
@@ -96,26 +96,25 @@ class Statistics(Protocol):
         ...
 
     def read(self, file: int, name: str, start: int = 0, stop: int | None = None, /) -> Tensor:
-        """(stop - start,) entries of a flattened tensor of the file of that number."""
+        """(stop - start,) entries of a flattened tensor of file number `file`."""
         ...
 
 
 @dataclass(frozen=True)
-class Calibrated(Looking):
-    """What methods share that measure first; statistics are measured once a task and kept as files."""
+class Calibrated(DataDriven):
+    """What such methods share: statistics are measured once for each task, and kept as files."""
 
-    looks_at: ClassVar[str] = "training images of every task, unlabelled"
+    kept_as = "statistics"
+    looks_at: ClassVar[str] = "training images of every task, unlabeled"
     joint: ClassVar[bool] = False
-    """Whether all tasks are measured together, so that there is one file of statistics."""
-    needs_head: ClassVar[bool] = False
-    """Whether logits are looked at, so that class names and prompts matter."""
-    late: ClassVar[frozenset[str]] = frozenset({"exclude"})
-    """Settings that the statistics do not depend on: they can be changed without measuring again."""
+    """Whether all tasks are measured together, into one file of statistics."""
+    merge_time: ClassVar[frozenset[str]] = frozenset({"exclude"})
 
     examples: Annotated[int, Range(1)] = 256
-    """Images of each task that are looked at, without labels; all where a task has fewer."""
+    """Images of each task that are looked at, without labels; all where a task has fewer. Where it is no multiple of
+    `batch_size` the last batch is smaller; FusionBench finishes that batch, and so looks at more images."""
     batch_size: Annotated[int, Range(1)] = 32
-    """Images at a time."""
+    """Images in a batch."""
     split: str = "train"
     """The split that the images are taken from: `train`, `validation`, `test`, or another that the data have."""
     shuffle: bool = True
@@ -139,7 +138,7 @@ class Calibrated(Looking):
         return any(re.match(pattern, name) for pattern in self.exclude)
 
     def layout(self, shapes: Shapes, /) -> Layout:
-        """What is measured of a model with these tensors."""
+        """The statistics of a model with these tensors."""
         raise NotImplementedError
 
     def measure(self, probe: Probe, /) -> Iterator[tuple[str, Tensor]]:
@@ -150,7 +149,7 @@ class Calibrated(Looking):
         """Each tensor of the layout, of all tasks together; for those that are `joint`."""
         raise NotImplementedError
 
-    def merge(self, group: Group, learnt: Statistics, /) -> Tensor:
+    def merge(self, group: Group, learned: Statistics, /) -> Tensor:
         raise NotImplementedError
 
 

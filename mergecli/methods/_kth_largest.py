@@ -45,11 +45,12 @@ class Rank:
 def kth_largest(groups: Groups, ranks: Sequence[Rank], values: Callable[[Group], Tensor]) -> list[Tensor]:
     """(T,) k-th largest value of each task's entries over the whole model, for each of the ranks, in one pass.
 
-    `values` gives a group's (T, ...) values, and may overwrite the group.
+    Args:
+        values: a group's (T, ...) values; may overwrite the group.
 
-    Why this way: a small sample brackets the k-th value; one pass over all models counts what lies above the bracket
-    and keeps what falls inside, under a hundredth of the entries; the exact one is selected among those. If the
-    bracket missed, which the counts show, a wider one is tried.
+    To sort all entries, all task vectors would have to be in memory. Instead, a small sample brackets the k-th value;
+    one pass over all models counts the entries above the bracket and keeps those inside, under a hundredth of all; the
+    exact k-th value is selected among those. The counts show whether the bracket missed; then a wider one is tried.
     """
     import torch
 
@@ -57,17 +58,19 @@ def kth_largest(groups: Groups, ranks: Sequence[Rank], values: Callable[[Group],
     while True:
         brackets = _sampled_quantiles(groups, ranks, values, margin)
         above, inside, entries = _count(groups, brackets, values)
+        # Of `keep` wanted entries, `more` lie above the bracket: the (keep - more)-th largest inside is the threshold. A
+        # task is left out of `found` where that is not inside.
         found = [
             [
                 torch.inf if keep == 0 else _kth_largest(torch.cat(near), keep - more)
-                for near, more in zip(inside[place], above[place], strict=True)
+                for near, more in zip(inside[index], above[index], strict=True)
                 if keep == 0 or more < keep <= more + sum(map(len, near))
             ]
-            for place, keep in enumerate(min(entries, rank.kept(entries)) for rank in ranks)
+            for index, keep in enumerate(min(entries, rank.kept(entries)) for rank in ranks)
         ]
         if all(len(each) == len(low) for each, (low, _) in zip(found, brackets, strict=True)):
             return [torch.tensor(each) for each in found]
-        margin *= 8
+        margin *= 8  # three times are enough for a bracket of all entries
 
 
 def _kept(entries: int, density: float, one_more: bool) -> int:
@@ -88,21 +91,21 @@ def _sampled_quantiles(
     pieces = list(groups.map(lambda group: values(group).reshape(group.tasks, -1).clone(), SAMPLE))
     sample = torch.cat(pieces, dim=1).cpu().numpy()  # (T, entries / SAMPLE)
     size = sample.shape[1]
-    slack = margin + 2 / max(size, 1)
-    places = [
+    slack = margin + 2 / max(size, 1)  # two entries more, for samples so small that the margin is none
+    indices = [
         size - 1 - int(share * size)
         for rank in ranks
         for share in (rank.density + slack, rank.density - slack)
     ]
-    if known := sorted({place for place in places if 0 <= place < size}):
+    if known := sorted({index for index in indices if 0 <= index < size}):
         sample.partition(known, axis=1)
 
-    def at(place: int) -> Tensor:
-        if 0 <= place < size:
-            return torch.from_numpy(sample[:, place].copy())
-        return torch.full((len(sample),), -np.inf if place < 0 else np.inf)
+    def at(index: int) -> Tensor:
+        if 0 <= index < size:
+            return torch.from_numpy(sample[:, index].copy())
+        return torch.full((len(sample),), -np.inf if index < 0 else np.inf)
 
-    return [(at(low), at(high)) for low, high in zip(places[::2], places[1::2], strict=True)]
+    return [(at(low), at(high)) for low, high in zip(indices[::2], indices[1::2], strict=True)]
 
 
 def _count(
@@ -123,10 +126,10 @@ def _count(
     entries = 0
     for count, counted in groups.map(look):
         entries += count
-        for place, tasks in enumerate(counted):
+        for index, tasks in enumerate(counted):
             for task, (more, near) in enumerate(tasks):
-                above[place][task] += more
-                inside[place][task].append(near)
+                above[index][task] += more
+                inside[index][task].append(near)
     return above, inside, entries
 
 
@@ -149,6 +152,7 @@ def keep_largest(deltas: Tensor, thresholds: Tensor) -> Tensor:
     """(T, ...) the deltas with every entry whose magnitude is below its task's threshold set to 0, in place."""
     import torch
 
+    # `hardshrink` drops magnitudes up to its limit, in place and in one pass; the threshold itself must stay.
     below = torch.nextafter(thresholds, torch.full_like(thresholds, -1.0)).tolist()
     for row, largest_dropped in zip(deltas, below, strict=True):
         torch.ops.aten.hardshrink.out(row, largest_dropped, out=row)

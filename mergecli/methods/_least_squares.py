@@ -1,4 +1,4 @@
-"""Linear layers merged by least squares: what goes into them, summed up, and the weights that fit all tasks best."""
+"""Linear layers merged by least squares: Gram matrices of their inputs, and the weights that fit all tasks best."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def owner(name: str) -> str:
-    """The tensor or module whose input is the same: queries and values are made of what keys are made of."""
+    """The tensor or module with the same input, which is measured once: queries and values share that of the keys."""
     return _SHARED.sub("k_proj", name)
 
 
@@ -69,6 +69,8 @@ class Grams:
             width = rows.shape[1]
             self._sums[name] = rows.new_zeros(width, width).double()
             self._rows[name] = 0
+        # Only what lies above the diagonal, by blocks of columns, which saves nearly half the products. Batches are summed
+        # in float64: in float32 the small variances that `Regression` resolves would drown in the large ones.
         for start in range(0, rows.shape[1], COLUMNS):
             self._sums[name][start : start + COLUMNS, start:] += (
                 rows[:, start : start + COLUMNS].T @ rows[:, start:]
@@ -76,7 +78,7 @@ class Grams:
         self._rows[name] += len(rows)
 
     def means(self) -> Iterator[tuple[str, Tensor]]:
-        """(I, I) float32 mean of x x^T, by the name of each `owner` among the linear layers."""
+        """(I, I) float32 mean of x x^T, by the name of each `owner` among the linear layers; frees each sum."""
         while self._sums:
             name, upper = self._sums.popitem()
             gram = upper.div_(self._rows[name]).triu_().float()
@@ -87,7 +89,7 @@ class Regression:
     """Weights that, on the inputs of every task, give nearly what that task's own weights give; task by task.
 
     For Gram matrices G_i, off-diagonal entries multiplied by `off_diagonal`, and changes D_i of the weights (O, I) from
-    some point: the change D that minimises  sum_i tr (D - D_i) G_i (D - D_i)^T + T ridge m |D|^2,  m the mean diagonal
+    some point: the change D that minimizes  sum_i tr (D - D_i) G_i (D - D_i)^T + T ridge m |D|^2,  m the mean diagonal
     entry of the G_i; of several such changes the smallest, where inputs are measured in their own spread. So inputs
     that were never seen, or never apart from others, change nothing that need not be changed.
     """
@@ -119,18 +121,22 @@ class Regression:
 
         assert self._left is not None
         left = self._left
+        # Inputs are divided by their spread, so that `RESOLVED` is a share of each input's own variance, however much
+        # inputs differ in size. One that was always 0 has no spread, and its weights do not change.
         left.diagonal().add_(self._ridge * left.diagonal().mean())
         spread = left.diagonal().rsqrt()
         spread[left.diagonal() == 0] = 0
         left.mul_(spread).mul_(spread[:, None])
         left.diagonal().fill_(1)
+        # Cholesky is several times as fast as eigenvectors, but sees no directions. The smallest eigenvalue is at most the
+        # smallest squared pivot: where that is below `RESOLVED`, some direction is rounding, and eigenvectors say which.
         factor, failed = torch.linalg.cholesky_ex(left)
         if not int(failed) and float(factor.diagonal().min()) ** 2 > RESOLVED:
             return {
                 name: torch.cholesky_solve(right.mul_(spread).T, factor).T * spread
                 for name, right in self._right.items()
             }
-        del factor
+        del factor  # as large as the matrix
         values, vectors = torch.linalg.eigh(left)
         kept = values > RESOLVED * values[-1]
         vectors = vectors[:, kept]

@@ -1,7 +1,7 @@
-"""Methods whose result is more than one tower: towers of all tasks in one small file, or a tower that routes its inputs.
+"""Methods that write more than one tower: a small file with the towers of all tasks, or a tower that routes its inputs.
 
-The file holds the weights that all tasks share under the tower's own names, and beside each what tasks add to it, under
-keys that begin otherwise. Letters in shapes: T tasks, `...` a tensor's own shape.
+The file holds the weights that all tasks share under the tower's own names, and what tasks add to each of them under
+keys that begin with one of the method's `prefixes`. Letters in shapes: T tasks, `...` a tensor's own shape.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ SAME = "same"
 """The dtype of the tower's own tensors, which the recipe may change."""
 
 Read = Callable[[str], "Tensor"]
-"""Key -> the tensor, as it stands in the file."""
+"""Key -> the tensor of the file."""
 
 Routing = Literal["sample", "batch"]
-"""Whether each image has weights of its own, or a batch's images share the mean of them, as in the published tables: then
-images of one batch tell each other which task they are from."""
+"""Whether each image has weights of its own, or the images of a batch share the mean of their weights, as in the published
+tables: there a batch holds images of one task only, which tells the model the task."""
 
 
 class Part(NamedTuple):
@@ -36,9 +36,11 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixture(Method):
-    """What such methods share, beside their kind: `expand` takes the place of `merge`."""
+    """What such methods share besides their kind: `expand` takes the place of `merge`."""
 
     elementwise = False
+    prefixes: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of those keys of the file that are no names of a tower's tensors."""
 
     @property
     def is_mixture(self) -> bool:
@@ -46,36 +48,36 @@ class Mixture(Method):
         return True
 
     def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
-        """Key -> what is written for the tower's tensor `name`, itself included."""
+        """Key -> tensor that is written for the tower's tensor `name`, itself included."""
         raise NotImplementedError
 
     def extras(self, tensors: Mapping[str, tuple[int, ...]], tasks: int, /) -> dict[str, Part]:
-        """Key -> what is written beside, for a tower with tensors of these names and shapes."""
+        """Key -> further tensor that is written, for a tower with tensors of these names and shapes."""
         del tensors, tasks
         return {}
 
-    def expand(self, group: Group, learnt: Any, /) -> dict[str, Tensor]:
-        """The tensors of `parts`, floating point ones in float32; `learnt` is what a survey or images taught."""
+    def expand(self, group: Group, learned: Any, /) -> dict[str, Tensor]:
+        """The tensors of `parts`, floating point ones in float32; `learned` comes from a survey or from images."""
         raise NotImplementedError
 
-    def values(self, learnt: Any, /) -> dict[str, Tensor]:
+    def values(self, learned: Any, /) -> dict[str, Tensor]:
         """The tensors of `extras`."""
-        del learnt
+        del learned
         return {}
 
-    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
-        """(...) float32 weights of the tower's tensor `name` for task number `place`; of a tower that routes, those that
-        a routing weight of 1 for that task alone gives."""
+    def weights(self, name: str, index: int, read: Read, /) -> Tensor:
+        """(...) float32 weights of the tower's tensor `name` for task number `index`; of a tower that routes, those
+        with routing weight 1 for that task and 0 for all others."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Conditioned(Mixture):
-    """Mixtures that must be told the task: each has a tower of its own, computed from the file as it is read."""
+    """Task-conditioned mixtures: every task has a tower of its own, computed from the file as it is read."""
 
-    def correction(self, place: int, read: Read, /) -> Callable[[Tensor], Tensor] | None:
-        """What changes (B, D) unit image features of task number `place` before they are compared with classes."""
-        del place, read
+    def correction(self, index: int, read: Read, /) -> Callable[[Tensor], Tensor] | None:
+        """Corrects (B, D) unit image features of task number `index` before they are compared with classes; None if nothing does."""
+        del index, read
         return None
 
 
@@ -84,16 +86,16 @@ class Installed(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
-        """Key in the file -> what decides the routing, and can be learnt."""
+        """Key in the file -> parameter of the routers, which can be learned."""
         ...
 
     @property
     def keeps_batches_whole(self) -> bool:
-        """Whether what is made of an image depends on the others of its batch."""
+        """Whether the features of an image depend on the others of its batch."""
         ...
 
     def routes(self) -> Mapping[str, Tensor]:
-        """Layer -> (B, T) weights that the last forward pass gave each image, or (1, T) if its batch shared them."""
+        """Layer -> (B, T) routing weights of each image in the last forward pass, or (1, T) if the batch shared them."""
         ...
 
     def remove(self) -> None:
@@ -103,28 +105,37 @@ class Installed(Protocol):
 
 @dataclass(frozen=True)
 class Routed(Mixture):
-    """Mixtures that find out the task, or what is best for an image or token, by themselves."""
+    """Mixtures that need not be given the task: they weigh the tasks for each image or token."""
 
     own_tower: ClassVar[str] = "the tower that it computes when everything goes to the task"
-    """What `weights` gives for a task, in a few words."""
+    """What `weights` gives for a task, in a few words for metadata."""
     routes_batches: ClassVar[bool] = True
     """Whether routing by batches differs from routing by samples."""
 
     def install(
         self, tower: nn.Module, read: Read, tasks: Sequence[str], routing: Routing, prefix: str, /
     ) -> Installed:
-        """Puts routing layers into a tower that has the shared weights already; `prefix` and the tower's own name of a
-        tensor make its name in the file. What is read is moved to the tower's device and dtype."""
+        """Puts routing layers into a tower that has the shared weights already, on the tower's device and in its dtype.
+
+        Args:
+            prefix: with the tower's own name of a tensor behind it, that tensor's name in the file.
+        """
         raise NotImplementedError
 
+    def install_to_learn(
+        self, tower: nn.Module, read: Read, tasks: Sequence[str], prefix: str, /
+    ) -> Installed:
+        """The same while the routers are learned, which may be done by another routing than evaluation."""
+        return self.install(tower, read, tasks, "sample", prefix)
 
-def outcomes(method: Method, group: Group, learnt: Any) -> dict[str, Tensor]:
-    """Key -> what a method of any kind makes of one group."""
+
+def outcomes(method: Method, group: Group, learned: Any) -> dict[str, Tensor]:
+    """Key -> tensor that a method of any kind makes of one group."""
     if isinstance(method, Mixture) and method.is_mixture:
-        return method.expand(group, learnt)
-    return {group.name: merge_group(method, group, learnt)}
+        return method.expand(group, learned)
+    return {group.name: merge_group(method, group, learned)}
 
 
-def extra_values(method: Method, learnt: Any) -> dict[str, Tensor]:
-    """Key -> what a method of any kind writes beside what it makes of groups."""
-    return method.values(learnt) if isinstance(method, Mixture) and method.is_mixture else {}
+def extra_values(method: Method, learned: Any) -> dict[str, Tensor]:
+    """Key -> further tensor that a method of any kind writes."""
+    return method.values(learned) if isinstance(method, Mixture) and method.is_mixture else {}

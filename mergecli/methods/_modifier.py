@@ -1,4 +1,4 @@
-"""Methods that change what another method sees or gives."""
+"""Methods that change the input or the output of another method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Modifier(TwoPass):
-    """Methods that change what another method sees (`before`) or gives (`after`); the other is the setting `of`."""
+    """Methods that change the input (`before`) or the output (`after`) of another method, the setting `of`."""
 
     passes: ClassVar[int] = 1
     keeps_group: ClassVar[bool] = False
@@ -41,17 +41,17 @@ class Modifier(TwoPass):
         return self.after(group, merged, surveyed)
 
     def before(self, group: Group, /) -> Group:
-        """The group that the other method sees."""
+        """The group that the other method gets."""
         return group
 
     def after(self, group: Group, merged: Tensor, surveyed: Any, /) -> Tensor:
-        """(...) the merged weights, made of those that the other method gave."""
+        """(...) the merged weights, from those of the other method."""
         del group, surveyed
         return merged
 
 
 class _Changed:
-    """Passes over groups as a modifier shows them."""
+    """Passes over groups as a modifier changes them."""
 
     def __init__(self, groups: Groups, modifier: Modifier) -> None:
         self._groups, self._modifier = groups, modifier

@@ -1,4 +1,4 @@
-"""What weight-ensembling mixtures share: their routers, how those are learnt, and how the tower is put together."""
+"""Weight-ensembling mixtures: their routers, how those are learned, and how the tower is put together."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mergecli.methods._adam import adam_step
-from mergecli.methods._adapted import Adapted, Change, State, Trial
+from mergecli.methods._adapted import Adapted, Change, Objective
 from mergecli.methods._base import Group, total
+from mergecli.methods._learned import State
 from mergecli.methods._mixture import SAME, Installed, Part, Read, Routed, Routing
 from mergecli.methods._settings import Range
 
@@ -25,12 +26,13 @@ ROUTER = "router."
 
 @dataclass(frozen=True)
 class WeightEnsembling(Routed, Adapted):
-    """A tower whose multilayer perceptrons (MLPs) are put together by routers that are learnt on unlabelled images."""
+    """A tower whose multilayer perceptrons (MLPs) are put together by routers that are learned on unlabeled images."""
 
     work: ClassVar[str] = (
         "steps of Adam on the routers, each a forward and a backward pass of every task's batch"
     )
 
+    prefixes = ("experts.", ROUTER)
     own_tower: ClassVar[str] = "that task's MLPs; the rest is shared by all tasks"
 
     learning_rate: Annotated[float, Range(0)] = 1e-4
@@ -44,8 +46,8 @@ class WeightEnsembling(Routed, Adapted):
     router_spread: Annotated[float, Range(0)] = 0.01
     """Standard deviation of the routers' weights before the first step; 0 makes them constant, which is task arithmetic."""
     train_routing: Literal["batch", "sample"] = "batch"
-    """While learning: whether the images of a task's batch share their weights, as published, or each has its own, which
-    is how images are evaluated by default, and takes more memory."""
+    """While learning: whether the images of a task's batch share their routing weights, as published, or each has its own.
+    The latter is how images are evaluated by default; it takes more memory."""
 
     @property
     def shares_router(self) -> bool:
@@ -54,7 +56,7 @@ class WeightEnsembling(Routed, Adapted):
 
     @property
     def position_size(self) -> int:
-        """Numbers that tell a router its layer."""
+        """How many numbers encode a layer's position for a router."""
         return 0
 
     @property
@@ -66,17 +68,17 @@ class WeightEnsembling(Routed, Adapted):
         return own | (self.expert_parts(name, shape, tasks) if _MLP.match(name) else {})
 
     def expert_parts(self, name: str, shape: tuple[int, ...], tasks: int) -> dict[str, Part]:
-        """Key -> what is written of the task vectors of an MLP's tensor."""
+        """Key -> tensor that is written for the task vectors of an MLP's tensor."""
         return {f"experts.{name}": Part(SAME, (tasks, *shape))}
 
     def expert_values(self, name: str, deltas: Tensor) -> dict[str, Tensor]:
         """The tensors of `expert_parts`."""
         return {f"experts.{name}": deltas}
 
-    def expert(self, name: str, place: int, shape: Sequence[int], read: Read) -> Tensor:
-        """(...) one task's vector, as it stands in the file."""
+    def expert(self, name: str, index: int, shape: Sequence[int], read: Read) -> Tensor:
+        """(...) one task's vector, from the file."""
         del shape
-        return read(f"experts.{name}")[place].float()
+        return read(f"experts.{name}")[index].float()
 
     def extras(self, tensors: Mapping[str, tuple[int, ...]], tasks: int, /) -> dict[str, Part]:
         found: dict[str, Part] = {}
@@ -98,18 +100,18 @@ class WeightEnsembling(Routed, Adapted):
         first = {"0.weight": (width, width), "0.bias": (width,)} if self.router_layers == 2 else {}
         return {**first, **{f"{self.router_layers - 1}.{key}": size for key, size in last.items()}}
 
-    def expand(self, group: Group, learnt: Any, /) -> dict[str, Tensor]:
-        del learnt
+    def expand(self, group: Group, learned: Any, /) -> dict[str, Tensor]:
+        del learned
         if _MLP.match(group.name):
             return {group.name: group.base.clone(), **self.expert_values(group.name, group.deltas)}
         return {group.name: total(group.deltas).mul_(self.start).add_(group.base)}
 
-    def values(self, learnt: Any, /) -> dict[str, Tensor]:
-        return {key: value for key, value in learnt.tensors.items() if key.startswith(ROUTER)}
+    def values(self, learned: Any, /) -> dict[str, Tensor]:
+        return {key: value for key, value in learned.tensors.items() if key.startswith(ROUTER)}
 
-    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
+    def weights(self, name: str, index: int, read: Read, /) -> Tensor:
         own = read(name).float()
-        return own + self.expert(name, place, own.shape, read) if _MLP.match(name) else own
+        return own + self.expert(name, index, own.shape, read) if _MLP.match(name) else own
 
     def install(
         self, tower: nn.Module, read: Read, tasks: Sequence[str], routing: Routing, prefix: str, /
@@ -135,7 +137,9 @@ class WeightEnsembling(Routed, Adapted):
                 position = torch.tensor(_sinusoid(int(path.split(".")[-2]), self.position_size))
                 routers[key] = Router(own, position.to(like.device))
                 for each, parameter in zip(own, list(routers[key].own), strict=True):
-                    if key + each in parameters:  # one router, told other positions
+                    if (
+                        key + each in parameters
+                    ):  # one router for all layers: they share parameters, not positions
                         routers[key].own[list(own).index(each)] = parameters[key + each]
                     else:
                         parameters[key + each] = parameter
@@ -146,24 +150,29 @@ class WeightEnsembling(Routed, Adapted):
             put(tower, path, layers[path])
         return RoutedTower(tower, layers, parameters)
 
+    def install_to_learn(
+        self, tower: nn.Module, read: Read, tasks: Sequence[str], prefix: str, /
+    ) -> Installed:
+        return self.install(tower, read, tasks, self.train_routing, prefix)
+
     def experts(self, name: str, like: Tensor, read: Read) -> Any:
-        """The task vectors of one weight, where and in the dtype that they are computed with."""
+        """The task vectors of one weight, on the device and in the dtype of `like`."""
         from mergecli.methods._wemoe_layers import Dense
 
         return Dense(self.dense(name, like, read))
 
     def dense(self, name: str, like: Tensor, read: Read) -> Tensor:
-        """(T, ...) the same of any tensor, every entry."""
+        """(T, ...) the task vectors of any tensor, with every entry."""
         return read(f"experts.{name}").to(like)
 
-    def begin(self, trial: Trial, /) -> State:
+    def begin(self, objective: Objective, /) -> State:
         import torch
 
         state: State = {}
-        for key, weight in trial.weights.items():
+        for key, weight in objective.weights.items():
             state[key] = torch.zeros_like(weight)
             if key.endswith(".weight"):
-                state[key] = self.router_spread * _normal(trial, key)
+                state[key] = self.router_spread * _normal(objective, key)
             elif key.endswith(f"{max(self.router_layers - 1, 0)}.bias"):
                 state[key] += self.start
         moments = {
@@ -171,43 +180,45 @@ class WeightEnsembling(Routed, Adapted):
             for key, value in state.items()
             for kind in ("mean", "square")
         }
-        device = next(iter(trial.weights.values())).device
-        return {**state, **moments, "routes": torch.zeros(len(trial.tasks), device=device)}
+        device = next(iter(objective.weights.values())).device
+        return {**state, **moments, "routes": torch.zeros(len(objective.tasks), device=device)}
 
-    def step(self, trial: Trial, state: State, number: int, /) -> tuple[Tensor, Change]:
-        for key, weight in trial.weights.items():
+    def step(self, objective: Objective, state: State, number: int, /) -> tuple[Tensor, Change]:
+        for key, weight in objective.weights.items():
             weight.copy_(state[key])
-        losses, slopes = trial.slopes(number)
-        found = {key: trial.total(slope.clone()) for key, slope in slopes.items()}
-        routes = trial.routes()
+        losses, gradients = objective.entropies_and_gradients(number)
+        found = {key: objective.total(gradient.clone()) for key, gradient in gradients.items()}
+        routes = objective.routes()
 
         def change() -> None:
-            for key, slope in found.items():
+            for key, gradient in found.items():
                 moments = state[f"mean.{key}"], state[f"square.{key}"]
-                adam_step(state[key], slope, *moments, self.learning_rate, number + 1)
+                adam_step(state[key], gradient, *moments, self.learning_rate, number + 1)
             state["routes"].copy_(routes)
 
         return losses, change
 
-    def finish(self, trial: Trial, state: State, /) -> State:
-        return {key: state[key].clone() for key in trial.weights}
+    def finish(self, objective: Objective, state: State, /) -> State:
+        return {key: state[key].clone() for key in objective.weights}
 
-    def shapes(self, tasks: int, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    def file_shapes(
+        self, tasks: int, tensors: Mapping[str, tuple[int, ...]], /
+    ) -> dict[str, tuple[int, ...]]:
         return {key: part.shape for key, part in self.extras(tensors, tasks).items()}
 
-    def shown(self, state: State, /) -> Tensor:
+    def traced(self, state: State, /) -> Tensor:
         return state["routes"]
 
 
-def _normal(trial: Trial, key: str) -> Tensor:
+def _normal(objective: Objective, key: str) -> Tensor:
     """(...) normal random numbers for a router's weights (Box and Muller)."""
     import torch
 
-    one, other = trial.uniform(key, "radius"), trial.uniform(key, "angle")
+    one, other = objective.uniform(key, "radius"), objective.uniform(key, "angle")
     return torch.sqrt(-2 * torch.log1p(-one)) * torch.cos(2 * math.pi * other)
 
 
 def _sinusoid(position: int, size: int) -> list[float]:
     """Sines and cosines of a layer's number, as in Vaswani et al. (2017)."""
-    angles = [position / 10000 ** (2 * (place // 2) / max(size, 1)) for place in range(size)]
-    return [math.cos(angle) if place % 2 else math.sin(angle) for place, angle in enumerate(angles)]
+    angles = [position / 10000 ** (2 * (number // 2) / max(size, 1)) for number in range(size)]
+    return [math.cos(angle) if number % 2 else math.sin(angle) for number, angle in enumerate(angles)]

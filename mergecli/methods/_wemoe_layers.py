@@ -1,4 +1,4 @@
-"""Multilayer perceptrons whose weights are put together anew for each image, or each batch of images.
+"""Multilayer perceptrons whose weights are put together for each image, or for each batch of images.
 
 Letters in shapes: B images, S tokens, d the tower's width, T tasks, n inputs and m outputs of a layer.
 """
@@ -19,19 +19,22 @@ from mergecli.methods._smile_layers import put
 BLOCK = 1 << 15
 """Entries of one weight that a processor puts together at a time, about."""
 FEWEST = 16
-"""Rows of one weight that a processor puts together at a time, at least: narrower products are slow."""
+"""Rows of one weight that a processor puts together at a time, at least: products of fewer rows are slow."""
 CACHE = 1 << 21
-"""Bytes of the images' own weights that a processor holds at a time."""
+"""Bytes of the images' own weights that a processor holds at a time: they stay in its cache between the two products."""
 CHUNK = 1 << 27
-"""The same for other devices, which hold whole weights: they are slow at many small products."""
+"""The same for other devices, which put together whole weights: many small products would keep them waiting."""
 
 
 class Experts(Protocol):
     """(T, m, n) task vectors of one weight."""
 
     def blocks(self, images: int) -> Iterator[tuple[int, int, Tensor]]:
-        """First row, end, and (T, r n) the rows between, which are valid until the next are asked for; as many at a
-        time as are good for that many images."""
+        """(first row, end, (T, r n) the task vectors' rows between), valid until the next block is asked for.
+
+        Args:
+            images: how many images the weights are put together for, which decides how many rows are good at a time.
+        """
         ...
 
 
@@ -54,57 +57,71 @@ class Dense(nn.Module):
 
 
 class Pruned(nn.Module):
-    """Task vectors of which the entries are held that pruning has left, block by block."""
+    """Task vectors of which only the entries are held that pruning has left.
+
+    A block of rows of all tasks is filled in when it is needed, so that no whole task vector is ever in memory.
+    """
 
     values: Tensor
-    places: Tensor
+    positions: Tensor
 
     def __init__(self, kept: Sequence[tuple[Tensor, Tensor]], rows: int, columns: int) -> None:
-        """`kept`: for each task (k,) ascending places in a weight of so many rows and columns, and (k,) values."""
+        """The task vectors of a weight of so many rows and columns.
+
+        Args:
+            kept: for each task (k,) ascending positions in the flattened weight, and (k,) values.
+        """
         super().__init__()
+        # `blocks` fills one (T, r n) block of all tasks with a single `index_copy_`. So values are stored block by block
+        # and, in a block, task by task; a position is one in that flattened (T, r n) block, no longer one in the weight.
         device = kept[0][0].device
         step = rows_of(rows, columns, device)
         self.shape, self.steps = (len(kept), columns), [*range(0, rows, step), rows]
         edges = torch.tensor(self.steps[1:-1], dtype=torch.long, device=device) * columns
-        cuts = [torch.searchsorted(places, edges).tolist() for places, _ in kept]
+        cuts = [torch.searchsorted(positions, edges).tolist() for positions, _ in kept]  # positions ascend
         found: list[Tensor] = []
         values: list[Tensor] = []
-        for cut, (places, own) in zip(cuts, kept, strict=True):
-            found.extend(places.tensor_split(cut))
+        for cut, (positions, own) in zip(cuts, kept, strict=True):
+            found.extend(positions.tensor_split(cut))
             values.extend(own.tensor_split(cut))
         blocks = len(self.steps) - 1
         order = [task * blocks + block for block in range(blocks) for task in range(len(kept))]
+        # position in the weight - start * columns is that in the block's rows; each task has (stop - start) * columns entries
         shifts = [
             (task * (stop - start) - start) * columns
             for start, stop in zip(self.steps, self.steps[1:], strict=False)
             for task in range(len(kept))
         ]
-        places = [(found[each] + shift).int() for each, shift in zip(order, shifts, strict=True)]
-        counts = torch.tensor([len(each) for each in places]).view(blocks, -1).sum(1)
+        # int32 is half of int64's memory, and a block is far smaller than 2^31 entries
+        positions = [(found[each] + shift).int() for each, shift in zip(order, shifts, strict=True)]
+        counts = torch.tensor([len(each) for each in positions]).view(blocks, -1).sum(1)
         self.counts: list[int] = counts.tolist()
         self.register_buffer("values", torch.cat([values[each] for each in order]), persistent=False)
-        self.register_buffer("places", torch.cat(places), persistent=False)
+        self.register_buffer("positions", torch.cat(positions), persistent=False)
 
     def blocks(self, images: int) -> Iterator[tuple[int, int, Tensor]]:
         del images
         tasks, columns = self.shape
         room = self.values.new_zeros(tasks * self.steps[1] * columns)
-        parts = zip(self.values.split(self.counts), self.places.split(self.counts), strict=True)
-        for start, stop, (values, places) in zip(self.steps, self.steps[1:], parts, strict=False):
+        parts = zip(self.values.split(self.counts), self.positions.split(self.counts), strict=True)
+        for start, stop, (values, positions) in zip(self.steps, self.steps[1:], parts, strict=False):
             own = room[: tasks * (stop - start) * columns]
-            own.zero_().index_copy_(0, places.long(), values)
+            own.zero_().index_copy_(0, positions.long(), values)
             yield start, stop, own.view(tasks, -1)
 
 
 def rows_of(rows: int, columns: int, device: torch.device) -> int:
-    """r, of a weight of so many rows and columns."""
+    """r, how many rows of a weight of this size are put together at a time."""
     if device.type != "cpu":
         return rows
     return min(rows, max(FEWEST, BLOCK // max(columns, 1) // FEWEST * FEWEST))
 
 
 class Shared(torch.autograd.Function):
-    """One weight that all images share: the base and a share of each task vector."""
+    """One weight that all images share: the base and a share of each task vector.
+
+    Autograd would keep all task vectors of a `Pruned` weight for the way back; this fills them in once more instead.
+    """
 
     @staticmethod
     def forward(ctx: Any, shares: Tensor, base: Tensor, experts: Experts) -> Tensor:
@@ -117,15 +134,18 @@ class Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """(T,): inner products with the task vectors."""
-        slopes = grads[0].contiguous()
-        parts = (vectors @ slopes[start:stop].view(-1) for start, stop, vectors in ctx.experts.blocks(1))
+        """(T,) gradient of the shares: inner products of the weight's gradient with the task vectors."""
+        gradients = grads[0].contiguous()
+        parts = (vectors @ gradients[start:stop].view(-1) for start, stop, vectors in ctx.experts.blocks(1))
         return torch.stack(list(parts)).sum(0), None, None
 
 
 class Own(torch.autograd.Function):
-    """Products of each image's tokens with its own weight. On the way back the weights are put together once more, so
-    that none is kept meanwhile."""
+    """Products of each image's tokens with its own weight.
+
+    Autograd would keep every image's weight, each as large as the layer's. Instead the backward pass puts the weights
+    together once more, a few rows of a few images at a time, as the forward pass does.
+    """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, shares: Tensor, base: Tensor, experts: Experts) -> Tensor:
@@ -139,18 +159,18 @@ class Own(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """(B, S, n) and (B, T)."""
+        """(B, S, n) gradient of the inputs and (B, T) of the shares."""
         inputs, shares, base = ctx.saved_tensors
-        back, slopes = torch.zeros_like(inputs), torch.zeros_like(shares)
+        back, gradients = torch.zeros_like(inputs), torch.zeros_like(shares)
         for rows, images, weights, vectors in _weights(shares, base, ctx.experts):
             given = grads[0][images, :, rows]  # (b, S, r)
             back[images] += given @ weights
-            slopes[images] += (given.transpose(1, 2) @ inputs[images]).flatten(1) @ vectors.T
-        return back, slopes, None, None
+            gradients[images] += (given.transpose(1, 2) @ inputs[images]).flatten(1) @ vectors.T
+        return back, gradients, None, None
 
 
 def _weights(shares: Tensor, base: Tensor, experts: Experts) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Rows, images, the (b, r, n) rows of those images' weights, and (T, r n) of the task vectors."""
+    """(rows, images, (b, r, n) those rows of those images' weights, (T, r n) of the task vectors), until all are met."""
     columns, on_cpu = base.shape[1], base.device.type == "cpu"
     for start, stop, vectors in experts.blocks(len(shares)):
         own = base[start:stop]
@@ -207,7 +227,7 @@ class Router(nn.Module):
 
 
 class RoutedMlp(nn.Module):
-    """A tower's `mlp` whose weights are the base's plus what the router weighs the task vectors with."""
+    """A tower's `mlp` whose weights are the base's plus the task vectors, each times its routing weight."""
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class AceMerging(PerTensor):
     ridge: Annotated[float, Range(0, open_low=True)] = 0.01
     """e, added to the diagonal of each covariance; a large one gives the average of the D_i."""
     heterogeneity: Annotated[float, Range(0)] = 0.3
-    """Above which spread of the task vectors' norms covariances are normalised and the spectrum is refined."""
+    """Above which spread of the task vectors' norms covariances are normalized and the spectrum is refined."""
     spectral_share: Annotated[float, Range(0, 1)] = 0.3
     """Share of the singular directions that the refinement uses; 0 leaves it out."""
     position_embedding: PositionEmbedding = "table"
@@ -71,14 +71,14 @@ class AceMerging(PerTensor):
         bare = torch.zeros_like(identity)
         residual = torch.zeros_like(deltas[0])
         for delta in deltas:
-            centred = delta - delta.mean(dim=0)
-            covariance = gram(centred)
+            centered = delta - delta.mean(dim=0)
+            covariance = gram(centered)
             scale = float(covariance.trace()) + _TINY if refine else 1.0
             covariance /= scale
             bare += covariance
             residual += delta @ covariance
             covariance += identity * (self.ridge / scale)
-            weighted += centred @ covariance
+            weighted += centered @ covariance
             weights += covariance
         shared = bare.mean(dim=0) / (float(squares.mean()) + _TINY if refine else 1.0)
         merged, singular = torch.linalg.solve_ex(weights + shared, weighted, left=False)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from mergecli.methods._adam import adam_step
-from mergecli.methods._adapted import Adapted, Change, Learnt, State, Trial, combine, inner
+from mergecli.methods._adapted import Adapted, Change, Objective, combine, inner
 from mergecli.methods._base import Group, Groups, total
 from mergecli.methods._kth_largest import keep_largest, magnitude_thresholds
+from mergecli.methods._learned import LearnedTensors, State
 from mergecli.methods._settings import Fraction, Range
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaMerging(Adapted):
-    """theta = theta_0 + sum_i c_i tau_i,  the c_i minimising  sum_t mean_x H(softmax(logits_t(x; theta)))
+    """theta = theta_0 + sum_i c_i tau_i,  the c_i minimizing  sum_t mean_x H(softmax(logits_t(x; theta)))
 
     by `steps` steps of Adam from `start`, H the entropy, x images of task t without labels; with
     `granularity = "layer"` one coefficient for each task and tensor. With `preprocess = "ties"` (AdaMerging++) the tau_i
@@ -27,7 +28,8 @@ class AdaMerging(Adapted):
     The published tables took batches of the test images; `split` takes others.
     """
 
-    title: ClassVar[str] = "coefficients learnt by making predictions on unlabelled images sure"
+    title: ClassVar[str] = "coefficients learned by making predictions on unlabeled images sure"
+    published = "{granularity}-wise AdaMerging"
     paper: ClassVar[str] = "Yang et al., AdaMerging, ICLR 2024, arXiv 2310.02575, equations 4 to 6"
 
     work: ClassVar[str] = (
@@ -67,66 +69,70 @@ class AdaMerging(Adapted):
         sign = total(trimmed).sign_()
         return trimmed.mul_((trimmed * sign) > 0)
 
-    def begin(self, trial: Trial, /) -> State:
+    def begin(self, objective: Objective, /) -> State:
         import torch
 
-        columns = len(trial.weights) if self.granularity == "layer" else 1
-        device = next(iter(trial.weights.values())).device
-        start = torch.full((len(trial.tasks), columns), self.start, device=device)
+        columns = len(objective.weights) if self.granularity == "layer" else 1
+        device = next(iter(objective.weights.values())).device
+        start = torch.full((len(objective.tasks), columns), self.start, device=device)
         return {"coefficients": start, "mean": torch.zeros_like(start), "square": torch.zeros_like(start)}
 
-    def step(self, trial: Trial, state: State, number: int, /) -> tuple[Tensor, Change]:
+    def step(self, objective: Objective, state: State, number: int, /) -> tuple[Tensor, Change]:
         used = self._used(state)  # (T, P) or (T, 1)
-        for name, own in columns(trial, used):
-            combine(trial.deltas[name], own, trial.weights[name]).add_(trial.base[name])
-        losses, slopes = trial.slopes(number)
-        slope = slopes_of(trial, slopes.items(), used.shape[1])
+        for name, own in columns(objective, used):
+            combine(objective.deltas[name], own, objective.weights[name]).add_(objective.base[name])
+        losses, gradients = objective.entropies_and_gradients(number)
+        gradient = coefficient_gradients(objective, gradients.items(), used.shape[1])
         if self.clamp:
-            slope *= (state["coefficients"] >= 0) & (state["coefficients"] <= 1)
+            gradient *= (state["coefficients"] >= 0) & (state["coefficients"] <= 1)
         return losses, lambda: adam_step(
-            state["coefficients"], slope, state["mean"], state["square"], self.learning_rate, number + 1
+            state["coefficients"], gradient, state["mean"], state["square"], self.learning_rate, number + 1
         )
 
-    def finish(self, trial: Trial, state: State, /) -> State:
-        del trial
+    def finish(self, objective: Objective, state: State, /) -> State:
+        del objective
         return {"coefficients": self._used(state).clone()}
 
-    def shapes(self, tasks: int, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    def file_shapes(
+        self, tasks: int, tensors: Mapping[str, tuple[int, ...]], /
+    ) -> dict[str, tuple[int, ...]]:
         found: dict[str, tuple[int, ...]] = {
             "coefficients": (tasks, len(tensors) if self.granularity == "layer" else 1)
         }
         return found | ({"thresholds": (tasks,)} if self.preprocess == "ties" else {})
 
-    def shown(self, state: State, /) -> Tensor:
+    def traced(self, state: State, /) -> Tensor:
         return self._used(state).mean(1)
 
     def _used(self, state: State) -> Tensor:
         return state["coefficients"].clamp(0, 1) if self.clamp else state["coefficients"]
 
-    def merge(self, group: Group, learnt: Any, /) -> Tensor:
-        vectors = self.prepared(group, learnt.tensors)
-        return weighted(group, vectors, coefficients_of(learnt, group.name))
+    def merge(self, group: Group, learned: LearnedTensors, /) -> Tensor:
+        vectors = self.prepared(group, learned.tensors)
+        return weighted(group, vectors, coefficients_of(learned, group.name))
 
 
-def columns(trial: Trial, coefficients: Tensor) -> Iterable[tuple[str, Tensor]]:
+def columns(objective: Objective, coefficients: Tensor) -> Iterable[tuple[str, Tensor]]:
     """Each tensor's name and its (T,) coefficients, of (T, P) or (T, 1)."""
     last = coefficients.shape[1] - 1
-    return ((name, coefficients[:, min(column, last)]) for column, name in enumerate(trial.weights))
+    return ((name, coefficients[:, min(column, last)]) for column, name in enumerate(objective.weights))
 
 
-def slopes_of(trial: Trial, slopes: Iterable[tuple[str, Tensor]], count: int) -> Tensor:
+def coefficient_gradients(
+    objective: Objective, gradients: Iterable[tuple[str, Tensor]], count: int
+) -> Tensor:
     """(T, P) gradients with respect to the coefficients from those with respect to each tensor's merged task vector,
     or if `count` is 1 (T, 1) their sums over the tensors."""
     import torch
 
-    each = torch.stack([inner(slope, trial.deltas[name]) for name, slope in slopes], dim=1)
-    return trial.total(each if count > 1 else each.sum(1, keepdim=True))
+    each = torch.stack([inner(gradient, objective.deltas[name]) for name, gradient in gradients], dim=1)
+    return objective.total(each if count > 1 else each.sum(1, keepdim=True))
 
 
-def coefficients_of(learnt: Learnt, name: str) -> list[float]:
+def coefficients_of(learned: LearnedTensors, name: str) -> list[float]:
     """The T coefficients of one tensor."""
-    table = learnt.tensors["coefficients"]
-    column = learnt.names.index(name) if table.shape[1] > 1 else 0
+    table = learned.tensors["coefficients"]
+    column = learned.names.index(name) if table.shape[1] > 1 else 0
     return table[:, column].tolist()
 
 

@@ -19,6 +19,7 @@ class Average(PerTensor):
     """
 
     title: ClassVar[str] = "the mean of the fine-tuned weights"
+    published = "Simple Averaging"
     paper: ClassVar[str] = "Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482"
     needs_base: ClassVar[bool] = False
 

@@ -1,12 +1,12 @@
-"""Concrete task arithmetic: task arithmetic on the entries that a learnt mask leaves."""
+"""Concrete task arithmetic: task arithmetic under a learned mask."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from mergecli.methods._adapted import Adapted, Change, Learnt, State, Trial
+from mergecli.methods._adapted import Adapted, Change, Objective
 from mergecli.methods._base import Group, total
 from mergecli.methods._concrete_masks import (
     Kind,
@@ -14,13 +14,14 @@ from mergecli.methods._concrete_masks import (
     final_mask,
     kept_masks,
     logits_key,
+    mask_gradient,
     mask_means,
     mask_shapes,
-    mask_slope,
     move_masks,
     rescaled,
     sampled,
 )
+from mergecli.methods._learned import LearnedTensors, State
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -31,17 +32,20 @@ if TYPE_CHECKING:
 class ConcreteTaskArithmetic(Adapted):
     """theta = theta_0 + lambda (m / mean(m)) sum_i tau_i,  m = sigmoid((logit(u) + phi) / temperature),  u uniform
 
-    one phi for each entry of the model, shared by the tasks, minimising  sum_t mean_x H(softmax(logits_t(x; theta)))
-    by `steps` steps of Adam, each with a mask drawn anew; the mean is over a tensor.
+    one phi for each entry of the model, shared by the tasks, minimizing  sum_t mean_x H(softmax(logits_t(x; theta)))
+    by `steps` steps of Adam, each with a newly drawn mask; the mean is over a tensor.
 
     At the end one more mask is drawn (`mask = "sample"`, as published), so the result depends on the seed; `expected`
     takes sigmoid(phi), `discrete` draws 0 or 1.
     """
 
-    title: ClassVar[str] = "task arithmetic under a mask learnt on unlabelled images"
-    applied: ClassVar[frozenset[str]] = frozenset({"mask"})
-    unlearnt: ClassVar[frozenset[str]] = frozenset({"mask"})
-    one_shown: ClassVar[str] = "mask probability"
+    title: ClassVar[str] = "task arithmetic under a mask learned on unlabeled images"
+    published = "Concrete Task Arithmetic"
+    gives_masks = True
+    changeable = frozenset({"mask"})
+    not_learned_from = frozenset({"mask"})
+    streamed = (logits_key(""),)
+    trace_column: ClassVar[str] = "mask probability"
     paper: ClassVar[str] = "Tang et al., Concrete Subspace Learning, arXiv 2312.06173, algorithm 1"
 
     work: ClassVar[str] = (
@@ -57,10 +61,10 @@ class ConcreteTaskArithmetic(Adapted):
     temperature: Annotated[float, Range(0, open_low=True)] = 0.5
     """Of the concrete distribution: the lower, the nearer masks are to 0 and 1."""
     initial_logits: Annotated[float, Range()] = 0.0
-    """phi before the first step; 0 is a chance of a half."""
+    """phi before the first step; 0 is a probability of a half."""
     mask: Kind = "sample"
-    """The mask that is applied: one more sample, the chance of each entry, or 0 or 1 drawn with that chance. What was
-    learnt once serves all three."""
+    """The mask that is applied: one more sample, the probability of each entry, or 0 or 1 drawn with that probability. What was
+    learned once serves all three."""
 
     @property
     def phases(self) -> tuple[int, ...]:
@@ -70,41 +74,45 @@ class ConcreteTaskArithmetic(Adapted):
         del surveyed
         return total(group.deltas).mul_(self.scaling_factor)[None]
 
-    def begin(self, trial: Trial, /) -> State:
-        return begin_masks(trial, self.initial_logits)
+    def begin(self, objective: Objective, /) -> State:
+        return begin_masks(objective, self.initial_logits)
 
-    def step(self, trial: Trial, state: State, number: int, /) -> tuple[Tensor, Change]:
+    def step(self, objective: Objective, state: State, number: int, /) -> tuple[Tensor, Change]:
         masks: State = {}
-        for name, weight in trial.weights.items():
-            masks[name] = mask = sampled(trial, state, name, f"step {number}", self.temperature)
-            weight.copy_(rescaled(mask).mul_(trial.deltas[name][0]).add_(trial.base[name]))
-        losses, slopes = trial.slopes(number)
+        for name, weight in objective.weights.items():
+            masks[name] = mask = sampled(objective, state, name, f"step {number}", self.temperature)
+            weight.copy_(rescaled(mask).mul_(objective.deltas[name][0]).add_(objective.base[name]))
+        losses, gradients = objective.entropies_and_gradients(number)
         found = {
-            name: mask_slope(trial, masks.pop(name), slope.mul_(trial.deltas[name][0]), self.temperature)
-            for name, slope in slopes.items()
+            name: mask_gradient(
+                objective, masks.pop(name), gradient.mul_(objective.deltas[name][0]), self.temperature
+            )
+            for name, gradient in gradients.items()
         }
         return losses, lambda: move_masks(state, found, self.learning_rate, number + 1)
 
-    def finish(self, trial: Trial, state: State, /) -> State:
-        return kept_masks(trial, state, self.mask, self.temperature)
+    def finish(self, objective: Objective, state: State, /) -> State:
+        return kept_masks(objective, state, self.mask, self.temperature)
 
-    def renewed(self, learnt: Learnt, tensors: Mapping[str, tuple[int, ...]], /) -> State:
-        return {"mask_means": mask_means(learnt, tensors, self.mask, self.temperature)}
+    def renewed(self, learned: LearnedTensors, tensors: Mapping[str, tuple[int, ...]], /) -> State:
+        return {"mask_means": mask_means(learned, tensors, self.mask, self.temperature)}
 
-    def shown(self, state: State, /) -> Tensor:
-        return mean_chances(state)
+    def traced(self, state: State, /) -> Tensor:
+        return mean_probability(state)
 
-    def shapes(self, tasks: int, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    def file_shapes(
+        self, tasks: int, tensors: Mapping[str, tuple[int, ...]], /
+    ) -> dict[str, tuple[int, ...]]:
         del tasks
         return mask_shapes(tensors)
 
-    def merge(self, group: Group, learnt: Any, /) -> Tensor:
-        mask = final_mask(learnt, group, self.mask, self.temperature)
+    def merge(self, group: Group, learned: LearnedTensors, /) -> Tensor:
+        mask = final_mask(learned, group, self.mask, self.temperature)
         return total(group.deltas).mul_(mask).mul_(self.scaling_factor).add_(group.base)
 
 
-def mean_chances(state: State) -> Tensor:
-    """(1,) the mean chance of an entry to be kept."""
+def mean_probability(state: State) -> Tensor:
+    """(1,) the mean probability of an entry to be kept."""
     import torch
 
     logits = [each for key, each in state.items() if key.startswith(logits_key(""))]

@@ -22,7 +22,7 @@ class DogeTa(TwoPass):
 
     l_i = lambda / |tau_i|
     m_i = 1 on the largest `density` of the entries of task i's matrices together, else 0
-    d   minimises  sum_j sum_rows (sum_columns tau_j (tau_j - sum_i l_i tau_i - d sum_i l_i))^2  by Adam from 0, each
+    d   minimizes  sum_j sum_rows (sum_columns tau_j (tau_j - sum_i l_i tau_i - d sum_i l_i))^2  by Adam from 0, each
         gradient g replaced by g - B B^T g,  B the leading left singular vectors of [U_1 ... U_T],
         U_i the leading r // T (at least 1) left singular vectors of tau_i,  r the smaller side
 
@@ -87,8 +87,8 @@ class DogeTa(TwoPass):
 
         def gradient(at: Tensor) -> Tensor:
             left = missing.T.unsqueeze(2) - together * (by_row @ at.unsqueeze(2))  # (O, T, 1)
-            slope = (left.transpose(1, 2) @ by_row).squeeze(1).mul_(-2 * together)
-            return slope - kept @ (kept.T @ slope)
+            own = (left.transpose(1, 2) @ by_row).squeeze(1).mul_(-2 * together)  # (O, I)
+            return own - kept @ (kept.T @ own)
 
         return adam(torch.zeros_like(summed), gradient, self.learning_rate, self.steps)
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from mergecli.methods._adapted import State, Trial
+from mergecli.methods._adapted import Objective
 from mergecli.methods._bitmasks import kept, pack, packed_size
+from mergecli.methods._learned import State
 from mergecli.methods._mixture import SAME, Part, Read
 from mergecli.methods._settings import Range
 from mergecli.methods._wemoe import WeightEnsembling
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HALF = 0.5
-"""The density above which task vectors take less memory with every entry than with the place of each."""
+"""The density above which task vectors take less memory with every entry than with the position of each."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,17 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
     r(h) = A_2 relu(A_1 h + b_1) + b_2, one router for all layers
 
     Of the task vectors only what is kept is written, with a bit an entry that says where it belongs. The published 90 %
-    are those that are cut off: `density = 0.1`. Routing as in `weight_ensembling_moe`; a routing weight of 1
+    are the share that is cut off: `density = 0.1`. Routing is that of `weight_ensembling_moe`; a routing weight of 1
     gives that task's MLPs, pruned.
     """
 
     title: ClassVar[str] = "weight ensembling with one router for all layers and pruned task vectors"
+    published = "Efficient Weight-Ensembling MoE (90%)"
     paper: ClassVar[str] = (
         "Shen et al., Efficient and effective weight-ensembling MoE, arXiv 2410.21804, section 4"
     )
 
+    prefixes = (*WeightEnsembling.prefixes, "masks.")
     own_tower: ClassVar[str] = "that task's MLPs, pruned; the rest is shared by all tasks"
 
     density: Annotated[float, Range(0, 1, open_low=True)] = 0.1
@@ -44,11 +47,13 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
     shared_router: bool = True
     """Whether all layers have one router, or each its own."""
     position_encoding: Annotated[int, Range(0)] = 0
-    """Sines and cosines of the layer's number that routers get before each token; the published size is 8, the default
-    none."""
+    """How many sines and cosines of the layer's number are put before each token that a router gets, so that a shared
+    router can tell layers apart; 0, as in the published tables, puts none. FusionBench's switch `position_encoding` is
+    off or 8."""
     router_density: Annotated[float, Range(0, 1, open_low=True)] = 1.0
-    """Fraction of the entries of each router's weights that is left after learning; the others become 0, and take as much
-    room in the file as before."""
+    """Fraction of the entries of each router's weights that is kept after learning, the largest; the others become 0 and
+    take as much room in the file as before. FusionBench's `gate_prune_ratio`, with `post_sparse_gate` on, is 1 minus this;
+    the published tables prune none."""
 
     @property
     def shares_router(self) -> bool:
@@ -76,8 +81,8 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
             left[: len(own)] = own
         return {f"experts.{name}": values, f"masks.{name}": pack(masks)}
 
-    def expert(self, name: str, place: int, shape: Sequence[int], read: Read) -> Tensor:
-        bits, values = read(f"masks.{name}")[place], read(f"experts.{name}")[place].float()
+    def expert(self, name: str, index: int, shape: Sequence[int], read: Read) -> Tensor:
+        bits, values = read(f"masks.{name}")[index], read(f"experts.{name}")[index].float()
         return _filled(kept(f"masks.{name}", bits, values, math.prod(shape)), shape)
 
     def experts(self, name: str, like: Tensor, read: Read) -> Any:
@@ -94,13 +99,13 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
         return torch.stack([_filled(each, like.shape) for each in self._kept(name, like, read)])
 
     def _kept(self, name: str, like: Tensor, read: Read) -> list[tuple[Tensor, Tensor]]:
-        """For each task the places that are kept, and their values."""
+        """For each task the positions that are kept, and their values."""
         key = f"masks.{name}"
         rows = zip(read(key).to(like.device), read(f"experts.{name}").to(like), strict=True)
         return [kept(key, bits, values, like.numel()) for bits, values in rows]
 
-    def finish(self, trial: Trial, state: State, /) -> State:
-        found = super().finish(trial, state)
+    def finish(self, objective: Objective, state: State, /) -> State:
+        found = super().finish(objective, state)
         for key, value in found.items():
             if key.endswith(".weight") and self.router_density < 1:
                 value *= above_quantile(value.abs().flatten(), self.router_density).view_as(value)
@@ -108,9 +113,9 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
 
 
 def _filled(kept: tuple[Tensor, Tensor], shape: Sequence[int]) -> Tensor:
-    """(...) the values at their places, and 0 elsewhere."""
-    places, values = kept
-    return values.new_zeros(math.prod(shape)).index_copy_(0, places, values).view(*shape)
+    """(...) the values at their positions, and 0 elsewhere."""
+    positions, values = kept
+    return values.new_zeros(math.prod(shape)).index_copy_(0, positions, values).view(*shape)
 
 
 def kept_of(entries: int, density: float) -> int:
@@ -126,8 +131,8 @@ def above_quantile(magnitudes: Tensor, density: float) -> Tensor:
     entries = len(magnitudes)
     if density >= 1 or not entries:
         return magnitudes >= 0
-    place = (1 - density) * (entries - 1)
-    low = math.floor(place)
+    rank = (1 - density) * (entries - 1)
+    low = math.floor(rank)
     lower = float(magnitudes.kthvalue(low + 1).values)
     upper = float(magnitudes.kthvalue(min(low + 2, entries)).values)
-    return magnitudes > lower + (place - low) * (upper - lower)
+    return magnitudes > lower + (rank - low) * (upper - lower)

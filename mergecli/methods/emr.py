@@ -29,6 +29,7 @@ class Emr(Conditioned, TwoPass):
     Entries whose sum is 0 take the sign -1, as there. A task whose masks are all 0 has the base's tower.
     """
 
+    prefixes = ("unified.", "masks.", "rescalers")
     title: ClassVar[str] = "one task vector for all tasks; each has a mask of its signs, and a rescaler"
     paper: ClassVar[str] = "Huang et al., EMR-Merging, NeurIPS 2024, arXiv 2405.17461"
 
@@ -52,8 +53,8 @@ class Emr(Conditioned, TwoPass):
         own, kept = sums
         return torch.where(kept > 0, own / kept, 1.0)
 
-    def expand(self, group: Group, learnt: Tensor, /) -> dict[str, Tensor]:
-        del learnt
+    def expand(self, group: Group, learned: Tensor, /) -> dict[str, Tensor]:
+        del learned
         aligned, sign = _aligned(group)
         return {
             group.name: group.base.clone(),
@@ -61,13 +62,13 @@ class Emr(Conditioned, TwoPass):
             f"unified.{group.name}": aligned.amax(0).clamp_(min=0).mul_(sign),
         }
 
-    def values(self, learnt: Tensor, /) -> dict[str, Tensor]:
-        return {RESCALERS: learnt.float()}
+    def values(self, learned: Tensor, /) -> dict[str, Tensor]:
+        return {RESCALERS: learned.float()}
 
-    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
+    def weights(self, name: str, index: int, read: Read, /) -> Tensor:
         unified = read(f"unified.{name}").float()
-        mask = unpack(read(f"masks.{name}")[place], unified.numel()).view(unified.shape)
-        return unified.mul(mask).mul_(read(RESCALERS)[place]).add_(read(name))
+        mask = unpack(read(f"masks.{name}")[index], unified.numel()).view(unified.shape)
+        return unified.mul(mask).mul_(read(RESCALERS)[index]).add_(read(name))
 
 
 def _aligned(group: Group) -> tuple[Tensor, Tensor]:

@@ -35,9 +35,10 @@ class Fisher(Calibrated):
     """
 
     title: ClassVar[str] = "the mean weighted by each model's Fisher information"
+    published = "Fisher Merging"
     paper: ClassVar[str] = "Matena & Raffel, NeurIPS 2022, arXiv 2111.09832"
     needs_head: ClassVar[bool] = True
-    late: ClassVar[frozenset[str]] = Calibrated.late | {"normalize", "minimal"}
+    merge_time: ClassVar[frozenset[str]] = Calibrated.merge_time | {"normalize", "minimal"}
 
     shuffle: bool = False
     """Whether the images are drawn by the recipe's seed; off, the first ones are taken as they are stored."""
@@ -72,7 +73,7 @@ class Fisher(Calibrated):
             yield f"{name}.fisher", each.div_(images)
         yield SQUARES, torch.stack([sums[name].double().square().sum() for name in sorted(sums)])
 
-    def merge(self, group: Group, learnt: Statistics, /) -> Tensor:
+    def merge(self, group: Group, learned: Statistics, /) -> Tensor:
         import torch
 
         if self.excludes(group.name):
@@ -80,21 +81,21 @@ class Fisher(Calibrated):
         start, stop = group.start, group.start + group.shape.numel()
         weights = torch.stack(
             [
-                learnt.read(task, f"{group.name}.fisher", start, stop).double().view(group.shape)
+                learned.read(task, f"{group.name}.fisher", start, stop).double().view(group.shape)
                 for task in range(group.tasks)
             ]
         )  # (T, ...)
         weights += self.minimal
-        for row, norm in zip(weights, self._norms(learnt, group.tasks), strict=True):
+        for row, norm in zip(weights, self._norms(learned, group.tasks), strict=True):
             row /= norm
         weights[:, total(weights) == 0] = 1.0
         return (total(weights * group.tuned) / total(weights)).float()
 
-    def _norms(self, learnt: Statistics, tasks: int) -> list[float]:
+    def _norms(self, learned: Statistics, tasks: int) -> list[float]:
         """What each task's F + eps is divided by."""
         if not self.normalize:
             return [1.0] * tasks
-        names = sorted(name.removesuffix(".fisher") for name in learnt.names if name != SQUARES)
+        names = sorted(name.removesuffix(".fisher") for name in learned.names if name != SQUARES)
         kept = [number for number, name in enumerate(names) if not self.excludes(name)]
-        squares = [learnt.read(task, SQUARES)[kept].sum() for task in range(tasks)]
+        squares = [learned.read(task, SQUARES)[kept].sum() for task in range(tasks)]
         return [float(each.sqrt()) + self.minimal or 1.0 for each in squares]

@@ -28,7 +28,7 @@ class Karcher(PerTensor):
     r = (1 / T) sum_i |theta_i|, the mean norm
     u = the point of the unit sphere whose summed squared angles to the theta_i / |theta_i| are least
 
-    u is found by steps u <- exp_u((1 / T) sum_i log_u(theta_i / |theta_i|)) from the normalised mean, or from the
+    u is found by steps u <- exp_u((1 / T) sum_i log_u(theta_i / |theta_i|)) from the normalized mean, or from the
     first model where that mean is 0 (shorter than 1e-4). Tensors that are 0 have no direction, but count in the mean
     norm; of a point opposite to u (to 1e-4) no direction is taken. The base is not needed; the order of tasks matters
     only to the last bits.
@@ -44,7 +44,7 @@ class Karcher(PerTensor):
     elementwise: ClassVar[bool] = False
 
     steps: Annotated[int, Range(0)] = 100
-    """The most steps taken; they end when u no longer moves. 0 is the normalised mean of the directions."""
+    """The most steps taken; they end when u no longer moves. 0 is the normalized mean of the directions."""
 
     def merge(self, group: Group, /) -> Tensor:
         import torch

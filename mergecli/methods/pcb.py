@@ -38,7 +38,7 @@ class Pcb(TwoPass):
     drop   w_i = (a_i e_i - b_i) / (max a_i e_i - b_i) where that is positive, else 0;  b_i is the score that the
            largest `density` of the task vector's entries reach
 
-    Differs from the paper: there both balances are softmaxes over all entries, of normalised tau_i tau_i and
+    Differs from the paper: there both balances are softmaxes over all entries, of normalized tau_i tau_i and
     tau_i tau_j; this is what the authors' program computes. Where all weights are 0 the base is kept.
     """
 

@@ -27,9 +27,10 @@ class RegMean(Calibrated):
     """
 
     title: ClassVar[str] = "linear layers by least squares on each task's own inputs, else the mean"
+    published = "RegMean"
     paper: ClassVar[str] = "Jin et al., ICLR 2023, arXiv 2212.09849"
     elementwise: ClassVar[bool] = False
-    late: ClassVar[frozenset[str]] = Calibrated.late | {"reduce_non_diagonal_ratio", "ridge"}
+    merge_time: ClassVar[frozenset[str]] = Calibrated.merge_time | {"reduce_non_diagonal_ratio", "ridge"}
 
     reduce_non_diagonal_ratio: Annotated[float, Range(0, 1)] = 0.95
     """alpha: 1 is least squares, 0 weighs every input by itself."""
@@ -44,14 +45,14 @@ class RegMean(Calibrated):
         }
 
     def measure(self, probe: Probe, /) -> Iterator[tuple[str, Tensor]]:
-        states = probe.states(self.batch_size)
+        states = probe.activations(self.batch_size)
         for prefix, layer in probe.layers():
             with Grams(layer) as grams:
                 states.step(layer)
             for name, gram in grams.means():
                 yield f"{prefix}.{name}.weight.gram", gram
 
-    def merge(self, group: Group, learnt: Statistics, /) -> Tensor:
+    def merge(self, group: Group, learned: Statistics, /) -> Tensor:
         if self.excludes(group.name):
             return group.base.clone()
         if not is_linear(group.name, tuple(group.shape)):
@@ -59,6 +60,6 @@ class RegMean(Calibrated):
         middle = group.tuned.double().mean(0)
         regression = Regression(self.reduce_non_diagonal_ratio, self.ridge)
         for task, tuned in enumerate(group.tuned):
-            gram = learnt.read(task, f"{owner(group.name)}.gram").view(group.shape[1], group.shape[1])
+            gram = learned.read(task, f"{owner(group.name)}.gram").view(group.shape[1], group.shape[1])
             regression.add(gram, {"": tuned.double() - middle})
         return middle.add_(regression.solve()[""]).float()

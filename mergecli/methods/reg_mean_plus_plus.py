@@ -30,10 +30,11 @@ class RegMeanPlusPlus(Calibrated):
     """
 
     title: ClassVar[str] = "linear layers as in RegMean, one after another, on what those merged before give"
+    published = "RegMean++"
     paper: ClassVar[str] = "Nguyen et al., 2025, arXiv 2508.03121"
     elementwise: ClassVar[bool] = False
     joint: ClassVar[bool] = True
-    late: ClassVar[frozenset[str]] = frozenset({"post_layernorm"})
+    merge_time: ClassVar[frozenset[str]] = frozenset({"post_layernorm"})
 
     reduce_non_diagonal_ratio: Annotated[float, Range(0, 1)] = 0.95
     """alpha: 1 is least squares, 0 weighs every input by itself."""
@@ -52,7 +53,7 @@ class RegMeanPlusPlus(Calibrated):
     def measure_jointly(self, probe: JointProbe, /) -> Iterator[tuple[str, Tensor]]:
         outside = [name for name, _ in probe.model.named_parameters() if layer_of(name) is None]
         _fill(probe.model, {name: self._plain(probe, name) for name in outside})
-        states = [probe.states(task, self.batch_size) for task in range(probe.tasks)]
+        states = [probe.activations(task, self.batch_size) for task in range(probe.tasks)]
         for prefix, layer in probe.layers():
             names = {name: f"{prefix}.{name}" for name, _ in layer.named_parameters()}
             merged = {name: self._plain(probe, full) for name, full in names.items()}
@@ -91,13 +92,13 @@ class RegMeanPlusPlus(Calibrated):
             summed += probe.tuned(task, name)
         return summed.div_(probe.tasks)
 
-    def merge(self, group: Group, learnt: Statistics, /) -> Tensor:
+    def merge(self, group: Group, learned: Statistics, /) -> Tensor:
         behind = self.post_layernorm == "base" and "post_layernorm" in group.name
         if self.excludes(group.name) or behind:
             return group.base.clone()
         if not is_linear(group.name, tuple(group.shape)):
             return mean(group)
-        return learnt.read(0, f"{group.name}.merged").view(group.shape)
+        return learned.read(0, f"{group.name}.merged").view(group.shape)
 
 
 def _fill(module: Module, values: Mapping[str, Tensor]) -> None:

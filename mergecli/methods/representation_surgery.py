@@ -3,55 +3,55 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from mergecli.methods._adam import adam_step
-from mergecli.methods._base import Group, Looking, uniform
+from mergecli.methods._base import Group, uniform
+from mergecli.methods._learned import LearnedTensors, State
 from mergecli.methods._mixture import SAME, Conditioned, Part, Read
 from mergecli.methods._settings import Range
+from mergecli.methods._task_learner import FeatureProbe, TaskLearner
 from mergecli.runtime import interrupts
-from mergecli.runtime.errors import InputError
+from mergecli.runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DOWN, UP = "surgery.down", "surgery.up"
-"""(T, rank, D) and (T, D, rank): D of features f, U of f - U relu(D f), of every task."""
+"""Keys of the (T, rank, D) matrices D and the (T, D, rank) matrices U of f - U relu(D f), D also the size of features."""
+
+
+LOSSES = "trace.losses"
+"""(steps, T) the loss of each step's batch."""
 
 
 @dataclass(frozen=True)
-class Surgeries:
-    """What is written: the tower that is corrected, and the corrections."""
-
-    down: Tensor
-    """(T, rank, D)."""
-    up: Tensor
-    """(T, D, rank)."""
-    read: Callable[[str, int, int], Tensor]
-    """`read(name, first entry, end)` gives (n,) float32 entries of a tensor of the merged tower."""
-
-
-@dataclass(frozen=True)
-class RepresentationSurgery(Conditioned, Looking):
+class RepresentationSurgery(Conditioned, TaskLearner):
     """theta_t = theta_merged,  and of its unit image features f the task t takes f - U_t relu(D_t f)
 
-    learn U_t, D_t that bring the corrected features of unlabelled images near those of the task's own model:
+    U_t, D_t bring the corrected features of unlabeled images near the features f_t of the task's own model:
           Adam on mean |f - U relu(D f) - f_t|,  D from Kaiming's uniform distribution, U from 0
 
-    What comes out is not normalised again. The merged tower is one that another method has written: merge first, then
-    give the file as `merged`. Steps are taken on features, which are computed once for each image.
+    Corrected features are not normalized again. The merged tower is one that another method has written: merge first,
+    then name the file as `merged`. Steps are taken on features, which are computed once for each image.
     """
 
     title: ClassVar[str] = (
-        "on top of a merged tower: a small correction of each task's image features, learnt without labels"
+        "on top of a merged tower: a small correction of each task's image features, learned without labels"
     )
     paper: ClassVar[str] = "Yang et al., Representation Surgery, ICML 2024, arXiv 2402.02705"
-    looks_at: ClassVar[str] = "unlabelled images of every task"
+    prefixes = ("surgery.",)
+    needs = frozenset({"merged_tower"})
+    changeable = frozenset({"merged"})
+    derived = frozenset({"feature_size"})
+    loss = ("loss", LOSSES)
+    file_title = "learnt surgery"
+    part_title = "surgery"
+    looks_at: ClassVar[str] = "unlabeled images of every task"
     work: ClassVar[str] = "each image goes through two towers once, and the steps are on what comes out"
     elementwise: ClassVar[bool] = True
-    late: ClassVar[frozenset[str]] = frozenset()
 
     merged: str | None = None
     """The tower that is corrected: a merged checkpoint, as a path relative to the current folder or another source. It is
@@ -81,33 +81,61 @@ class RepresentationSurgery(Conditioned, Looking):
         size, rank = self.feature_size, self.rank
         return {DOWN: Part("F32", (tasks, rank, size)), UP: Part("F32", (tasks, size, rank))}
 
-    def expand(self, group: Group, learnt: Surgeries, /) -> dict[str, Tensor]:
+    def expand(self, group: Group, learned: LearnedTensors, /) -> dict[str, Tensor]:
+        assert learned.tower is not None
         stop = group.start + group.shape.numel()
-        return {group.name: learnt.read(group.name, group.start, stop).view(group.shape)}
+        return {group.name: learned.tower(group.name, group.start, stop).view(group.shape)}
 
-    def values(self, learnt: Surgeries, /) -> dict[str, Tensor]:
-        return {DOWN: learnt.down, UP: learnt.up}
+    def values(self, learned: LearnedTensors, /) -> dict[str, Tensor]:
+        return {key: learned.tensors[key] for key in (DOWN, UP)}
 
-    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
-        del place
+    def weights(self, name: str, index: int, read: Read, /) -> Tensor:
+        del index
         return read(name).float()
 
-    def correction(self, place: int, read: Read, /) -> Callable[[Tensor], Tensor]:
-        down, up = read(DOWN)[place], read(UP)[place]
+    def correction(self, index: int, read: Read, /) -> Callable[[Tensor], Tensor]:
+        down, up = read(DOWN)[index], read(UP)[index]
 
         def corrected(features: Tensor) -> Tensor:
             if features.shape[-1] != self.feature_size:
                 raise InputError(
                     f"the surgery is of features of size {self.feature_size}, the base's have {features.shape[-1]}",
-                    "name the base that it was learnt with",
+                    "name the base that it was learned with",
                 )
             return features - (features @ down.T).relu() @ up.T
 
         return corrected
 
     def looked_at(self, images: int) -> int:
-        """How many of a task's images are looked at."""
         return min(images, self.images or images, self.steps * self.batch_size)
+
+    def check_features(self, size: int) -> None:
+        if self.rank > size:
+            raise UsageError(f"`method.rank`: is {self.rank}, the base's features have {size}")
+        if self.feature_size not in (0, size):
+            raise UsageError(
+                f"`method.feature_size`: is {self.feature_size}, the base's features have {size}"
+            )
+
+    def learn_task(self, probe: FeatureProbe, /) -> State:
+        given, wanted = probe.features("merged"), probe.features("own")
+        down, up, losses = self.learn(given, wanted, probe.task, probe.seed)
+        return {DOWN: down, UP: up, LOSSES: losses}
+
+    def joined(self, tasks: Sequence[State], /) -> State:
+        import torch
+
+        down, up = (torch.stack([each[key] for each in tasks]) for key in (DOWN, UP))
+        return {DOWN: down, UP: up, LOSSES: torch.stack([each[LOSSES] for each in tasks], 1)}
+
+    def completed(self, learned: State, /) -> RepresentationSurgery:
+        return replace(self, feature_size=learned[DOWN].shape[2])
+
+    def file_shapes(
+        self, tasks: int, tensors: Mapping[str, tuple[int, ...]], /
+    ) -> dict[str, tuple[int, ...]]:
+        shapes = {key: part.shape for key, part in self.extras(tensors, tasks).items()}
+        return {**shapes, LOSSES: (self.steps, tasks)}
 
     def learn(
         self, features: Tensor, wanted: Tensor, task: str, seed: int, /
@@ -135,15 +163,15 @@ class RepresentationSurgery(Conditioned, Looking):
             kept = hidden.relu()
             error = given - kept @ up.T - wanted[rows]
             losses[step] = error.abs().mean()
-            slope = error.sign().div_(error.numel())
-            back = (slope @ up).neg_().mul_(hidden > 0)
-            adam_step(up, (slope.T @ kept).neg_(), up_mean, up_square, self.learning_rate, step + 1)
+            gradient = error.sign().div_(error.numel())
+            back = (gradient @ up).neg_().mul_(hidden > 0)
+            adam_step(up, (gradient.T @ kept).neg_(), up_mean, up_square, self.learning_rate, step + 1)
             adam_step(down, back.T @ given, down_mean, down_square, self.learning_rate, step + 1)
         return down, up, losses
 
     def _batches(self, count: int, task: str, seed: int) -> Iterator[Tensor]:
-        """The numbers of each step's images: all in random order, then all again in another, and so on; the last batch
-        of a round may be smaller."""
+        """The numbers of each step's images: every epoch takes all of them, in an order of its own; the last batch of an
+        epoch may be smaller."""
         for epoch in itertools.count():
             order = uniform(seed, "surgery.batches", f"{task} {epoch}", 0, count).argsort(stable=True)
             yield from order.split(self.batch_size)

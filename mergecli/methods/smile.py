@@ -27,12 +27,13 @@ class Smile(Routed, PerTensor):
                     is largest; 0 for the others
 
     Each token of each image chooses for itself: no other image matters, so that routing by batches is routing by
-    samples. Nothing is learnt. The linear layers are those named `..._proj`, `fc1` and `fc2`; all other tensors are
+    samples. Nothing is learned. The linear layers are those named `..._proj`, `fc1` and `fc2`; all other tensors are
     the base's.
     """
 
     own_tower: ClassVar[str] = "that task's linear layers, cut to the experts' rank"
     routes_batches: ClassVar[bool] = False
+    prefixes = ("left.", "right.", "deltas.")
     title: ClassVar[str] = "the base's linear layers with low-rank experts, among which each token chooses"
     paper: ClassVar[str] = "Tang et al., SMILE, arXiv 2408.10174"
     work: ClassVar[str] = "a singular value decomposition of each linear layer of each model"
@@ -72,10 +73,10 @@ class Smile(Routed, PerTensor):
     def _gate(self, shape: tuple[int, ...]) -> int:
         return min(self.gate_rank, *shape)
 
-    def expand(self, group: Group, learnt: Any, /) -> dict[str, Tensor]:
+    def expand(self, group: Group, learned: Any, /) -> dict[str, Tensor]:
         import torch
 
-        del learnt
+        del learned
         name, deltas, kind = group.name, group.deltas, _linear_part(group.name, tuple(group.shape))
         own = {name: group.base.clone()}
         if kind == "bias":
@@ -88,16 +89,16 @@ class Smile(Routed, PerTensor):
         right = torch.stack([v.T.float() for _, _, v in triplets])
         return own | {f"left.{name}": left, f"right.{name}": right}
 
-    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
+    def weights(self, name: str, index: int, read: Read, /) -> Tensor:
         own = read(name).float()
         kind = _linear_part(name, tuple(own.shape))
         if kind == "bias":
-            return own + read(f"deltas.{name}")[place]
+            return own + read(f"deltas.{name}")[index]
         if kind is None:
             return own
-        left = read(f"left.{name}")[place].float()
+        left = read(f"left.{name}")[index].float()
         return own + (
-            left if self._rank(tuple(own.shape)) is None else left @ read(f"right.{name}")[place].float()
+            left if self._rank(tuple(own.shape)) is None else left @ read(f"right.{name}")[index].float()
         )
 
     def install(

@@ -25,6 +25,7 @@ class TallMask(Conditioned, PerTensor):
     FusionBench compares theta_0 in place of 0 with tau_t, which makes its masks nearly all 1; this is the paper's.
     """
 
+    prefixes = ("summed.", "masks.")
     title: ClassVar[str] = "each task's model, cut out of the summed task vector by that task's mask"
     paper: ClassVar[str] = "Wang et al., Localizing task information, ICML 2024, arXiv 2405.07813, equation 5"
 
@@ -61,18 +62,18 @@ class TallMask(Conditioned, PerTensor):
         masks = Part("U8", (tasks, packed_size(prod(shape))))
         return {name: Part(SAME, shape), f"summed.{name}": Part(SAME, shape), f"masks.{name}": masks}
 
-    def expand(self, group: Group, learnt: Any, /) -> dict[str, Tensor]:
+    def expand(self, group: Group, learned: Any, /) -> dict[str, Tensor]:
         import torch
 
-        del learnt
+        del learned
         deltas = group.deltas
         summed = total(deltas)
         masks = torch.cat([pack(self._mask(own, summed)[None]) for own in deltas])
         return {group.name: group.base.clone(), f"summed.{group.name}": summed, f"masks.{group.name}": masks}
 
-    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
+    def weights(self, name: str, index: int, read: Read, /) -> Tensor:
         summed = read(f"summed.{name}").float()
-        mask = unpack(read(f"masks.{name}")[place], summed.numel()).view(summed.shape)
+        mask = unpack(read(f"masks.{name}")[index], summed.numel()).view(summed.shape)
         return summed.masked_fill(~mask, 0).add_(read(name))
 
     def _mask(self, own: Tensor, summed: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ class TaskArithmetic(PerTensor):
     """theta = theta_0 + lambda sum_i (theta_i - theta_0)"""
 
     title: ClassVar[str] = "the base plus the scaled sum of the task vectors"
+    published = "Task Arithmetic"
     paper: ClassVar[str] = "Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089"
 
     scaling_factor: Annotated[float, Range()] = 0.3

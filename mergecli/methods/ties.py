@@ -36,6 +36,7 @@ class Ties(TwoPass):
     """
 
     title: ClassVar[str] = "task vectors trimmed, a sign elected for each entry, the agreeing ones added"
+    published = "Ties-Merging"
     paper: ClassVar[str] = "Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708, algorithm 1"
 
     scaling_factor: Annotated[float, Range()] = 0.3

@@ -24,6 +24,7 @@ class TsvC(Conditioned, PerTensor):
     factors of all tasks together take at most the room of two such matrices, however many tasks there are up to r.
     """
 
+    prefixes = ("left.", "right.", "deltas.")
     title: ClassVar[str] = "each task's matrices compressed to their leading singular vectors"
     paper: ClassVar[str] = "Gargiulo et al., Task singular vectors, CVPR 2025, arXiv 2412.00081"
     work: ClassVar[str] = "a singular value decomposition of each matrix of each model"
@@ -44,10 +45,10 @@ class TsvC(Conditioned, PerTensor):
         left, right = (tasks, shape[0], rank), (tasks, rank, shape[1])
         return own | {f"left.{name}": Part(SAME, left), f"right.{name}": Part(SAME, right)}
 
-    def expand(self, group: Group, learnt: Any, /) -> dict[str, Tensor]:
+    def expand(self, group: Group, learned: Any, /) -> dict[str, Tensor]:
         import torch
 
-        del learnt
+        del learned
         name, deltas, shape = group.name, group.deltas, tuple(group.shape)
         own = {name: group.base.clone()}
         if not self._is_matrix(name, shape):
@@ -60,14 +61,14 @@ class TsvC(Conditioned, PerTensor):
         right = torch.stack([v.T.float() for _, _, v in triplets])
         return own | {f"left.{name}": left, f"right.{name}": right}
 
-    def weights(self, name: str, place: int, read: Read, /) -> Tensor:
+    def weights(self, name: str, index: int, read: Read, /) -> Tensor:
         base = read(name).float()
         if not self._is_matrix(name, tuple(base.shape)):
-            return read(f"deltas.{name}")[place] + base
-        left = read(f"left.{name}")[place].float()
+            return read(f"deltas.{name}")[index] + base
+        left = read(f"left.{name}")[index].float()
         if left.shape == base.shape:  # kept whole: the right factor would be the identity
             return left + base
-        return left @ read(f"right.{name}")[place].float() + base
+        return left @ read(f"right.{name}")[index].float() + base
 
     def _is_matrix(self, name: str, shape: tuple[int, ...]) -> bool:
         import torch

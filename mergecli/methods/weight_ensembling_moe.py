@@ -14,7 +14,7 @@ class WeightEnsemblingMoe(WeightEnsembling):
 
     l = mean over the tokens h of r(h),  r(h) = A_2 relu(A_1 h + b_1) + b_2
 
-    one router r a layer, h what the layer's MLP gets. The routers minimise the mean entropy of predictions on unlabelled
+    one router r a layer, h what the layer's MLP gets. The routers minimize the mean entropy of predictions on unlabeled
     images, by Adam.
 
     A routing weight of 1 for one task gives that task's MLPs; elsewhere the tower is that of all tasks still.
@@ -23,7 +23,8 @@ class WeightEnsemblingMoe(WeightEnsembling):
     image has its own unless evaluation is asked for `routing = "batch"`.
     """
 
-    title: ClassVar[str] = "layers put together for each image by routers learnt on unlabelled images"
+    title: ClassVar[str] = "layers put together for each image by routers learned on unlabeled images"
+    published = "Weight-Ensembling MoE"
     paper: ClassVar[str] = (
         "Tang et al., Weight-ensembling mixture of experts, ICML 2024, arXiv 2402.00433, section 3"
     )

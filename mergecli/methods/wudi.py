@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wudi(PerTensor):
-    """theta = theta_0 + M,  matrix by matrix:  M minimises  sum_i |(M - tau_i) tau_i^T|^2 / |tau_i|^2
+    """theta = theta_0 + M,  matrix by matrix:  M minimizes  sum_i |(M - tau_i) tau_i^T|^2 / |tau_i|^2
 
     by `steps` steps of Adam from sum_i tau_i, which is not the minimum. The gradient is 2 (M C - B) with
     C = sum_i tau_i^T tau_i / |tau_i|^2 and B = sum_i tau_i tau_i^T tau_i / |tau_i|^2, so that a step costs one product
@@ -55,9 +55,9 @@ class Wudi(PerTensor):
                 inputs = gram(delta).mul_(2 / square)
                 weights += inputs
                 wanted += delta @ inputs
-        slope = torch.empty_like(merged)
+        room = torch.empty_like(merged)
 
         def gradient(at: Tensor) -> Tensor:
-            return torch.mm(at, weights, out=slope).sub_(wanted)
+            return torch.mm(at, weights, out=room).sub_(wanted)
 
         return adam(merged, gradient, self.learning_rate, self.steps).add_(group.base)

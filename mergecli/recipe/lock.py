@@ -13,32 +13,19 @@ import tomli
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError, UsageError, shown
 from mergecli.storage.atomic import write_text
-from mergecli.storage.sources import HUBS, Source, parse_source
+from mergecli.storage.sources import HUBS, Source, is_commit, is_safe, parse_source
+from mergecli.storage.store import StoredFile
 
 SCHEMA = 1
 Key = tuple[bool, str]
 """Whether it is a data set, and the source as recipes write it."""
 
-_COMMIT = re.compile(r"[0-9a-f]{7,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class LockedFile:
-    """One file of a repository."""
-
-    path: str
-    """With `/` between names."""
-    size: int
-    """Bytes."""
-    sha256: str
-    made_from: str | None = None
-    """The pickled file that it was converted from; None if it is the hub's own."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What one source was."""
+class LockedSource:
+    """What one source of a recipe was."""
 
     source: str
     """As the recipe writes it."""
@@ -46,7 +33,7 @@ class Entry:
     fetched: str
     """`hf:org/name` or `ms:org/name`: where it came from."""
     commit: str
-    files: tuple[LockedFile, ...]
+    files: tuple[StoredFile, ...]
 
     @property
     def key(self) -> Key:
@@ -62,15 +49,15 @@ class Entry:
 class Lock:
     """The content of a lock file."""
 
-    entries: Mapping[Key, Entry] = field(default_factory=dict[Key, Entry])
+    sources: Mapping[Key, LockedSource] = field(default_factory=dict[Key, LockedSource])
 
-    def find(self, source: Source) -> Entry | None:
+    def find(self, source: Source) -> LockedSource | None:
         """What the source was, if the lock has it."""
-        return self.entries.get(key_of(source))
+        return self.sources.get(key_of(source))
 
-    def merged(self, entries: Iterable[Entry]) -> Lock:
-        """The lock with these entries in place of its own for the same sources."""
-        return Lock({**self.entries, **{entry.key: entry for entry in entries}})
+    def merged(self, new: Iterable[LockedSource]) -> Lock:
+        """The lock with these in place of its own for the same sources."""
+        return Lock({**self.sources, **{each.key: each for each in new}})
 
 
 def key_of(source: Source) -> Key:
@@ -103,7 +90,7 @@ def read_lock(path: Path) -> Lock:
         values = tomli.loads(path.read_bytes().decode("utf-8-sig"))
         if values.get("schema") != SCHEMA or set(values) - {"schema", "source"}:
             raise ValueError(f"expected `schema = {SCHEMA}` and [[source]] tables")
-        entries = [_entry(each) for each in values.get("source", [])]
+        entries = [_source(each) for each in values.get("source", [])]
     except OSError as error:
         raise InputError(f"{path}: cannot read: {(error.strerror or '').lower()}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
@@ -123,7 +110,7 @@ def write_lock(path: Path, lock: Lock) -> None:
         f"# Written by `mergecli fetch`; `mergecli fetch --locked {path.with_suffix('.toml').name}` fetches the same again.",
         f"schema = {SCHEMA}",
     ]
-    for _, entry in sorted(lock.entries.items()):
+    for _, entry in sorted(lock.sources.items()):
         lines += ["", "[[source]]", f"source = {shown(entry.source)}"]
         lines += ["data = true"] if entry.is_data else []
         lines += [f"fetched = {shown(entry.fetched)}", f"commit = {shown(entry.commit)}", "files = ["]
@@ -162,22 +149,11 @@ def pin(recipe: Recipe) -> Recipe:
             name: replace(table, data=pinned_source(lock, table.data)) if table.data else table
             for name, table in recipe.tasks.items()
         },
-        pins={key: entry.origin for key, entry in lock.entries.items()},
+        pins={key: entry.origin for key, entry in lock.sources.items()},
     )
 
 
-def is_commit(text: str) -> bool:
-    """Whether a text is a commit's hexadecimal digits, or the first of them."""
-    return bool(_COMMIT.fullmatch(text))
-
-
-def is_safe(path: str) -> bool:
-    """Whether a path inside a repository stays inside, on every system, when it is joined to a folder."""
-    parts = path.split("/")
-    return not any(part in ("", ".", "..") or set(part) & set("\\:\0") for part in parts)
-
-
-def _entry(value: Any) -> Entry:
+def _source(value: Any) -> LockedSource:
     table = _table(value, {"source", "data", "fetched", "commit", "files"})
     source, fetched, commit = (_text(table[name], name) for name in ("source", "fetched", "commit"))
     origin = parse_source(fetched, Path())
@@ -191,10 +167,10 @@ def _entry(value: Any) -> Entry:
     known = {file.path for file in files}
     if lost := [file.made_from for file in files if file.made_from and file.made_from not in known]:
         raise ValueError(f"`made_from`: expected one of the files of `{source}`, got `{lost[0]}`")
-    return Entry(source, table.get("data") is True, fetched, commit, tuple(files))
+    return LockedSource(source, table.get("data") is True, fetched, commit, tuple(files))
 
 
-def _file(value: Any) -> LockedFile:
+def _file(value: Any) -> StoredFile:
     table = _table(value, {"path", "size", "sha256", "made_from"})
     path, sha256 = _text(table["path"], "path"), _text(table["sha256"], "sha256")
     size, made_from = table["size"], table.get("made_from")
@@ -204,7 +180,7 @@ def _file(value: Any) -> LockedFile:
         raise ValueError(f"`size`: expected a number of bytes, got `{size}`")
     if not _SHA256.fullmatch(sha256):
         raise ValueError(f"`sha256`: expected 64 hexadecimal digits, got `{sha256}`")
-    return LockedFile(path, size, sha256, None if made_from is None else _text(made_from, "made_from"))
+    return StoredFile(path, size, sha256, None if made_from is None else _text(made_from, "made_from"))
 
 
 def _table(value: Any, known: set[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from string import Formatter
 
 from mergecli import methods
 from mergecli.results.cells import Cell, Column, Estimate
@@ -14,14 +15,8 @@ from mergecli.results.statistics import Count, difference_interval
 from mergecli.runtime.errors import quoted, shown
 from mergecli.storage.sources import HUBS
 
-_METHODS = {
-    "pretrained": "Pre-trained", "fine-tuned": "Fine-tuned (STL)", "average": "Simple Averaging", "task_arithmetic": "Task Arithmetic",
-    "ties": "Ties-Merging", "fisher": "Fisher Merging", "reg_mean": "RegMean", "reg_mean_plus_plus": "RegMean++",
-    "concrete_task_arithmetic": "Concrete Task Arithmetic", "ada_merging": "Layer-wise AdaMerging",
-    "concrete_ada_merging": "Concrete Layer-wise AdaMerging", "weight_ensembling_moe": "Weight-Ensembling MoE",
-    "efficient_weight_ensembling_moe": "Efficient Weight-Ensembling MoE (90%)",
-}  # fmt: skip
-"""Our method -> the row of the published tables."""
+_UNMERGED = {"pretrained": "Pre-trained", "fine-tuned": "Fine-tuned (STL)"}
+"""What a result says of a model that no method merged -> the row of the published tables."""
 _MODELS = {"base": "Pre-trained", "stanford-cars": "Cars"}
 """Our model -> the row of the tables of single models, where that is not the task in capitals."""
 _PARAMETERS = {
@@ -85,13 +80,26 @@ def _pair(row: Row, reference: Reference, part: str) -> tuple[float | None, floa
 
 def _counterpart(row: Row, reference: Reference) -> PublishedRow | None:
     names = {name.lower(): name for name in reference.rows}
-    method = _METHODS.get(row.method or "", "")
-    if row.result and row.result.checkpoint.get("method.granularity") == "task":
-        method = method.replace("Layer-wise", "Task-wise")
+    method = _published(row.method or "", row.result)
     for name in (method, _MODELS.get(row.name, row.name)):
         if name and name.lower() in names:
             return reference.rows[names[name.lower()]]
     return None
+
+
+def _published(method: str, result: Evaluation | None) -> str:
+    """The row of the published tables that a method, with the settings that a result says, is in; empty if in none."""
+    if method not in methods.names():
+        return _UNMERGED.get(method, "")
+    kind = methods.find(method)
+    said = result.checkpoint if result else {}
+    values = {key: said.get(f"method.{key}", getattr(kind, key)) for key in _named(kind)}
+    return kind.published.format(**{key: str(value).capitalize() for key, value in values.items()})
+
+
+def _named(method: type[methods.Method]) -> list[str]:
+    """The settings that the method's published rows are called by."""
+    return [key for _, key, _, _ in Formatter().parse(method.published) if key]
 
 
 def _part(reference: Reference, part: str) -> list[str]:
@@ -163,12 +171,12 @@ def _models_of(result: Evaluation, reference: Reference) -> dict[str, str] | Non
 def _settings(result: Evaluation) -> Iterator[str]:
     """Settings that are not the defaults, which are those of the published tables."""
     method = result.checkpoint.get("method")
-    if method not in _METHODS or method not in methods.names():
+    if method not in methods.names() or not methods.find(method).published:
         return
-    usual = methods.table_of(methods.create(method, {}))
+    usual = methods.table_of(methods.create(method, {}), without=_named(methods.find(method)))
     for key, value in usual.items():
         own, known = result.checkpoint.get(f"method.{key}"), value if isinstance(value, str) else shown(value)
-        if own is not None and own != known and key != "granularity":
+        if own is not None and own != known:
             yield f"`{key}` is {own}, not {known}"
 
 

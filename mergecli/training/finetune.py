@@ -158,7 +158,7 @@ def finetune(
         target, trained, {**asdict(settings), **work, **rest}, len(lessons), ranks, fresh=fresh
     )
     ready = [each.ready(clip, digests.text, steps * settings.images_a_step) for each in lessons]
-    del clip.model.text_model  # no longer used, and as large as a tower
+    clip.drop_text_tower()
     names = [each.name for each in ready]
     began, first, seen = time.perf_counter(), state.step, 0
 

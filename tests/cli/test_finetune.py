@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mergecli.training import loop
 from tests.conftest import Run
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run
-from tests.looking import make_zoo
+from tests.support.image_zoo import make_zoo
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

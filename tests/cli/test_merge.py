@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Run, World, assert_same
-from tests.golden import naive
+from tests.methods.reference.average import average
 
 
 def test_a_recipe_is_merged_and_its_path_printed(world: World, run: Run) -> None:
@@ -16,7 +16,7 @@ def test_a_recipe_is_merged_and_its_path_printed(world: World, run: Run) -> None
     )
     ended = run("merge", "r.toml", "-o", "out/m.safetensors")
     assert (ended.status, ended.out, ended.err) == (0, "out/m.safetensors\n", "")
-    want = naive.average([world.tuned["t1"], world.tuned["t2"]])
+    want = average([world.tuned["t1"], world.tuned["t2"]])
     assert_same(
         load_file(world.folder / "out/m.safetensors"), {**want, "steps": world.base["steps"]}, atol=1e-6
     )

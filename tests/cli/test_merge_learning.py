@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from mergecli.merging.learning import adaptation_loop
-from tests.adapted import AdaptedWorld, make_adapted_world
 from tests.conftest import Run
+from tests.support.adapted_world import AdaptedWorld, make_adapted_world
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

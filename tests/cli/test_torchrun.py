@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.adapted import AdaptedWorld, make_adapted_world
 from tests.conftest import Run, assert_same
-from tests.looking import make_zoo
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.adapted_world import AdaptedWorld, make_adapted_world
+from tests.support.image_zoo import make_zoo
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 pytestmark = pytest.mark.usefixtures("own_store")
 
@@ -240,11 +240,11 @@ def test_several_processes_go_on_where_they_were_stopped_with_dropout(recipe: Pa
 WHO_WRITES = """
 import os, sys
 from mergecli.merging.learning import probe
-write = probe.Laboratory.write
+write = probe.StatisticsRun.write
 def name(self, path, subjects, *more):
     print("wrote", os.environ["RANK"], *(each.name for each in subjects), file=sys.stderr, flush=True)
     write(self, path, subjects, *more)
-probe.Laboratory.write = name
+probe.StatisticsRun.write = name
 """
 
 

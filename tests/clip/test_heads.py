@@ -13,7 +13,7 @@ from mergecli.clip.heads import cached_head, clip_digests, logits, zero_shot_hea
 from mergecli.clip.model import Clip, load_clip
 from mergecli.runtime.errors import InputError
 from tests.support.processor import pixel_values
-from tests.tiny import make_tiny_clip, tinted
+from tests.support.tiny_clip import make_tiny_clip, tinted
 
 NAMES = ("red", "a very long name", "{}")
 TEMPLATES = ("a photo of a {}.", "the {}", "something that has to do with {} and more")

@@ -15,7 +15,7 @@ from mergecli.runtime.distributed import usable_device
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.checkpoint import TASK_VECTOR, open_checkpoint
 from tests.support.processor import pixel_values
-from tests.tiny import make_tiny_clip, tinted
+from tests.support.tiny_clip import make_tiny_clip, tinted
 
 
 @pytest.fixture(scope="module")

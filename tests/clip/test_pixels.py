@@ -37,7 +37,7 @@ from mergecli.runtime.errors import InputError
 from mergecli.storage import cache as caching
 from mergecli.storage.sources import parse_source
 from tests.support.processor import pixel_values
-from tests.tiny import make_image_task, make_tiny_clip, tinted
+from tests.support.tiny_clip import make_image_task, make_tiny_clip, tinted
 
 REAL = Path(os.environ.get("MERGECLI_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ROOM = Processing(max_size=10**9)

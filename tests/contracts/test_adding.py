@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import mergecli
 from tests.conftest import Ended
-from tests.tiny import make_image_folder, make_tiny_clip
+from tests.support.tiny_clip import make_image_folder, make_tiny_clip
 
 METHOD = '''"""The point half-way from the base to the mean of the fine-tuned weights."""
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
 from mergecli import methods
 
-TESTS = Path(__file__).parents[1] / "golden"
 REQUIRED: dict[str, dict[str, object]] = {"weighted_average": {"weights": [1.0]}}
 NUMBERS = [
     (name, setting.name)
@@ -17,16 +15,6 @@ NUMBERS = [
     for setting in methods.settings(name).values()
     if setting.expected.removeprefix("a list, each ").startswith("a number")
 ]
-REFERENCES = (
-    "naive",
-    "naive_more",
-    "naive_routed",
-    "naive_spectral",
-    "naive_calibrated",
-    "naive_adapted",
-    "naive_mixtures",
-    "naive_surgery",
-)
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -64,11 +52,3 @@ def test_a_whole_number_for_a_setting_that_may_be_another_is_held_as_a_float(nam
     held = getattr(method, key) if several else [getattr(method, key)]
     assert [type(each) for each in held] == [float] * len(held)
     assert list(held) == (given if several else [given])
-
-
-@pytest.mark.parametrize("name", methods.names())
-def test_a_method_has_a_golden_test_against_a_reference_of_its_own(name: str) -> None:
-    references = "".join((TESTS / f"{module}.py").read_text() for module in REFERENCES)
-    texts = [file.read_text() for file in TESTS.glob("test_*.py")]
-    assert f"def {name}(" in references, "there is a naive version"
-    assert any(f'"{name}"' in text and f".{name}(" in text for text in texts), "a test compares with it"

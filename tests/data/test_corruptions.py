@@ -21,7 +21,7 @@ ALL = [(name, severity) for name in NAMES for severity in SEVERITIES]
 
 
 def picture(seed: int = 0, side: int = 224) -> Image.Image:
-    """Cloudy colours, of three octaves, the coarse ones stronger as in photographs; whole numbers throughout."""
+    """Cloudy colors, of three octaves, the coarse ones stronger as in photographs; whole numbers throughout."""
     chance = np.random.Generator(np.random.PCG64(seed))
     total = np.zeros((side, side, 3), np.int64)
     for cells, weight in ((7, 4), (29, 2), (97, 1)):
@@ -38,7 +38,7 @@ def digest(pixels: np.ndarray) -> str:
     return sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
 
 
-def grey(level: int = 128) -> Image.Image:
+def gray(level: int = 128) -> Image.Image:
     return Image.new("RGB", (224, 224), (level,) * 3)
 
 
@@ -71,7 +71,7 @@ def test_contrast_shrinks_the_deviation_of_every_channel_by_the_factor_and_keeps
 
 @pytest.mark.parametrize("severity", SEVERITIES)
 def test_gaussian_noise_is_normal_with_the_constant_as_deviation(severity):
-    noisy = np.asarray(corrupt(grey(), "gaussian_noise", severity, ""))
+    noisy = np.asarray(corrupt(gray(), "gaussian_noise", severity, ""))
     curve = NormalDist(128, 255 * constant("gaussian_noise", severity))
     for steps in (-1, -0.5, 0, 0.5, 1):
         level = round(curve.mean + steps * curve.stdev)
@@ -83,7 +83,7 @@ def test_gaussian_noise_is_normal_with_the_constant_as_deviation(severity):
 
 @pytest.mark.parametrize("severity", SEVERITIES)
 def test_impulse_noise_hits_the_constant_share_half_black_half_white_each_channel_for_itself(severity):
-    noisy = np.asarray(corrupt(grey(), "impulse_noise", severity, ""))
+    noisy = np.asarray(corrupt(gray(), "impulse_noise", severity, ""))
     share = constant("impulse_noise", severity)
     assert set(np.unique(noisy)) == {0, 128, 255}
     for level in (0, 255):
@@ -167,7 +167,7 @@ def test_spatter_covers_more_with_every_severity_first_of_water_then_of_mud():
     for liquid in ((1, 2, 3), (4, 5)):
         covered = [
             np.mean(
-                [array(corrupt(grey(0), "spatter", severity, str(i))).any(axis=2).mean() for i in range(4)]
+                [array(corrupt(gray(0), "spatter", severity, str(i))).any(axis=2).mean() for i in range(4)]
             )
             for severity in liquid
         ]
@@ -177,7 +177,7 @@ def test_spatter_covers_more_with_every_severity_first_of_water_then_of_mud():
 
 @pytest.mark.parametrize("severity", [1, 2, 3])
 def test_water_adds_pale_turquoise_up_to_the_opacity(severity):
-    wet = array(corrupt(grey(0), "spatter", severity, ""))
+    wet = array(corrupt(gray(0), "spatter", severity, ""))
     brightest = wet.max(axis=(0, 1))
     assert list(brightest) == [
         int(constant("spatter", severity)[4] * level + 1e-9) for level in (175, 238, 238)
@@ -189,7 +189,7 @@ def test_water_adds_pale_turquoise_up_to_the_opacity(severity):
 
 @pytest.mark.parametrize("severity", [4, 5])
 def test_mud_hides_what_is_behind_it(severity):
-    dirty = np.asarray(corrupt(grey(255), "spatter", severity, ""))
+    dirty = np.asarray(corrupt(gray(255), "spatter", severity, ""))
     changed = dirty[(dirty != 255).any(axis=2)].astype(float)
     cover = (255 - changed[:, 0]) / (255 - 63)
     assert cover.min() >= 0.8
@@ -277,7 +277,7 @@ import json, sys
 from hashlib import sha256
 from io import BytesIO
 from PIL import Image
-from mergecli.clip.corruptions import corrupt
+from mergecli.data.corruptions import corrupt
 image = Image.open(BytesIO(sys.stdin.buffer.read()))
 print(json.dumps({f"{n} {s} {t}": sha256(corrupt(image, n, s, t).tobytes()).hexdigest() for n, s, t in json.loads(sys.argv[1])}))
 """
@@ -327,7 +327,7 @@ def test_the_pixels_are_the_same_on_every_machine(name):
     ],
 )
 def test_what_there_is_not_is_refused(name, severity, message):
-    for refused in (lambda: check(name, severity), lambda: corrupt(grey(), name, severity, "")):
+    for refused in (lambda: check(name, severity), lambda: corrupt(gray(), name, severity, "")):
         with pytest.raises(UsageError) as caught:
             refused()
         assert caught.value.message == message

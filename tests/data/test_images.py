@@ -15,7 +15,7 @@ from mergecli.data.images import load_images
 from mergecli.data.tasks import Task, find
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.sources import Source, parse_source
-from tests.tiny import CLASSES, make_image_folder, make_image_task, tinted
+from tests.support.tiny_clip import CLASSES, make_image_folder, make_image_task, tinted
 
 REAL = Path(os.environ.get("MERGECLI_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 

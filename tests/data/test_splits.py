@@ -12,7 +12,7 @@ from mergecli.data import splits
 from mergecli.data.images import load_images
 from mergecli.storage import cache as caching
 from tests.data.test_images import parquet, task
-from tests.tiny import CLASSES, make_image_task, tinted
+from tests.support.tiny_clip import CLASSES, make_image_task, tinted
 
 
 @pytest.fixture(autouse=True)

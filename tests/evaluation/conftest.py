@@ -13,7 +13,7 @@ from mergecli.data.tasks import TaskTable
 from mergecli.recipe.schema import Recipe
 from mergecli.storage.checkpoint import TASK_VECTOR
 from mergecli.storage.sources import parse_source
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 TEMPLATES = ("a photo of something {}.", "{}")
 

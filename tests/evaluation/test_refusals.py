@@ -10,9 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mergecli.data.tasks import TaskTable
-from mergecli.evaluation import counting
-from mergecli.evaluation import evaluate as evaluation
-from mergecli.evaluation.evaluate import evaluate
+from mergecli.evaluation.evaluate import counting, evaluate
+from mergecli.evaluation.evaluate import evaluate as evaluation
 from mergecli.recipe.schema import Recipe
 from mergecli.results.result import read_result
 from mergecli.runtime.errors import InputError, UsageError

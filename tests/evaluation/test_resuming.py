@@ -7,8 +7,7 @@ import shutil
 import pytest
 
 from mergecli.clip import model
-from mergecli.evaluation import counting
-from mergecli.evaluation.evaluate import evaluate
+from mergecli.evaluation.evaluate import counting, evaluate
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, stop_at: str | None = None) -> list[str]:

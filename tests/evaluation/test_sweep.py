@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import mergecli
-from mergecli.evaluation import sweep as sweep_scores
 from mergecli.evaluation.counting import Counts
+from mergecli.evaluation.evaluate import sweep as sweep_scores
 from mergecli.results.result import read_result
 from mergecli.runtime.errors import UsageError
 from mergecli.storage.cache import cache

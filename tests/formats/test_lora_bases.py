@@ -24,7 +24,7 @@ from mergecli.storage.sources import parse_source
 from mergecli.training.finetune import finetune
 from tests.conftest import Run
 from tests.formats.test_lora import PLAIN, configure, pytestmark, write_adapter, write_tower
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 __all__ = ["pytestmark"]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from mergecli.hub.retry import Patience
+from mergecli.hub.retry import RetryPolicy
 from tests.conftest import random_weights
 from tests.hub.servers import HuggingFaceServer, ModelScopeServer, Repository
 
@@ -107,7 +107,7 @@ def hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hubs]:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         # pauses between tries are short in this process; those that tests start are as patient as ever
-        monkeypatch.setattr("mergecli.hub.fetch.Patience", partial(Patience, first=0.02))
+        monkeypatch.setattr("mergecli.hub.fetch.RetryPolicy", partial(RetryPolicy, first=0.02))
         yield Hubs(hf, ms, store, environment)
 
 

@@ -231,7 +231,7 @@ def test_a_configuration_that_cannot_be_is_an_error_of_the_file(tmp_path: Path) 
     from shutil import copytree
 
     from mergecli.clip.model import load_clip
-    from tests.tiny import make_tiny_clip
+    from tests.support.tiny_clip import make_tiny_clip
 
     folder = copytree(make_tiny_clip(tmp_path / "clip"), tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())

@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergecli.hub.client import RemoteFile
 from mergecli.hub.fetch import fetch
 from mergecli.hub.file_selection import data_files
 from mergecli.runtime.errors import HubError
 from mergecli.storage.sources import Source
-from mergecli.storage.store import locate
+from mergecli.storage.store import RemoteFile, locate
 from tests.conftest import Run
 from tests.hub.conftest import Hubs, parquet
 from tests.hub.servers import Repository

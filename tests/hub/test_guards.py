@@ -13,11 +13,12 @@ from mergecli.cli import run as in_process
 from mergecli.hub.client import TransientError
 from mergecli.hub.environment import host_of, wait_of, without_password
 from mergecli.hub.fetch import LockNotWrittenError, fetch
-from mergecli.hub.retry import Patience, StoppedError
-from mergecli.hub.store import Store
+from mergecli.hub.retry import RetryPolicy, StoppedError
+from mergecli.hub.store import commit_lock, partial_folder
 from mergecli.recipe.lock import lock_path, read_lock
 from mergecli.runtime.errors import HubError, InputError, UsageError
 from mergecli.storage.sources import Source
+from mergecli.storage.store import Store
 from tests.conftest import Run
 from tests.hub.conftest import Hubs, pickled
 from tests.hub.servers import ModelScopeServer, Repository, status
@@ -28,9 +29,9 @@ MODEL = Source("hf", "org/x")
 @pytest.mark.parametrize("commit", ["", "..", "/etc", "a/b", "refs", "0123.partial", "a:b"])
 def test_the_store_has_no_folder_for_what_is_no_commit(tmp_path: Path, commit: str) -> None:
     store = Store(tmp_path / "store")
-    for make in (store.folder, store.partial, store.lock):
+    for make in (Store.folder, partial_folder, commit_lock):
         with pytest.raises(HubError, match="cannot be a commit"):
-            make(MODEL, commit)
+            make(store, MODEL, commit)
 
 
 @pytest.mark.parametrize("content", [b"", b"/etc", b"..", b"\xff\xfe", b"a\0b"])
@@ -88,22 +89,22 @@ def test_a_wait_that_makes_no_sense_is_none(value: str) -> None:
     assert wait_of({"Retry-After": value}) is None
 
 
-def test_waits_that_a_hub_asks_for_are_told_once_and_end() -> None:
+def test_waits_that_a_hub_asks_for_are_noted_once_and_end() -> None:
     told: list[str] = []
     stop = threading.Event()
     stop.set()
-    patience = Patience(note=told.append)
+    policy = RetryPolicy(note=told.append)
     busy = TransientError("the hub asks for fewer requests", 100)
     for _ in range(50):  # at the same time, as threads wait
         with pytest.raises(StoppedError):
-            patience.pause(1, busy, stop)
+            policy.pause(1, busy, stop)
     assert told == ["waiting 100 s: the hub asks for fewer requests"]
     for wait in (350, float("nan"), float("inf")):
         with pytest.raises(HubError, match="and asks to wait"):
-            patience.pause(1, TransientError("busy", wait), stop)
+            policy.pause(1, TransientError("busy", wait), stop)
 
 
-def test_modelscope_is_tried_as_often_as_patience_says(hubs: Hubs) -> None:
+def test_modelscope_is_tried_as_often_as_the_policy_says(hubs: Hubs) -> None:
     hubs.ms.misbehave("/repo/files", status(503), times=99)
     with pytest.raises(HubError, match="status 503, 5 times"):
         fetch("ms:org/base")
@@ -152,7 +153,7 @@ def test_a_lock_that_cannot_be_written_holds_back_no_paths(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("mergecli.hub.fetch.write_lock", refuse)
+    monkeypatch.setattr("mergecli.hub.locks.write_lock", refuse)
     with pytest.raises(LockNotWrittenError, match="cannot write: permission denied") as refused:
         fetch(recipe)
     assert "`-o`" not in refused.value.hint
@@ -211,9 +212,9 @@ def test_what_another_program_brought_meanwhile_is_not_counted(
     hubs: Hubs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     acquire = "mergecli.hub.download._acquire"
-    from mergecli.hub import download as work
+    from mergecli.hub import download
 
-    plain = work._acquire  # pyright: ignore[reportPrivateUsage]
+    plain = download._acquire  # pyright: ignore[reportPrivateUsage]
 
     def after_another(*arguments: object) -> None:
         monkeypatch.setattr(acquire, plain)
@@ -239,6 +240,6 @@ def test_a_refused_connection_of_modelscope_needs_one_try(
     with ModelScopeServer({}) as gone:
         pass
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", gone.endpoint)
-    monkeypatch.setattr(Patience, "pause", lambda *_: pytest.fail("was tried again"))
+    monkeypatch.setattr(RetryPolicy, "pause", lambda *_: pytest.fail("was tried again"))
     with pytest.raises(HubError, match=r"cannot reach .*: connection refused"):
         fetch(["ms:org/base", "ms:org/tuned"])

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from mergecli.hub.fetch import fetch
-from mergecli.recipe.lock import Entry, Lock, LockedFile, lock_path, pin, pinned_source, read_lock, write_lock
+from mergecli.recipe.lock import Lock, LockedSource, lock_path, pin, pinned_source, read_lock, write_lock
 from mergecli.recipe.reading import recipe_of
 from mergecli.runtime.errors import HubError, InputError, UsageError
 from mergecli.storage.sources import parse_source
-from mergecli.storage.store import locate
+from mergecli.storage.store import StoredFile, locate
 from tests.conftest import Run
 from tests.hub.conftest import RECIPE, USED, Hubs, pickled
 from tests.hub.servers import Repository
@@ -44,16 +44,16 @@ files = [
 def test_a_lock_is_read_as_it_was_written(tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     files = (
-        LockedFile("config.json", 2, "b" * 64),
-        LockedFile("b/model.safetensors", 3, "a" * 64, "b/model.bin"),
-        LockedFile("b/model.bin", 4, "b" * 64),
+        StoredFile("config.json", 2, "b" * 64),
+        StoredFile("b/model.safetensors", 3, "a" * 64, "b/model.bin"),
+        StoredFile("b/model.bin", 4, "b" * 64),
     )
-    model = Entry("hf:org/a", False, "ms:mirror/a", commit, files)
-    data = Entry("hf:org/a", True, "hf:org/a", commit, (LockedFile("test.parquet", 5, "b" * 64),))
+    model = LockedSource("hf:org/a", False, "ms:mirror/a", commit, files)
+    data = LockedSource("hf:org/a", True, "hf:org/a", commit, (StoredFile("test.parquet", 5, "b" * 64),))
     path = tmp_path / "a.lock"
     write_lock(path, Lock().merged([data, model]))
     assert path.read_text() == TEXT
-    assert set(read_lock(path).entries) == {model.key, data.key}
+    assert set(read_lock(path).sources) == {model.key, data.key}
     write_lock(path, read_lock(path))
     assert path.read_text() == TEXT
 
@@ -111,7 +111,7 @@ def test_a_recipe_is_pinned_by_the_lock_beside_it(hubs: Hubs, recipe: Path) -> N
 def test_an_adapter_is_pinned_too(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    entry = Entry("hf:org/a", False, "ms:mirror/a", "0123456", ())
+    entry = LockedSource("hf:org/a", False, "ms:mirror/a", "0123456", ())
     lock = Lock({entry.key: entry})
     source = replace(parse_source("toy:base", Path()), adapter=parse_source("hf:org/a", Path()))
     adapter = pinned_source(lock, source).adapter
@@ -124,13 +124,13 @@ def test_the_lock_says_what_lies_in_the_store(hubs: Hubs, recipe: Path, run: Run
     ended = run("fetch", recipe.name)
     assert ended.err.endswith("wrote recipe.lock\n")
     lock = read_lock(lock_path(recipe))
-    assert list(lock.entries) == [(False, "hf:org/base"), (False, "hf:org/tuned"), (True, "hf:org/birds")]
-    for entry, folder in zip(lock.entries.values(), ended.out.splitlines(), strict=True):
+    assert list(lock.sources) == [(False, "hf:org/base"), (False, "hf:org/tuned"), (True, "hf:org/birds")]
+    for entry, folder in zip(lock.sources.values(), ended.out.splitlines(), strict=True):
         assert Path(folder).name == entry.commit
         for file in entry.files:
             data = (Path(folder) / file.path).read_bytes()
             assert (file.size, file.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    assert [file.path for file in lock.entries[False, "hf:org/base"].files] == USED
+    assert [file.path for file in lock.sources[False, "hf:org/base"].files] == USED
     before = lock_path(recipe).read_bytes()
     assert run("fetch", recipe.name).err == ""
     assert lock_path(recipe).read_bytes() == before
@@ -144,7 +144,7 @@ def test_fetching_a_part_leaves_the_rest_of_the_lock(hubs: Hubs, recipe: Path) -
     assert read_lock(lock_path(recipe)) == before
     recipe.write_text(RECIPE.replace('base = "hf:org/base"', ""))
     fetch(recipe)
-    assert (False, "hf:org/base") not in read_lock(lock_path(recipe)).entries
+    assert (False, "hf:org/base") not in read_lock(lock_path(recipe)).sources
 
 
 def test_what_needs_no_hub_needs_no_lock(recipe: Path, hubs: Hubs) -> None:
@@ -190,7 +190,7 @@ def test_locked_refuses_a_file_that_is_not_the_locked_one(hubs: Hubs, recipe: Pa
     fetch(recipe)
     path = lock_path(recipe)
     digest = next(
-        file.sha256 for file in read_lock(path).entries[False, "hf:org/base"].files if file.size > 10_000
+        file.sha256 for file in read_lock(path).sources[False, "hf:org/base"].files if file.size > 10_000
     )
     path.write_text(path.read_text().replace(digest, "0" * 64))
     with pytest.raises(
@@ -280,7 +280,7 @@ def test_what_was_a_pickle_is_locked_as_such_and_never_opened_without_leave(
     with pytest.raises(HubError, match="only as `pytorch_model"):
         fetch(recipe)
     first = fetch(recipe, allow_pickle=True).paths[0]
-    files = {file.path: file for file in read_lock(lock_path(recipe)).entries[False, "hf:org/base"].files}
+    files = {file.path: file for file in read_lock(lock_path(recipe)).sources[False, "hf:org/base"].files}
     assert files["model.safetensors"].made_from == "pytorch_model.bin"
     fetch(recipe, verify=True)
     assert fetch(recipe, locked=True).paths[0] == first

@@ -22,7 +22,7 @@ from mergecli.recipe.lock import lock_path
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from tests.hub.servers import HuggingFaceServer, ModelScopeServer, Repository
-from tests.tiny import make_tiny_clip
+from tests.support.tiny_clip import make_tiny_clip
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(path for path in FOLDER.glob("*.toml") if path.stem != "toy")

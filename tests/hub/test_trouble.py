@@ -15,7 +15,7 @@ import pytest
 
 from mergecli.hub.client import TransientError
 from mergecli.hub.fetch import fetch
-from mergecli.hub.retry import Patience, StoppedError, in_threads, retried
+from mergecli.hub.retry import RetryPolicy, StoppedError, in_threads, retried
 from mergecli.runtime.errors import HubError
 from tests.conftest import Run
 from tests.hub.conftest import Hubs
@@ -107,13 +107,13 @@ def test_a_hub_that_asks_to_wait_is_waited_for(
     from email.utils import format_datetime
 
     pauses: list[float | None] = []
-    pause = Patience.pause
+    pause = RetryPolicy.pause
 
-    def noted(self: Patience, failures: int, reason: TransientError, stop: threading.Event) -> None:
+    def noted(self: RetryPolicy, failures: int, reason: TransientError, stop: threading.Event) -> None:
         pauses.append(reason.wait)
         pause(self, failures, TransientError(reason.reason, 0.0), stop)
 
-    monkeypatch.setattr(Patience, "pause", noted)
+    monkeypatch.setattr(RetryPolicy, "pause", noted)
     if value == "date":
         value = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
     server(hubs, prefix).misbehave("model.safetensors", status(429, Retry_After=value))
@@ -122,7 +122,7 @@ def test_a_hub_that_asks_to_wait_is_waited_for(
     assert pauses[0] == 1.0 if value == "1" else 90 < (pauses[0] or 0) <= 100
 
 
-def test_patience_ends() -> None:
+def test_tries_end() -> None:
     tries: list[int] = []
 
     def fail() -> None:
@@ -130,17 +130,17 @@ def test_patience_ends() -> None:
         raise TransientError("the hub answered with status 503")
 
     with pytest.raises(HubError, match="status 503, 3 times\nhint: try again later"):
-        retried(fail, threading.Event(), Patience(tries=3, first=0.01))
+        retried(fail, threading.Event(), RetryPolicy(tries=3, first=0.01))
     assert len(tries) == 3
     with pytest.raises(HubError, match="and asks to wait 3600 s"):
-        Patience().pause(1, TransientError("the hub asks for fewer requests", 3600), threading.Event())
+        RetryPolicy().pause(1, TransientError("the hub asks for fewer requests", 3600), threading.Event())
 
 
 def test_a_wait_ends_at_once_when_the_work_is_given_up() -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(StoppedError):
-        Patience().pause(1, TransientError("x", 200), stop)
+        RetryPolicy().pause(1, TransientError("x", 200), stop)
 
 
 def test_threads_stop_when_nobody_listens_any_more() -> None:

@@ -12,14 +12,12 @@ from mergecli.merging.cos_sim import cos_sim
 from mergecli.merging.taskvector import taskvector
 from mergecli.runtime.errors import UsageError
 from tests.conftest import World
-from tests.golden import naive
-from tests.golden.bench import with_models
+from tests.methods.reference._weights import flat
+from tests.support.merging import with_models
 
 
 def test_cosines_equal_those_of_whole_vectors_in_float64(world: World) -> None:
-    vectors = torch.stack(
-        [naive.flat(model) - naive.flat(world.base) for model in world.tuned.values()]
-    ).double()
+    vectors = torch.stack([flat(model) - flat(world.base) for model in world.tuned.values()]).double()
     want = torch.nn.functional.cosine_similarity(vectors[:, None], vectors[None], dim=-1)
     got = cos_sim(world.files, base=world.base_file)
     torch.testing.assert_close(torch.tensor(got.cosines, dtype=torch.float64), want, atol=1e-12, rtol=0)

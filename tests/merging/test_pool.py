@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import mergecli
 from mergecli.runtime.errors import InputError, UsageError
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 
 @pytest.fixture(scope="module")

@@ -237,7 +237,11 @@ def test_adamerging_is_layer_wise_unless_the_result_says_otherwise() -> None:
 
 
 def test_a_method_is_compared_with_a_row_that_there_is() -> None:
-    from mergecli.results.published import _METHODS
+    from mergecli import methods
+    from mergecli.results.published import _UNMERGED
 
     every = {row for name in names() for row in find(name).rows}
-    assert set(_METHODS.values()) <= every
+    published = [methods.find(each).published for each in methods.names()]
+    rows = {each.format(granularity="Layer") for each in published} - {""}
+    assert len(rows) == 11
+    assert rows | set(_UNMERGED.values()) <= every

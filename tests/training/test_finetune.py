@@ -19,7 +19,7 @@ from mergecli.storage.sources import parse_source
 from mergecli.training import data as lessons
 from mergecli.training.finetune import finetune
 from mergecli.training.settings import Settings
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 
 @pytest.fixture(autouse=True)

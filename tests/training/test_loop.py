@@ -29,7 +29,7 @@ from mergecli.training.loop import Training
 from mergecli.training.resume import TrainingState
 from mergecli.training.settings import Settings
 from tests.support.processor import pixel_values
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

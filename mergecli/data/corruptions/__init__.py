@@ -1,4 +1,4 @@
-"""Seven image corruptions at five severities, after ImageNet-C, with the same pixels wherever they are made."""
+"""Seven image corruptions at five severities, after ImageNet-C, with the same pixels on every machine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ NAMES = tuple(CONSTANTS)
 
 
 def check(name: str, severity: int) -> None:
-    """Refuse a corruption or severity that there is not.
+    """Checks that there is such a corruption, and such a severity.
 
     Raises:
         UsageError: `name` is not one of `NAMES`, or `severity` not one of `SEVERITIES`.
@@ -61,17 +61,16 @@ def check(name: str, severity: int) -> None:
 def corrupt(image: Image, name: str, severity: int, seed_text: str) -> Image:
     """The image corrupted: RGB, of the same size.
 
-    The place for it is after the processor's resize and centre crop to 224 x 224, and before the rescaling and
-    normalisation: the constants count pixels of an image of that size. An image of any other size is corrupted
-    with the same constants, so that a smaller one suffers more; one of another mode is converted to RGB first.
+    It belongs after the processor's resize and center crop to 224 x 224, and before rescaling and normalization: the
+    constants count pixels of an image of that size. An image of any other size is corrupted with the same constants, so
+    that a smaller one suffers more. An image of another mode is converted to RGB first.
 
-    Chance (noise, angle of the blur, drops) is drawn from PCG64, seeded with the SHA-256 of the name, the severity
-    and `seed_text`, which should name the image and nothing else, so that neither the order nor the number of
-    processes matters. Wherever NumPy draws the same normal numbers and Pillow has the same JPEG library, the
-    pixels are the same.
+    Random numbers (noise, angle of the blur, drops) come from PCG64, seeded with the SHA-256 of the name, the severity
+    and `seed_text`. That should name the image and nothing else: then neither the order nor the number of processes
+    matters. Wherever NumPy draws the same normal numbers and Pillow has the same JPEG library, the pixels are the same.
 
-    Differs from ImageNet-C: its files were made from a crop of an image resized to 256 pixels, and stored once more
-    as JPEG of quality 85; here neither is done. Each effect says what else differs.
+    Differs from ImageNet-C: its files were made from a crop of an image resized to 256 pixels, and stored again as JPEG
+    of quality 85. Here neither is done. Each effect says what else differs.
 
     Raises:
         UsageError: as `check`.
@@ -83,6 +82,6 @@ def corrupt(image: Image, name: str, severity: int, seed_text: str) -> Image:
     from mergecli.data.corruptions.effects import EFFECTS
 
     seed = sha256(f"{name}\n{severity}\n{seed_text}".encode("utf-8", "surrogatepass")).digest()
-    chance = np.random.Generator(np.random.PCG64(int.from_bytes(seed, "big")))
+    rng = np.random.Generator(np.random.PCG64(int.from_bytes(seed, "big")))
     constant = CONSTANTS[name][severity - 1]
-    return Image.fromarray(EFFECTS[name](np.asarray(image.convert("RGB")), constant, chance))
+    return Image.fromarray(EFFECTS[name](np.asarray(image.convert("RGB")), constant, rng))

@@ -54,7 +54,7 @@ def edges(levels: NDArray[np.uint8], low: int, high: int) -> Mask:
 
 
 def _grown(seeds: Mask, allowed: Mask) -> Mask:
-    """(H, W) the seeds, and the allowed pixels that a chain of allowed neighbours joins to one."""
+    """(H, W) the seeds, and the allowed pixels that a chain of allowed neighbors joins to one."""
     import numpy as np
 
     rows, columns = seeds.shape
@@ -74,8 +74,8 @@ def _grown(seeds: Mask, allowed: Mask) -> Mask:
 def distances(marks: Mask, farthest: int) -> NDArray[np.int32]:
     """(H, W) the chamfer distance of every pixel to the nearest mark, at most `farthest` pixels, in units of 1e-4.
 
-    First every column for itself, then the nearest of the columns within reach; that gives what a chamfer's two
-    passes over the image give, as its distance grows with the distance in the column.
+    First the distance within each column, then the nearest of the columns within reach. The two passes of a chamfer give the
+    same, since its distance grows with the distance in the column; but they go pixel by pixel, which is slow in Python.
     """
     import numpy as np
 

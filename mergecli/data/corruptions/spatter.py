@@ -24,7 +24,7 @@ LIGHT = ((-2, -1, 0), (-1, 1, 1), (0, 1, 2))
 
 
 def spatter(
-    pixels: Bytes, liquid: tuple[float, float, float, float, float, int], chance: np.random.Generator
+    pixels: Bytes, liquid: tuple[float, float, float, float, float, int], rng: np.random.Generator
 ) -> Bytes:
     """The image behind drops where blurred normal noise exceeds a threshold: of pale turquoise water, whose light is
     added, or of brown mud, which hides what is behind it.
@@ -36,7 +36,7 @@ def spatter(
     import numpy as np
 
     mean, deviation, blur, threshold, strength, is_mud = liquid
-    layer = gaussian_blur(mean + deviation * chance.standard_normal(pixels.shape[:2]), blur)
+    layer = gaussian_blur(mean + deviation * rng.standard_normal(pixels.shape[:2]), blur)
     layer[layer < threshold] = 0
     if is_mud:
         cover = mud(layer > threshold, strength)[..., None]
@@ -58,12 +58,12 @@ def water(layer: Bytes, opacity: float) -> Plane:
     """(H, W) light from 0 to `opacity`: the depth of the liquid times the light on its relief.
 
     The relief is the distance to the nearest Canny edge of the layer (thresholds 50 and 150), at most 20, smoothed,
-    its histogram equalised, lit by `LIGHT` and smoothed again; each step rounds to bytes as OpenCV does.
+    its histogram equalized, lit by `LIGHT` and smoothed again; each step rounds to bytes as OpenCV does.
     """
     import numpy as np
 
     far = distances(edges(layer, 50, 150), FARTHEST)
-    relief = equalised((_sum_of_nine(far) // (9 * PIXEL)).astype(np.uint8))
+    relief = equalized((_sum_of_nine(far) // (9 * PIXEL)).astype(np.uint8))
     wide = padded(relief.astype(np.int32), "reflect")
     rows, columns = relief.shape
     lit = sum(
@@ -76,7 +76,7 @@ def water(layer: Bytes, opacity: float) -> Plane:
     return light * (opacity / (light.max() or 1))
 
 
-def equalised(levels: Bytes) -> Bytes:
+def equalized(levels: Bytes) -> Bytes:
     """The bytes with their histogram spread over 0 to 255; as OpenCV, the lowest level becomes 0."""
     import numpy as np
 
@@ -106,7 +106,7 @@ def gaussian_blur(plane: Plane, sigma: float) -> Plane:
 
 
 def _sum_of_nine(plane: NDArray[Any]) -> NDArray[Any]:
-    """(H, W) int64 sum of every pixel and its eight neighbours, the image mirrored at its border."""
+    """(H, W) int64 sum of every pixel and its eight neighbors, the image mirrored at its border."""
     import numpy as np
 
     wide = padded(plane.astype(np.int64), "reflect")

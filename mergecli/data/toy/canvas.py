@@ -12,11 +12,11 @@ from mergecli.data.toy.glyphs import Points
 
 SIDE = 32
 Plane = NDArray[np.floating[Any]]
-"""(SIDE, SIDE) values, or (SIDE, SIDE, 3) colours in [0, 1]."""
+"""(SIDE, SIDE) values, or (SIDE, SIDE, 3) colors in [0, 1]."""
 
 _AXIS = ((np.arange(SIDE, dtype=np.float32) + 0.5) / (SIDE / 2)) - 1
 X, Y = (plane.astype(np.float32) for plane in np.meshgrid(_AXIS, _AXIS))
-"""(SIDE, SIDE) coordinates of the pixels' centres, in (-1, 1)."""
+"""(SIDE, SIDE) coordinates of the pixels' centers, in (-1, 1)."""
 
 
 def segments(lines: Sequence[Points], closed: bool = False) -> NDArray[np.floating[Any]]:
@@ -57,14 +57,14 @@ def coverage(depth: Plane) -> Plane:
     return np.clip(0.5 - depth * (SIDE / 2), 0, 1)
 
 
-def flat(colour: NDArray[np.floating[Any]]) -> Plane:
-    """(SIDE, SIDE, 3) canvas of one colour."""
-    return np.broadcast_to(colour, (SIDE, SIDE, 3)).astype(np.float32)
+def flat(color: NDArray[np.floating[Any]]) -> Plane:
+    """(SIDE, SIDE, 3) canvas of one color."""
+    return np.broadcast_to(color, (SIDE, SIDE, 3)).astype(np.float32)
 
 
-def paint(canvas: Plane, cover: Plane, colour: NDArray[np.floating[Any]]) -> Plane:
-    """(SIDE, SIDE, 3) canvas with a colour (or another canvas) laid over it where `cover` is 1."""
-    return canvas + cover[..., None] * (colour - canvas)
+def paint(canvas: Plane, cover: Plane, color: NDArray[np.floating[Any]]) -> Plane:
+    """(SIDE, SIDE, 3) canvas with a color (or another canvas) laid over it where `cover` is 1."""
+    return canvas + cover[..., None] * (color - canvas)
 
 
 def place(points: Points, x: float, y: float, size: float, turn: float = 0.0, slant: float = 0.0) -> Points:

@@ -56,7 +56,7 @@ LETTERS: dict[str, str] = {
 
 
 def lines(strokes: str) -> list[Points]:
-    """The polylines of a glyph in the notation of `DIGITS`, centred, one unit from the centre to the top."""
+    """The polylines of a glyph in the notation of `DIGITS`, centered, one unit from the center to the top."""
     return [
         np.array([((int(x) - 2) / 3, (int(y) - 3) / 3) for x, y in stroke.split()], np.float32)
         for stroke in strokes.split("|")

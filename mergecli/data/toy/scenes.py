@@ -1,4 +1,4 @@
-"""Scenes: a figure of some kind and class painted on a canvas, each with its pose, colours and stroke style."""
+"""Scenes: a figure of some kind and class painted on a canvas, each with its pose, colors and stroke style."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from mergecli.data.toy.glyphs import (
     rounded,
 )
 
-Colour = NDArray[np.floating[Any]]
+Color = NDArray[np.floating[Any]]
 
-COLOURS: dict[str, tuple[float, float, float]] = {
+COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.10, 0.10),
     "orange": (0.98, 0.55, 0.08),
     "yellow": (0.95, 0.90, 0.15),
@@ -71,7 +71,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "shapes": tuple(SHAPES),
     "textures": PATTERNS,
     "arrows": tuple(DIRECTIONS),
-    "colours": tuple(COLOURS),
+    "colours": tuple(COLORS),
     "positions": tuple(POSITIONS),
     "faces": tuple(FACES),
 }
@@ -113,21 +113,19 @@ def pose(
     )
 
 
-def colour(rng: Generator, name: str, spread: float = 0.08) -> Colour:
-    """(3,) a shade of the named colour."""
-    shade = np.array(COLOURS[name]) * rng.uniform(1 - spread, 1 + spread / 2) + rng.uniform(
-        -spread, spread, 3
-    )
+def color(rng: Generator, name: str, spread: float = 0.08) -> Color:
+    """(3,) a shade of the named color."""
+    shade = np.array(COLORS[name]) * rng.uniform(1 - spread, 1 + spread / 2) + rng.uniform(-spread, spread, 3)
     return np.clip(shade, 0, 1).astype(np.float32)
 
 
-def two_colours(rng: Generator, first: str | None = None) -> tuple[str, str]:
-    """Two names of colours that can be told apart, the first one given or random."""
-    names = list(COLOURS)
+def two_colors(rng: Generator, first: str | None = None) -> tuple[str, str]:
+    """Two names of colors that can be told apart, the first one given or random."""
+    names = list(COLORS)
     one = first or names[rng.integers(len(names))]
     while True:
         other = names[rng.integers(len(names))]
-        if np.abs(np.subtract(COLOURS[one], COLOURS[other])).sum() > 0.7:
+        if np.abs(np.subtract(COLORS[one], COLORS[other])).sum() > 0.7:
             return one, other
 
 
@@ -178,8 +176,8 @@ def figure(kind: str, name: str, at: Pose) -> Plane:
     return outline(ARROW, turned)
 
 
-def face(canvas: Plane, name: str, at: Pose, head: Colour, ink: Colour) -> Plane:
-    """The canvas with a face on it: a round head in one colour, eyes, brows and mouth in another."""
+def face(canvas: Plane, name: str, at: Pose, head: Color, ink: Color) -> Plane:
+    """The canvas with a face on it: a round head in one color, eyes, brows and mouth in another."""
     skull = outline_distance(place(SHAPES["circle"], at.x, at.y, at.size, at.turn))
     cover = coverage(np.abs(skull) - 0.05 if at.style == "hollow" else skull)
     canvas = paint(canvas, cover, head)
@@ -188,9 +186,9 @@ def face(canvas: Plane, name: str, at: Pose, head: Colour, ink: Colour) -> Plane
 
 
 def texture(
-    rng: Generator, name: str, one: Colour, other: Colour, period: tuple[float, float] = (5, 9)
+    rng: Generator, name: str, one: Color, other: Color, period: tuple[float, float] = (5, 9)
 ) -> Plane:
-    """A canvas filled with a pattern in two colours."""
+    """A canvas filled with a pattern in two colors."""
     turn = rng.uniform(-0.25, 0.25) + (
         rng.integers(4) * np.pi / 4 if name in ("stripes", "waves", "zigzag") else 0
     )

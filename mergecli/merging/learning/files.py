@@ -1,4 +1,4 @@
-"""What methods that look at images learn before a merge, and the files that it comes from and goes to."""
+"""The files of what a method learns: those that the user names, how they are read, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -10,59 +10,58 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
-from mergecli.merging.outputs import Output
+from mergecli.merging.merge_target import MergeTarget
 from mergecli.methods import name_of
-from mergecli.methods._adapted import Adapted
-from mergecli.methods._calibrated import Calibrated
+from mergecli.methods._base import DataDriven
+from mergecli.methods._learned import Learner
 from mergecli.methods._settings import frozen
-from mergecli.methods.representation_surgery import RepresentationSurgery
-from mergecli.recipe.schema import Recipe, recipe_text
+from mergecli.recipe.schema import Recipe
 from mergecli.results.tables import Table
-from mergecli.runtime.errors import InputError, UsageError, quoted, shown
+from mergecli.runtime.errors import InputError, UsageError, listed, quoted, shown
 from mergecli.storage.atomic import check_target, check_targets, refuse_inputs, whole_file, write_text
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
-from mergecli.storage.metadata import about
+from mergecli.storage.differences import Form, differences
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What one output's method has learnt."""
+class Learned:
+    """What the method of one merge has learned."""
 
-    output: Output
-    """With the settings that it was learnt with."""
-    learnt: Any = None
-    """What `merge` gets; None for methods that look at weights only."""
+    target: MergeTarget
+    """With the settings that the method learned with."""
+    value: Any = None
+    """What the method's `merge` gets; None for methods that read weights only."""
     files: Mapping[str, Checkpoint] = field(default_factory=dict[str, Checkpoint])
-    """Name -> file that the merge reads, besides the models."""
+    """Name -> file that the merge reads besides the models."""
     about: Mapping[str, str] = field(default_factory=dict[str, str])
-    """What the merged file says of it."""
+    """Metadata of the merged file."""
 
 
 @dataclass(frozen=True)
-class Learning:
-    """Where what is learnt comes from, and goes to."""
+class LearningFiles:
+    """Files that the user names; None where an option is not given."""
 
     statistics: Path | None = None
-    """A folder with a calibrated method's statistics, a file a task; what is not there is measured, and put there."""
+    """A folder of statistics, a file a task; missing ones are measured and written there."""
     coefficients: Path | None = None
-    """A file with what an adapted method learnt; nothing is learnt then."""
+    """A file of coefficients to apply; then nothing is learned."""
     save_coefficients: Path | None = None
-    """A file for what an adapted method learns, besides the one in the store."""
+    """A copy of the file of coefficients that is learned."""
     trace: Path | None = None
-    """A CSV file with a row for each step of an adapted method."""
+    """A CSV file with a row for each step of the learning."""
     plot: Path | None = None
-    """A picture of that."""
+    """A plot of the trace."""
     tensorboard: Path | None = None
-    """A folder that gets the same for TensorBoard."""
+    """A folder for TensorBoard's events of the trace."""
 
-    def check(self, output: Output) -> None:
-        """Raises UsageError if the method cannot use a file, or it cannot be written."""
-        name, corrects = name_of(output.method), isinstance(output.method, RepresentationSurgery)
-        learns = corrects or isinstance(output.method, Adapted)
-        if self.statistics and not isinstance(output.method, Calibrated):
+    def check(self, target: MergeTarget) -> None:
+        """Raises UsageError if the method has no use for a file that is named, or it cannot be written."""
+        method, name = target.method, name_of(target.method)
+        kept_as = method.kept_as if isinstance(method, DataDriven) else ""
+        if self.statistics and kept_as != "statistics":
             raise UsageError(f"--statistics: method `{name}` measures nothing")
         given = {
             "--coefficients": self.coefficients,
@@ -72,17 +71,17 @@ class Learning:
             "--plot": self.plot,
         }
         for option, path in given.items():
-            if path and not learns:
+            if path and kept_as != "coefficients":
                 raise UsageError(f"{option}: method `{name}` learns no coefficients")
-        if self.plot and corrects:
+        if self.plot and not (isinstance(method, Learner) and method.has_plot):
             raise UsageError(
                 f"--plot: there is no picture of what `{name}` learns", "`--trace` writes a table"
             )
         if self.coefficients and self.save_coefficients:
             raise UsageError(
-                "--save-coefficients: with `--coefficients` nothing is learnt that could be saved"
+                "--save-coefficients: with `--coefficients` nothing is learned, so there is nothing to save"
             )
-        targets: list[tuple[Path, tuple[str, ...]]] = [(output.target, ())] if output.target.suffix else []
+        targets: list[tuple[Path, tuple[str, ...]]] = [(target.path, ())] if target.path.suffix else []
         targets += [(self.save_coefficients, (".safetensors",))] if self.save_coefficients else []
         targets += [(self.trace, (".csv",))] if self.trace else []
         if self.tensorboard:
@@ -97,53 +96,31 @@ class Learning:
             targets.append((self.plot, ()))
         check_targets(targets, {"coefficients": self.coefficients} if self.coefficients else {})
 
-    def refuse_inputs(self, output: Output, inputs: Mapping[str, Path]) -> None:
-        """Raises UsageError if a file that is to be written is one that is read."""
-        for target in (output.target, self.save_coefficients, self.trace, self.plot):
-            if target is not None:
-                refuse_inputs(target, inputs)
+    def refuse_inputs(self, target: MergeTarget, inputs: Mapping[str, Path]) -> None:
+        """Raises UsageError if an output would replace one of the inputs."""
+        for path in (target.path, self.save_coefficients, self.trace, self.plot):
+            if path is not None:
+                refuse_inputs(path, inputs)
 
 
 KIND = "coefficients"
 """The `kind` in the metadata of the files."""
 
 
-def write_learnt(
+def read_learned(
     path: Path,
-    tensors: Mapping[str, Tensor],
-    method: methods.Method,
-    recipe: Recipe,
-    tasks: Collection[str],
-    inputs: Mapping[str, str],
-    looked_at: object,
-    /,
-    **more: str,
-) -> None:
-    """A file whole or not at all. `inputs` are digests by name, `looked_at` is what tells the images, JSON can say it;
-    `more` is metadata of the method's own."""
-    from mergecli.storage.safetensors_writer import save_tensors
-
-    settings = methods.table_of(method)
-    metadata = about(
-        KIND, method=methods.name_of(method), recipe=recipe_text(recipe, methods.name_of(method), settings), inputs=inputs, tasks=json.dumps(list(tasks)),
-        settings_table=json.dumps(settings), seed=str(recipe.seed), adapted_on=json.dumps(looked_at), **more,
-    )  # fmt: skip
-    save_tensors(tensors, path, metadata)
-
-
-def read_learnt(
-    path: Path,
-    method: methods.Method,
+    method: Learner,
     recipe: Recipe,
     tasks: Collection[str],
     stack: ExitStack,
-    ours: Mapping[str, object] | None = None,
-    open_: Collection[str] = (),
-) -> tuple[Any, Checkpoint]:
-    """The method with the settings that it learnt with, and the file, open until `stack` ends.
+    ours: Mapping[str, object],
+    from_file: Collection[str],
+) -> tuple[Learner, Checkpoint]:
+    """The file, open until `stack` ends, and the method with the settings that it was learned with.
 
-    `ours` are settings that need not be those it was learnt with: they hold whatever the file says. `open_` are those of
-    which the file's hold.
+    Args:
+        ours: settings whose value counts, whatever the file says.
+        from_file: settings whose value is the file's, whatever the recipe says.
 
     Raises:
         UsageError: the file is of another method, or of other settings than the recipe's.
@@ -154,9 +131,11 @@ def read_learnt(
     if metadata.get("kind") != KIND:
         raise InputError(f"{path}: holds no coefficients", "expected a file that `--save-coefficients` wrote")
     if metadata.get("method") != name:
-        raise UsageError(f"{path}: was learnt by `{metadata.get('method')}`, the recipe's method is `{name}`")
+        raise UsageError(
+            f"{path}: was learned by `{metadata.get('method')}`, the recipe's method is `{name}`"
+        )
     known, settings, looked, _ = (
-        said(stored, key) for key in ("tasks", "settings_table", "adapted_on", "seed")
+        json_field(stored, key) for key in ("tasks", "settings_table", "adapted_on", "seed")
     )
     if not (isinstance(known, list) and isinstance(settings, dict) and isinstance(looked, dict)):
         raise _silent(path)
@@ -164,36 +143,45 @@ def read_learnt(
         raise InputError(
             f"{path}: is for the models {quoted(map(str, known))}, in this order; these are {quoted(tasks)}"
         )
-    ours, open_ = ours or {}, {*open_, *method.unrecorded}
-    given = {key: frozen(value) for key, value in recipe.settings.items() if key not in (*ours, *open_)}
+    free = {*ours, *from_file, *method.not_recorded}
+    given = {key: frozen(value) for key, value in recipe.settings.items() if key not in free}
     if differing := [key for key, value in given.items() if frozen(settings.get(key)) != value]:
-        learnt = ", ".join(f"`{key} = {shown(settings.get(key))}`" for key in differing)
+        learned = ", ".join(f"`{key} = {shown(settings.get(key))}`" for key in differing)
         wanted = ", ".join(f"`{shown(given[key])}`" for key in differing)
         raise UsageError(
-            f"{path}: was learnt with {learnt}, the recipe says {wanted}",
+            f"{path}: was learned with {learned}, the recipe says {wanted}",
             "leave the setting out, or learn again without `--coefficients`",
         )
     every = {**settings, **ours}
-    return methods.create(name, {key: value for key, value in every.items() if value is not None}), stored
+    used = methods.create(name, {key: value for key, value in every.items() if value is not None})
+    assert isinstance(used, Learner)
+    return used, stored
 
 
-def said(stored: Checkpoint, key: str) -> Any:
-    """What the file's metadata say of a thing, which is JSON; raises InputError if they do not."""
+def json_field(stored: Checkpoint, key: str) -> Any:
+    """The JSON value of a key of the file's metadata; raises InputError if it is missing or no JSON."""
     try:
         return json.loads(stored.metadata[key])
     except (KeyError, ValueError, RecursionError) as error:
         raise _silent(stored.path) from error
 
 
+def expect(stored: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError unless the file has float32 tensors of these shapes."""
+    have = {key: entry for key, entry in stored.entries.items() if key in shapes}
+    if wrong := differences(have, {key: Form(shape, "F32") for key, shape in shapes.items()}):
+        raise InputError(f"{stored.path}: is not what its metadata says:\n{listed(wrong)}")
+
+
 def finite(stored: Checkpoint, name: str, values: Tensor) -> Tensor:
-    """Values of the file, if all of them are numbers; else raises InputError."""
+    """The values of a tensor of the file; raises InputError if one is NaN or infinity."""
     if not bool(values.isfinite().all()):
         raise InputError(f"{stored.path}: `{name}` has NaN or infinity")
     return values
 
 
-def share(path: Path, trace: Table, files: Learning) -> None:
-    """Writes what the user asked for beside the merge: the file itself, and the trace as CSV, events and picture."""
+def share(path: Path, trace: Table, files: LearningFiles) -> None:
+    """Copies the file to where the user asked for it, and writes its trace as CSV, events and plot."""
     if files.save_coefficients is not None:
         with whole_file(files.save_coefficients) as file:
             file.write(path.read_bytes())
@@ -210,4 +198,4 @@ def share(path: Path, trace: Table, files: Learning) -> None:
 
 
 def _silent(path: Path) -> InputError:
-    return InputError(f"{path}: does not say what it was learnt on")
+    return InputError(f"{path}: does not say what it was learned on")

@@ -1,4 +1,4 @@
-"""`measure`: what calibrated methods need to know of every model, as files, before any merge."""
+"""`measure`: statistics of every model, measured on images and kept as files before any merge."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """The files with what was measured."""
+    """The files of statistics."""
 
     paths: Mapping[str, Path]
     """Task -> its file; for a method that measures all tasks together, its name and their one file."""
     new: tuple[str, ...]
-    """Those that were measured now, by any of several processes; the others were there already, and fit."""
+    """Names of those measured now, by any of several processes; the others existed already, and fit."""
 
 
 def measure(
@@ -42,12 +42,12 @@ def measure(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Measured:
-    """Measures what a calibrated method needs of every model, for merges with `statistics=output`.
+    """Measures the statistics that a method needs of every model, for merges with `statistics=output`.
 
-    There is a file for each task, so different processes or machines may measure different tasks at one time; each
-    needs the base, and the models and images of its own tasks only. Files that are there already are kept if they fit.
-    Processes that `torchrun` starts share the tasks among them, and end when all are measured; the files are those that one
-    process writes, to the byte. Methods that go through the merged model layer by layer (`reg_mean_plus_plus`) have one file for all tasks.
+    There is a file for each task, so several processes or machines may measure different tasks at the same time; each
+    needs only the base, and the models and images of its own tasks. Files that exist already are kept if they fit.
+    Processes that `torchrun` starts share the tasks, and end when all are measured; the files have the bytes that one
+    process would write. A method that measures all tasks together has one file, called after the method.
 
     Args:
         output: a folder.
@@ -74,7 +74,7 @@ def measure(
         raise UsageError(
             f"`{recipe.method}` cannot measure some tasks only: what goes into a layer comes out of the layers before "
             "it, merged of all tasks",
-            "measure all tasks at once, or use `reg_mean`",
+            "measure all tasks at once, or use a method that measures each task by itself",
         )
     if only:
         tuned = {name: source for name, source in recipe.tuned.items() if name in only}

@@ -1,4 +1,4 @@
-"""What calibrated methods measured: kept as safetensors files, one a task, and found again by content."""
+"""Statistics that methods measure on images: safetensors files, one a task, found again by content."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
+from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
+from mergecli.merging.learning.files import Learned, LearningFiles
+from mergecli.merging.merge_target import MergeTarget
 from mergecli.merging.models import Models
 from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.errors import InputError, listed, shown
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
+from mergecli.storage.differences import Form, differences
 from mergecli.storage.metadata import about, table_differences
 from mergecli.storage.store import home, locate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergecli.merging.learning.probe import Subject
     from mergecli.runtime.progress import Progress
 
 KIND = "statistics"
@@ -32,15 +35,12 @@ KIND = "statistics"
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Statistics on disk, read as a merge needs them."""
+class StoredStatistics:
+    """Statistics in files, which a merge reads piece by piece."""
 
     checkpoints: tuple[Checkpoint, ...]
     device: str
-    files: Mapping[str, Checkpoint]
-    """What a merge says that it has read -> the file."""
-    about: Mapping[str, str]
-    """What a merge says of them: the images of each task, their split and number."""
+    """Where the merge wants them."""
 
     @property
     def names(self) -> Collection[str]:
@@ -48,13 +48,13 @@ class Stored:
         return self.checkpoints[0].entries.keys()
 
     def read(self, file: int, name: str, start: int = 0, stop: int | None = None, /) -> Tensor:
-        """(stop - start,) entries of a flattened tensor of the file of that number."""
+        """(stop - start,) entries of a flattened tensor of file number `file`."""
         stored = self.checkpoints[file]
         values = stored.read_entries(name, start, stored.entries[name].size if stop is None else stop)
         if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
             raise InputError(
                 f"{stored.path}: is damaged: `{name}` has NaN or infinity",
-                "delete it, and it is measured again",
+                "delete it, then it is measured again",
             )
         return values.to(self.device)
 
@@ -65,55 +65,53 @@ class StatisticsFile:
 
     name: str
     path: Path
-    subjects: tuple[Subject, ...]
+    tasks: tuple[CalibrationTask, ...]
     inputs: Mapping[str, str]
     """Model -> digest."""
     measured: Mapping[str, Any]
     """Method, settings and images."""
 
     def metadata(self) -> dict[str, str]:
-        """What the file says of itself."""
+        """The file's metadata."""
         method = str(self.measured["method"])
         return about(KIND, method=method, inputs=self.inputs, measured=json.dumps(self.measured))
 
 
 def statistics(
-    models: Models,
-    method: Calibrated,
-    recipe: Recipe,
-    stack: ExitStack,
-    progress: Progress | None,
-    folder: Path | None = None,
-) -> Stored:
-    """The statistics of these models, open until `stack` ends; what is not there yet is measured.
-
-    Args:
-        folder: where the files lie, and new ones go; by default the store, where they are found by content.
+    models: Models, target: MergeTarget, files: LearningFiles, stack: ExitStack, progress: Progress | None
+) -> Learned:
+    """The statistics of these models, open until `stack` ends; those that no file holds yet are measured.
 
     Raises:
         InputError: the images are missing; or a file is damaged, or was measured on something else.
     """
-    files = files_for(models, method, recipe, folder)
-    measure_missing(files, models, method, recipe, progress)
+    method, recipe = target.method, target.recipe
+    assert isinstance(method, Calibrated)
+    wanted = files_for(models, method, recipe, files.statistics)
+    measure_missing(wanted, models, method, recipe, progress)
     opened = {
-        f"statistics of {each.name}": stack.enter_context(_opened(each, models, method)) for each in files
+        f"statistics of {each.name}": stack.enter_context(_opened(each, models, method)) for each in wanted
     }
     facts: dict[str, Any] = {}
     for each in opened.values():
         facts |= json.loads(each.metadata["measured"])["tasks"]
-    return Stored(tuple(opened.values()), models.device, opened, {"measured": json.dumps(facts)})
+    stored = StoredStatistics(tuple(opened.values()), models.device)
+    return Learned(target, stored, opened, {"measured": json.dumps(facts)})
 
 
 def files_for(
     models: Models, method: Calibrated, recipe: Recipe, folder: Path | None
 ) -> list[StatisticsFile]:
-    """The files that a merge needs, there or not."""
+    """The files that a merge needs, whether they exist or not.
+
+    Args:
+        folder: where they are, or will be; by default the store, where they are found by content.
+    """
     from mergecli.clip.heads import surroundings
-    from mergecli.merging.learning.probe import subject
 
     assert recipe.base is not None
     assert models.base is not None
-    name, settings = methods.name_of(method), methods.table_of(method, without=method.late)
+    name, settings = methods.name_of(method), methods.table_of(method, without=method.merge_time)
     if method.shuffle:
         settings["seed"] = recipe.seed
     common: dict[str, Any] = {"method": name, "settings": settings}
@@ -123,13 +121,16 @@ def files_for(
         title = name if method.joint else tasks[0]
         path = folder / f"{title}.safetensors" if folder else None
         may_lack = path is not None and path.exists()
-        subjects = tuple(subject(task, method, recipe, may_lack=may_lack) for task in tasks)
+        looked = tuple(
+            calibration_task(task, method.split, recipe, may_lack_images=may_lack) for task in tasks
+        )
+        facts = {each.name: each.facts(head=method.needs_head, most=method.examples) for each in looked}
         inputs = {"base": models.base.digest()} | {task: models.tuned[task].digest() for task in tasks}
-        measured = common | {"tasks": {each.name: each.facts for each in subjects}}
+        measured = common | {"tasks": facts}
         if path is None:
             key = hashlib.sha256(json.dumps([inputs, measured]).encode()).hexdigest()[:32]
             path = home() / KIND / name / f"{key}.safetensors"
-        found.append(StatisticsFile(title, path, subjects, inputs, measured))
+        found.append(StatisticsFile(title, path, looked, inputs, measured))
     return found
 
 
@@ -140,9 +141,9 @@ def measure_missing(
     recipe: Recipe,
     progress: Progress | None,
 ) -> tuple[str, ...]:
-    """Measures what is not there, once it is known that what is there fits; the names of the new files.
+    """Checks the files that exist, measures those that do not, and returns the names of the new ones.
 
-    Several processes share the files among them, each measures some whole, and all wait until none is missing.
+    Several processes share the missing files: each measures some of them whole, and all wait for the last.
     """
     missing = [each for each in files if not each.path.exists()]
     for each in files:
@@ -151,12 +152,12 @@ def measure_missing(
     ranks, device = join(models.device)
     wait()  # nobody writes before all have looked
     if own := missing[ranks.own :: ranks.count]:
-        from mergecli.merging.learning.probe import Laboratory
+        from mergecli.merging.learning.probe import StatisticsRun
 
-        subjects = [one for each in own for one in each.subjects]
-        laboratory = Laboratory(method, replace(models, device=device), recipe, subjects)
+        tasks = [one for each in own for one in each.tasks]
+        run = StatisticsRun(method, replace(models, device=device), recipe, tasks)
         for each in own:
-            laboratory.write(each.path, each.subjects, each.metadata(), progress if is_first() else None)
+            run.write(each.path, each.tasks, each.metadata(), progress if is_first() else None)
     wait()
     if lost := [each.path for each in missing if not each.path.exists()]:
         raise InputError(
@@ -167,7 +168,7 @@ def measure_missing(
 
 
 def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpoint:
-    """The file, once it is known that it is whole and was measured on these models and images, by these settings."""
+    """The file, known to be whole and measured on these models and images with these settings."""
     stored = open_checkpoint(file.path)
     try:
         _check(stored, file, models, method)
@@ -189,13 +190,8 @@ def _check(stored: Checkpoint, file: StatisticsFile, models: Models, method: Cal
         f"`{key}`: it was measured on {'nothing' if before is None else shown(before)}, wanted is {shown(after)}"
         for key, before, after in table_differences(found, wanted, only_new=True)
     ]
-    shapes = {name: models.reference.entries[name].shape for name in models.floats}
-    layout = method.layout(shapes)
-    have = {name: (entry.dtype, entry.shape) for name, entry in stored.entries.items()}
-    if not wrong and have != layout:
-        wrong = [f"`{name}`" for name in sorted(layout) if have.get(name) != layout[name]]
-        wrong += [f"`{name}` is extra" for name in sorted(have.keys() - layout.keys())]
-    if wrong:
+    layout = {name: Form(shape, dtype) for name, (dtype, shape) in method.layout(models.shapes).items()}
+    if wrong := wrong or differences(stored.entries, layout):
         raise InputError(
             f"{file.path}: was not measured on what is merged:\n{listed(wrong)}",
             "name another folder, or delete the file: then it is measured again",

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergecli
-from tests.mixed import LEARNT, ROUTED, TASKS, TOLD
-from tests.tiny import make_image_task, make_tiny_clip
+from tests.support.mixture_scores import LEARNT, ROUTED, TASKS, TOLD
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 
 @pytest.fixture(scope="package")

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import mergecli
-from mergecli.evaluation import counting
+from mergecli.evaluation.evaluate import counting
 from mergecli.formats.mixture import mixture_of
 from mergecli.results.result import read_result
 from mergecli.runtime.errors import InputError
 from mergecli.storage.checkpoint import open_checkpoint
-from tests.mixed import LEARNT, ROUTED, TASKS, TOLD, counts, refuse, scores
+from tests.support.mixture_scores import LEARNT, ROUTED, TASKS, TOLD, counts, refuse, scores
 
 
 @pytest.mark.parametrize(

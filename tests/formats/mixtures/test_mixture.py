@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mergecli
 from mergecli.runtime.errors import InputError
-from tests.mixed import LEARNT, WEIGHT, counts
+from tests.support.mixture_scores import LEARNT, WEIGHT, counts
 
 Tensors = dict[str, Tensor]
 Lie = Callable[[dict[str, str], Tensors], object]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import mergecli
-from mergecli.evaluation import evaluate as evaluation
+from mergecli.evaluation.evaluate import evaluate as evaluation
 from mergecli.evaluation.routes import RouteSums
 from mergecli.results.plots import route_maps
 from mergecli.runtime.errors import InputError, UsageError
-from tests.mixed import ROUTED, TASKS, counts, scores
+from tests.support.mixture_scores import ROUTED, TASKS, counts, scores
 
 
 def table(file: Path) -> dict[tuple[str, str], list[float]]:

@@ -15,7 +15,7 @@ import mergecli
 from mergecli.formats.mixture import mixture_of
 from mergecli.runtime.errors import InputError
 from mergecli.storage.checkpoint import open_checkpoint
-from tests.mixed import LEARNT, TASKS, WEIGHT, counts, refuse, scores
+from tests.support.mixture_scores import LEARNT, TASKS, WEIGHT, counts, refuse, scores
 
 
 @pytest.mark.parametrize("name", ["masks.a.weight", "unified.layer.weight", "rescalers.a", "router.a"])

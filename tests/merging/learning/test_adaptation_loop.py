@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mergecli.merging.learning import adaptation_loop as adaptation_run
-from tests.adapted import CASES, AdaptedWorld, learn, make_adapted_world, stopping
+from tests.support.adapted_world import CASES, AdaptedWorld, learn, make_adapted_world, stopping
 
 pytestmark = pytest.mark.usefixtures("own_store")
 
@@ -49,11 +49,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 def test_an_interruption_in_the_middle_of_a_step_leaves_it_out(
     world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mergecli.merging.learning.trial import TowerTrial
+    from mergecli.merging.learning.objective import EntropyObjective
 
-    original, calls = TowerTrial.slopes, 0
+    original, calls = EntropyObjective.entropies_and_gradients, 0
 
-    def slopes(self: TowerTrial, draw: int) -> Any:
+    def entropies_and_gradients(self: EntropyObjective, draw: int) -> Any:
         nonlocal calls
         calls += 1
         if calls == 6:  # the second half of the third step
@@ -61,7 +61,7 @@ def test_an_interruption_in_the_middle_of_a_step_leaves_it_out(
         return original(self, draw)
 
     settings = {"mask_steps": 4, "steps": 2, "order": "published"}
-    monkeypatch.setattr(TowerTrial, "slopes", slopes)
+    monkeypatch.setattr(EntropyObjective, "entropies_and_gradients", entropies_and_gradients)
     with pytest.raises(KeyboardInterrupt):
         learn(world, tmp_path, "concrete_ada_merging", **settings)
     resumed = learn(world, tmp_path, "concrete_ada_merging", **settings)

@@ -17,7 +17,7 @@ from mergecli.merging.learning.measure import measure
 from mergecli.merging.merge import merge
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError, UsageError
-from tests.looking import Zoo, make_zoo
+from tests.support.image_zoo import Zoo, make_zoo
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

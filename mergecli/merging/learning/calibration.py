@@ -1,0 +1,84 @@
+"""The images that a method looks at: of each task, from which split, and what tells them from others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mergecli.data.tasks import Task, digest, find
+from mergecli.recipe.schema import Recipe
+from mergecli.runtime.errors import InputError, UsageError
+from mergecli.storage.store import locate
+
+if TYPE_CHECKING:
+    from mergecli.data.images import Images
+
+
+@dataclass(frozen=True)
+class CalibrationTask:
+    """A task and its images without labels; None where they are not on this machine."""
+
+    name: str
+    task: Task | None = None
+    images: Images | None = None
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The names of the classes."""
+        own = self.task.classes if self.task else None
+        return own or (self.images.classes if self.images else None) or ()
+
+    @property
+    def templates(self) -> Sequence[str]:
+        """The prompts."""
+        return self.task.templates if self.task else ()
+
+    def facts(self, *, head: bool, most: int | None = None) -> dict[str, Any]:
+        """What tells the images from others: split, number and digest; with `head` also digests of class names and prompts.
+
+        Args:
+            most: how many of the images are looked at, at most; all by default.
+        """
+        if self.images is None:
+            return {}
+        count = len(self.images) if most is None else min(most, len(self.images))
+        found: dict[str, Any] = {"split": self.images.split, "images": count}
+        found["data"] = self.images.fingerprint
+        if head:
+            found |= {"classes": digest(self.classes), "templates": digest(self.templates)}
+        return found
+
+    def sampled(self, count: Callable[[int], int], label: str, seed: int) -> CalibrationTask:
+        """The task with as many of its N images as `count(N)` says, drawn by label and seed, in the order of the data."""
+        from mergecli.methods._base import uniform
+
+        assert self.images is not None
+        total = len(self.images)
+        wanted = count(total)
+        if wanted == total:
+            return self
+        order = uniform(seed, label, self.name, 0, total).argsort(stable=True)
+        return replace(self, images=self.images.chosen(order[:wanted].sort().values.tolist()))
+
+
+def calibration_task(
+    name: str, split: str, recipe: Recipe, *, may_lack_images: bool = False
+) -> CalibrationTask:
+    """A task with the images of a split; `train` and `test` are those that the task itself calls so.
+
+    Raises:
+        UsageError: there is no such task, or no such split. InputError: the images are missing or damaged.
+    """
+    from mergecli.data.images import load_images
+
+    try:
+        task = find(name, recipe)
+        if task.data.kind != "toy":
+            locate(task.data)
+    except (UsageError, InputError):
+        if may_lack_images:
+            return CalibrationTask(name)
+        raise
+    own = {"train": task.train_split, "test": task.split}
+    return CalibrationTask(name, task, load_images(task, own.get(split, split)))

@@ -1,0 +1,257 @@
+"""What methods that adapt minimize: the entropy of a merged tower's predictions on unlabeled images, and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from mergecli.clip.preprocessing import Normalization
+from mergecli.merging.learning.work import LearningWork
+from mergecli.merging.models import Models
+from mergecli.methods._adapted import Adapted, entropy
+from mergecli.methods._base import Group, uniform
+from mergecli.methods._learned import State
+from mergecli.methods._mixture import Installed, Routed
+from mergecli.runtime import interrupts
+from mergecli.runtime.errors import InputError, quoted
+from mergecli.storage import cache as caching
+from mergecli.storage.checkpoint import VISION
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mergecli.clip.model import Clip
+    from mergecli.clip.pixels import Pixels
+    from mergecli.runtime.distributed import Ranks
+
+TOGETHER = 16
+"""Images that go through the tower at once: several tasks' small batches are put together."""
+
+
+class OffloadedTensors(Mapping[str, "Tensor"]):
+    """Tensors in main memory; reading one copies it to the device, unless it is there already."""
+
+    def __init__(self, held: Mapping[str, Tensor], device: torch.device | str) -> None:
+        self._held, self._device = held, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._held[name].to(self._device, non_blocking=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+@dataclass(frozen=True)
+class TaskBatches:
+    """The batches of one task: its images in random order, and its zero-shot head."""
+
+    index: int
+    """Which of the models it is."""
+    name: str
+    pixels: Pixels
+    head: Tensor
+    """(C, D) unit vectors."""
+
+    def rows(self, batch: int, size: int, seed: int) -> Tensor:
+        """(B,) the images of batch number `batch`: every epoch takes all of them, in an order of its own; the last batch
+        of an epoch may be smaller."""
+        import torch
+
+        each = -(-len(self.pixels) // size)
+        epoch, number = divmod(batch, each)
+        key = int.from_bytes(sha256(f"{seed} {self.name} {epoch}".encode()).digest()[:8], "little")
+        generator = torch.Generator().manual_seed(key % (1 << 63))
+        return torch.randperm(len(self.pixels), generator=generator)[number * size : (number + 1) * size]
+
+
+class EntropyObjective:
+    """The `Objective` of methods that adapt, on the vision tower of a CLIP."""
+
+    def __init__(
+        self,
+        clip: Clip,
+        tasks: Sequence[str],
+        base: Mapping[str, Tensor],
+        deltas: Mapping[str, Tensor],
+        batches: Sequence[TaskBatches],
+        size: int,
+        seed: int,
+        ranks: Ranks,
+        installed: Installed | None = None,
+        read_mask: Callable[[str], Tensor] | None = None,
+    ) -> None:
+        """The objective of tasks whose models have these weights.
+
+        Args:
+            batches: of the tasks that this process looks at.
+            size: images of a batch.
+            installed: the layers of a tower that routes: their parameters are then what is learned.
+            read_mask: reads the file of masks that the method needs.
+        """
+        self.tasks, self.base, self.deltas = tasks, base, deltas
+        self._clip, self._batches, self._size, self._seed, self._ranks = clip, batches, size, seed, ranks
+        self._normalized = Normalization(clip)
+        self._installed, self._read_mask = installed, read_mask
+        # tasks whose images share routing weights must not be in one batch
+        self._together = size if installed and installed.keeps_batches_whole else TOGETHER
+        own = {VISION + name: each for name, each in clip.tower.named_parameters()}
+        found = own if installed is None else installed.parameters
+        self._parameters = {name: each.requires_grad_(True) for name, each in found.items()}
+        names = base if installed is None else found
+        self.weights: Mapping[str, Tensor] = {name: self._parameters[name].data for name in names}
+        self._routes: list[Tensor] = []
+
+    def entropies_and_gradients(self, batch: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(T,) mean entropies on batch number `batch` of every task, and name -> (...) gradient of their sum."""
+        import torch
+
+        losses = torch.zeros(len(self.tasks), device=self._clip.device)
+        for each in self._parameters.values():
+            each.grad = None
+        share = max(1, self._together // self._size)
+        self._routes.clear()
+        with torch.enable_grad():
+            for start in range(0, len(self._batches), share):
+                interrupts.check()
+                self._backward(self._batches[start : start + share], batch, losses)
+        grads = {name: self._parameters[name].grad for name in self.weights}
+        return self.total(losses), {
+            name: torch.zeros_like(self.weights[name]) if grad is None else grad
+            for name, grad in grads.items()
+        }
+
+    def _backward(self, together: Sequence[TaskBatches], batch: int, losses: Tensor) -> None:
+        """Puts several tasks' batches through the tower as one, and adds their gradients to the parameters'."""
+        import torch
+
+        from mergecli.clip.model import features
+
+        batches = [each.pixels.rows(each.rows(batch, self._size, self._seed)) for each in together]
+        image = features(self._clip, self._normalized(torch.cat(batches)))  # (B, D)
+        image = self._clip.model.logit_scale.exp() * image / image.norm(dim=-1, keepdim=True)
+        parts = image.split([len(batch) for batch in batches])
+        own = [entropy(part @ each.head.T) for each, part in zip(together, parts, strict=True)]
+        torch.stack(own).sum().backward()
+        if self._installed is not None:
+            found = [each.mean(0) for each in self._installed.routes().values()]
+            self._routes.append(torch.stack(found).mean(0) * len(together))
+        for each, loss in zip(together, own, strict=True):
+            losses[each.index] = loss.detach()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """(...) the sum over all processes, added in the order of their ranks."""
+        return self._ranks.total(tensor)
+
+    def mask(self, key: str) -> Tensor:
+        """(...) a tensor of the file of masks, on the device."""
+        assert self._read_mask is not None
+        return self._read_mask(key).to(self._clip.device, copy=True)
+
+    def routes(self) -> Tensor:
+        """(T,) routing weights in the last step, means over layers, images and tasks."""
+        import torch
+
+        own = torch.stack(self._routes).sum(0) if self._routes else torch.zeros(len(self.tasks))
+        count = self.total(torch.tensor([float(len(self._batches))], device=self._clip.device))
+        return self.total(own.to(self._clip.device)) / count
+
+    def uniform(self, name: str, label: str) -> Tensor:
+        """(...) random numbers in [0, 1) for the entries of a tensor."""
+        weight = self.weights[name]
+        return uniform(self._seed, name, label, 0, weight.numel()).view(weight.shape).to(weight.device)
+
+
+def entropy_objective(
+    work: LearningWork, method: Adapted, surveyed: State, ranks: Ranks, device: str
+) -> EntropyObjective:
+    """The objective with everything that it needs in memory: a CLIP, heads, and base and task vectors or routers.
+
+    Raises:
+        InputError: the base and the models do not fit together.
+    """
+    from mergecli.clip.model import check_tower
+
+    models = work.models
+    assert models.base is not None
+    clip = work.load_clip()
+    check_tower(clip, models.base)
+    known = {VISION + name for name, _ in clip.tower.named_parameters()}
+    if unknown := [name for name in models.floats if name not in known]:
+        raise InputError(f"the base has no {quoted(unknown)}", "only vision towers can be adapted")
+    clip.model.to(device)
+    own = [name for number, name in enumerate(work.tasks) if number % ranks.count == ranks.own]
+    batches = _task_batches(work, method, clip, own)
+    clip.drop_text_tower()
+    tasks, size, seed = list(models.tuned), method.batch_size, work.recipe.seed
+    if isinstance(method, Routed):
+        installed = _installed(models, method, clip, device)
+        return EntropyObjective(clip, tasks, {}, {}, batches, size, seed, ranks, installed)
+    base, deltas = _prepared(models, method, surveyed, device)
+    masks = work.needed.get("masks")
+    read = masks.read if masks else None
+    return EntropyObjective(clip, tasks, base, deltas, batches, size, seed, ranks, read_mask=read)
+
+
+def _prepared(
+    models: Models, method: Adapted, surveyed: State, device: str
+) -> tuple[dict[str, Tensor], OffloadedTensors]:
+    """Name -> (...) weights of the base, and (T, ...) task vectors as the method prepares them."""
+    import torch
+
+    base: dict[str, Tensor] = {}
+    deltas: dict[str, Tensor] = {}
+    dtype, where = getattr(torch, method.vectors), method.vectors_on or device
+
+    def look(_: int, group: Group) -> tuple[str, Tensor, Tensor]:
+        vectors = method.prepared(group, surveyed)
+        return group.name, group.base.to(device, copy=True), vectors.to(where, dtype, copy=True)
+
+    for name, own, vectors in models.map(look, blocks=False):
+        pin = where == "cpu" and device.startswith("cuda")  # else copies would wait for each other
+        base[name], deltas[name] = own, vectors.pin_memory() if pin else vectors
+    return base, OffloadedTensors(deltas, device)
+
+
+def _installed(models: Models, method: Routed, clip: Clip, device: str) -> Installed:
+    """Puts the tower that routes into the CLIP; its routers' weights are 0 still."""
+    import torch
+
+    parts: dict[str, Tensor] = {}
+
+    def look(_: int, group: Group) -> dict[str, Tensor]:
+        return {key: each.to(device, copy=True) for key, each in method.expand(group, None).items()}
+
+    for found in models.map(look, blocks=False):
+        parts |= found
+    for key, part in method.extras(models.shapes, len(models.tuned)).items():
+        parts[key] = torch.zeros(part.shape, device=device)
+    for name, tensor in clip.tower.state_dict().items():
+        tensor.copy_(parts.pop(VISION + name))
+    return method.install_to_learn(clip.tower, parts.__getitem__, tuple(models.tuned), VISION)
+
+
+def _task_batches(work: LearningWork, method: Adapted, clip: Clip, names: Sequence[str]) -> list[TaskBatches]:
+    """The images and heads of some of the tasks."""
+    from mergecli.clip.heads import cached_head
+    from mergecli.clip.pixels import Processing, cached_pixels, stored_pixels
+
+    tasks, size = list(work.models.tuned), caching.allowed_size()
+    text = work.clip_digests.text
+    found: list[TaskBatches] = []
+    for name in names:
+        task = work.tasks[name]
+        assert task.images is not None
+        how = Processing(max_size=size)
+        few = 4 * method.total_steps * method.batch_size < len(task.images)
+        if few and stored_pixels(clip, task.images, how) is None:
+            how = Processing()  # decoding all images for the cache would take longer than the steps
+        head = cached_head(clip, task.classes, task.templates, text, size)
+        pixels = cached_pixels(clip, task.images, how)
+        found.append(TaskBatches(tasks.index(name), name, pixels, head))
+    return found

@@ -1,0 +1,124 @@
+"""One learning: everything that its result depends on, and the name that its files get by that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from mergecli import methods
+from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
+from mergecli.merging.learning.needed_files import SETTINGS, TITLES
+from mergecli.merging.models import Models
+from mergecli.methods._adapted import Adapted
+from mergecli.methods._learned import Learner, Need
+from mergecli.methods._task_learner import TaskLearner
+from mergecli.recipe.schema import Recipe
+from mergecli.runtime.errors import UsageError, quoted
+from mergecli.storage.checkpoint import Checkpoint
+from mergecli.storage.store import locate
+
+if TYPE_CHECKING:
+    from mergecli.clip.heads import ClipDigests
+    from mergecli.clip.model import Clip
+
+
+class _HasSplit(Protocol):
+    """Every method that looks at images has the setting `split`."""
+
+    @property
+    def split(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class LearningWork:
+    """A method that learns, the models, and the images that it looks at."""
+
+    models: Models
+    method: Learner
+    recipe: Recipe
+    needed: Mapping[Need, Checkpoint]
+    tasks: Mapping[str, CalibrationTask] = field(repr=False)
+    """Those that are looked at."""
+
+    @classmethod
+    def of(
+        cls, models: Models, method: Learner, recipe: Recipe, needed: Mapping[Need, Checkpoint]
+    ) -> LearningWork:
+        """Raises UsageError if a model is not named after a task; InputError if its images are not there."""
+        chosen = (method.adapt_on if isinstance(method, Adapted) else ()) or tuple(models.tuned)
+        if unknown := [name for name in chosen if name not in models.tuned]:
+            raise UsageError(f"`method.adapt_on`: there are no models {quoted(unknown)}")
+        if recipe.base is None or models.base is None:
+            raise UsageError(
+                "there is no base, a whole CLIP with which images are looked at", "name it with `base = ...`"
+            )
+        split = cast("_HasSplit", method).split
+        tasks = {name: calibration_task(name, split, recipe) for name in chosen}
+        if isinstance(method, TaskLearner):
+            label, seed = f"{method.part_title}.images", recipe.seed
+            tasks = {name: each.sampled(method.looked_at, label, seed) for name, each in tasks.items()}
+        return cls(models, method, recipe, needed, tasks)
+
+    @property
+    def clip_folder(self) -> Path:
+        """Where the whole CLIP is."""
+        assert self.recipe.base is not None
+        return locate(self.recipe.base)
+
+    def load_clip(self) -> Clip:
+        """The CLIP, on the CPU."""
+        from mergecli.clip.model import load_clip
+
+        return load_clip(self.clip_folder)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Input -> digest."""
+        return self.models.digests() | {TITLES[need]: each.digest() for need, each in self.needed.items()}
+
+    @property
+    def looked_at(self) -> dict[str, Any]:
+        """Task -> what tells its images from others."""
+        return {name: each.facts(head=self.method.needs_head) for name, each in self.tasks.items()}
+
+    @cached_property
+    def clip_digests(self) -> ClipDigests:
+        """Digests of the CLIP's parts."""
+        from mergecli.clip.heads import clip_digests
+
+        return clip_digests(self.clip_folder)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that the learning depends on."""
+        method = self.method
+        named = {SETTINGS[need] for need in method.needs}
+        return methods.table_of(method, without={*method.not_learned_from, *method.derived, *named})
+
+    @property
+    def key(self) -> str:
+        """A name for files of this work."""
+        from mergecli.clip.heads import processing_texts
+
+        facts = [
+            methods.name_of(self.method), self.settings, self.recipe.seed, list(self.inputs.items()), self.looked_at,
+            self.clip_digests, processing_texts(self.clip_folder),
+        ]  # fmt: skip
+        return sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+    def task_key(self, task: str) -> str:
+        """A name for the file of what is learned for one task, which depends on no other task."""
+        from mergecli.clip.heads import processing_texts
+
+        assert self.models.base is not None
+        facts = [
+            self.settings, self.recipe.seed, *(each.digest() for each in self.needed.values()),
+            self.models.base.digest(), self.clip_digests, processing_texts(self.clip_folder), task,
+            self.models.tuned[task].digest(), self.looked_at[task],
+        ]  # fmt: skip
+        return sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -1,0 +1,139 @@
+"""Where a merge goes: the file or folder, its tensors, and its metadata."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergecli import methods
+from mergecli.formats.mixture import check_names
+from mergecli.merging.models import Models
+from mergecli.methods._base import Method
+from mergecli.methods._mixture import SAME, Mixture
+from mergecli.recipe.schema import Recipe, recipe_text
+from mergecli.runtime.errors import InputError, UsageError
+from mergecli.storage.atomic import check_target, whole_folder
+from mergecli.storage.checkpoint import MIXTURE
+from mergecli.storage.metadata import UNKNOWN_DIGEST, about, model_folder_files
+from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, TORCH_NAMES
+from mergecli.storage.safetensors_writer import SafetensorsWriter, ShardedWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MergeTarget:
+    """What one merge writes: by which method and recipe, to which file or folder."""
+
+    method: Method
+    recipe: Recipe
+    path: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe, path: Path) -> MergeTarget:
+        """Raises UsageError if the recipe names no method, or the path's suffix does not say what it is."""
+        method = recipe.built
+        if path.suffix not in ("", ".safetensors"):
+            raise UsageError(f"{path}: expected a `.safetensors` file, or a folder's name without suffix")
+        if not path.suffix and isinstance(method, Mixture) and method.is_mixture:
+            raise UsageError(
+                f"{path}: `{recipe.method}` writes more than one tower, which transformers would not find in a folder",
+                "name a `.safetensors` file",
+            )
+        check_target(path, folder=not path.suffix)
+        return cls(method, recipe, path)
+
+    def layout(self, models: Models) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> dtype and shape of what is written."""
+        wanted, entries = SAFETENSORS_NAMES.get(self.recipe.dtype), models.reference.entries
+        own = {name: wanted if wanted and entry.is_float else entry.dtype for name, entry in entries.items()}
+        found = {name: (own[name], entry.shape) for name, entry in entries.items()}
+        if not isinstance(self.method, Mixture) or not self.method.is_mixture:
+            return found
+        tasks, shapes = len(models.tuned), models.shapes
+        for name, shape in shapes.items():
+            for key, part in self.method.parts(name, shape, tasks).items():
+                found[key] = (own[name] if part.dtype == SAME else part.dtype, part.shape)
+        for key, part in self.method.extras(shapes, tasks).items():
+            found[key] = (part.dtype, part.shape)
+        return found
+
+    def check(self, models: Models) -> None:
+        """Raises InputError if the method writes more than one tower, and the models' tensors are not such that it can."""
+        if not isinstance(self.method, Mixture) or not self.method.is_mixture:
+            return
+        entries, path = models.reference.entries, models.reference.path
+        check_names(entries, path)
+        if self.layout(models).keys() == entries.keys():
+            raise InputError(
+                f"{path}: expected tensors that `{self.recipe.method}` has experts for, got none",
+                f"`mergecli methods {self.recipe.method}` says which those are",
+            )
+
+    def metadata(self, digests: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
+        """What the file says about itself."""
+        kind, settings = "checkpoint", methods.table_of(self.method)
+        if isinstance(self.method, Mixture) and self.method.is_mixture:
+            kind = MIXTURE
+            more = {
+                **more,
+                "tasks": json.dumps(list(self.recipe.tuned)),
+                "settings_table": json.dumps(settings),
+            }
+        return about(
+            kind,
+            method=str(self.recipe.method),
+            recipe=recipe_text(self.recipe, self.recipe.method, settings),
+            inputs=digests,
+            **more,
+        )
+
+    def open(
+        self,
+        models: Models,
+        size: int | None,
+        stack: ExitStack,
+        inputs: Iterable[str],
+        more: Mapping[str, str],
+    ) -> SafetensorsWriter | ShardedWriter:
+        """The writer, with everything in it that is copied; whole when `stack` ends."""
+        layout, placeholder = self.layout(models), self.metadata(dict.fromkeys(inputs, UNKNOWN_DIGEST), more)
+        if self.path.suffix:
+            writer = SafetensorsWriter(self.path, layout, placeholder)
+        else:
+            folder = stack.enter_context(whole_folder(self.path))
+            for name, text in model_folder_files(models.reference.path).items():
+                (folder / name).write_text(text, encoding="utf-8")
+            whole = folder / "model.safetensors"
+            writer = (
+                ShardedWriter(folder, layout, placeholder, size)
+                if size
+                else SafetensorsWriter(whole, layout, placeholder)
+            )
+        stack.enter_context(writer)
+        for name in models.others:
+            writer.write(name, models.reference.read(name))
+        return writer
+
+
+def cast(result: Tensor, dtype: str, name: str) -> Tensor:
+    """The tensor in a safetensors dtype, on the CPU.
+
+    Raises:
+        InputError: a value does not fit.
+    """
+    import torch
+
+    cast = result.to("cpu", getattr(torch, TORCH_NAMES[dtype]))
+    if not math.isfinite(float(cast.sum(dtype=torch.float32))) and not bool(cast.isfinite().all()):
+        raise InputError(
+            f"`{name}`: the merged values do not fit {TORCH_NAMES[dtype]}",
+            "use smaller settings, or dtype float32",
+        )
+    return cast
