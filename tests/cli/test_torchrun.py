@@ -169,7 +169,7 @@ def test_two_processes_train_adapters_and_several_tasks_and_nearly_what_one_does
     assert out == ["two.safetensors", "two", "both.safetensors", "[0, 0, 0, 3]"]
     lines = [line for line in err if line.startswith(("error:", "hint:"))]
     assert lines[0].startswith("error: lost: the loss of `")
-    assert lines[1:] == ["hint: lower `learning_rate` (it is 1e+30); nothing was learnt yet"]
+    assert lines[1:] == ["hint: lower `learning_rate` (it is 1e+30); nothing was learned yet"]
     in_pieces = ["--batch-size", 4, "--accumulate", 2]
     for command in (
         [*one_task, *in_pieces, "--trace", "one.csv", "-o", "one.safetensors"],
@@ -231,7 +231,7 @@ def test_several_processes_go_on_where_they_were_stopped_with_dropout(recipe: Pa
     state = tmp_path / ".stopped.resume.safetensors"
     assert out == [str(tmp_path / "stopped"), str(tmp_path / "never"), "[130, 2, 0, 0]"]
     assert err.count(f"note: interrupted: the same command goes on from {state}") == 1
-    refusal = f"error: {state}: holds the state of a training that was begun otherwise:"
+    refusal = f"error: {state}: is the state of a training with other settings, base or images:"
     assert err[err.index(refusal) + 1] == "  `seed`: 3 -> 4"
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("stopped", "never")]
     assert files[0].read_bytes() == files[1].read_bytes()
