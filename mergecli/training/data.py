@@ -88,13 +88,8 @@ class TrainingTask:
         from mergecli.clip.heads import cached_head
 
         if not is_first_here():
-<<<<<<< HEAD
-            wait()  # images are decoded once
-        head = cached_head(clip, self.classes, self.task.templates, text, allowed_size())
-=======
             wait()  # the first process of a machine decodes, the others read its cache
-        head = cached_head(clip, self.classes, self.task.templates, text, caching.allowed_size())
->>>>>>> r4
+        head = cached_head(clip, self.classes, self.task.templates, text, allowed_size())
         held = None if self.validation is None else _decoded(clip, self.validation)
         # a short training reads few of the images: decoding all of them would take longer
         images = _decoded(clip, self.images, keep=4 * views >= len(self.images))
