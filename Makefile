@@ -53,11 +53,14 @@ startup: .venv/installed ## milliseconds of --help, best of ten, for each comman
 sizes: ## lines per file, largest first
 	@git ls-files '*.py' | xargs wc -l | sort -rn | head -30
 
-bare: ## install without tools into a fresh environment and run --help
-	rm -rf .venv-bare && $(PYTHON) -m venv .venv-bare
-	.venv-bare/bin/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt .
-	.venv-bare/bin/mergecli --help > /dev/null && .venv-bare/bin/mergecli methods > /dev/null
-	rm -rf .venv-bare
+bare: ## build the wheel and try it in an empty environment
+	rm -rf out/bare && $(PYTHON) -m venv out/bare
+	out/bare/bin/pip wheel --quiet --disable-pip-version-check --no-deps -w out/bare/wheel .
+	out/bare/bin/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt out/bare/wheel/*.whl
+	cd out/bare && bin/mergecli --help > /dev/null
+	cd out/bare && bin/mergecli merge --base toy:base toy:digits toy:letters --method average -o m.safetensors
+	cd out/bare && bin/mergecli eval m.safetensors --clip toy:base --tasks digits --limit 16 --no-cache
+	rm -rf out/bare
 
 clean: ## remove what the demo and the tools made
 	rm -rf out .pytest_cache .ruff_cache

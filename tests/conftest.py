@@ -94,9 +94,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_store_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests, and the processes they start, keep nothing in the user's own store, and find nothing there."""
+def own_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests, and the processes they start, keep nothing in the user's own store and find nothing there; and they run the
+    package that lies beside the tests, wherever another one is installed."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
         patch.setenv("MERGECLI_HOME", str(tmp_path_factory.mktemp("store")))
         yield
 

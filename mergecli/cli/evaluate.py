@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mergecli.cli import console, options
-from mergecli.cli.thresholds import check_floors, floors_of
+from mergecli.cli.thresholds import check_thresholds, parse_thresholds
 from mergecli.runtime.errors import UsageError
 
 
@@ -158,7 +158,7 @@ def evaluate(
         raise UsageError("--set: there is no recipe to change", "name one with `--recipe`")
     known = recipe_of(recipe, method=method, changes=changes or []) if recipe else None
     named = tasks.split(",") if tasks else None
-    floors = floors_of(min_task or [], named, known) if min_task else {}
+    floors = parse_thresholds(min_task or [], named, known) if min_task else {}
     swept = {"--method": method, "--select": select, "--keep": keep, "--plot": plot}
     if sweep:
         from mergecli.evaluation.sweep import sweep as evaluate_sweep
@@ -180,7 +180,7 @@ def evaluate(
             )  # fmt: skip
         console.table(found.table, form)
         console.note(found.note)
-        check_floors([found.confirmed or found.results[found.best]], floors, min_average)
+        check_thresholds([found.confirmed or found.results[found.best]], floors, min_average)
         return
     if (other := next((name for name, value in swept.items() if value), None)) is not None:
         raise UsageError(f"{other}: belongs to a sweep", "say over what with `--sweep KEY=VALUES`")
@@ -193,4 +193,4 @@ def evaluate(
             routes=routes, progress=progress,
         )  # fmt: skip
     console.table(accuracy_table(results), form)
-    check_floors(results, floors, min_average)
+    check_thresholds(results, floors, min_average)

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from mergecli.results.result import Evaluation
 
 
-def check_floors(results: Sequence[Evaluation], floors: dict[str, float], min_average: float | None) -> None:
+def check_thresholds(
+    results: Sequence[Evaluation], floors: dict[str, float], min_average: float | None
+) -> None:
     """Raises ThresholdError if a result is below what was asked for."""
     below = [
         f"{each.checkpoint['path']}: {task}: " + _said(each, task, least)
@@ -38,7 +40,7 @@ def _said(result: Evaluation, task: str, least: float) -> str:
     )
 
 
-def floors_of(texts: list[str], tasks: list[str] | None, recipe: Recipe | None) -> dict[str, float]:
+def parse_thresholds(texts: list[str], tasks: list[str] | None, recipe: Recipe | None) -> dict[str, float]:
     """Task -> the least accuracy, as `--min TASK=X` says."""
     from mergecli.data.tasks import find
     from mergecli.evaluation.evaluate import tasks_of

@@ -21,7 +21,7 @@ def require_tensorboard() -> None:
         raise UsageError("there is no tensorboard", 'install it: `pip install "mergecli[tensorboard]"`')
 
 
-def write_events(folder: Path, table: Table) -> None:
+def write_tensorboard(folder: Path, table: Table) -> None:
     """Writes a run for TensorBoard: a scalar for each column of numbers after the first, which is `step`.
 
     `loss digits` is called `loss/digits`, so that columns whose names begin with one word are shown together. Cells

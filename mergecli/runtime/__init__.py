@@ -1,1 +1,1 @@
-"""What every room needs: errors, interrupts, progress, devices and processes."""
+"""For every room: errors, interrupts, progress, devices and processes."""

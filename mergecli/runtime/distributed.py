@@ -1,4 +1,4 @@
-"""Several processes at one work, as `torchrun` starts them: who this one is, and sums over all of them."""
+"""Several processes for one job, as `torchrun` starts them: ranks, sums over all of them, and devices."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all that do the same work."""
+    """The rank of this process, and the number of processes."""
 
     own: int = 0
     count: int = 1
 
     def total(self, tensor: Tensor) -> Tensor:
-        """(...) the sum over all processes, added in the order of their ranks, the same in each of them.
+        """(...) the sum over all processes, added in the order of their ranks, so that all get the same bits.
 
         Raises:
             InputError: another process has ended.
@@ -43,8 +43,8 @@ class Ranks:
             result += part
         return result
 
-    def first(self, tensor: Tensor) -> Tensor:
-        """(...) the first process's tensor, put into this one's; its shape is the same in all."""
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """(...) the first process's values, written into this process's tensor of the same shape."""
         if self.count > 1 and tensor.numel():
             from torch import distributed
 
@@ -52,36 +52,36 @@ class Ranks:
                 distributed.broadcast(tensor, 0)
         return tensor
 
-    def refuse(self, error: UsageError | None, device: str | torch.device) -> None:
-        """Raises the first process's error, if it has one, in all of them."""
+    def raise_first_error(self, error: UsageError | None, device: str | torch.device) -> None:
+        """Raises the first process's error, if it has one, in all processes."""
         import torch
 
         text = json.dumps([error.message, error.hint] if error else []).encode()
-        size = self.first(torch.tensor([len(text)], device=device))
+        size = self.broadcast(torch.tensor([len(text)], device=device))
         own = torch.tensor([*text][: int(size)], dtype=torch.uint8, device=device)
-        told = self.first(own if len(own) == int(size) else own.new_zeros(int(size)))
-        if parts := json.loads(bytes(told.tolist())):
+        sent = self.broadcast(own if len(own) == int(size) else own.new_zeros(int(size)))
+        if parts := json.loads(bytes(sent.tolist())):
             raise UsageError(*parts)
 
     def all(self, holds: bool, device: str) -> bool:
-        """Whether something holds in every process."""
+        """Whether `holds` is true in every process."""
         import torch
 
         return bool(self.total(torch.tensor([float(not holds)], device=device)) == 0)
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and talks."""
+    """Whether this is the process that writes files and messages."""
     return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", "1")) < 2
 
 
 def is_first_here() -> bool:
-    """Whether this is the process that fills its machine's store."""
+    """Whether this is the process that fills the store of its machine."""
     return is_first() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def join(device: str) -> tuple[Ranks, str]:
-    """This process's ranks, and its own device: `cuda` is one processor a process. Gloo joins CPUs, NCCL GPUs."""
+    """The ranks and the device of this process: `cuda` means one GPU per process. Gloo joins CPUs, NCCL GPUs."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count < 2:
         return Ranks(), device
@@ -99,7 +99,7 @@ def join(device: str) -> tuple[Ranks, str]:
 
 
 def wait() -> None:
-    """Waits until all processes have come as far as this one."""
+    """Waits until all processes have reached this call."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -109,7 +109,7 @@ def wait() -> None:
 
 @contextmanager
 def _together() -> Generator[None]:
-    """Turns the failure of what all processes do at once into one clear error."""
+    """Turns the failure of a collective operation into one clear error."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -117,15 +117,15 @@ def _together() -> Generator[None]:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} lost the others: {reason}",
-            "look at what another of them says",
+            "look at the error of another process",
         ) from error
 
 
 def usable_device(name: str) -> str:
-    """The name, once it is sure that torch has such a device here.
+    """The name of the device, after a check that torch can use it.
 
     Raises:
-        UsageError: it has not.
+        UsageError: it cannot.
     """
     if name == "cpu":
         return name

@@ -13,7 +13,7 @@ class ExitStatus(IntEnum):
 
     DONE = 0
     BUG = 1
-    """A mistake of ours: the traceback is shown, and where to report it."""
+    """A bug in mergecli: the traceback is shown, and where to report it."""
     USAGE = 2
     """A wrong flag or recipe; nothing was touched."""
     INPUT = 3
@@ -41,7 +41,7 @@ class MergecliError(Exception):
 
 
 class MergecliWarning(UserWarning):
-    """What a user should know and what stops nothing; the program says it on stderr."""
+    """Something a user should know that stops nothing; the program prints it on stderr."""
 
 
 class UsageError(MergecliError):
@@ -90,7 +90,7 @@ def quoted(names: Iterable[str], limit: int = 8) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as TOML would write it, for messages and provenance."""
+    """A value as TOML, for messages and metadata."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Whether Ctrl-C was pressed: libraries that are being imported may turn it into another error."""
+"""Remembers Ctrl-C, since a library that is being imported may turn it into another error, and delays it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pressed = False
 
 
 def watch() -> None:
-    """Remembers Ctrl-C from now on, and raises KeyboardInterrupt as always."""
+    """From now on Ctrl-C is remembered in `pressed`; it raises KeyboardInterrupt as usual."""
     signal.signal(signal.SIGINT, _press)
 
 
@@ -25,29 +25,29 @@ def _press(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def ignore() -> None:
-    """Lets Ctrl-C do nothing from now on: the work is done, and Python is taking itself down."""
+    """From now on Ctrl-C does nothing: the work is done, and Python is shutting down."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt if Ctrl-C was pressed and some library swallowed it; for loops of long work."""
+    """Raises KeyboardInterrupt if Ctrl-C was pressed and a library swallowed it; for long loops."""
     if pressed:
         raise KeyboardInterrupt
 
 
 @contextmanager
-def undisturbed() -> Generator[None]:
-    """Lets Ctrl-C, and termination, wait until the block has ended."""
+def deferred() -> Generator[None]:
+    """Delays Ctrl-C and SIGTERM until the block has ended."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
-        for number in came:
+        for number in received:
             signal.raise_signal(number)

@@ -1,8 +1,8 @@
-"""How long work tells how far it is."""
+"""The type of the callback that reports progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+"""Called with a description, the amount done, and the total."""

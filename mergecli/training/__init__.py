@@ -1,3 +1,3 @@
-"""Training of vision towers: settings, images, low-rank adapters, steps, and the state that interrupted ones leave."""
+"""Training of vision towers: settings, data, LoRA, the loop, and its resume file."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a tower is trained on: a task's images, those it is validated on, and the head that they are held against."""
+"""Training data of a task: its images, its validation images, and its zero-shot head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mergecli.data.tasks import Task, digest
 from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first_here, wait
 from mergecli.runtime.errors import InputError
-from mergecli.storage import cache as caching
+from mergecli.storage.cache import allowed_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,24 +20,25 @@ if TYPE_CHECKING:
     from mergecli.data.images import Images
 
 IN_MEMORY = 1 << 30
-"""Images for which the cache has no room are kept in memory if all of them take no more bytes."""
+"""Images that do not fit into the cache are kept in memory if they take at most this many bytes."""
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """A task and its images, none of them decoded."""
+class TrainingTask:
+    """A task and its images, not decoded."""
 
     task: Task
     images: Images
     validation: Images | None
 
     @classmethod
-    def of(cls, task: Task, validates: bool, split: str | None) -> Lesson:
-        """The lesson of a task.
+    def of(cls, task: Task, validates: bool, split: str | None) -> TrainingTask:
+        """The images of a task.
 
         Args:
-            split: what is validated on. By default the split for validation, or where the data have none a fixed tenth
-                of the training images, which is not trained on then.
+            validates: whether validation images are needed.
+            split: the validation split. By default it is the split `validation`. Data without one hold out a fixed
+                tenth of the training images.
 
         Raises:
             UsageError: there is no such split. InputError: the data are missing or damaged, or a split is empty.
@@ -51,7 +52,7 @@ class Lesson:
         images = load_images(task, REMAINDER if wanted == VALIDATION else task.train_split)
         if task.classes is None and held.classes != images.classes:
             raise InputError(
-                f"{held.where}: has other classes than split `{images.split}`",
+                f"{held.where}: its classes are not those of split `{images.split}`",
                 f"`classes` under `[tasks.{task.name}]` names those of both",
             )
         return cls(task, images, held)
@@ -62,44 +63,44 @@ class Lesson:
         return self.task.classes or self.images.classes or ()
 
     @property
-    def told(self) -> dict[str, Any]:
-        """What the output says of it, and its digests."""
-        told: dict[str, Any] = {
+    def as_metadata(self) -> dict[str, Any]:
+        """The task as the output records it, with digests of its data."""
+        recorded: dict[str, Any] = {
             "data": self.images.fingerprint,
             "split": self.images.split,
             "task": self.task.name,
         }
-        told |= {"classes": digest(self.classes), "templates": digest(self.task.templates)}
+        recorded |= {"classes": digest(self.classes), "templates": digest(self.task.templates)}
         if held := self.validation:
             about = {"split": held.split, "images": len(held), "data": held.fingerprint}
             if held.rows is not None:
                 about["held_out"] = f"a tenth of split `{self.task.train_split}`"
-            told["validation"] = about
-        return told
+            recorded["validation"] = about
+        return recorded
 
-    def ready(self, clip: Clip, text: str, looks: int) -> Ready:
-        """The lesson with its head, and its images decoded.
+    def prepare(self, clip: Clip, text: str, views: int) -> PreparedTask:
+        """The task with its zero-shot head and its images decoded.
 
         Args:
             text: `ClipDigests.text` of the CLIP.
-            looks: how often an image will be looked at, all together.
+            views: how many images training will read in all, repetitions counted.
         """
         from mergecli.clip.heads import cached_head
 
         if not is_first_here():
-            wait()  # images are decoded once
-        head = cached_head(clip, self.classes, self.task.templates, text, caching.allowed_size())
+            wait()  # the first process of a machine decodes, the others read its cache
+        head = cached_head(clip, self.classes, self.task.templates, text, allowed_size())
         held = None if self.validation is None else _decoded(clip, self.validation)
-        # it is not worth to decode all images where few are looked at
-        images = _decoded(clip, self.images, keep=4 * looks >= len(self.images))
+        # a short training reads few of the images: decoding all of them would take longer
+        images = _decoded(clip, self.images, keep=4 * views >= len(self.images))
         if is_first_here():
             wait()
-        return Ready(self.task.name, head, images, held)
+        return PreparedTask(self.task.name, head, images, held)
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A lesson that can be learnt."""
+class PreparedTask:
+    """A task, ready for training."""
 
     name: str
     head: Tensor
@@ -108,7 +109,11 @@ class Ready:
     validation: Pixels | None
 
     def batches(self, size: int, seed: int, skip: int) -> Iterator[Tensor]:
-        """Row numbers of one batch after another, without end: every epoch is a new order of all rows."""
+        """Row numbers of one batch after another, without end. Each epoch shuffles all rows.
+
+        Args:
+            skip: batches to leave out at the start, which an interrupted training has already seen.
+        """
         import torch
 
         generator = torch.Generator().manual_seed(seed)
@@ -120,23 +125,23 @@ class Ready:
                 number += 1
 
 
-def told_of(lessons: Sequence[Lesson]) -> dict[str, Any]:
-    """What the output says of what was learnt."""
-    if len(lessons) == 1:
-        return lessons[0].told
-    names = [each.task.name for each in lessons]
-    return {"task": ", ".join(names), "tasks": {each.task.name: each.told for each in lessons}}
+def tasks_metadata(tasks: Sequence[TrainingTask]) -> dict[str, Any]:
+    """The tasks as the output records them."""
+    if len(tasks) == 1:
+        return tasks[0].as_metadata
+    names = [each.task.name for each in tasks]
+    return {"task": ", ".join(names), "tasks": {each.task.name: each.as_metadata for each in tasks}}
 
 
 def _decoded(clip: Clip, images: Images, keep: bool = True) -> Pixels:
-    """The images out of the cache, where they are put if it has room; else in memory, or read at every use."""
+    """The decoded images: in the cache if it has room, else in memory if they are few, else decoded at every use."""
     import torch
 
     from mergecli.clip.pixels import Pixels, Processing, cached_pixels, stored_pixels
 
-    cache = Processing(max_size=caching.allowed_size())
+    cache = Processing(max_size=allowed_size())
     if keep and images.rows is not None:
-        cached_pixels(clip, replace(images, rows=None), cache)  # for every choice of rows
+        cached_pixels(clip, replace(images, rows=None), cache)  # cached whole, for every choice of rows
     found = cached_pixels(clip, images, cache) if keep else stored_pixels(clip, images, cache)
     if found is None:
         return cached_pixels(clip, images, Processing())

@@ -15,31 +15,31 @@ from mergecli.runtime.errors import UsageError
 from mergecli.storage.atomic import refuse_inputs
 from mergecli.storage.sources import Source, parse_source
 from mergecli.storage.store import locate
-from mergecli.training.output import Product
-from mergecli.training.settings import LowRank, Settings, check_output, last_good, modules_of
-from mergecli.training.trace import Records, trace_table
+from mergecli.training.output import TrainedModel
+from mergecli.training.settings import LowRank, Settings, check_output, last_good_path, parse_modules
+from mergecli.training.trace import TraceFiles, trace_table
 
 if TYPE_CHECKING:
     from mergecli.recipe.schema import Recipe
     from mergecli.runtime.progress import Progress
-    from mergecli.training.data import Lesson
+    from mergecli.training.data import TrainingTask
 
-_LAST = 100
-"""Steps over which the loss is averaged that `finetune` tells."""
+_AVERAGED_STEPS = 100
+"""Last steps over which `Finetuned.loss` is a mean."""
 
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What a fine-tuning came to."""
+    """The result of a fine-tuning."""
 
     path: Path
     steps: int
     resumed_from: int
-    """The step at which an interrupted run was taken up; 0 if there was none."""
+    """The step from which an interrupted training was resumed; 0 if it was not interrupted."""
     loss: float
-    """Mean of the last steps' losses, of at most 100; a loss is the sum over the tasks."""
+    """Mean loss of the last 100 steps; a loss is the sum over the tasks."""
     images_per_second: float
-    """Of this run alone."""
+    """Since the start or the resume."""
     best_step: int
     """The step whose weights were written: the last one, unless there were validations."""
     validation: Mapping[int, Mapping[str, float]] = field(default_factory=dict[int, Mapping[str, float]])
@@ -77,44 +77,50 @@ def finetune(
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Finetuned:
-    """What was written to `output`: the base's vision tower, or an adapter for it, trained on training images.
+    """Trains the vision tower of a base, or an adapter for it, on training images, and writes it to `output`.
 
-    Loss: cross-entropy of exp(logit_scale) * cosine(image, class), mean over the images of a step; with several tasks
-    the sum over them, each with as many images (traditional multi-task learning). Adam in float32, no augmentation, no
-    dropout but that of adapters; each epoch is a new order of all images of a task, the same that it has alone. Text
-    tower, projections and logit scale stay as they are. The state is kept beside the output every `save_every` steps
-    and on Ctrl-C: the same call takes it up, and ends with the same bytes as if it had never stopped. Where a loss is
-    no longer a number, the best weights so far, or else the last ones that gave numbers, are written as
-    `NAME.last-good` beside the output.
+    The loss is the cross-entropy of exp(logit_scale) * cosine(image, class), a mean over the images of a step. With
+    several tasks it is the sum over them, each with the same number of images (traditional multi-task learning). Adam
+    in float32; no augmentation; dropout only in adapters. Each epoch shuffles all images of a task, in the order that
+    the task alone would have. Text tower, projections and logit scale do not change.
 
-    In several processes, as `torchrun` starts them, a step has `batch_size` images of each task in each process.
-    They train what one does with `accumulate` times their number: to the same bytes where `accumulate` is 1, there is
-    one task without dropout, and its images fill whole steps; else the sums are rounded in another order. So they are
-    against one process with a larger `batch_size`: the losses agree, but not every weight does, since Adam makes steps
-    of the learning rate even out of the rounding of gradients that vanish.
+    A resume file beside the output is saved every `save_every` steps and on Ctrl-C. The same call resumes from it, and
+    ends with the bytes of an uninterrupted training. If a loss is NaN or infinite, the best weights so far, or else the
+    last ones with finite losses, are written as `NAME.last-good` beside the output.
+
+    In several processes, as `torchrun` starts them, a step has `batch_size` images of each task in each process. N
+    processes train what one process trains with N times `accumulate`. The bytes are the same if `accumulate` is 1, there
+    is one task without dropout, and its images fill whole steps; otherwise sums are rounded in another order. Compared
+    with one process and a larger `batch_size` the losses agree, but a few weights do not: where a gradient vanishes,
+    Adam makes a step of the learning rate from its rounding error.
 
     Args:
         task: one, several, or the name of a set of them.
         schedule: `cosine` lets the learning rate fall to 0 over the steps; `constant` keeps it.
-        accumulate: batches that make a step, one after another: as one batch of so many times the size.
-        precision: what the tower computes in; float32 weights are trained in any case.
-        lora: train an adapter, and write the folder of it that peft reads (arXiv 2106.09685).
-        l_lora: the same in its tangent space (arXiv 2310.04742): A stays as it was drawn, B is trained.
+        accumulate: batches per step, whose gradients are summed: as one batch of that many times the size.
+        precision: the dtype of the forward pass; the trained weights are always float32.
+        lora: train a LoRA adapter, and write a folder that peft reads (arXiv 2106.09685).
+        l_lora: the same in its tangent space (arXiv 2310.04742): only B is trained.
         rank, alpha, target_modules, lora_dropout: of the adapter; 16, 32, q_proj and v_proj, 0.1.
         validate_every: steps between validations; the weights with the best mean accuracy are written.
-        validation_split: by default the split for validation, or else a tenth of the training images, held out.
-        trace, tensorboard: a CSV file, and a folder, for losses and accuracies of each step; written whenever the state
-            is.
-        dtype: of the weights that are written.
-        fresh: begin anew where an interrupted training would go on.
+        validation_split: by default the split `validation`, or else a held-out tenth of the training images.
+        trace, tensorboard: a CSV file, and a folder, for losses and accuracies of each step; written whenever the resume
+            file is.
+        dtype: of the written weights.
+        fresh: start again instead of resuming an interrupted training.
 
     Raises:
-        UsageError: an argument is wrong, or the recipe; the tower has not the layers for the adapter; or a training
-            with other settings was interrupted, and it is not `fresh`.
-        InputError: the base or the data do not fit; or the loss is no longer a number.
+        UsageError: an argument or the recipe is wrong; the tower lacks the layers for the adapter; or there is a resume
+            file of other settings, and `fresh` is not set.
+        InputError: the base or the data do not fit; or a loss is NaN or infinite.
     """
     low_rank = LowRank.of(
-        lora, l_lora, rank=rank, alpha=alpha, target_modules=modules_of(target_modules), dropout=lora_dropout
+        lora,
+        l_lora,
+        rank=rank,
+        alpha=alpha,
+        target_modules=parse_modules(target_modules),
+        dropout=lora_dropout,
     )
     settings = Settings(
         steps, learning_rate, batch_size, weight_decay, schedule, seed, dtype,
@@ -125,41 +131,41 @@ def finetune(
     check_output(target, low_rank)
     if validation_split is not None and not validate_every:
         raise UsageError(
-            "`validation_split`: nothing is validated", "give `validate_every` (`--validate-every`) too"
+            "`validation_split`: there is no validation", "give `validate_every` (`--validate-every`) too"
         )
-    records = Records(Path(trace) if trace else None, Path(tensorboard) if tensorboard else None)
+    records = TraceFiles(Path(trace) if trace else None, Path(tensorboard) if tensorboard else None)
     records.check(target)
     from mergecli.clip.heads import clip_digests
     from mergecli.clip.model import load_clip
     from mergecli.formats.opening import open_source
     from mergecli.runtime.distributed import usable_device
-    from mergecli.training.data import told_of
+    from mergecli.training.data import tasks_metadata
     from mergecli.training.loop import DivergedError, Training
     from mergecli.training.lora import add_adapter
     from mergecli.training.resume import TrainingState
 
-    source, lessons = _subjects(recipe, task, base, data, bool(validate_every), validation_split)
+    source, tasks = _base_and_tasks(recipe, task, base, data, bool(validate_every), validation_split)
     with open_source(source) as stored:
-        for each in (target, last_good(target)):
+        for each in (target, last_good_path(target)):
             refuse_inputs(each, {"the base": stored.files[0]})
         base_digest = stored.vision().digest()
-    ranks, place = join(device)
+    ranks, own_device = join(device)
     settings = replace(settings, processes=ranks.count)
     clip = load_clip(locate(source))
     adapter = add_adapter(clip, low_rank, seed) if low_rank else None
     if adapter is None:
         clip.tower.requires_grad_(True)
-    clip.model.to(usable_device(place))
+    clip.model.to(usable_device(own_device))
     digests = clip_digests(locate(source))
-    work = {"base": base_digest, **told_of(lessons)}
+    trained_on = {"base": base_digest, **tasks_metadata(tasks)}
     rest = {"clip": digests._asdict(), "processing": json.loads(clip.processor.to_json_string())}
     trained = {name: each for name, each in clip.tower.named_parameters() if each.requires_grad}
     state = TrainingState(
-        target, trained, {**asdict(settings), **work, **rest}, len(lessons), ranks, fresh=fresh
+        target, trained, {**asdict(settings), **trained_on, **rest}, len(tasks), ranks, fresh=fresh
     )
-    ready = [each.ready(clip, digests.text, steps * settings.images_a_step) for each in lessons]
+    prepared = [each.prepare(clip, digests.text, steps * settings.images_per_step) for each in tasks]
     clip.drop_text_tower()
-    names = [each.name for each in ready]
+    names = [each.name for each in prepared]
     began, first, seen = time.perf_counter(), state.step, 0
 
     def report(loss: float, images: int) -> None:
@@ -167,37 +173,37 @@ def finetune(
         seen += images
         if progress is not None and is_first():
             speed = seen / (time.perf_counter() - began)
-            progress(f"{work['task']}: loss {loss:.3f}, {speed:.0f} images/s", state.step, steps)
+            progress(f"{trained_on['task']}: loss {loss:.3f}, {speed:.0f} images/s", state.step, steps)
 
     def record() -> None:
         if is_first() and state.losses:
             records.write(trace_table(names, settings, state.losses, state.validation))
 
-    def keep() -> None:
+    def save() -> None:
         state.save()
         record()
 
-    product = Product(clip, adapter, source, base_digest, settings, work)
+    model = TrainedModel(clip, adapter, source, base_digest, settings, trained_on)
     try:
-        Training(clip, ready, state, settings, ranks).run(save_every, report, keep)
+        Training(clip, prepared, state, settings, ranks).run(save_every, report, save)
     except DivergedError as error:
-        kept = product.rescue(state)
+        saved = model.write_last_good(state)
         record()
-        wait()  # else one that ends first takes the one that writes down with it
-        raise DivergedError(error.message, f"{error.hint}; {kept}") from error
+        wait()  # torchrun ends all processes when one fails: the first one must have written
+        raise DivergedError(error.message, f"{error.hint}; {saved}") from error
     seconds = time.perf_counter() - began
     if is_first():
         try:
-            state.take_best()
-            product.write(target, **({"best_step": str(state.best_step)} if state.best_step else {}))
+            state.restore_best()
+            model.write(target, **({"best_step": str(state.best_step)} if state.best_step else {}))
             record()
         except BaseException:
-            with interrupts.undisturbed():
-                state.save()  # nothing is trained again, only written
+            with interrupts.deferred():
+                state.save()  # the next run does not train again, it only writes
             raise
         state.path.unlink(missing_ok=True)
     wait()
-    totals = [sum(losses) for losses in state.losses[-_LAST:]]
+    totals = [sum(losses) for losses in state.losses[-_AVERAGED_STEPS:]]
     return Finetuned(
         path=target,
         steps=steps,
@@ -209,28 +215,28 @@ def finetune(
     )
 
 
-def _subjects(
+def _base_and_tasks(
     recipe: str | Path | Recipe | None,
     task: str | Sequence[str],
     base: str | Path | None,
     data: str | Path | None,
     validates: bool,
     split: str | None,
-) -> tuple[Source, list[Lesson]]:
-    """The base, and what it is to learn."""
+) -> tuple[Source, list[TrainingTask]]:
+    """The base, and the tasks to train on."""
     from mergecli.data.tasks import expand, find
     from mergecli.recipe.reading import recipe_of
-    from mergecli.training.data import Lesson
+    from mergecli.training.data import TrainingTask
 
     known = recipe_of(recipe) if recipe is not None else None
     chosen = [find(name, known) for name in expand([task] if isinstance(task, str) else task, known)]
     if not chosen:
-        raise UsageError("no task to learn", "name at least one")
+        raise UsageError("no task to train on", "name at least one")
     if data is not None:
         if len(chosen) > 1:
-            raise UsageError("`data`: is for one task alone", "give the tasks' data in a recipe")
+            raise UsageError("`data`: is for a single task", "name the data of each task in a recipe")
         chosen = [replace(chosen[0], data=parse_source(str(data), Path()), config=None)]
     source = parse_source(str(base), Path()) if base is not None else known.base if known else None
     if source is None:
         raise UsageError("no base to fine-tune", "name a recipe that has a `base`, or the base itself")
-    return source, [Lesson.of(each, validates, split) for each in chosen]
+    return source, [TrainingTask.of(each, validates, split) for each in chosen]

@@ -1,8 +1,8 @@
-"""Low-rank adapters in training: put into a tower by peft, and written as peft writes them.
+"""Low-rank adapters for training: peft adds them to a tower, and they are written in its format.
 
 An L-LoRA adapter (Tang et al. 2024, arXiv 2310.04742) is the first-order Taylor expansion of each LoRA layer around its
 factors at the start, (A0, B0): W + s (B A0 + B0 A - B0 A0). peft starts at B0 = 0, so it is W + s B A0: A has no gradient
-and stays as it is. Trained is therefore a LoRA whose A is frozen, which is exact, and costs no product with a Jacobian.
+and does not change. So we train a LoRA with a frozen A. That is exact, and needs no product with a Jacobian.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 def add_adapter(clip: Clip, low_rank: LowRank, seed: int) -> Any:
-    """The `peft.PeftModel` around the CLIP's tower, whose layers have factors from now on; only these can be trained.
+    """Adds trainable factors to the layers of the CLIP's tower; returns the `peft.PeftModel` around it.
 
     A is drawn as peft draws it (Kaiming uniform), on the CPU, from the seed; B is zero.
 
     Raises:
-        UsageError: the tower has no such layers, or they are smaller than the rank.
+        UsageError: the tower has no such layers, or a side of one is smaller than the rank.
     """
     import torch
 
@@ -60,7 +60,7 @@ def add_adapter(clip: Clip, low_rank: LowRank, seed: int) -> Any:
 
 
 def dropouts(tower: nn.Module) -> list[nn.Module]:
-    """The dropout of every adapted layer: all that is ever in training mode."""
+    """The dropout of each adapted layer; no other module is ever in training mode."""
     from torch import nn
 
     return [
@@ -75,11 +75,11 @@ def save_adapter(
 ) -> None:
     """Writes the folder that `PeftModel.save_pretrained` would write, with metadata, and the same bytes every time.
 
-    An L-LoRA adapter is written in the same layout, not in the published one of linearized adapters: what it adds is
-    s B A either way, and so plain peft loads it. That it was linearized is in the metadata, under `adapter`.
+    An L-LoRA adapter has the same layout, so that plain peft loads it: it adds s B A either way. The metadata key
+    `adapter` says that it was linearized.
 
     Args:
-        base: what the configuration says it was trained on.
+        base: the name of the base in the configuration.
     """
     from peft import get_peft_model_state_dict
 
@@ -107,7 +107,7 @@ def _config(model: Any, base: str) -> dict[str, Any]:
 
 
 def _check(clip: Clip, low_rank: LowRank) -> None:
-    """Raises UsageError unless the tower has the layers, and they are large enough."""
+    """Raises UsageError unless the tower has the layers and they are large enough."""
     from torch import nn
 
     linear = {name: module for name, module in clip.tower.named_modules() if isinstance(module, nn.Linear)}

@@ -1,4 +1,4 @@
-"""What a training makes, a tower or an adapter for one, as it is written: at the end, or when numbers are lost."""
+"""The file that a training writes: a tower or an adapter, at the end or after divergence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import InputError
 from mergecli.storage.metadata import about
 from mergecli.storage.sources import Source
-from mergecli.training.settings import Settings, last_good
+from mergecli.training.settings import Settings, last_good_path
 
 if TYPE_CHECKING:
     from mergecli.clip.model import Clip
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Product:
-    """The CLIP whose tower is trained, and what its file says of itself."""
+class TrainedModel:
+    """The CLIP whose tower is trained, and the metadata of its file."""
 
     clip: Clip
     adapter: Any
@@ -31,14 +31,14 @@ class Product:
     base: Source
     base_digest: str
     settings: Settings
-    work: Mapping[str, Any]
-    """What was learnt, and on what."""
+    trained_on: Mapping[str, Any]
+    """Base and tasks, as the file records them."""
 
     def write(self, path: Path, **more: str) -> None:
-        """Writes the weights as they are now; `more` is for the metadata.
+        """Writes the current weights; `more` goes into the metadata.
 
         Raises:
-            InputError: it cannot be written, or the dtype has no numbers for the weights.
+            InputError: the file cannot be written, or a weight does not fit into the dtype.
         """
         import torch
 
@@ -48,31 +48,31 @@ class Product:
         low_rank, dtype = self.settings.low_rank, getattr(torch, self.settings.dtype)
         kind, method = ("adapter", f"finetune {low_rank.option}") if low_rank else ("checkpoint", "finetune")
         metadata = (
-            about(kind, method=method, inputs={"base": self.base_digest}, task=self.work["task"]) | more
+            about(kind, method=method, inputs={"base": self.base_digest}, task=self.trained_on["task"]) | more
         )
-        metadata["settings"] = json.dumps({**self.settings.told, **self.work})
+        metadata["settings"] = json.dumps({**self.settings.as_metadata, **self.trained_on})
         if low_rank is None:
             save_tower(self.clip, path, metadata, dtype)
         else:
             metadata["adapter"] = low_rank.kind
             save_adapter(self.adapter, base_name(self.base), path, metadata, dtype)
 
-    def rescue(self, state: TrainingState) -> str:
-        """Writes what is left of a training that lost its numbers, whose state goes; a clause that says what and where."""
-        path, step = last_good(state.output), state.take_last_good()
-        with interrupts.undisturbed():
+    def write_last_good(self, state: TrainingState) -> str:
+        """After divergence: saves the last finite weights, deletes the resume file, and returns a clause for the error message."""
+        path, step = last_good_path(state.output), state.restore_last_good()
+        with interrupts.deferred():
             if is_first():
-                state.path.unlink(missing_ok=True)  # the same settings would only lose them again
+                state.path.unlink(missing_ok=True)  # the same settings would diverge again
             if not step:
                 return (
-                    f"no weights that gave numbers are left of what was taken up at step {state.step}"
-                    if state.step and state.good_step is None
-                    else "nothing was learnt yet"
+                    f"it was resumed at step {state.step}, and no weights with finite losses are left"
+                    if state.step and state.finite_step is None
+                    else "nothing was learned yet"
                 )
             if is_first():
                 try:
                     self.write(path, last_good_step=str(step))
                 except InputError as error:
                     return f"the weights of step {step} are lost: {error.message}"
-        which = "the best ones" if state.best_step else "the last ones that gave numbers"
+        which = "the best ones" if state.best_step else "the last ones with finite losses"
         return f"the weights of step {step}, {which}, are in {path}"

@@ -1,4 +1,4 @@
-"""What a fine-tuning can be told, checked before any work; no torch."""
+"""Settings of a fine-tuning, checked before any work; no torch."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class LowRank:
-    """A low-rank adapter that is trained in the tower's stead: LoRA (Hu et al. 2021, arXiv 2106.09685)."""
+    """A low-rank adapter that is trained instead of the tower: LoRA (Hu et al. 2021, arXiv 2106.09685)."""
 
     linearized: bool = False
     """Whether it is trained in its tangent space: L-LoRA (Tang et al. 2024, arXiv 2310.04742)."""
     rank: int = 16
     alpha: float = 32
-    """The factors' product is scaled by alpha / rank."""
+    """The product of the factors is scaled by alpha / rank."""
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names of linear layers, or their ends."""
+    """Names of linear layers, or the ends of their names."""
     dropout: float = 0.1
-    """Share of a layer's inputs that the factors do not see in training."""
+    """Probability with which training zeroes an input of the factors."""
 
     @property
     def option(self) -> str:
-        """The option that asks for it."""
+        """The option of the command line."""
         return "--l-lora" if self.linearized else "--lora"
 
     @property
     def kind(self) -> str:
-        """What its file says it is."""
+        """The kind of adapter, as its file records it."""
         return "linearized LoRA" if self.linearized else "LoRA"
 
     @classmethod
     def of(cls, lora: bool, l_lora: bool, **given: Any) -> LowRank | None:
-        """The adapter with what is given of rank, alpha, target modules and dropout; None if none is asked for.
+        """The adapter; None if neither kind is asked for. What is not given of rank, alpha, ... is the default.
 
         Raises:
-            UsageError: both kinds are asked for; or neither, and something is given.
+            UsageError: both kinds are asked for; or neither, but one of their settings is given.
         """
         known = {name: value for name, value in given.items() if value is not None}
         if lora and l_lora:
@@ -65,7 +65,7 @@ class LowRank:
 
     @property
     def problems(self) -> list[str]:
-        """A line for every value that cannot be."""
+        """A line for each invalid value."""
         wrong: list[str] = []
         if not _is_count(self.rank):
             wrong.append(f"`rank`: expected a whole number of at least 1, got {self.rank!r}")
@@ -78,13 +78,13 @@ class LowRank:
         return wrong
 
 
-MOST = 1e30
-"""The largest learning rate: float32 holds what it makes of a gradient of 1."""
+MAX_LEARNING_RATE = 1e30
+"""The largest learning rate: an update by a gradient of 1 still fits into float32."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the weights depend on, but for base and images."""
+    """Everything that the weights depend on, except base and images."""
 
     steps: int
     learning_rate: float
@@ -93,48 +93,51 @@ class Settings:
     schedule: str
     seed: int
     dtype: str
-    """Of the weights that are written."""
+    """Of the written weights."""
     accumulate: int = 1
-    """Batches of each task that make a step."""
+    """Batches of each task per step."""
     precision: str = "float32"
-    """What the tower computes in; its weights are float32."""
+    """The dtype of the forward pass; the weights are float32."""
     low_rank: LowRank | None = None
     validate_every: int = 0
-    """Steps between validations; 0 for none."""
+    """Steps between validations; 0 means no validation."""
     processes: int = 1
 
     @property
-    def told(self) -> dict[str, Any]:
-        """The settings as files record them: what is as always is left out, but for the oldest ones."""
+    def as_metadata(self) -> dict[str, Any]:
+        """The settings as files record them. The first seven are always there, the others where they are not the default."""
         always = {field.name for field in fields(self)[:7]}
-        usual = replace(self, accumulate=1, precision="float32", low_rank=None, validate_every=0, processes=1)
-        told = {
+        defaults = replace(
+            self, accumulate=1, precision="float32", low_rank=None, validate_every=0, processes=1
+        )
+        recorded = {
             name: value
             for name, value in asdict(self).items()
-            if name in always or value != getattr(usual, name)
+            if name in always or value != getattr(defaults, name)
         }
         if self.low_rank is not None:
-            told["low_rank"] = {"method": self.low_rank.option.removeprefix("--"), **told["low_rank"]}
-        return told
+            method = self.low_rank.option.removeprefix("--")
+            recorded["low_rank"] = {"method": method, **recorded["low_rank"]}
+        return recorded
 
     @property
-    def images_a_step(self) -> int:
-        """Of each task, in all processes together."""
+    def images_per_step(self) -> int:
+        """Images of each task in one step, over all processes."""
         return self.batch_size * self.accumulate * self.processes
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, which is counted from 0."""
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step; the first step is 0."""
         if self.schedule == "constant":
             return self.learning_rate
         return self.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
 
-    def validates(self, step: int) -> bool:
-        """Whether the weights after so many steps are validated: every so often, and at the end."""
+    def validates_at(self, step: int) -> bool:
+        """Whether the weights after `step` steps are validated: every `validate_every` steps and at the end."""
         every = self.validate_every
         return bool(every) and step > 0 and (step % every == 0 or step >= self.steps)
 
     def check(self, save_every: int, device: str) -> None:
-        """Raises UsageError that lists every setting that cannot be."""
+        """Raises one UsageError that lists every invalid setting."""
         counts = {name: getattr(self, name) for name in ("steps", "batch_size", "accumulate")}
         counts["save_every"] = save_every
         wrong = [
@@ -148,9 +151,9 @@ class Settings:
             )
         if not (_is_count(self.seed + 1) and self.seed < 1 << 63):
             wrong.append(f"`seed`: expected a whole number from 0 to 2^63 - 1, got {self.seed!r}")
-        if not 0 < self.learning_rate <= MOST:
+        if not 0 < self.learning_rate <= MAX_LEARNING_RATE:
             wrong.append(
-                f"`learning_rate`: expected a number above 0, at most {MOST:g}, got {self.learning_rate!r}"
+                f"`learning_rate`: expected a number above 0, at most {MAX_LEARNING_RATE:g}, got {self.learning_rate!r}"
             )
         if not 0 <= self.weight_decay < math.inf:
             wrong.append(f"`weight_decay`: expected a number of at least 0, got {self.weight_decay!r}")
@@ -162,28 +165,28 @@ class Settings:
         if self.low_rank is not None:
             wrong += self.low_rank.problems
         if wrong:
-            raise UsageError(f"fine-tuning cannot be done so:\n{listed(wrong, 20)}")
+            raise UsageError(f"invalid settings:\n{listed(wrong, 20)}")
 
 
-def last_good(output: Path) -> Path:
-    """Where the weights are written that a training had when its numbers were last good: `NAME.last-good`."""
+def last_good_path(output: Path) -> Path:
+    """The file of the last finite weights of a diverged training: `NAME.last-good`."""
     suffix = ".safetensors" if output.suffix == ".safetensors" else ""
     return output.with_name(f"{output.name.removesuffix(suffix)}.last-good{suffix}")
 
 
 def check_output(target: Path, low_rank: LowRank | None) -> None:
-    """Raises UsageError unless what is trained can be written there: an adapter is a folder, a tower may be a file."""
+    """Raises UsageError unless the output can be written there. An adapter is a folder; a tower may be a file."""
     if low_rank is None and target.suffix not in ("", ".safetensors"):
         raise UsageError(f"{target}: expected a `.safetensors` file, or a folder's name without suffix")
-    for each in (target, last_good(target)):
+    for each in (target, last_good_path(target)):
         if low_rank is None:
             check_target(each, folder=not target.suffix)
         else:
             check_adapter_folder(each)
 
 
-def modules_of(written: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """The names in `q_proj,v_proj`, or in a list of them; None if nothing is written."""
+def parse_modules(written: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names in `q_proj,v_proj` or in a list; None stays None."""
     if written is None:
         return None
     return tuple(name.strip() for name in (written.split(",") if isinstance(written, str) else written))

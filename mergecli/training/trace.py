@@ -1,4 +1,4 @@
-"""What happened at each step of a training, as a table, and the files that hold it."""
+"""The trace of a training: losses and accuracies of each step, as a table and in files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mergecli.results.cells import Cell, Column
 from mergecli.results.tables import Table
-from mergecli.results.tensorboard import require_tensorboard, write_events
+from mergecli.results.tensorboard import require_tensorboard, write_tensorboard
 from mergecli.storage.atomic import check_target, check_targets, write_text
 from mergecli.training.settings import Settings
 
@@ -19,15 +19,15 @@ def trace_table(
     losses: Sequence[Sequence[float]],
     validation: Mapping[int, Sequence[float]],
 ) -> Table:
-    """A row for each step: learning rate, the losses' sum, each task's loss, and where the weights after it were
-    validated the mean accuracy and each task's."""
+    """A row for each step: learning rate, sum of the losses, each task's loss. Where the weights after the step were
+    validated: the mean accuracy and each task's."""
     columns = [Column("step", "count"), Column("learning_rate", "number"), Column("loss", "number")]
     columns += [Column(f"loss {task}", "number") for task in tasks]
     if settings.validate_every:
         columns += [Column("accuracy", "percent"), *(Column(f"accuracy {task}", "percent") for task in tasks)]
     rows: list[tuple[Cell, ...]] = []
     for number, step in enumerate(losses):
-        row: list[Cell] = [number + 1, settings.rate(number), sum(step), *step]
+        row: list[Cell] = [number + 1, settings.learning_rate_at(number), sum(step), *step]
         if settings.validate_every:
             found = validation.get(number + 1)
             row += [None] * (1 + len(tasks)) if found is None else [sum(found) / len(tasks), *found]
@@ -36,8 +36,8 @@ def trace_table(
 
 
 @dataclass(frozen=True)
-class Records:
-    """Where what happened at each step is written."""
+class TraceFiles:
+    """Where the trace is written."""
 
     trace: Path | None
     """A CSV file."""
@@ -45,7 +45,7 @@ class Records:
     """A folder."""
 
     def check(self, output: Path) -> None:
-        """Raises UsageError if something cannot be written there, beside the output."""
+        """Raises UsageError if one of the files cannot be written, or is the output."""
         if self.trace:
             file = [(output, ())] if output.suffix == ".safetensors" else []
             check_targets([*file, (self.trace, (".csv",))], {})
@@ -54,8 +54,8 @@ class Records:
             check_target(self.tensorboard, folder=True)
 
     def write(self, table: Table) -> None:
-        """Writes them."""
+        """Writes the trace to both."""
         if self.trace:
             write_text(self.trace, table.text("csv"))
         if self.tensorboard:
-            write_events(self.tensorboard, table)
+            write_tensorboard(self.tensorboard, table)

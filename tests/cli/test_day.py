@@ -1,4 +1,4 @@
-"""A user's day, typed into a shell: steps that compose through files, pipes and make."""
+"""A user's day, typed into a shell: steps that compose through files, pipes and make. The README's day runs daily."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ import pytest
 
 from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def shell(script: str, folder: Path) -> str:
@@ -21,7 +26,7 @@ def shell(script: str, folder: Path) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        env=ENVIRONMENT,
+        env=environment(),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
@@ -84,7 +89,7 @@ def test_make_runs_an_experiment_once_and_nothing_the_second_time(files: Path) -
         "MERGES=average ties-0.5",
     ]
     first, second = (
-        subprocess.run(make, capture_output=True, text=True, env=ENVIRONMENT | {"MAKEFLAGS": ""})
+        subprocess.run(make, capture_output=True, text=True, env=environment() | {"MAKEFLAGS": ""})
         for _ in range(2)
     )
     assert (first.returncode, first.stderr) == (0, ""), first.stdout + first.stderr

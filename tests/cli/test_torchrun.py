@@ -169,7 +169,7 @@ def test_two_processes_train_adapters_and_several_tasks_and_nearly_what_one_does
     assert out == ["two.safetensors", "two", "both.safetensors", "[0, 0, 0, 3]"]
     lines = [line for line in err if line.startswith(("error:", "hint:"))]
     assert lines[0].startswith("error: lost: the loss of `")
-    assert lines[1:] == ["hint: lower `learning_rate` (it is 1e+30); nothing was learnt yet"]
+    assert lines[1:] == ["hint: lower `learning_rate` (it is 1e+30); nothing was learned yet"]
     in_pieces = ["--batch-size", 4, "--accumulate", 2]
     for command in (
         [*one_task, *in_pieces, "--trace", "one.csv", "-o", "one.safetensors"],
@@ -231,7 +231,7 @@ def test_several_processes_go_on_where_they_were_stopped_with_dropout(recipe: Pa
     state = tmp_path / ".stopped.resume.safetensors"
     assert out == [str(tmp_path / "stopped"), str(tmp_path / "never"), "[130, 2, 0, 0]"]
     assert err.count(f"note: interrupted: the same command goes on from {state}") == 1
-    refusal = f"error: {state}: holds the state of a training that was begun otherwise:"
+    refusal = f"error: {state}: is the state of a training with other settings, base or images:"
     assert err[err.index(refusal) + 1] == "  `seed`: 3 -> 4"
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("stopped", "never")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -271,9 +271,9 @@ def test_more_processes_than_tasks_go_on_from_the_state_of_one(
 ) -> None:
     from mergecli.merging.learning import adaptation_loop
 
-    add = adaptation_loop.Run.add
+    add = adaptation_loop.LoopState.add
 
-    def stop(self: adaptation_loop.Run, *given: object) -> None:
+    def stop(self: adaptation_loop.LoopState, *given: object) -> None:
         add(self, *given)
         if self.step == 5:
             raise KeyboardInterrupt
@@ -281,7 +281,7 @@ def test_more_processes_than_tasks_go_on_from_the_state_of_one(
     home = tmp_path / "home of several"
     command = merge(world, "merged", "ada_merging", "steps=8")
     with monkeypatch.context() as patch:
-        patch.setattr(adaptation_loop.Run, "add", stop)
+        patch.setattr(adaptation_loop.LoopState, "add", stop)
         assert run(*command, MERGECLI_HOME=home).status == 130
     assert len(list(home.rglob("*.partial.safetensors"))) == 1
     torchrun(4, [command], tmp_path)

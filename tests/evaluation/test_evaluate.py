@@ -409,13 +409,13 @@ def test_features_never_replace_a_checkpoint_that_is_called_like_a_task(place, r
     [
         (
             lambda v: v.update(schema="mergecli.eval/9"),
-            "`schema`: expected `mergecli.eval/1`, got 'mergecli.eval/9'",
+            '`schema`: expected `mergecli.eval/1`, got "mergecli.eval/9"',
         ),
-        (lambda v: v.pop("clip"), "lacks the key `clip`"),
-        (lambda v: v["tasks"]["tints"].pop("loss"), "lacks the key `tasks.tints.loss`"),
+        (lambda v: v.pop("clip"), "`clip`: expected a table, got nothing"),
+        (lambda v: v["tasks"]["tints"].pop("loss"), "`tasks.tints.loss`: expected a number, got nothing"),
         (
             lambda v: v["tasks"]["tints"].update(correct="many"),
-            "`tasks.tints.correct`: expected int, got 'many'",
+            '`tasks.tints.correct`: expected a whole number, at least 0, got "many"',
         ),
         (lambda v: v["tasks"]["tints"].update(correct=13), "do not agree"),
         (lambda v: v["tasks"].clear(), "names no tasks"),

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mergecli.results.cells import Column, Estimate, Quantity
 from mergecli.results.tables import Table
-from mergecli.results.tensorboard import require_tensorboard, write_events
+from mergecli.results.tensorboard import require_tensorboard, write_tensorboard
 from mergecli.runtime.errors import UsageError
 from mergecli.training.finetune import finetune
 
@@ -33,7 +33,7 @@ def table(*rows: tuple[object, ...]) -> Table:
 
 def test_every_number_is_a_scalar_at_its_step(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
-    write_events(
+    write_tensorboard(
         folder,
         table(
             (1, 0.5, None, "good"),
@@ -51,14 +51,14 @@ def test_every_number_is_a_scalar_at_its_step(tmp_path: Path) -> None:
 def test_a_run_is_replaced_and_what_others_wrote_stays(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for loss in (1.0, 2.0):
-        write_events(tmp_path, table((1, loss, None, "")))
+        write_tensorboard(tmp_path, table((1, loss, None, "")))
     assert scalars(tmp_path) == {"loss/my task": [(1, 2.0)]}
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_the_first_column_is_the_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected `step`"):
-        write_events(tmp_path, Table((Column("epoch", "count"),), ((1,),)))
+        write_tensorboard(tmp_path, Table((Column("epoch", "count"),), ((1,),)))
 
 
 def test_a_missing_library_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,71 +1,47 @@
-"""What several processes say: the same thing once, and nothing is kept silent."""
+"""Which process writes and talks, and sums in a process alone."""
 
 from __future__ import annotations
 
-import threading
-from pathlib import Path
-
 import pytest
+import torch
 
-from mergecli.runtime.distributed import telling
-
-
-@pytest.fixture
-def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A process of two, as torchrun starts them."""
-    (tmp_path / "0").mkdir()
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    return tmp_path
+from mergecli.runtime.distributed import Ranks, is_first, is_first_here, join, usable_device
+from mergecli.runtime.errors import UsageError
 
 
-def told(*texts: str) -> list[bool]:
-    found: list[bool] = []
-    for text in texts:
-        with telling(text) as is_new:
-            found.append(is_new)
-    return found
-
-
-def test_the_same_text_is_told_once_and_others_all(started: Path) -> None:
-    assert told("a", "a", "b", "a", "b") == [True, False, True, False, False]
-
-
-def test_a_process_alone_or_of_another_launcher_tells_everything(
-    started: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("rank", "local", "count", "first", "first_here"),
+    [
+        ("0", "0", "2", True, True),
+        ("1", "1", "2", False, False),
+        ("2", "0", "4", False, True),
+        ("1", "1", "1", True, True),
+    ],
+)
+def test_the_first_process_talks_and_the_first_of_a_machine_fills_its_store(
+    monkeypatch: pytest.MonkeyPatch, rank: str, local: str, count: str, first: bool, first_here: bool
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert told("a", "a") == [True, True]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
-    assert told("a", "a") == [True, True]
+    for name, value in {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": count}.items():
+        monkeypatch.setenv(name, value)
+    assert (is_first(), is_first_here()) == (first, first_here)
 
 
-def test_where_nothing_can_be_written_everything_is_told(
-    started: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/nowhere/at/all/error.json")
-    assert told("a", "a") == [True, True]
+def test_a_process_alone_is_the_first_and_its_sums_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert is_first()
+    assert is_first_here()
+    ranks, device = join("cpu")
+    assert (ranks, device) == (Ranks(0, 1), "cpu")
+    tensor = torch.tensor([1.0, 2.0])
+    assert ranks.total(tensor).tolist() == ranks.broadcast(tensor).tolist() == [1.0, 2.0]
+    assert (ranks.all(True, "cpu"), ranks.all(False, "cpu")) == (True, False)
+    ranks.raise_first_error(None, "cpu")
+    with pytest.raises(UsageError, match="wrong\nhint: mend"):
+        ranks.raise_first_error(UsageError("wrong", "mend"), "cpu")
 
 
-def test_what_one_could_not_tell_the_next_one_tells(started: Path) -> None:
-    with pytest.raises(BrokenPipeError), telling("a"):
-        raise BrokenPipeError
-    assert told("a", "a") == [True, False]
-
-
-def test_the_second_waits_until_the_first_has_told(started: Path) -> None:
-    began, found = threading.Event(), list[bool]()
-
-    def second() -> None:
-        began.set()
-        found.extend(told("a"))
-
-    with telling("a") as is_new:
-        other = threading.Thread(target=second)
-        other.start()
-        began.wait()
-        other.join(0.2)
-        assert (is_new, found) == (True, [])
-    other.join()
-    assert found == [False]
+def test_a_device_that_torch_does_not_have_is_refused() -> None:
+    assert usable_device("cpu") == "cpu"
+    with pytest.raises(UsageError, match="device `nowhere`: cannot be used here"):
+        usable_device("nowhere")

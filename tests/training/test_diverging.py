@@ -46,7 +46,7 @@ def leap(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Makes one step, counted from 0, so long that its weights give no numbers."""
 
     def make(at: int) -> None:
-        monkeypatch.setattr(Settings, "rate", lambda _, step: 1e30 if step == at else 1e-3)
+        monkeypatch.setattr(Settings, "learning_rate_at", lambda _, step: 1e30 if step == at else 1e-3)
 
     return make
 
@@ -79,7 +79,7 @@ def test_the_last_weights_that_gave_numbers_are_written_as_the_output_would_have
     hint = hint_of(recipe, tmp_path / name, save_every=save_every, **more)
     kept = tmp_path / file
     where = kept if kind == "tower" else kept.parent
-    assert hint == f"{LOWER}the weights of step 3, the last ones that gave numbers, are in {where}"
+    assert hint == f"{LOWER}the weights of step 3, the last ones with finite losses, are in {where}"
     want = tmp_path / "three" / name / kept.name if kept.parent != tmp_path else tmp_path / "three" / name
     assert_same(load_file(kept), load_file(want))
     others = {each.name for each in want.parent.iterdir()}
@@ -109,7 +109,7 @@ def test_of_a_training_that_learnt_nothing_there_is_nothing_to_keep(
     leap(0)
     with pytest.raises(InputError, match="is nan at step 2") as caught:
         finetune(recipe, output=tmp_path / "t", **SHORT)
-    assert caught.value.hint == f"{LOWER}nothing was learnt yet"
+    assert caught.value.hint == f"{LOWER}nothing was learned yet"
     assert list(tmp_path.glob("t*")) == []
 
 
@@ -120,13 +120,13 @@ def test_what_was_stopped_right_before_its_numbers_were_lost_says_that_nothing_i
     with pytest.raises(KeyboardInterrupt):
         finetune(recipe, output=tmp_path / "t", progress=stopping(4), **SHORT)
     hint = hint_of(recipe, tmp_path / "t")
-    assert hint == f"{LOWER}no weights that gave numbers are left of what was taken up at step 4"
+    assert hint == f"{LOWER}it was resumed at step 4, and no weights with finite losses are left"
 
 
 def test_last_good_weights_that_float16_cannot_hold_are_told_as_lost(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Settings, "rate", lambda _, step: 1e30 if step else 1e5)
+    monkeypatch.setattr(Settings, "learning_rate_at", lambda _, step: 1e30 if step else 1e5)
     with pytest.raises(InputError, match="the loss of `tints` is nan at step 3") as caught:
         finetune(recipe, output=tmp_path / "t", dtype="float16", **SHORT)
     assert "the weights of step 1 are lost: " in caught.value.hint
@@ -164,7 +164,7 @@ def test_before_the_first_step_it_is_not_the_learning_rate(recipe: Recipe, tmp_p
     save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="is nan at step 1") as caught:
         finetune(recipe, base=tmp_path / "base", output=tmp_path / "t", **SHORT)
-    assert caught.value.hint == "look at the base with `mergecli info`; nothing was learnt yet"
+    assert caught.value.hint == "look at the base with `mergecli info`; nothing was learned yet"
 
 
 @pytest.mark.parametrize("more", [{}, {"lora": True, "rank": 2}])

@@ -16,7 +16,7 @@ from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import UsageError
 from mergecli.storage.checkpoint import open_checkpoint
 from mergecli.storage.sources import parse_source
-from mergecli.training import data as lessons
+from mergecli.training import data as tasks
 from mergecli.training.finetune import finetune
 from mergecli.training.settings import Settings
 from tests.support.tiny_clip import make_image_task, make_tiny_clip
@@ -143,7 +143,7 @@ def test_images_that_the_cache_has_no_room_for_give_the_same_weights(
     assert len(list((tmp_path / "home").rglob("pixels/*.safetensors"))) == 1
     monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
     monkeypatch.setenv("MERGECLI_CACHE_SIZE", "0")
-    monkeypatch.setattr(lessons, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(tasks, "IN_MEMORY", in_memory)
     finetune(recipe, output=tmp_path / "b.safetensors", **SHORT)
     assert not list((tmp_path / "other home").rglob("*.safetensors"))
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -151,7 +151,7 @@ def test_images_that_the_cache_has_no_room_for_give_the_same_weights(
 
 def test_images_are_decoded_once_and_read_from_the_cache_from_then_on(recipe, tmp_path, monkeypatch):
     finetune(recipe, output=tmp_path / "a.safetensors", **SHORT)
-    monkeypatch.setattr(pixels, "_job", None)  # what says which images are to be decoded
+    monkeypatch.setattr(pixels, "_block", None)  # what says which images to decode
     finetune(recipe, output=tmp_path / "b.safetensors", **SHORT)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
@@ -174,8 +174,8 @@ def test_a_constant_schedule_keeps_the_learning_rate(recipe, tmp_path):
     for schedule in ("cosine", "constant"):
         finetune(recipe, output=tmp_path / f"{schedule}.safetensors", schedule=schedule, **SHORT)
     constant = Settings(10, 2.0, 1, 0.0, "constant", 0, "float32")
-    assert constant.rate(9) == 2.0
-    assert replace(constant, schedule="cosine").rate(5) == pytest.approx(1.0)
+    assert constant.learning_rate_at(9) == 2.0
+    assert replace(constant, schedule="cosine").learning_rate_at(5) == pytest.approx(1.0)
     assert (tmp_path / "cosine.safetensors").read_bytes() != (tmp_path / "constant.safetensors").read_bytes()
 
 

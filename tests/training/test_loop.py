@@ -23,7 +23,7 @@ from mergecli.runtime.distributed import Ranks
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.checkpoint import open_checkpoint
 from mergecli.storage.sources import parse_source
-from mergecli.training.data import Lesson
+from mergecli.training.data import TrainingTask
 from mergecli.training.finetune import finetune
 from mergecli.training.loop import Training
 from mergecli.training.resume import TrainingState
@@ -162,19 +162,19 @@ def test_scaled_gradients_are_the_same_training_and_go_on_from_a_state(
     def trained(file: Path, *runs: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         for until in runs:
             clip = load_clip(recipe.base.path)  # pyright: ignore
-            lesson = Lesson.of(find("tints", recipe), False, None).ready(clip, "", 100)
+            task = TrainingTask.of(find("tints", recipe), False, None).prepare(clip, "", 100)
             clip.tower.requires_grad_(True)
-            state = TrainingState(file, dict(clip.tower.named_parameters()), settings.told, 1, Ranks())
+            state = TrainingState(file, dict(clip.tower.named_parameters()), settings.as_metadata, 1, Ranks())
 
             def stop(loss: float, images: int, state: TrainingState = state, until: int = until) -> None:
                 if state.step == until and until < 6:
                     raise KeyboardInterrupt
 
             try:
-                Training(clip, [lesson], state, settings, Ranks()).run(100, stop, state.save)
+                Training(clip, [task], state, settings, Ranks()).run(100, stop, state.save)
             except KeyboardInterrupt:
                 assert until < 6
-        return clip.tower.state_dict(), state._facts()
+        return clip.tower.state_dict(), state._counters()
 
     once, facts = trained(tmp_path / "a", 6)
     twice, again = trained(tmp_path / "b", 1, 4, 6)
@@ -229,7 +229,7 @@ def test_a_named_split_is_validated_on_and_all_training_images_are_used(
 def test_a_task_of_several_whose_loss_is_no_number_is_named(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"t: the loss of `(tints|shades)` is (nan|inf) at step 2") as caught:
         finetune(recipe, task=BOTH, output=tmp_path / "t", save_every=1, **{**SHORT, "learning_rate": 1e30})
-    assert caught.value.hint == "lower `learning_rate` (it is 1e+30); nothing was learnt yet"
+    assert caught.value.hint == "lower `learning_rate` (it is 1e+30); nothing was learned yet"
     assert not (tmp_path / "t").exists()
 
 
@@ -243,13 +243,13 @@ def test_data_that_do_not_fit_are_refused(recipe: Recipe, tmp_path: Path) -> Non
     five = make_image_task(tmp_path / "five", train=5)
     with pytest.raises(InputError, match="a tenth of 5 images is none"):
         finetune(recipe, task="tints", data=five, output=tmp_path / "t", validate_every=1)
-    with pytest.raises(UsageError, match="`data`: is for one task alone"):
+    with pytest.raises(UsageError, match="`data`: is for a single task"):
         finetune(recipe, task=BOTH, data=five, output=tmp_path / "t")
     other = make_image_task(tmp_path / "other", classes=("a", "b", "c"))
     (other / "train-00000-of-00001.parquet").replace(tmp_path / "five" / "dev-00000-of-00001.parquet")
-    with pytest.raises(InputError, match="split `dev`: has other classes than split `train`"):
+    with pytest.raises(InputError, match="split `dev`: its classes are not those of split `train`"):
         finetune(recipe, task="tints", data=tmp_path / "five", output=tmp_path / "t", validate_every=1)
-    with pytest.raises(UsageError, match="no task to learn"):
+    with pytest.raises(UsageError, match="no task to train on"):
         finetune(recipe, task=[], output=tmp_path / "t")
     assert not (tmp_path / "t").exists()
 
@@ -269,7 +269,7 @@ def test_wrong_settings_of_every_kind_are_listed_together(recipe: Recipe, tmp_pa
         "  `lora_dropout`: expected a number in [0, 1), got 1",
         "  `target_modules`: expected names of linear layers, such as q_proj",
     ]
-    with pytest.raises(UsageError, match="`validation_split`: nothing is validated"):
+    with pytest.raises(UsageError, match="`validation_split`: there is no validation"):
         finetune(recipe, task="tints", output=tmp_path / "t", validation_split="test")
     with pytest.raises(UsageError, match=r"expected a `\.safetensors` file, or a folder's name"):
         finetune(recipe, task="tints", output=tmp_path / "t.bin")

@@ -122,7 +122,7 @@ def test_a_state_that_is_damaged_is_not_taken_up(recipe: Recipe, tmp_path: Path,
     with pytest.warns(MergecliWarning) as caught:
         done = finetune(recipe, task="tints", output=target, validate_every=2, **SHORT)
     assert [str(each.message) for each in caught] == [
-        f"{state}: is damaged, or of another version: training begins anew"
+        f"{state}: is damaged, or of another version: training starts again"
     ]
     assert done.resumed_from == 0
     assert target.exists()
@@ -175,9 +175,9 @@ def test_the_state_of_other_settings_is_neither_taken_up_nor_lost(
     with pytest.raises(UsageError) as caught:
         finetune(recipe, output=target, **{"task": "tints", **SHORT, **other})
     first, *differing = caught.value.message.splitlines()
-    assert first == f"{state}: holds the state of a training that was begun otherwise:"
+    assert first == f"{state}: is the state of a training with other settings, base or images:"
     assert [line for line in lines if f"  {line}" not in differing] == []
-    assert caught.value.hint == "give the same settings to go on, or `--fresh` (`fresh=True`) to begin anew"
+    assert caught.value.hint == "give the same ones to resume it, or `--fresh` (`fresh=True`) to start again"
     assert state.read_bytes() == before
     assert finetune(recipe, output=target, **{"task": "tints", **SHORT}).resumed_from == 2
 

@@ -113,14 +113,14 @@ class LoopState:
         if is_first() and (found := self._stored()):
             self._take(found.pop("trace.entropies"), found.pop("trace.coefficients"))
             self.state = {name: found[f"state.{name}"].to(device) for name in self.state}
-        steps = int(ranks.first(torch.tensor([self.step], device=device)))
+        steps = int(ranks.broadcast(torch.tensor([self.step], device=device)))
         if ranks.count > 1 and steps:
             for each in self.state.values():
-                ranks.first(each)
+                ranks.broadcast(each)
             trace = [torch.zeros(steps, width, device=device) for width in (tasks, traced)]
             if is_first():
                 trace = [each.to(device) for each in self.trace(tasks).values()]
-            self._take(*(ranks.first(each).cpu() for each in trace))
+            self._take(*(ranks.broadcast(each).cpu() for each in trace))
 
     def _take(self, entropies: Tensor, coefficients: Tensor) -> None:
         self.number = 0
@@ -179,7 +179,7 @@ def adapt(
                 mean = float(losses.sum()) / len(work.tasks)
                 if not math.isfinite(mean):
                     break
-                with interrupts.undisturbed():
+                with interrupts.deferred():
                     change()
                     loop.add(losses, method.traced(loop.state))
                 if progress is not None and is_first():
@@ -187,7 +187,7 @@ def adapt(
                 loop.save_sometimes()
             kept = {key: each.cpu() for key, each in method.finish(objective, loop.state).items()}
         except BaseException:
-            with interrupts.undisturbed():
+            with interrupts.deferred():
                 loop.save()
             raise
     if not math.isfinite(mean):

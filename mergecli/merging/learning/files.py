@@ -188,9 +188,9 @@ def share(path: Path, trace: Table, files: LearningFiles) -> None:
     if files.trace is not None:
         write_text(files.trace, trace.text("csv"))
     if files.tensorboard is not None:
-        from mergecli.results.tensorboard import write_events
+        from mergecli.results.tensorboard import write_tensorboard
 
-        write_events(files.tensorboard, trace)
+        write_tensorboard(files.tensorboard, trace)
     if files.plot is not None:
         from mergecli.results.plots.traces import traces
 

@@ -186,6 +186,6 @@ def test_results_of_before_have_no_size(place: Path, tmp_path: Path) -> None:
     values["model_info"]["relative_size"] = "large"
     (tmp_path / "bad.json").write_text(json.dumps(values))
     with pytest.raises(
-        InputError, match=r"bad.json: is not a result: `model_info.relative_size`: expected float"
+        InputError, match=r"bad.json: is not a result: `model_info.relative_size`: expected a number"
     ):
         read_result(tmp_path / "bad.json")

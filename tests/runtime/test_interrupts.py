@@ -1,0 +1,43 @@
+"""Ctrl-C: remembered, raised again, and delayed."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from mergecli.runtime import interrupts
+
+
+@pytest.fixture(autouse=True)
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(interrupts, "pressed", False)
+    interrupts.watch()
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_an_interrupt_that_a_library_swallowed_is_raised_again() -> None:
+    interrupts.check()
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert interrupts.pressed
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.check()
+
+
+def test_an_interrupt_waits_until_the_block_has_ended() -> None:
+    ended = False
+    with pytest.raises(KeyboardInterrupt), interrupts.deferred():
+        signal.raise_signal(signal.SIGINT)
+        ended = True
+    assert ended
+
+
+def test_an_interrupt_after_the_work_does_nothing() -> None:
+    interrupts.ignore()
+    signal.raise_signal(signal.SIGINT)
+    assert not interrupts.pressed
