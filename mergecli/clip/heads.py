@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergecli.clip.model import Clip, features
 from mergecli.runtime.errors import InputError
-from mergecli.storage import cache as caching
+from mergecli.storage.cache import cache_path, make_room, touch
 from mergecli.storage.checkpoint import VISION, Checkpoint, ChunkHashes, open_checkpoint
 from mergecli.storage.safetensors_writer import save_tensors
 
@@ -106,15 +106,15 @@ def cached_head(
         text: `ClipDigests.text` of the CLIP.
         max_size: bytes that the cache may take; 0 uses none.
     """
-    path = caching.place("heads", head_key(clip, text, classes, templates))
+    path = cache_path("heads", head_key(clip, text, classes, templates))
     if max_size:
         with contextlib.suppress(InputError, KeyError), open_checkpoint(path) as stored:
             head = stored.read("head")
             if head.shape[0] == len(classes):
-                caching.touch(path)
+                touch(path)
                 return head.to(clip.device)
     head = zero_shot_head(clip, classes, templates)
-    if caching.make_room(head.nbytes, max_size):
+    if make_room(head.nbytes, max_size):
         named = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
         what = f"{len(classes)} classes ({named}), {len(templates)} prompts each, {clip.path.name}"
         with contextlib.suppress(InputError):

@@ -16,7 +16,7 @@ from mergecli.clip.preprocessing import Normalization, resize_and_crop_of
 from mergecli.data.decoding import Block, Corruption, Decoders, Unreadable, decode_block, workers_for
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError
-from mergecli.storage import cache as caching
+from mergecli.storage.cache import allowed_size, cache_path, make_room, touch
 from mergecli.storage.safetensors_writer import SafetensorsWriter
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ def cached_pixels(clip: Clip, images: Images, processing: Processing | None = No
     Raises:
         InputError: an image cannot be read.
     """
-    how = processing or Processing(max_size=caching.allowed_size())
+    how = processing or Processing(max_size=allowed_size())
     found = stored_pixels(clip, images, how)
-    if found is None and caching.make_room(_size(clip, images), how.max_size):
+    if found is None and make_room(_size(clip, images), how.max_size):
         for _ in decoded_batches(clip, images, how, 8 * BLOCK):
             interrupts.check()
         found = stored_pixels(clip, images, how)
@@ -229,7 +229,7 @@ def _file(clip: Clip, images: Images, how: Processing) -> Path:
         "corruption": [*how.corruption, images.split] if how.corruption else None,
         "pillow": PIL.__version__,
     }
-    return caching.place("pixels", sha256(json.dumps(about).encode()).hexdigest()[:32])
+    return cache_path("pixels", sha256(json.dumps(about).encode()).hexdigest()[:32])
 
 
 def _opened(path: Path, shape: tuple[int, ...]) -> Tensor | None:
@@ -244,7 +244,7 @@ def _opened(path: Path, shape: tuple[int, ...]) -> Tensor | None:
         if entry.shape == shape and entry.dtype == "U8":
             # copy on write: torch warns of arrays that it must not write to; nothing writes here
             mapped = np.memmap(path, np.uint8, mode="c", offset=entry.start, shape=shape)
-            caching.touch(path)
+            touch(path)
             return torch.from_numpy(mapped)
     return None
 
@@ -254,7 +254,7 @@ class _Store:
 
     def __init__(self, path: Path, layout: Any, what: str, size: int, max_size: int) -> None:
         self._writer: SafetensorsWriter | None = None
-        if caching.make_room(size, max_size):
+        if make_room(size, max_size):
             with contextlib.suppress(InputError, OSError):
                 self._writer = SafetensorsWriter(path, layout, {"what": what}).__enter__()
 
@@ -286,7 +286,7 @@ def batches(clip: Clip, images: Images, size: int) -> Iterator[Tensor]:
         InputError: an image cannot be read.
     """
     normalize = Normalization(clip)
-    how = Processing(max_size=caching.allowed_size())
+    how = Processing(max_size=allowed_size())
     with closing(chunks(clip, images, how, size * max(DECODED // size, 1), 0)) as parts:
         for pixels in parts:
             for batch, _ in pixels.batches(size):

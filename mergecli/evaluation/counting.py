@@ -18,7 +18,7 @@ from mergecli.formats.mixture import mixture_of
 from mergecli.methods._mixture import Installed, Routing
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError
-from mergecli.storage import cache as caching
+from mergecli.storage.cache import make_room
 from mergecli.storage.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def save_counts(counts: Counts, file: CountsFile) -> None:
 
     from mergecli.storage.safetensors_writer import save_tensors
 
-    if not caching.make_room(40 * len(counts.labels), file.max_size):
+    if not make_room(40 * len(counts.labels), file.max_size):
         return
     columns: dict[str, Any] = {each.name: getattr(counts, each.name) for each in fields(Counts)}
     dtypes = {name: torch.int64 if name in ("labels", "chosen") else torch.float64 for name in columns}

@@ -17,7 +17,7 @@ from mergecli.evaluation.settings import Scores, Settings, Tower
 from mergecli.formats.mixture import mixture_of
 from mergecli.results.result import TaskScore
 from mergecli.runtime.errors import UsageError
-from mergecli.storage import cache as caching
+from mergecli.storage.cache import cache_path
 
 if TYPE_CHECKING:
     from mergecli.clip.heads import ClipDigests
@@ -151,7 +151,7 @@ def _counts(
         for tower, sums in zip(towers, routes, strict=True):
             key = _key(clip, tower, of_task, settings, scores.clip)
             what = f"an unfinished evaluation: {tower.name} on {task.name}"
-            file = CountsFile(caching.place("results", key), what, settings.max_size)
+            file = CountsFile(cache_path("results", key), what, settings.max_size)
             target = feature_file(settings.features, tower.name, task.name, len(towers) > 1)
             counts = features = None
             if settings.max_size:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def is_pickled(path: Path) -> bool:
-    """Whether the weights at `path` (a file, an index of shards or a folder) are pickled; told by their first bytes.
+    """Whether the weights at `path` (a file, an index of shards or a folder) are pickled, which their first bytes show.
 
     Raises:
         InputError: it is missing, empty, or neither safetensors nor a pickle.
@@ -56,8 +56,8 @@ def convert(
     """The file `target`: the tensors of `source` as safetensors, each in its own dtype, with Hugging Face's names.
 
     `source` is a file of `torch.save`, in its zip or its older format, that holds a state dict or a table with one in
-    it; an index of such shards; a folder with either; or safetensors with open_clip's names. What has no place in
-    `target` stands in the file's metadata as `left_out`.
+    it; an index of such shards; a folder with either; or safetensors with open_clip's names. The names of
+    what `target` has no tensor for are in its metadata as `left_out`.
 
     The models that OpenAI trained, and so those fine-tuned from them in work on task arithmetic, need `quick_gelu` as
     activation, other models of open_clip mostly `gelu`: the weights do not tell, and no `config.json` is written.

@@ -40,7 +40,7 @@ class Info:
     adapter: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of an adapter: its method, rank, scaling, modules and base."""
     mixture: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of a mixture: its tasks, whether it routes or must be told the task, and how large it is beside one tower."""
+    """Of a mixture: its tasks, whether it routes or is task-conditioned, and how large it is beside one tower."""
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -51,7 +51,7 @@ class Info:
 def info(checkpoint: str | Path) -> Info:
     """What the checkpoint is, how large, with which tensors, and where it says it comes from.
 
-    `FILE#TASK` is the tower that a mixture has for a task: it is computed to be digested, and lies in the whole file.
+    `FILE#TASK` is the tower that a mixture has for a task: it is computed for its digest, and has no file of its own.
 
     Raises:
         InputError: it is missing or damaged, or there is no tower for the task.
@@ -93,7 +93,7 @@ def _info(path: str, whole: Checkpoint) -> Info:
 
 
 def _about_mixture(stored: Checkpoint) -> dict[str, str]:
-    """What a mixture is, in a word each."""
+    """What a mixture is, a line for each property."""
     mixture = mixture_of(stored)
     return {
         "tasks": ", ".join(mixture.tasks),
@@ -103,7 +103,7 @@ def _about_mixture(stored: Checkpoint) -> dict[str, str]:
 
 
 def _about(adapter: Adapter) -> dict[str, str]:
-    """What an adapter's configuration says, in a word each."""
+    """What an adapter's configuration says, a line for each property."""
     config = adapter.config
     ranks = [config.rank_of(module) for module in adapter.modules]
     scalings = [config.scaling(module) for module in adapter.modules]

@@ -1,4 +1,4 @@
-"""A low-rank adapter seen as a checkpoint: base + s B A, and its closed form where it was linearized, block by block."""
+"""A low-rank adapter as a checkpoint: base + s B A, and its closed form where it was linearized, block by block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mergecli.formats.lora_files import Adapter
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.checkpoint import VISION, Checkpoint
-from mergecli.storage.lazy_checkpoint import Fill, View, view
+from mergecli.storage.lazy_checkpoint import BlockReader, LazyCheckpoint, lazy_checkpoint
 from mergecli.storage.safetensors_format import entry_count
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ KEPT = 4
 
 def adapted(
     base: Checkpoint, adapter: Adapter, *, path: Path | None = None, dtype: str | None = None
-) -> View:
+) -> LazyCheckpoint:
     """The base with the adapter added, as a checkpoint; nothing is computed before it is read.
 
     LoRA (Hu et al. 2021, arXiv 2106.09685): W + s B A. Linearized at (A0, B0) (Tang et al. 2024, arXiv 2310.04742):
@@ -49,19 +49,19 @@ def adapted(
             f"name the base that the adapter was trained on{made_on}",
         )
     load = lru_cache(KEPT)(partial(_load, adapter))
-    fills: dict[str, Fill] = {}
+    readers: dict[str, BlockReader] = {}
     for module, parts in adapter.modules.items():
         name = f"{prefix}{module}.weight"
-        fills[name] = _Weight(base, name, partial(load, module), adapter.config.scaling(module)).fill
+        readers[name] = _Weight(base, name, partial(load, module), adapter.config.scaling(module)).read_block
         if "B.bias" in parts:
             name = f"{prefix}{module}.bias"
             scaling = adapter.config.scaling(module)
-            fills[name] = partial(_add, base, name, adapter.stored, parts["B.bias"], scaling)
+            readers[name] = partial(_add, base, name, adapter.stored, parts["B.bias"], scaling)
     for name, key in adapter.whole.items():
-        fills[prefix + name] = partial(_replace, adapter.stored, key)
-    said = {key: text for key, text in adapter.stored.metadata.items() if key in ("method", "inputs")}
-    seen = view(base, fills, dtype=dtype, path=path, metadata=said, others=(adapter.stored,))
-    return replace(seen, files=(*seen.files, adapter.config.path))
+        readers[prefix + name] = partial(_replace, adapter.stored, key)
+    metadata = {key: text for key, text in adapter.stored.metadata.items() if key in ("method", "inputs")}
+    lazy = lazy_checkpoint(base, readers, dtype=dtype, path=path, metadata=metadata, others=(adapter.stored,))
+    return replace(lazy, files=(*lazy.files, adapter.config.path))
 
 
 def _prefix(base: Checkpoint, adapter: Adapter) -> str:
@@ -129,7 +129,7 @@ def _load(adapter: Adapter, module: str) -> tuple[Tensor, Tensor, Tensor | None]
     if "embedding_A" in part:
         return part["embedding_A"].T.contiguous(), part["embedding_B"].T.contiguous(), None
     left, right = part["B"].flatten(1), part["A"].flatten(1)
-    if adapter.is_linearized:
+    if adapter.is_linearized:  # B A0 + B0 A - B0 A0 as one product: [B B0] times A0 above A - A0
         left = torch.cat([left, part["B0"].flatten(1)], dim=1)
         right = torch.cat([part["A0"].flatten(1), right - part["A0"].flatten(1)])
     magnitudes = part.get("magnitude_vector")
@@ -145,9 +145,10 @@ class _Weight:
     load: Callable[[], tuple[Tensor, Tensor, Tensor | None]]
     scaling: float
 
-    def fill(self, start: int, stop: int, into: Tensor) -> None:
+    def read_block(self, start: int, stop: int, into: Tensor) -> None:
         left, right, magnitudes = self.load()
         width = right.shape[1]
+        # whole groups of ROWS rows, though the block may begin and end within one: see ROWS
         first = start // width // ROWS * ROWS
         for row in range(first, -(-stop // width), ROWS):
             rows = slice(row, min(row + ROWS, len(left)))

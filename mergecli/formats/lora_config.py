@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, cast
+from typing import Any, Literal, cast
 
 from mergecli.runtime.errors import InputError, listed, quoted, shown
+from mergecli.storage.table_reader import TableReader
 
 CONFIG = "adapter_config.json"
 MERGE_WITH_PEFT = "merge it into its base with peft (`merge_and_unload`) and save that as safetensors"
@@ -130,106 +131,70 @@ def read_config(folder: Path) -> AdapterConfig:
             f"{path}: `init_lora_weights` = {shown(init)}: training has changed the base's weights too",
             "save it with peft's `path_initial_model_for_weight_conversion`, which makes it a plain LoRA",
         )
-    read = _Reader(given, [])
+    read = TableReader()
+    bias = read.one_of(given.get("bias") or "none", "bias", ("none", "all", "lora_only"))
     config = AdapterConfig(
         path=path,
-        rank=read.rank("r", given.get("r")),
-        alpha=read.number("lora_alpha", given.get("lora_alpha")),
-        rank_pattern={key: read.rank("rank_pattern", each) for key, each in read.pattern("rank_pattern")},
-        alpha_pattern={
-            key: read.number("alpha_pattern", each) for key, each in read.pattern("alpha_pattern")
+        rank=read.whole(given.get("r"), "r", 1),
+        alpha=read.number(given.get("lora_alpha"), "lora_alpha"),
+        rank_pattern={
+            name: read.whole(each, "rank_pattern", 1) for name, each in _patterns(given, "rank_pattern", read)
         },
-        use_rslora=read.flag("use_rslora"),
-        use_dora=read.flag("use_dora"),
-        fan_in_fan_out=read.flag("fan_in_fan_out"),
-        bias=read.bias(),
-        lora_bias=read.flag("lora_bias"),
-        target_modules=read.names("target_modules") if given.get("target_modules") else None,
-        exclude_modules=read.names("exclude_modules"),
-        layers_to_transform=read.layers(),
-        layers_pattern=read.several("layers_pattern"),
-        modules_to_save=read.several("modules_to_save"),
+        alpha_pattern={
+            name: read.number(each, "alpha_pattern") for name, each in _patterns(given, "alpha_pattern", read)
+        },
+        use_rslora=read.flag(given.get("use_rslora") or False, "use_rslora"),
+        use_dora=read.flag(given.get("use_dora") or False, "use_dora"),
+        fan_in_fan_out=read.flag(given.get("fan_in_fan_out") or False, "fan_in_fan_out"),
+        bias=cast('Literal["none", "all", "lora_only"]', bias),
+        lora_bias=read.flag(given.get("lora_bias") or False, "lora_bias"),
+        target_modules=_modules(given, "target_modules", read) if given.get("target_modules") else None,
+        exclude_modules=_modules(given, "exclude_modules", read),
+        layers_to_transform=_layers(given.get("layers_to_transform"), read),
+        layers_pattern=_several(given, "layers_pattern", read),
+        modules_to_save=_several(given, "modules_to_save", read),
         base=str(given["base_model_name_or_path"]) if given.get("base_model_name_or_path") else None,
     )
     if read.problems:
-        raise InputError(f"{path}: is damaged:\n{listed(read.problems)}", "copy or fetch the adapter again")
+        lines = [str(problem) for problem in read.problems]
+        raise InputError(f"{path}: is damaged:\n{listed(lines)}", "copy or fetch the adapter again")
     return config
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _patterns(given: Mapping[str, Any], key: str, read: TableReader) -> list[tuple[str, Any]]:
+    """The items of a table whose keys are regular expressions."""
+    table = read.table(given.get(key) or {}, key)
+    return [(name, each) for name, each in table.items() if _is_expression(name, key, read)]
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Takes settings out of the table and writes down whatever is wrong with them."""
+def _modules(given: Mapping[str, Any], key: str, read: TableReader) -> str | tuple[str, ...]:
+    """A regular expression, or names of modules or their ends, which are expressions too."""
+    value: Any = given.get(key) or []
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in cast("list[Any]", names)):
+        read.expected(key, "a list of names", value)
+        return ()
+    found = tuple(name for name in cast("list[str]", names) if _is_expression(name, key, read))
+    return (found[0] if found else "") if isinstance(value, str) else found
 
-    given: Mapping[str, Any]
-    problems: list[str]
 
-    def wrong(self, key: str, expected: str, value: object) -> None:
-        self.problems.append(f"`{key}`: expected {expected}, got {shown(value)}")
+def _several(given: Mapping[str, Any], key: str, read: TableReader) -> tuple[str, ...]:
+    names = _modules(given, key, read)
+    return (names,) if isinstance(names, str) else names
 
-    def rank(self, key: str, value: object) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.wrong(key, "a whole number, at least 1", value)
-            return 1
-        return value
 
-    def number(self, key: str, value: object) -> float:
-        if not _is_number(value):
-            self.wrong(key, "a number", value)
-            return 0
-        return value
+def _layers(value: Any, read: TableReader) -> tuple[int, ...]:
+    numbers: Any = [value] if isinstance(value, int) else value or []
+    if not isinstance(numbers, list):
+        read.expected("layers_to_transform", "a list of whole numbers", value)
+        return ()
+    return tuple(read.whole(each, "layers_to_transform") for each in cast("list[Any]", numbers))
 
-    def flag(self, key: str) -> bool:
-        value = self.given.get(key) or False
-        if not isinstance(value, bool):
-            self.wrong(key, "true or false", value)
-        return bool(value)
 
-    def bias(self) -> Literal["none", "all", "lora_only"]:
-        value = self.given.get("bias") or "none"
-        if value not in ("none", "all", "lora_only"):
-            self.wrong("bias", "none, all or lora_only", value)
-        return value
-
-    def pattern(self, key: str) -> list[tuple[str, Any]]:
-        value = self.given.get(key) or {}
-        if not isinstance(value, dict):
-            self.wrong(key, "a table", value)
-            return []
-        return [
-            (name, each) for name, each in cast("dict[str, Any]", value).items() if self.is_pattern(key, name)
-        ]
-
-    def several(self, key: str) -> tuple[str, ...]:
-        names = self.names(key)
-        return (names,) if isinstance(names, str) else names
-
-    def names(self, key: str) -> str | tuple[str, ...]:
-        value: Any = self.given.get(key) or []
-        names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in cast("list[Any]", names)):
-            self.wrong(key, "a list of names", value)
-            return ()
-        found = tuple(name for name in cast("list[str]", names) if self.is_pattern(key, name))
-        return (found[0] if found else "") if isinstance(value, str) else found
-
-    def layers(self) -> tuple[int, ...]:
-        value: Any = self.given.get("layers_to_transform")
-        numbers = [value] if isinstance(value, int) else value or []
-        if not isinstance(numbers, list) or not all(
-            isinstance(each, int) for each in cast("list[Any]", numbers)
-        ):
-            self.wrong("layers_to_transform", "a list of whole numbers", value)
-            return ()
-        return tuple(cast("list[int]", numbers))
-
-    def is_pattern(self, key: str, text: str) -> bool:
-        try:
-            re.compile(text)
-        except re.error as error:
-            self.wrong(key, f"a regular expression ({error})", text)
-            return False
-        return True
+def _is_expression(text: str, key: str, read: TableReader) -> bool:
+    try:
+        re.compile(text)
+    except re.error as error:
+        read.expected(key, f"a regular expression ({error})", text)
+        return False
+    return True

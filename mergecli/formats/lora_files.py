@@ -27,7 +27,7 @@ _FACTOR = re.compile(
 _ORIGIN = re.compile(r"(?P<module>.+?)\.params0_values\.(?P<number>\d+)")
 _WRAPPED = re.compile(r"\.base_layer(?=\.bias$)|\.modules_to_save(\.default)?(?=\.)")
 _ORIGINAL = re.compile(r"\.original_module(?=\.)")
-"""What peft keeps, where all biases are trained, of a module that was saved whole in another place."""
+"""What peft keeps of a module that the adapter has whole under another name, where all biases are trained."""
 _VECTORS = {"B.bias", "magnitude_vector"}
 
 
@@ -90,10 +90,9 @@ def open_adapter(path: Path) -> Adapter:
         elif not (_ORIGINAL.search(name) and config.saves(_ORIGINAL.sub("", name))):
             whole[_WRAPPED.sub("", name)] = key
     for module, values in origins.items():
-        for place, number in enumerate(
-            sorted(values)
-        ):  # of weight, bias, A and B only the last two are stored
-            part = ("A0", "B0")[place] if place < 2 else f"params0_values.{number}"
+        # numbers stand for the parameters of a layer in order: its weight and bias have some too, and are not stored
+        for index, number in enumerate(sorted(values)):
+            part = ("A0", "B0")[index] if index < 2 else f"params0_values.{number}"
             modules.setdefault(module, {})[part] = values[number]
     adapter = Adapter(config, stored, modules, whole, is_linearized)
     problems = [f"holds several adapters: {', '.join(sorted(names))}"] if len(names) > 1 else []
@@ -129,8 +128,8 @@ def _damage(adapter: Adapter) -> Iterator[str]:
         rank = config.rank_of(module)
         for part in sorted((expected & parts.keys()) - _VECTORS):
             entry = adapter.stored.entries[parts[part]]
-            place = 0 if part in ("A", "A0", "embedding_A") else 1
-            if len(entry.shape) < 2 or entry.shape[place] != rank:
+            axis = 0 if part in ("A", "A0", "embedding_A") else 1
+            if len(entry.shape) < 2 or entry.shape[axis] != rank:
                 yield f"`{module}`: `{_spelled(part)}` has shape {entry.shape}, the configuration says rank {rank}"
 
 
@@ -142,15 +141,13 @@ def _spelled(part: str) -> str:
 
 
 def check_adapter_folder(target: Path) -> None:
-    """Raises UsageError unless the folder may become an adapter's: a model in it would be read in its place."""
+    """Raises UsageError unless the folder may become an adapter's: a model in it would be read instead."""
     if target.suffix == ".safetensors":
         raise UsageError(f"{target}: an adapter is a folder", "name one, without suffix")
     check_target(target, folder=True)
     for name in ("model.safetensors", "model.safetensors.index.json", LINEARIZED):
         if (target / name).exists():
-            raise UsageError(
-                f"{target}: has a `{name}`, which would be read in its place", "name a new folder"
-            )
+            raise UsageError(f"{target}: has a `{name}`, which would be read instead", "name a new folder")
 
 
 _HINT = (

@@ -16,7 +16,7 @@ from mergecli.methods._mixture import SAME, Conditioned, Installed, Mixture, Par
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed, quoted
 from mergecli.storage.checkpoint import VISION, Checkpoint, ChunkHashes
 from mergecli.storage.differences import Form, differences
-from mergecli.storage.lazy_checkpoint import Fill, view
+from mergecli.storage.lazy_checkpoint import BlockReader, lazy_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class OpenMixture:
         return isinstance(self.method, Routed)
 
     def routing(self, asked: Routing) -> Routing | None:
-        """How it routes when it is asked to do so by samples or by batches; None if it must be told the task."""
+        """How it routes when it is asked to do so by samples or by batches; None if it is task-conditioned."""
         if not isinstance(self.method, Routed):
             return None
         return asked if self.method.routes_batches else "sample"
@@ -61,8 +61,8 @@ class OpenMixture:
                 f"it holds towers for {', '.join(self.tasks)}",
             )
         index = self.tasks.index(task)
-        fills = {
-            name: _fill(self, name, index) for name, entry in self.shared.entries.items() if entry.is_float
+        readers = {
+            name: _reader(self, name, index) for name, entry in self.shared.entries.items() if entry.is_float
         }
         kept = {
             key: self.stored.metadata[key]
@@ -74,7 +74,7 @@ class OpenMixture:
         if self._corrects:
             kept[LEFT_OUT] = "the correction of its features"
         about = {**kept, "kind": "checkpoint", "task": task}
-        return view(self.shared, fills, dtype="float32", metadata=about, stored=self.shared)
+        return lazy_checkpoint(self.shared, readers, dtype="float32", metadata=about, stored=self.shared)
 
     @property
     def _corrects(self) -> bool:
@@ -183,20 +183,20 @@ def check_names(names: Iterable[str], whose: Path) -> None:
         )
 
 
-def _fill(mixture: OpenMixture, name: str, index: int) -> Fill:
+def _reader(mixture: OpenMixture, name: str, index: int) -> BlockReader:
     """Computes the tensor when a part of it is asked for, and keeps it until all of it has been."""
 
     @lru_cache(maxsize=1)
     def whole() -> Tensor:
         return mixture.weights(name, index).reshape(-1)
 
-    def fill(start: int, stop: int, into: Tensor) -> None:
+    def read(start: int, stop: int, into: Tensor) -> None:
         values = whole()
         into.copy_(values[start:stop])
         if stop == len(values):
             whole.cache_clear()
 
-    return fill
+    return read
 
 
 def routed(stored: Checkpoint) -> OpenMixture:

@@ -94,7 +94,7 @@ def _converted(path: Path) -> Path:
     try:
         found = converted_path(path, home(), allow_pickle=False)
     except (InputError, UsageError):
-        return path  # whoever opens it says what is wrong with it
+        return path  # `open_checkpoint` says what is wrong with it
     return found if found.exists() else path
 
 

@@ -117,7 +117,7 @@ def read_state(files: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
 def _load(file: Path) -> object:
     """What was saved; tensors of the zip format are views of the mapped file, those of the older one are in memory.
 
-    torch's restricted unpickler is told by name to be used, so that no environment variable turns it off.
+    `weights_only=True` chooses torch's restricted unpickler, so that no environment variable turns it off.
     """
     import torch
 

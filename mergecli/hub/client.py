@@ -1,4 +1,4 @@
-"""What a hub must offer, and how it says that something did not work."""
+"""What a hub offers, and the error for what may work another time."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def download_all(resolved: Sequence[Resolved], session: Session) -> Downloads:
     """Downloads what is missing, converts what is pickled, and puts each commit in place as soon as it is whole.
 
     Each commit is locked first, so that several programs can fetch the same: the others wait, and find it done. The
-    locks are taken in one order by all, and the system gives them back when a program ends in whatever way.
+    system gives the locks back however a program ends.
     A source that fails does not hold up the others.
     """
     store, groups = session.store, _grouped(resolved, session.store)
@@ -50,6 +50,7 @@ def download_all(resolved: Sequence[Resolved], session: Session) -> Downloads:
     with ExitStack() as stack:
         held: dict[CommitKey, BaseFileLock] = {}
         for key, group in sorted(groups.items()):
+            # one order for all programs: two that each held what the other waits for would wait for ever
             held[key] = commit_lock(store, group[0].source, group[0].commit)
             with writing(store.root):
                 _acquire(held[key], group[0], session.policy.note)

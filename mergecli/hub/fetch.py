@@ -94,7 +94,7 @@ def fetch(
         note: called with a sentence when the work waits for a hub or for another fetch.
 
     Raises:
-        HubError: something could not be fetched, or is not in the store and `offline` is set; all that failed is told.
+        HubError: something could not be fetched, or is not in the store and `offline` is set; the message lists all of it.
         InputError: with `verify`, files are missing or damaged; or something cannot be written: a LockNotWrittenError
             if it is only a lock.
         UsageError: an argument is wrong, or `locked` is set and a lock is missing or lacks a source.

@@ -23,7 +23,7 @@ LISTED_SUFFIXES = (
     ".parquet",
     ".py",
 )
-"""Only files with these suffixes can ever be chosen, or tell why nothing can."""
+"""Only files with these suffixes can be chosen, or explain why nothing can."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 _BESIDE = (
@@ -35,7 +35,7 @@ _ADAPTERS = ("adapter_model.safetensors", "linearized_adapter_model.safetensors"
 
 
 class OnlyPickledError(HubError):
-    """The weights are there only as pickles, and nobody said that these may be opened."""
+    """The weights are there only as pickles, and `allow_pickle` is not set."""
 
 
 class NoParquetError(HubError):
@@ -148,7 +148,7 @@ def data_files(
 ) -> tuple[RemoteFile, ...]:
     """The Parquet files of the splits `needed`, and of those of `wanted` that there are.
 
-    A file's split is told by its name as in `parquet_splits`; where there is a folder called `config`, only the files
+    The split is in the file's name, as for `parquet_splits`; where there is a folder called `config`, only the files
     in it count.
 
     Raises:

@@ -41,7 +41,7 @@ class Requirement:
 
 
 def named(source: Source) -> str:
-    """The source as the command line writes it, where data sets are told by their names."""
+    """The source as the command line writes it: data sets are `hf:datasets/org/name`."""
     return (
         str(source).replace(":", ":datasets/", 1) if source.is_data and source.kind in HUBS else str(source)
     )

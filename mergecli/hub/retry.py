@@ -43,7 +43,7 @@ class RetryPolicy:
     asked: float = 300.0
     """Seconds that are waited at most, all together, because the hub itself says how long (`Retry-After`)."""
     note: Callable[[str], None] | None = None
-    """Told the first time that a hub asks for a wait of more than 10 seconds."""
+    """Called the first time that a hub asks for a wait of more than 10 seconds."""
     _waited: _Waited = field(default_factory=_Waited)
 
     def pause(self, failures: int, reason: TransientError, stop: threading.Event) -> None:

@@ -136,7 +136,9 @@ def _fill(
             digest.update(block)
             done += len(block)
         tell(done)
-        furthest = done
+        furthest = (
+            done  # only what brings the file further counts as progress: a server may always begin anew
+        )
         while done < file.size:
             try:
                 with hub.open(source, commit, file.path, done) as body:

@@ -1,4 +1,4 @@
-"""`merge`: open the models, check that they fit, let the method look, stream block by block, write.
+"""`merge`: open the models, check that they fit, let the method learn, merge block by block, write.
 
 Fixed policies: sums are float32 in the recipe's order, cast once at the end to `dtype` (by default the base
 tensor's own); tensors that are not floating point must be equal in all models and are copied; NaN or infinity is
@@ -185,7 +185,7 @@ def _key(method: Method) -> str:
 
 
 def _surveys(several: Sequence[Method], passes: ModelPasses) -> list[Any]:
-    """What each method's survey found; methods that differ only in merge-time settings share one."""
+    """The survey of each method, None if it has none; methods that differ only in merge-time settings share one."""
     found: dict[str, Any] = {}
     results: list[Any] = []
     for method in several:
@@ -197,7 +197,7 @@ def _surveys(several: Sequence[Method], passes: ModelPasses) -> list[Any]:
 
 
 def _foreign_files(learned: Learned, digests: Mapping[str, str]) -> Iterator[str]:
-    """A warning for each file that was made with other models than those that are merged."""
+    """A warning for each file that was made from other models than those that are merged."""
     for file in learned.files.values():
         origin = inputs_of(file.metadata)
         if other := [name for name, digest in origin.items() if digests.get(name, digest) != digest]:
@@ -206,7 +206,7 @@ def _foreign_files(learned: Learned, digests: Mapping[str, str]) -> Iterator[str
 
 
 def _foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:
-    """A warning for each task vector that was made on another base than the one it is added to."""
+    """A warning for each task vector that was made from another base than the one it is added to."""
     for name, each in models.tuned.items():
         origin, base = inputs_of(each.metadata).get("base"), digests.get("base")
         if each.is_task_vector and origin and base and origin != base:

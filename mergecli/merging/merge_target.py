@@ -65,7 +65,7 @@ class MergeTarget:
         return found
 
     def check(self, models: Models) -> None:
-        """Raises InputError if the method writes more than one tower, and the models' tensors are not such that it can."""
+        """Raises InputError if the method writes more than one tower, and cannot from tensors of these names."""
         if not isinstance(self.method, Mixture) or not self.method.is_mixture:
             return
         entries, path = models.reference.entries, models.reference.path
@@ -77,7 +77,7 @@ class MergeTarget:
             )
 
     def metadata(self, digests: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
-        """What the file says about itself."""
+        """The file's metadata."""
         kind, settings = "checkpoint", methods.table_of(self.method)
         if isinstance(self.method, Mixture) and self.method.is_mixture:
             kind = MIXTURE
@@ -102,7 +102,7 @@ class MergeTarget:
         inputs: Iterable[str],
         more: Mapping[str, str],
     ) -> SafetensorsWriter | ShardedWriter:
-        """The writer, with everything in it that is copied; whole when `stack` ends."""
+        """The writer, to which copied tensors are written already; the file is whole when `stack` ends."""
         layout, placeholder = self.layout(models), self.metadata(dict.fromkeys(inputs, UNKNOWN_DIGEST), more)
         if self.path.suffix:
             writer = SafetensorsWriter(self.path, layout, placeholder)

@@ -21,7 +21,7 @@ from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_target
 
 MOST = 1000
-"""Points of one sweep; more is a slip of the pen."""
+"""The most points of one sweep; more is taken for a typing error."""
 
 
 @dataclass(frozen=True)

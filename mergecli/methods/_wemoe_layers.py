@@ -59,7 +59,7 @@ class Dense(nn.Module):
 class Pruned(nn.Module):
     """Task vectors of which only the entries are held that pruning has left.
 
-    A block of rows of all tasks is filled in when it is needed, so that no whole task vector is ever in memory.
+    A block of rows of all tasks is filled in when it is needed, so that on a CPU no whole task vector is ever in memory.
     """
 
     values: Tensor

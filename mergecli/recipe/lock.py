@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import tomli
 
@@ -15,12 +15,11 @@ from mergecli.runtime.errors import InputError, UsageError, shown
 from mergecli.storage.atomic import write_text
 from mergecli.storage.sources import HUBS, Source, is_commit, is_safe, parse_source
 from mergecli.storage.store import StoredFile
+from mergecli.storage.table_reader import TableReader
 
 SCHEMA = 1
 Key = tuple[bool, str]
 """Whether it is a data set, and the source as recipes write it."""
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -86,22 +85,20 @@ def read_lock(path: Path) -> Lock:
     Raises:
         InputError: it cannot be read, or is not a lock of this version.
     """
+    read = TableReader(at_once=True)
     try:
         values = tomli.loads(path.read_bytes().decode("utf-8-sig"))
         if values.get("schema") != SCHEMA or set(values) - {"schema", "source"}:
             raise ValueError(f"expected `schema = {SCHEMA}` and [[source]] tables")
-        entries = [_source(each) for each in values.get("source", [])]
+        sources = [_source(each, read) for each in values.get("source", [])]
     except OSError as error:
         raise InputError(f"{path}: cannot read: {(error.strerror or '').lower()}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
-        reason = (
-            f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        )
+    except (ValueError, TypeError, RecursionError, UsageError) as error:
         raise InputError(
-            f"{path}: is not a lock file: {reason}",
+            f"{path}: is not a lock file: {str(error).splitlines()[0]}",
             "delete it; `mergecli fetch` with the recipe writes it anew",
         ) from error
-    return Lock({entry.key: entry for entry in entries})
+    return Lock({each.key: each for each in sources})
 
 
 def write_lock(path: Path, lock: Lock) -> None:
@@ -153,46 +150,34 @@ def pin(recipe: Recipe) -> Recipe:
     )
 
 
-def _source(value: Any) -> LockedSource:
-    table = _table(value, {"source", "data", "fetched", "commit", "files"})
-    source, fetched, commit = (_text(table[name], name) for name in ("source", "fetched", "commit"))
+def _source(value: Any, read: TableReader) -> LockedSource:
+    table = read.table(value, "source", ("source", "data", "fetched", "commit", "files"))
+    source, fetched, commit = (read.text(table.get(key), key) for key in ("source", "fetched", "commit"))
     origin = parse_source(fetched, Path())
     if origin.kind not in HUBS or origin.revision or origin.inside:
-        raise ValueError(f"`fetched`: expected `hf:org/name` or `ms:org/name`, got `{fetched}`")
+        read.expected("fetched", "`hf:org/name` or `ms:org/name`", fetched)
     if not is_commit(commit):
-        raise ValueError(f"`commit`: expected a commit's hexadecimal digits, got `{commit}`")
-    files = [_file(each) for each in table["files"]]
+        read.expected("commit", "a commit's hexadecimal digits", commit)
+    files = [_file(each, read) for each in table.get("files") or ()]
     if not files:
-        raise ValueError(f"`files` of `{source}`: expected at least one")
+        read.wrong("files", f"expected at least one of `{source}`, got none")
     known = {file.path for file in files}
     if lost := [file.made_from for file in files if file.made_from and file.made_from not in known]:
-        raise ValueError(f"`made_from`: expected one of the files of `{source}`, got `{lost[0]}`")
+        read.expected("made_from", f"one of the files of `{source}`", lost[0])
     return LockedSource(source, table.get("data") is True, fetched, commit, tuple(files))
 
 
-def _file(value: Any) -> StoredFile:
-    table = _table(value, {"path", "size", "sha256", "made_from"})
-    path, sha256 = _text(table["path"], "path"), _text(table["sha256"], "sha256")
-    size, made_from = table["size"], table.get("made_from")
-    if not is_safe(path) or PurePosixPath(path).is_absolute():
-        raise ValueError(f"`path`: expected a file inside the repository, got `{path}`")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise ValueError(f"`size`: expected a number of bytes, got `{size}`")
-    if not _SHA256.fullmatch(sha256):
-        raise ValueError(f"`sha256`: expected 64 hexadecimal digits, got `{sha256}`")
-    return StoredFile(path, size, sha256, None if made_from is None else _text(made_from, "made_from"))
-
-
-def _table(value: Any, known: set[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a table, got `{value}`")
-    table = cast("dict[str, Any]", value)
-    if unknown := sorted(set(table) - known):
-        raise ValueError(f"unknown key `{unknown[0]}`")
-    return table
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"`{name}`: expected a string, got `{value}`")
-    return value
+def _file(value: Any, read: TableReader) -> StoredFile:
+    table = read.table(value, "files", ("path", "size", "sha256", "made_from"))
+    path, sha256 = read.text(table.get("path"), "path"), read.text(table.get("sha256"), "sha256")
+    made_from = table.get("made_from")
+    if not is_safe(path):
+        read.expected("path", "a file inside the repository", path)
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        read.expected("sha256", "64 hexadecimal digits", sha256)
+    return StoredFile(
+        path,
+        read.whole(table.get("size"), "size"),
+        sha256,
+        None if made_from is None else read.text(made_from, "made_from"),
+    )

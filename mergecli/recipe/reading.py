@@ -13,9 +13,10 @@ from mergecli import methods
 from mergecli.data import tasks
 from mergecli.recipe.lock import pin
 from mergecli.recipe.schema import Recipe, recipe_in
-from mergecli.recipe.toml import Override, Problem, Reader, parse_changes
+from mergecli.recipe.toml import Override, RecipeReader, parse_changes
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean
 from mergecli.storage.sources import Source, parse_source
+from mergecli.storage.table_reader import Problem
 
 
 def recipe_of(
@@ -66,7 +67,7 @@ def _changed(known: Recipe, overrides: Sequence[Override]) -> Recipe:
         raise UsageError(
             f"`{other[0]}`: cannot be changed in a recipe that is no file", "use `dataclasses.replace`"
         )
-    reader = Reader()
+    reader = RecipeReader()
     if overrides:
         table = {} if known.method is None else {"method": {"name": known.method, **known.settings}}
         for each in overrides:
@@ -79,7 +80,7 @@ def _changed(known: Recipe, overrides: Sequence[Override]) -> Recipe:
 
 
 def _read(values: dict[str, Any], path: Path | None, text: str, overrides: Sequence[Override]) -> Recipe:
-    reader = Reader(path.parent if path else Path())
+    reader = RecipeReader(path.parent if path else Path())
     for each in overrides:
         reader.override(values, each)
     recipe = pin(recipe_in(values, path, reader))
@@ -88,10 +89,11 @@ def _read(values: dict[str, Any], path: Path | None, text: str, overrides: Seque
     return recipe
 
 
-def _check(recipe: Recipe, reader: Reader) -> None:
+def _check(recipe: Recipe, reader: RecipeReader) -> None:
     """Adds what is wrong with the method, its settings and the tasks, but for keys that have a problem already."""
-    broken = {problem.key for problem in reader.problems}
-    reader.problems += [each for each in _problems(recipe) if each.key not in broken]
+    problems = reader.values.problems
+    broken = {problem.key for problem in problems}
+    problems += [each for each in _problems(recipe) if each.key not in broken]
 
 
 def _problems(recipe: Recipe) -> Iterator[Problem]:

@@ -11,9 +11,10 @@ from typing import Any
 from mergecli import methods
 from mergecli.data.tasks import TaskTable
 from mergecli.methods import Method
-from mergecli.recipe.toml import Reader
-from mergecli.runtime.errors import UsageError, did_you_mean, shown
+from mergecli.recipe.toml import RecipeReader
+from mergecli.runtime.errors import UsageError, shown
 from mergecli.storage.sources import Source
+from mergecli.storage.table_reader import TableReader
 
 DTYPES = ("same", "float32", "float16", "bfloat16")
 
@@ -60,58 +61,53 @@ class Recipe:
         return replace(source, pinned=self.pins.get((source.is_data, str(source)), source.pinned))
 
 
-def recipe_in(values: dict[str, Any], path: Path | None, read: Reader) -> Recipe:
+def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -> Recipe:
     """The recipe that parsed TOML means; what is wrong with it is among the reader's problems, and left out here."""
+    read = reader.values
     top = read.table(values, "", ("schema", "base", "seed", "dtype", "tuned", "method", "eval", "tasks"))
-    if top.get("schema", 1) != 1 or not isinstance(top.get("schema", 1), int) or top.get("schema") is True:
+    if (schema := top.get("schema", 1)) != 1 or type(schema) is not int:
         read.wrong(
-            "schema", f"expected 1, got {top['schema']!r}: this recipe is for another version of mergecli"
+            "schema", f"expected 1, got {shown(schema)}: this recipe is for another version of mergecli"
         )
-    dtype = read.text(top["dtype"], "dtype") if "dtype" in top else "same"
-    if dtype and dtype not in DTYPES:
-        read.wrong(
-            "dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}{did_you_mean(dtype, DTYPES)}"
-        )
-    tuned = {
-        read.name(name, f"tuned.{name}"): source
-        for name, value in read.table(top.get("tuned", {}), "tuned").items()
-        if (source := read.source(value, f"tuned.{name}"))
-    }
-    settings = dict(read.table(top.get("method", {}), "method"))
-    method = None
-    if "method" in top:
-        if "name" not in settings:
-            read.wrong("method.name", "is missing: expected the name of a method")
-        else:
-            method = read.text(settings.pop("name"), "method.name") or None
+    method, settings = _method(top["method"], read) if "method" in top else (None, {})
     evaluation = read.table(top.get("eval", {}), "eval", ("tasks", "batch_size", "splits"))
     wanted = evaluation.get("tasks", ())
-    tasks = {
-        read.name(name, f"tasks.{name}"): _task(value, f"tasks.{name}", read)
-        for name, value in read.table(top.get("tasks", {}), "tasks").items()
-    }
     return Recipe(
         path=path,
-        base=read.source(top["base"], "base") if "base" in top else None,
-        tuned=tuned,
-        seed=read.number(top.get("seed", 0), "seed", 0),
-        dtype=dtype,
+        base=reader.source(top["base"], "base") if "base" in top else None,
+        tuned={
+            reader.name(name, f"tuned.{name}"): source
+            for name, value in read.table(top.get("tuned", {}), "tuned").items()
+            if (source := reader.source(value, f"tuned.{name}"))
+        },
+        seed=read.whole(top.get("seed", 0), "seed"),
+        dtype=read.one_of(top.get("dtype", "same"), "dtype", DTYPES),
         method=method,
         settings=settings,
-        eval_tasks=(wanted,)
-        if isinstance(wanted, str)
-        else read.texts(wanted, "eval.tasks")
-        if wanted != ()
-        else (),
+        eval_tasks=()
+        if wanted == ()
+        else read.texts([wanted] if isinstance(wanted, str) else wanted, "eval.tasks"),
         splits=read.texts(evaluation["splits"], "eval.splits") if "splits" in evaluation else (),
-        batch_size=read.number(evaluation.get("batch_size", 128), "eval.batch_size", 1),
-        tasks=tasks,
+        batch_size=read.whole(evaluation.get("batch_size", 128), "eval.batch_size", 1),
+        tasks={
+            reader.name(name, f"tasks.{name}"): _task(value, f"tasks.{name}", reader)
+            for name, value in read.table(top.get("tasks", {}), "tasks").items()
+        },
     )
 
 
-def _task(value: object, key: str, read: Reader) -> TaskTable:
+def _method(value: object, read: TableReader) -> tuple[str | None, dict[str, Any]]:
+    settings = dict(read.table(value, "method"))
+    if "name" not in settings:
+        read.wrong("method.name", "is missing: expected the name of a method")
+        return None, settings
+    return read.text(settings.pop("name"), "method.name") or None, settings
+
+
+def _task(value: object, key: str, reader: RecipeReader) -> TaskTable:
+    read = reader.values
     table = read.table(value, key, ("data", "classes", "templates", "split", "train_split"))
-    data = read.source(table["data"], f"{key}.data") if "data" in table else None
+    data = reader.source(table["data"], f"{key}.data") if "data" in table else None
     return TaskTable(
         data=replace(data, is_data=True) if data else None,
         classes=read.texts(table["classes"], f"{key}.classes") if "classes" in table else None,

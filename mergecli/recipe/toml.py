@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import tomli
 
-from mergecli.runtime.errors import UsageError, did_you_mean, listed
+from mergecli.runtime.errors import UsageError, listed
 from mergecli.storage.sources import HUBS, Source, checked_inside, parse_source
+from mergecli.storage.table_reader import TableReader
 
 SOURCE_KEYS = ("source", "revision", "subfolder", "file", "dtype", "modelscope", "adapter")
 SOURCE_DTYPES = ("float32", "float16", "bfloat16")
 COMMAND_LINE = "command line"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-
-
-class Problem(NamedTuple):
-    """Something wrong with a recipe: the dotted key and what was expected."""
-
-    key: str
-    what: str
 
 
 class Override(NamedTuple):
@@ -37,17 +31,14 @@ class Override(NamedTuple):
 
 
 @dataclass
-class Reader:
-    """Takes values out of the parsed TOML and collects whatever is wrong with them."""
+class RecipeReader:
+    """A recipe's tables as they are read: where each value comes from, and what is wrong with it."""
 
     anchor: Path = Path()
     """What relative paths in the file are relative to; those of an override are relative to the current folder."""
     options: dict[str, str] = field(default_factory=dict[str, str])
     """Key -> the option that set it, and all that is below it."""
-    problems: list[Problem] = field(default_factory=list[Problem])
-
-    def wrong(self, key: str, what: str) -> None:
-        self.problems.append(Problem(key, what))
+    values: TableReader = field(default_factory=TableReader)
 
     def option(self, key: str) -> str | None:
         """The option that gave the value under a dotted key; None where the file did."""
@@ -55,16 +46,15 @@ class Reader:
             key = key.rpartition(".")[0]
         return self.options.get(key)
 
-    def override(self, values: dict[str, Any], each: Override) -> None:
+    def override(self, table: dict[str, Any], each: Override) -> None:
         """Puts the value where its key says; tables on the way are copied, since they may be the caller's."""
         first = each.key.partition(".")[0]
         # a model's or a task's name may have dots in it
         parts = [part.strip() for part in each.key.split(".", {"tuned": 1, "tasks": 2}.get(first, -1))]
-        table = values
         for part in parts[:-1]:
             inner = table.get(part, {})
             if not isinstance(inner, Mapping):
-                self.wrong(each.key, f"`{part}` is not a table")
+                self.values.wrong(each.key, f"`{part}` is not a table")
                 return
             table[part] = dict(cast("Mapping[str, Any]", inner))
             table = table[part]
@@ -73,89 +63,54 @@ class Reader:
 
     def refuse(self, path: Path | None, text: str) -> None:
         """Raises UsageError with every problem, each with its option or with file and line of the TOML `text`."""
-        if not self.problems:
+        problems = self.values.problems
+        if not problems:
             return
-        ordered = sorted(dict.fromkeys(self.problems), key=lambda each: line_of(text, each.key) or 0)
-        lines = [
-            f"{self.option(each.key) or place_of(path, text, each.key)}: `{each.key}`: {each.what}"
-            for each in ordered
-        ]
+        ordered = sorted(dict.fromkeys(problems), key=lambda each: line_of(text, each.key) or 0)
+        lines = [f"{self.option(each.key) or place_of(path, text, each.key)}: {each}" for each in ordered]
         if len(lines) == 1:
             raise UsageError(lines[0])
         raise UsageError(f"the recipe has {len(lines)} problems:\n{listed(lines, 20)}")
-
-    def table(self, value: object, key: str, known: Sequence[str] | None = None) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            self.wrong(key, f"expected a table, got {value!r}")
-            return {}
-        table = cast("dict[str, Any]", value)
-        for name in table if known is not None else ():
-            if name not in (known or ()):
-                dotted = f"{key}.{name}" if key else name
-                self.wrong(dotted, f"unknown key{did_you_mean(name, known or ())}")
-        return table
-
-    def number(self, value: object, key: str, least: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self.wrong(key, f"expected a whole number, at least {least}, got {value!r}")
-            return least
-        return value
-
-    def text(self, value: object, key: str) -> str:
-        if not isinstance(value, str) or not value:
-            self.wrong(key, f"expected a string, got {value!r}")
-            return ""
-        return value
-
-    def texts(self, value: object, key: str) -> tuple[str, ...]:
-        values = cast("list[object]", value) if isinstance(value, list) else []
-        if not values or not all(isinstance(each, str) and each for each in values):
-            self.wrong(key, f"expected a list of strings, got {value!r}")
-            return ()
-        return tuple(cast("list[str]", values))
 
     def source(self, value: object, key: str) -> Source | None:
         """A source, written as a string or as a table that says more."""
         if isinstance(value, dict):
             return self._source_table(cast("dict[str, Any]", value), key)
-        if text := self.text(value, key):
+        if text := self.values.text(value, key):
             anchor = Path() if self.option(key) else self.anchor
             try:
                 return parse_source(text, anchor)
             except UsageError as error:
-                self.wrong(key, error.message)
+                self.values.wrong(key, error.message)
         return None
 
     def _source_table(self, value: dict[str, Any], key: str) -> Source | None:
-        table = self.table(value, key, SOURCE_KEYS)
+        read = self.values
+        table = read.table(value, key, SOURCE_KEYS)
         if "source" not in table:
-            self.wrong(f"{key}.source", "is missing: expected a source such as `hf:org/name`, or a path")
+            read.wrong(f"{key}.source", "is missing: expected a source such as `hf:org/name`, or a path")
             return None
-        found = self.source(table["source"], f"{key}.source") if isinstance(table["source"], str) else None
+        text = read.text(table["source"], f"{key}.source")
+        found = self.source(text, f"{key}.source") if text else None
         if found is None:
-            if not isinstance(table["source"], str):
-                self.wrong(f"{key}.source", f"expected a string, got {table['source']!r}")
             return None
-        given = {name: self.text(table[name], f"{key}.{name}") for name in SOURCE_KEYS[1:-1] if name in table}
+        given = {name: read.text(table[name], f"{key}.{name}") for name in SOURCE_KEYS[1:-1] if name in table}
         if (revision := given.get("revision")) is not None and (found.revision or found.kind not in HUBS):
-            self.wrong(
+            read.wrong(
                 f"{key}.revision",
                 "the source has one already" if found.revision else "only a hub's source has one",
             )
         dtype = given.get("dtype")
-        if dtype and dtype not in SOURCE_DTYPES:
-            self.wrong(
-                f"{key}.dtype",
-                f"expected one of {', '.join(SOURCE_DTYPES)}, got {dtype!r}{did_you_mean(dtype, SOURCE_DTYPES)}",
-            )
+        if dtype:
+            read.one_of(dtype, f"{key}.dtype", SOURCE_DTYPES)
         other = given.get("modelscope")
         if other and (found.kind != "hf" or other.count("/") != 1):
-            self.wrong(f"{key}.modelscope", f"expected `org/name` beside an `hf:` source, got {other!r}")
+            read.expected(f"{key}.modelscope", "`org/name` beside an `hf:` source", other)
         inside = "/".join(part for part in (found.inside, given.get("subfolder"), given.get("file")) if part)
         try:
             inside = checked_inside(inside) if inside else ""
         except UsageError as error:
-            self.wrong(f"{key}.{'file' if 'file' in given else 'subfolder'}", error.message)
+            read.wrong(f"{key}.{'file' if 'file' in given else 'subfolder'}", error.message)
         adapter = self.source(table["adapter"], f"{key}.adapter") if "adapter" in table else None
         return replace(
             found,
@@ -169,16 +124,16 @@ class Reader:
     def name(self, name: str, key: str) -> str:
         """The name of a task or a model, which files and results are called by."""
         if name == "base" and key.startswith("tuned."):
-            self.wrong(key, "`base` is the name of the base: give this model another")
+            self.values.wrong(key, "`base` is the name of the base: give this model another")
         if name in ("model", "method", "average", "reference", "difference") and key.startswith("tasks."):
-            self.wrong(key, "a column of every report has this name: give the task another")
+            self.values.wrong(key, "a column of every report has this name: give the task another")
         if name == "_pretrained_":
-            self.wrong(
+            self.values.wrong(
                 key, "the pre-trained model is called `base` here, and stands at the top of the recipe"
             )
         elif not _NAME.fullmatch(name):
             why = "names that begin with an underscore are reserved" if name.startswith("_") else "bad name"
-            self.wrong(
+            self.values.wrong(
                 key,
                 f"{why}: expected letters, digits, `-`, `_`, `.` or `+`, beginning with a letter or digit",
             )

@@ -10,6 +10,7 @@ from typing import Any
 
 from mergecli.runtime.errors import InputError, UsageError, quoted
 from mergecli.storage.atomic import whole_file
+from mergecli.storage.table_reader import TableReader
 
 SCHEMA = "mergecli.eval/1"
 FINE_TUNED = "fine-tuned"
@@ -129,48 +130,43 @@ def read_result(path: str | Path) -> Evaluation:
         raise InputError(f"{file}: cannot read: {(error.strerror or '').lower()}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: is not JSON", _HINT) from error
-    schema: object = values.get("schema") if isinstance(values, dict) else None
-    if schema != SCHEMA:
-        raise InputError(f"{file}: `schema`: expected `{SCHEMA}`, got {schema!r}", _HINT)
-    for part in ("checkpoint", "clip", "model_info", "tasks", "models", "looked_at"):
-        if part in values and not isinstance(values[part], dict):
-            raise InputError(f"{file}: `{part}`: expected a table", _HINT)
-    if not all(isinstance(score, dict) for score in values.get("tasks", {}).values()):
-        raise InputError(f"{file}: `tasks`: expected a table for each task", _HINT)
+    read = TableReader(at_once=True)
     try:
-        result = Evaluation(
-            checkpoint=_strings(values["checkpoint"], "checkpoint"),
-            clip=_strings(values["clip"], "clip"),
-            parameters=_typed(values["model_info"]["all_params"], "int", "model_info.all_params"),
-            tasks={name: _score(name, score) for name, score in values["tasks"].items()},
-            batch_size=_typed(values["batch_size"], "int", "batch_size"),
-            dtype=_typed(values["dtype"], "str", "dtype"),
-            device=_typed(values["device"], "str", "device") if "device" in values else None,
-            models=_strings(values.get("models", {}), "models"),
-            looked_at={
-                task: _strings(each, f"looked_at.{task}")
-                for task, each in values.get("looked_at", {}).items()
-            },
-            **{
-                key: _typed(values["model_info"][key], kind, f"model_info.{key}")
-                for key, kind in _SIZES.items()
-                if key in values["model_info"]
-            },
-        )
-    except KeyError as error:
-        raise InputError(f"{file}: lacks the key `{error.args[0]}`", _HINT) from error
-    except TypeError as error:
+        result = _result(read.table(values, "the file"), read)
+    except (ValueError, OverflowError) as error:
         raise InputError(f"{file}: is not a result: {error}", _HINT) from error
-    except (AttributeError, ValueError, OverflowError) as error:
-        raise InputError(f"{file}: is not a result", _HINT) from error
     if not result.tasks or not result.checkpoint.get("name"):
         raise InputError(f"{file}: names no {'checkpoint' if result.tasks else 'tasks'}", _HINT)
     return result
 
 
+def _result(values: Mapping[str, Any], read: TableReader) -> Evaluation:
+    if values.get("schema") != SCHEMA:
+        read.expected("schema", f"`{SCHEMA}`", values.get("schema"))
+    info = read.table(values.get("model_info"), "model_info")
+    looked_at = read.table(values.get("looked_at", {}), "looked_at")
+    return Evaluation(
+        checkpoint=_strings(values.get("checkpoint"), "checkpoint", read),
+        clip=_strings(values.get("clip"), "clip", read),
+        parameters=read.whole(info.get("all_params"), "model_info.all_params"),
+        tasks={
+            name: _score(name, score, read)
+            for name, score in read.table(values.get("tasks"), "tasks").items()
+        },
+        batch_size=read.whole(values.get("batch_size"), "batch_size"),
+        dtype=read.text(values.get("dtype"), "dtype"),
+        device=read.text(values["device"], "device") if "device" in values else None,
+        models=_strings(values.get("models", {}), "models", read),
+        looked_at={task: _strings(each, f"looked_at.{task}", read) for task, each in looked_at.items()},
+        bytes=read.whole(info["bytes"], "model_info.bytes") if "bytes" in info else None,
+        relative_size=read.number(info["relative_size"], "model_info.relative_size")
+        if "relative_size" in info
+        else None,
+    )
+
+
 _HINT = "expected a file that `mergecli eval -o` wrote"
 _SIZES = {"bytes": "int", "relative_size": "float"}
-_TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
 
 
 def _table(score: TaskScore) -> dict[str, Any]:
@@ -178,43 +174,32 @@ def _table(score: TaskScore) -> dict[str, Any]:
     return {name: value for name, value in asdict(score).items() if value is not None}
 
 
-def _score(task: str, values: Any) -> TaskScore:
+def _score(task: str, values: Any, read: TableReader) -> TaskScore:
     """One task's part of the file."""
+    kinds = {"int": read.whole, "float": read.number, "str": read.text}
+    table = read.table(values, f"tasks.{task}")
     given: dict[str, Any] = {}
     for part in fields(TaskScore):
-        key = f"tasks.{task}.{part.name}"
+        key, value = f"tasks.{task}.{part.name}", table.get(part.name)
         kind, _, optional = str(part.type).partition(" | ")
-        if part.name not in values:
-            if optional:
-                continue
-            raise KeyError(key)
-        value = values[part.name]
-        given[part.name] = _strings(value, key) if part.name == "data" else _typed(value, kind, key)
+        if part.name in table or not optional:
+            given[part.name] = _strings(value, key, read) if part.name == "data" else kinds[kind](value, key)
     score = TaskScore(**given)
     if (
         score.images < 1
         or not 0 <= score.correct <= score.images
         or score.accuracy != score.correct / score.images
     ):
-        raise TypeError(f"`tasks.{task}`: `accuracy`, `correct` and `images` do not agree")
+        read.wrong(f"tasks.{task}", "`accuracy`, `correct` and `images` do not agree")
     return score
 
 
-def _typed(value: Any, kind: str, key: str) -> Any:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, _TYPES[kind])
-        or (kind == "float" and not abs(value) < 1e300)
-    ):
-        raise TypeError(f"`{key}`: expected {kind}, got {value!r}")
-    return value
-
-
-def _strings(value: Any, key: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(each, (str, type(None))) for each in value.values()):
-        raise TypeError(f"`{key}`: expected a table of strings")
-    "".join(each or "" for each in value.values()).encode()
-    return dict(value)
+def _strings(value: Any, key: str, read: TableReader) -> dict[str, Any]:
+    table = read.table(value, key)
+    if not all(isinstance(each, str | None) for each in table.values()):
+        read.expected(key, "a table of strings", value)
+    "".join(each or "" for each in table.values()).encode()  # raises ValueError if it is no text
+    return table
 
 
 def result_files(names: Sequence[str], output: str | Path | None) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: text, and safetensors written tensor by tensor."""
+"""Files and folders that appear whole or not at all, and paths checked before the work."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def check_target(path: Path, *, folder: bool = False) -> None:
     """Raises UsageError if no file (or `folder`) can have that name: found before the work, not after it."""
     if not path.absolute().name or path.name in ("", ".."):
         raise UsageError(f"output `{path}`: expected the name of a {'folder' if folder else 'file'}")
-    if folder and os.path.isfile(path):  # noqa: PTH113  a name that is too long is told when it is written
+    if folder and os.path.isfile(path):  # noqa: PTH113  a name that is too long is refused when it is written
         raise UsageError(f"{path}: is a file, a folder was expected")
     if not folder and os.path.isdir(path):  # noqa: PTH112
         raise UsageError(f"{path}: is a folder, a file name was expected")
 
 
 def expect_finite(tensors: Mapping[str, Tensor], path: Path, hint: str) -> None:
-    """Raises InputError if a number of those that are to be written to `path` is none in its dtype."""
+    """Raises InputError if a tensor that is to be written to `path` has NaN or infinity."""
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -120,10 +120,10 @@ def check_targets(targets: Iterable[tuple[Path, Sequence[str]]], inputs: Mapping
         check_target(target)
         if suffixes and target.suffix not in suffixes:
             raise UsageError(f"{target}: expected a {' or '.join(suffixes)} file")
-        place = os.path.normpath(target.absolute())
-        if place in seen:
+        normal = os.path.normpath(target.absolute())
+        if normal in seen:
             raise UsageError(f"{target}: two outputs have this name")
-        seen.add(place)
+        seen.add(normal)
         refuse_inputs(target, inputs)
 
 
@@ -147,7 +147,7 @@ def refuse_inputs(target: Path, inputs: Mapping[str, Path]) -> None:
 
 @contextmanager
 def writing(path: Path, hint: str = "name another store with `--into` or MERGECLI_HOME") -> Generator[None]:
-    """The operating system's refusals as one clear error about `path`, with a hint that fits where no output was named."""
+    """As `write_errors`, with `hint` in place of hints that name the option `-o`."""
     try:
         with write_errors(path):
             yield

@@ -1,5 +1,5 @@
-"""`cache`: the files that evaluations leave for later ones, how large they may grow, and which go first; and what merges
-have measured and learned, which stays until it is removed by name."""
+"""`cache`: what evaluations keep for later ones, how large it may grow and what goes first; and what merges have measured
+and learned, which stays until it is removed by name."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def entries() -> list[CachedFile]:
     ]
 
 
-def place(kind: str, key: str) -> Path:
+def cache_path(kind: str, key: str) -> Path:
     """The file of the kind `kind` that holds what the digest `key` stands for, whether it is there or not."""
     return _folder() / kind / f"{key.rpartition(':')[2]}.safetensors"
 

@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 
 class ChunkHashes:
-    """A hash of every chunk of every tensor, fed by whoever reads; chunks may come in any order and from any thread."""
+    """Hashes of every chunk of every tensor, made of the bytes as they are read.
+
+    So the digest of a checkpoint that was read whole costs no second reading. Chunks may come in any order and from any
+    thread.
+    """
 
     def __init__(self) -> None:
         self._chunks: dict[tuple[str, int], tuple[int, xxhash.xxh3_128]] = {}
@@ -48,11 +52,14 @@ class ChunkHashes:
             piece = buffer[start - offset : min((chunk + 1) * size, end) - offset]
             at = start - chunk * size
             if at == 0 and len(piece) > self.fed(name, chunk):
+                # outside of the lock: threads mostly read whole chunks, and hashing is what takes time
                 self._chunks[name, chunk] = (len(piece), xxhash.xxh3_128(piece))
             else:
                 with self._lock:
                     done, state = self._chunks.get((name, chunk), (0, xxhash.xxh3_128()))
-                    if at <= done < at + len(piece):
+                    if (
+                        at <= done < at + len(piece)
+                    ):  # else it is hashed already, or `digest` will read the gap
                         state = state.copy()
                         state.update(piece[done - at :])
                         self._chunks[name, chunk] = (at + len(piece), state)

@@ -14,19 +14,19 @@ from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Fill = Callable[[int, int, "Tensor"], object]
-"""`fill(start, stop, into)` writes the entries [start, stop) of a flattened tensor into `into`, rounded to its dtype;
+BlockReader = Callable[[int, int, "Tensor"], object]
+"""`read(start, stop, into)` writes the entries [start, stop) of a flattened tensor into `into`, rounded to its dtype;
 from any thread, and the same values however the tensor is cut into blocks."""
 
 
 @dataclass(frozen=True)
-class View(Checkpoint):
+class LazyCheckpoint(Checkpoint):
     """A checkpoint that is computed from others; its digest is that of a file with the same content.
 
-    The `file` of an entry is its place in `fills`.
+    The `file` of an entry is its index in `readers`.
     """
 
-    fills: tuple[Fill, ...]
+    readers: tuple[BlockReader, ...]
     sources: tuple[Checkpoint, ...]
     """What it is computed from; closed with it."""
     stored: Checkpoint | None = None
@@ -42,7 +42,7 @@ class View(Checkpoint):
 
         into = torch.frombuffer(buffer, dtype=getattr(torch, TORCH_NAMES[entry.dtype]))
         start = offset // DTYPE_BYTES[entry.dtype]
-        self.fills[entry.file](start, start + len(into), into)
+        self.readers[entry.file](start, start + len(into), into)
 
     def close(self) -> None:
         """Closes the files that it is computed from."""
@@ -50,41 +50,42 @@ class View(Checkpoint):
             source.close()
 
 
-def view(
+def lazy_checkpoint(
     base: Checkpoint,
-    fills: Mapping[str, Fill],
+    readers: Mapping[str, BlockReader],
     *,
     dtype: str | None = None,
     path: Path | None = None,
     metadata: Mapping[str, str] | None = None,
     others: tuple[Checkpoint, ...] = (),
     stored: Checkpoint | None = None,
-) -> View:
-    """The base with some of its tensors computed by `fills`, and floating point tensors rounded to `dtype`.
+) -> LazyCheckpoint:
+    """The base with some of its tensors computed by `readers`, and floating point tensors rounded to `dtype`.
 
     Args:
         dtype: a torch name such as `float16`; by default every tensor keeps the base's own.
-        path: what messages call it. metadata: what it says of itself. Both are the base's by default.
-        others: checkpoints besides the base that `fills` read.
-        stored: what its size is told by; by default its own dtypes.
+        path: what messages call it; by default the base's.
+        metadata: what it says of itself; by default what the base does.
+        others: checkpoints besides the base that `readers` read.
+        stored: the checkpoint whose size it has; by default its own dtypes make it.
     """
     wanted = SAFETENSORS_NAMES[dtype] if dtype else None
     entries: dict[str, TensorEntry] = {}
-    every: list[Fill] = []
+    every: list[BlockReader] = []
     for number, (name, entry) in enumerate(base.entries.items()):
         own = wanted if wanted and entry.is_float else entry.dtype
         entries[name] = TensorEntry(own, entry.shape, number, 0)
         unchanged = partial(base.read_entries, name) if own == entry.dtype else partial(_round, base, name)
-        every.append(fills.get(name, unchanged))
+        every.append(readers.get(name, unchanged))
     sources = (base, *others)
-    return View(
+    return LazyCheckpoint(
         path=path or base.path,
         entries=entries,
         metadata=base.metadata if metadata is None else metadata,
         files=tuple(file for source in sources for file in source.files),
         descriptors=(),
         hashes=ChunkHashes(),
-        fills=tuple(every),
+        readers=tuple(every),
         sources=sources,
         stored=stored,
     )
@@ -95,7 +96,7 @@ def rounded(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     wanted = SAFETENSORS_NAMES[dtype]
     if all(entry.dtype == wanted for entry in checkpoint.entries.values() if entry.is_float):
         return checkpoint
-    return view(checkpoint, {}, dtype=dtype)
+    return lazy_checkpoint(checkpoint, {}, dtype=dtype)
 
 
 def _round(base: Checkpoint, name: str, start: int, stop: int, into: Tensor) -> None:

@@ -34,7 +34,12 @@ def about(
     inputs: Mapping[str, str] | None = None,
     **others: str,
 ) -> dict[str, str]:
-    """The metadata of a safetensors file of ours; `recipe` is the text of the recipe in effect. Without folders of paths, so that no machine shows in it."""
+    """The metadata of a safetensors file of ours.
+
+    Args:
+        recipe: the text of the recipe in effect, without folders of paths, so that the file is the same on any machine.
+        inputs: input -> digest.
+    """
     metadata = {"format": "pt", "mergecli": version(), "kind": kind, **others}
     if method is not None:
         metadata["method"] = method

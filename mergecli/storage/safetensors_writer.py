@@ -101,7 +101,8 @@ class SafetensorsWriter:
         self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
     ) -> None:
         self._whole = whole_file(path)
-        rank = {dtype: place for place, dtype in enumerate(DTYPE_BYTES)}
+        rank = {dtype: number for number, dtype in enumerate(DTYPE_BYTES)}
+        # the order in which the safetensors library writes tensors, so that our files are its own to the byte
         names = sorted(layout, key=lambda name: (-rank[layout[name][0]], name))
         self._tensors: dict[str, object] = {}
         self._starts: dict[str, int] = {}
@@ -137,10 +138,10 @@ class SafetensorsWriter:
     def write(self, name: str, data: Tensor, start: int = 0) -> None:
         """Puts the entries of `data` (contiguous, of the tensor's dtype) at entry `start` of tensor `name`; from any thread."""
         buffer = bytes_of(data)
-        place = len(self._header) + self._starts[name] + start * data.element_size()
+        position = len(self._header) + self._starts[name] + start * data.element_size()
         done = 0
         while done < len(buffer):
-            done += os.pwrite(self._file.fileno(), buffer[done:], place + done)
+            done += os.pwrite(self._file.fileno(), buffer[done:], position + done)
         with self._lock:
             self._left[name] -= len(buffer)
 

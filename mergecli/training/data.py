@@ -10,7 +10,7 @@ from mergecli.data.tasks import Task, digest
 from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first_here, wait
 from mergecli.runtime.errors import InputError
-from mergecli.storage import cache as caching
+from mergecli.storage.cache import allowed_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +89,7 @@ class TrainingTask:
 
         if not is_first_here():
             wait()  # the first process of a machine decodes, the others read its cache
-        head = cached_head(clip, self.classes, self.task.templates, text, caching.allowed_size())
+        head = cached_head(clip, self.classes, self.task.templates, text, allowed_size())
         held = None if self.validation is None else _decoded(clip, self.validation)
         # a short training reads few of the images: decoding all of them would take longer
         images = _decoded(clip, self.images, keep=4 * views >= len(self.images))
@@ -139,7 +139,7 @@ def _decoded(clip: Clip, images: Images, keep: bool = True) -> Pixels:
 
     from mergecli.clip.pixels import Pixels, Processing, cached_pixels, stored_pixels
 
-    cache = Processing(max_size=caching.allowed_size())
+    cache = Processing(max_size=allowed_size())
     if keep and images.rows is not None:
         cached_pixels(clip, replace(images, rows=None), cache)  # cached whole, for every choice of rows
     found = cached_pixels(clip, images, cache) if keep else stored_pixels(clip, images, cache)

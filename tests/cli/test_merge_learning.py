@@ -28,16 +28,16 @@ def test_ctrl_c_keeps_what_was_learned_and_the_same_command_goes_on(
         "merge", world.recipe, "--method", "concrete_ada_merging", "-o", "merged.safetensors",
         "--save-coefficients", "learned.safetensors", *(part for each in settings for part in ("--set", f"method.{each}")),
     ]  # fmt: skip
-    add = adaptation_loop.Run.add
+    add = adaptation_loop.LoopState.add
 
-    def pressed(self: adaptation_loop.Run, *given: object) -> None:
+    def pressed(self: adaptation_loop.LoopState, *given: object) -> None:
         add(self, *given)
         if self.step == 5:
             signal.raise_signal(signal.SIGINT)
 
     home = tmp_path / "home"
     with monkeypatch.context() as patch:
-        patch.setattr(adaptation_loop.Run, "add", pressed)
+        patch.setattr(adaptation_loop.LoopState, "add", pressed)
         stopped = run(*command)
     assert (stopped.status, stopped.err) == (130, "")
     (partial,) = home.rglob("*.partial.safetensors")

@@ -271,9 +271,9 @@ def test_more_processes_than_tasks_go_on_from_the_state_of_one(
 ) -> None:
     from mergecli.merging.learning import adaptation_loop
 
-    add = adaptation_loop.Run.add
+    add = adaptation_loop.LoopState.add
 
-    def stop(self: adaptation_loop.Run, *given: object) -> None:
+    def stop(self: adaptation_loop.LoopState, *given: object) -> None:
         add(self, *given)
         if self.step == 5:
             raise KeyboardInterrupt
@@ -281,7 +281,7 @@ def test_more_processes_than_tasks_go_on_from_the_state_of_one(
     home = tmp_path / "home of several"
     command = merge(world, "merged", "ada_merging", "steps=8")
     with monkeypatch.context() as patch:
-        patch.setattr(adaptation_loop.Run, "add", stop)
+        patch.setattr(adaptation_loop.LoopState, "add", stop)
         assert run(*command, MERGECLI_HOME=home).status == 130
     assert len(list(home.rglob("*.partial.safetensors"))) == 1
     torchrun(4, [command], tmp_path)

@@ -24,7 +24,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
     return load_clip(make_tiny_clip(tmp_path_factory.mktemp("heads") / "clip"))
 
 
-def test_the_head_is_the_mean_of_the_normalised_prompts_normalised_again(clip):
+def test_the_head_is_the_mean_of_the_normalized_prompts_normalized_again(clip):
     head = zero_shot_head(clip, NAMES, TEMPLATES)
     assert head.shape == (3, 8)
     for name, row in zip(NAMES, head, strict=True):

@@ -76,7 +76,7 @@ def test_a_tokenizer_of_two_files_knows_the_same_tokens(folder, copy):
     assert got("a photo, of 3 Cats")["input_ids"] == want("a photo, of 3 Cats")["input_ids"]
 
 
-def test_pixels_are_resized_cropped_and_normalised_as_the_config_says(copy):
+def test_pixels_are_resized_cropped_and_normalized_as_the_config_says(copy):
     config = json.loads((copy / "preprocessor_config.json").read_text())
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
     (copy / "preprocessor_config.json").write_text(

@@ -1,34 +1,21 @@
 from __future__ import annotations
 
-import io
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mergecli.clip import pixels as pixels_module
 from mergecli.clip.model import Clip, load_clip
 from mergecli.clip.pixels import Processing, cached_pixels, chunks, decoded_batches, stored_pixels
-from mergecli.clip.preprocessing import Normalization, resize_and_crop_of
+from mergecli.clip.preprocessing import Normalization
 from mergecli.data.decoding import (
-    Block,
     Corruption,
-    Decoders,
     EncodedImage,
-    ResizeAndCrop,
-    Unreadable,
-    decode_block,
-    decoded,
-    resized_and_cropped,
 )
 from mergecli.data.images import Images, load_images
 from mergecli.data.tasks import TaskTable, find
@@ -36,8 +23,8 @@ from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError
 from mergecli.storage import cache as caching
 from mergecli.storage.sources import parse_source
-from tests.support.processor import pixel_values
-from tests.support.tiny_clip import make_image_task, make_tiny_clip, tinted
+from tests.support.processor import configured, pixel_values
+from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 REAL = Path(os.environ.get("MERGECLI_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ROOM = Processing(max_size=10**9)
@@ -69,74 +56,6 @@ def images_of(data: Path, split: str = "test") -> Images:
 
 def files(home: Path) -> list[Path]:
     return sorted((home / "cache" / "pixels").glob("*"))
-
-
-def configured(clip: Clip, folder: Path, **given: object) -> Clip:
-    """The CLIP with another configuration of its image processor."""
-    shutil.copytree(clip.path, folder)
-    file = folder / "preprocessor_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | given))
-    return load_clip(folder)
-
-
-@pytest.mark.parametrize("size", [(16, 16), (40, 30), (30, 41), (5, 3), (3, 200), (333, 16), (17, 16)])
-@pytest.mark.parametrize(
-    "given",
-    [
-        {},
-        {"size": {"shortest_edge": 16}, "crop_size": {"height": 9, "width": 12}},
-        {"size": {"shortest_edge": 11}, "crop_size": {"height": 16, "width": 15}},
-        {"size": {"height": 20, "width": 13}, "crop_size": {"height": 15, "width": 16}, "resample": 2},
-        {"size": {"height": 10, "width": 13}, "do_center_crop": False},
-        {"do_resize": False},
-    ],
-    ids=["clip", "crop", "margin", "fixed", "no crop", "no resize"],
-)  # fmt: skip
-def test_resized_and_cropped_bytes_are_the_processor_s_own(clip, tmp_path, size, given):
-    other = configured(clip, tmp_path / "other", **given)
-    noise = np.random.default_rng(list(size)).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    image = Image.fromarray(noise)
-    want = other.processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
-    framing, shape = resize_and_crop_of(other)
-    got = resized_and_cropped(image, framing)
-    assert got.dtype == np.uint8
-    assert got.shape == (3, *shape)
-    assert np.array_equal(got, want["pixel_values"][0])
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {},
-        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]},
-        {"rescale_factor": 0.0039},
-        {"rescale_factor": 1 / 127.5},
-        {"do_normalize": False},
-        {"do_rescale": False},
-    ],
-    ids=["clip", "mean", "odd factor", "half", "not normalised", "not rescaled"],
-)
-def test_normalised_pixels_are_the_processor_s_own_bit_by_bit(clip, tmp_path, given):
-    other = configured(clip, tmp_path / "other", **given)
-    image = tinted(0, (3,), side=40).resize((40, 30))
-    batch = torch.from_numpy(resized_and_cropped(image, resize_and_crop_of(other)[0]))[None]
-    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, 3, 1, 256)
-    assert torch.equal(Normalization(other)(batch), pixel_values(other, [image]))
-    assert len(Normalization(other)(every).unique()) >= 256
-
-
-def test_a_processor_of_another_kind_is_refused(clip, tmp_path):
-    other = configured(clip, tmp_path / "other", size={"shortest_edge": 16, "longest_edge": 99})
-    with pytest.raises(InputError, match="its image processor is not one of CLIP's"):
-        resize_and_crop_of(other)
-
-
-def test_an_image_is_turned_as_its_exif_orientation_says():
-    image, buffer = tinted(0, (1,)).crop((0, 0, 10, 20)), io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(buffer, "PNG", exif=exif)
-    assert decoded(EncodedImage(buffer.getvalue())).size == (20, 10)
 
 
 def test_pixels_and_labels_are_those_of_the_images_in_their_order(clip, data, home):
@@ -246,29 +165,6 @@ def test_two_at_once_do_no_harm(clip, data, home):
     assert len(first) == 6
     assert [file.suffix for file in files(home)] == [".safetensors"]
     assert cached_pixels(clip, images_of(data), ROOM).stored is not None
-
-
-def test_a_worker_that_dies_is_replaced_by_this_process():
-    framing = ResizeAndCrop(8, None, 3, (8, 8))
-    image = io.BytesIO()
-    tinted(0, (1,)).save(image, "PNG")
-    block = Block([EncodedImage(image.getvalue())], framing, None, [""])
-    with Decoders(2) as decoders:
-        assert np.array_equal(decoders.submit(lambda: block).result(), decode_block(block))
-        for child in decoders._children:
-            child.kill()
-            child.wait()
-        assert np.array_equal(decoders.submit(lambda: block).result(), decode_block(block))
-
-
-def test_a_worker_imports_no_torch():
-    code = "import sys, mergecli.data.decoding; assert not {'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_missing_picture_is_unreadable():
-    block = Block([EncodedImage(None)], ResizeAndCrop(8, None, 3, (8, 8)), None, [""])
-    assert decode_block(block) == Unreadable(0, "there is none")
 
 
 @pytest.mark.parametrize("how", [Processing(), Processing(max_size=100)], ids=["none", "small"])

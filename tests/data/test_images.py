@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from mergecli.data import parquet as rows
-from mergecli.data.images import load_images
+from mergecli.data.images import balanced, load_images
 from mergecli.data.tasks import Task, find
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.sources import Source, parse_source
@@ -341,3 +342,14 @@ def test_real_images_fit_their_built_in_tasks():
         assert images[count - 1][0].mode == "RGB"
     with pytest.raises(InputError, match="the data have 10 classes, the task has 47"):
         load_images(replace(find("dtd"), data=parse_source(str(REAL / "dtd10"), Path())))
+
+
+@pytest.mark.parametrize("limit", range(1, 12))
+def test_a_balanced_choice_is_even_and_part_of_every_larger_one(limit):
+    labels = [0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 2]
+    chosen = balanced(labels, limit)
+    counts = Counter(labels[number] for number in chosen)
+    assert len(set(chosen)) == limit
+    assert set(chosen) < set(balanced(labels, limit + 1))
+    if limit <= 6:
+        assert max(counts.values()) - min(counts[label] for label in range(3)) <= 1

@@ -16,6 +16,18 @@ from mergecli.storage.sources import parse_source
 from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 TEMPLATES = ("a photo of something {}.", "{}")
+RECIPE = """
+base = "base"
+method.name = "ties"
+
+[tuned]
+tints = "tints-tower.safetensors"
+more = "more-tower.safetensors"
+
+[tasks]
+tints = {data = "tints", templates = ["a photo of something {}.", "{}"]}
+more = {data = "more", templates = ["a photo of something {}.", "{}"]}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +42,8 @@ def quiet_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 @pytest.fixture(scope="package")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two CLIPs (`base` and `other`), the second's tower, its task vector, and two tasks."""
+    """A folder with two CLIPs (`base` and `other`), the second's tower, its task vector, two tasks, and a recipe that merges
+    two fine-tuned towers, one for each task."""
     folder = tmp_path_factory.mktemp("evaluation")
     make_tiny_clip(folder / "base")
     make_tiny_clip(folder / "other", seed=1)
@@ -47,6 +60,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(other, folder / "tower.safetensors", {"kind": "checkpoint", "method": "ties"})
     vector = {name: other[name] - base[name] for name in base}
     save_file(vector, folder / "vector.safetensors", {"kind": TASK_VECTOR})
+    for seed, name in enumerate(("tints", "more")):
+        noise = torch.Generator().manual_seed(seed)
+        tuned = {key: each + 0.3 * torch.randn(each.shape, generator=noise) for key, each in base.items()}
+        save_file(tuned, folder / f"{name}-tower.safetensors", {"format": "pt"})
+    (folder / "recipe.toml").write_text(RECIPE)
     return folder
 
 
@@ -62,3 +80,9 @@ def recipe(place: Path) -> Recipe:
         eval_tasks=("tints", "more"),
         batch_size=8,
     )
+
+
+@pytest.fixture
+def recipe_file(place: Path) -> Path:
+    """The recipe of `place` that merges."""
+    return place / "recipe.toml"

@@ -1,4 +1,4 @@
-"""Counts, losses and what results say, against a plain loop."""
+"""Counts, losses and what results say, against a plain loop; what is refused before the first image, and never replaced."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergecli.clip import heads
 from mergecli.data import tasks
-from mergecli.data.images import balanced, load_images
 from mergecli.data.tasks import TaskTable
-from mergecli.evaluation.evaluate import evaluate, scoring
+from mergecli.evaluation import counting, scoring
+from mergecli.evaluation.evaluate import evaluate
 from mergecli.recipe.schema import Recipe
 from mergecli.results.result import read_result
-from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.sources import parse_source
 
 REAL = Path(os.environ.get("MERGECLI_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -256,17 +256,6 @@ def parquet_rows(file: Path) -> list[dict[str, object]]:
     return parquet.read_table(file).to_pylist()
 
 
-@pytest.mark.parametrize("limit", range(1, 12))
-def test_a_balanced_choice_is_even_and_part_of_every_larger_one(limit):
-    labels = [0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 2]
-    chosen = balanced(labels, limit)
-    counts = Counter(labels[number] for number in chosen)
-    assert len(set(chosen)) == limit
-    assert set(chosen) < set(balanced(labels, limit + 1))
-    if limit <= 6:
-        assert max(counts.values()) - min(counts[label] for label in range(3)) <= 1
-
-
 def test_a_corruption_and_its_severity_stand_in_the_result(place, recipe):
     (clean,) = evaluate([place / "other"], recipe=recipe, tasks=["more"])
     (result,) = evaluate([place / "other"], recipe=recipe, tasks=["more"], corruption="contrast", severity=4)
@@ -305,35 +294,6 @@ def test_a_device_that_is_too_small_for_a_batch_gets_it_in_pieces(place, recipe,
     assert [size for size in seen if size > 3] == [8, 4, 8, 4]
 
 
-def test_features_are_the_class_token_after_each_layer(place, recipe, tmp_path):
-    from transformers import CLIPImageProcessorPil, CLIPVisionModel
-
-    evaluate([place / "other"], recipe=recipe, tasks=["tints"], features=tmp_path / "f", limit=9)
-    found = load_file(tmp_path / "f" / "tints.safetensors")
-    assert sorted(found) == ["index", "labels", "layer_00", "layer_01"]
-    model = CLIPVisionModel.from_pretrained(place / "other").eval()
-    images = load_images(tasks.find("tints", recipe))
-    numbers = balanced(images.labels, 9)
-    assert found["index"].tolist() == numbers
-    assert found["labels"].tolist() == [images.labels[number] for number in numbers]
-    batch = CLIPImageProcessorPil.from_pretrained(place / "other")(
-        [images[number][0] for number in numbers], return_tensors="pt"
-    )
-    with torch.inference_mode():
-        states = model(**batch, output_hidden_states=True).hidden_states
-    for layer in range(2):
-        assert torch.allclose(found[f"layer_0{layer}"], states[layer + 1][:, 0], atol=1e-5)
-
-
-def test_features_of_several_checkpoints_have_a_folder_each(place, recipe, tmp_path):
-    evaluate([place / "base", place / "tower.safetensors"], recipe=recipe, features=tmp_path / "f")
-    names = sorted(str(file.relative_to(tmp_path / "f")) for file in (tmp_path / "f").rglob("*.safetensors"))
-    assert names == [f"{name}/{task}.safetensors" for name in ("base", "tower") for task in ("more", "tints")]
-    with open_checkpoint(tmp_path / "f" / "tower" / "tints.safetensors") as stored:
-        about = stored.metadata
-    assert (about["kind"], about["task"], about["split"]) == ("features", "tints", "test")
-
-
 def test_results_of_older_versions_are_read(place, recipe, tmp_path):
     (result,) = evaluate([place / "base"], recipe=recipe, limit=5)
     values = json.loads(result.to_json())
@@ -357,3 +317,124 @@ def test_without_tasks_those_of_the_tuned_models_are_taken(place):
     (result,) = evaluate([place / "base"], recipe=recipe)
     assert list(result.tasks) == ["digits"]
     assert result.tasks["digits"].images == 450
+
+
+def test_nothing_is_computed_before_every_input_is_known_to_fit(place, recipe, tmp_path, monkeypatch):
+    weights = load_file(place / "tower.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "post" not in name}, tmp_path / "bad.safetensors"
+    )
+    monkeypatch.setattr(counting, "count", lambda *_: pytest.fail("a forward pass began"))
+    with pytest.raises(InputError, match=r"lacks tensor `vision_model\.post_layernorm\.bias`"):
+        evaluate([place / "base", tmp_path / "bad.safetensors"], recipe=recipe)
+    with pytest.raises(InputError, match=r"gone\.safetensors: no such file"):
+        evaluate([place / "base", tmp_path / "gone.safetensors"], recipe=recipe)
+    gone = {"gone": TaskTable(data=parse_source(str(tmp_path / "gone"), Path()), templates=("{}",))}
+    with pytest.raises(InputError, match="gone: no such file or folder"):
+        evaluate(
+            [place / "base"],
+            recipe=Recipe(base=recipe.base, tasks={**recipe.tasks, **gone}),
+            tasks=["tints", "gone"],
+        )
+
+
+def test_weights_that_are_not_numbers_are_named_and_nothing_is_written(place, recipe, tmp_path):
+    weights = load_file(place / "tower.safetensors")
+    weights["vision_model.post_layernorm.bias"][0] = float("nan")
+    save_file(weights, tmp_path / "nan.safetensors")
+    with pytest.raises(InputError, match=r"nan\.safetensors: gives NaN or infinite logits on task `tints`"):
+        evaluate([tmp_path / "nan.safetensors"], recipe=recipe, output=tmp_path / "r.json")
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"clip": None, "tasks": ["mnist"]}, "no CLIP to evaluate with"),
+        ({"tasks": None}, "no tasks to evaluate on"),
+        ({"tasks": ["mnsit"]}, "unknown task `mnsit`"),
+        ({"device": "abacus"}, "device `abacus`"),
+        ({"dtype": "float31"}, r"dtype: expected one of .*, got `float31` \(did you mean `float32`\?\)"),
+        ({"limit": 0}, "limit: expected a whole number of at least 1, got 0"),
+        ({"workers": 0}, "workers: expected a whole number of at least 1, got 0"),
+        ({"corruption": "contrats"}, r"unknown corruption `contrats` \(did you mean `contrast`\?\)"),
+        ({"corruption": "contrast", "severity": 6}, "expected a severity from 1 to 5, got 6"),
+        ({"cache_size": "large"}, "cache size: expected a size"),
+        ({"features": "base/config.json"}, "is a file, a folder was expected"),
+        ({"checkpoints": []}, "no checkpoint to evaluate"),
+        (
+            {"checkpoints": ["a/x.safetensors", "b/x.safetensors"], "output": "out"},
+            "two results would be called `x`",
+        ),
+        ({"checkpoints": ["base", "other"], "output": "r.json"}, "one file cannot hold 2 results"),
+        ({"output": "base/model.json"}, None),
+    ],
+)
+def test_wrong_arguments_are_refused(place, tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "other"):
+        shutil.copytree(place / name, tmp_path / name)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(place / "tower.safetensors", tmp_path / name / "x.safetensors")
+    arguments = {"checkpoints": ["base"], "clip": "base", "tasks": ["digits"], **given}
+    checkpoints = arguments.pop("checkpoints")
+    if message is None:
+        evaluate(checkpoints, **arguments)
+        return
+    with pytest.raises(UsageError, match=message):
+        evaluate(checkpoints, **arguments)
+
+
+def test_predictions_never_replace_a_checkpoint(place, recipe, tmp_path):
+    file = Path(shutil.copy(place / "tower.safetensors", tmp_path))
+    with pytest.raises(UsageError, match=r"expected a \.parquet file"):
+        evaluate([file], recipe=recipe, predictions=file)
+    data = place / "tints" / "predictions.parquet"
+    with pytest.raises(UsageError, match="lies in the data of `tints`, which is never written to"):
+        evaluate([file], recipe=recipe, tasks=["tints"], predictions=data)
+    with pytest.raises(UsageError, match="lies in the data of `tints`, which is never written to"):
+        evaluate([file], recipe=recipe, tasks=["tints"], features=place / "tints")
+    assert not data.exists()
+
+
+def test_features_never_replace_a_checkpoint_that_is_called_like_a_task(place, recipe, tmp_path):
+    file = Path(shutil.copy(place / "tower.safetensors", tmp_path / "tints.safetensors"))
+    with pytest.raises(UsageError, match="would replace an input"):
+        evaluate([file], recipe=recipe, features=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda v: v.update(schema="mergecli.eval/9"),
+            '`schema`: expected `mergecli.eval/1`, got "mergecli.eval/9"',
+        ),
+        (lambda v: v.pop("clip"), "`clip`: expected a table, got nothing"),
+        (lambda v: v["tasks"]["tints"].pop("loss"), "`tasks.tints.loss`: expected a number, got nothing"),
+        (
+            lambda v: v["tasks"]["tints"].update(correct="many"),
+            '`tasks.tints.correct`: expected a whole number, at least 0, got "many"',
+        ),
+        (lambda v: v["tasks"]["tints"].update(correct=13), "do not agree"),
+        (lambda v: v["tasks"].clear(), "names no tasks"),
+        (lambda v: v.update(tasks=[]), "`tasks`: expected a table"),
+    ],
+)
+def test_a_file_that_is_no_result_is_refused(place, recipe, tmp_path, change, message):
+    (result,) = evaluate([place / "base"], recipe=recipe, tasks=["tints"])
+    values = json.loads(result.to_json())
+    change(values)
+    (tmp_path / "r.json").write_text(json.dumps(values))
+    with pytest.raises(InputError) as caught:
+        read_result(tmp_path / "r.json")
+    assert message in caught.value.message
+
+
+def test_text_that_is_not_json_is_refused(tmp_path):
+    (tmp_path / "r.json").write_text("{")
+    with pytest.raises(InputError, match=r"r\.json: is not JSON"):
+        read_result(tmp_path / "r.json")
+    with pytest.raises(InputError, match="no such result"):
+        read_result(tmp_path / "gone.json")

@@ -28,7 +28,7 @@ def test_a_model_may_not_be_called_like_the_base(world: World, run: Run) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("schema = true", "`schema`: expected 1, got True"),
+        ("schema = true", "`schema`: expected 1, got true"),
         (f"seed = {'9' * 5000}", "has a number that is too long, or tables nested too deeply"),
         (
             f"[method]\nname = 'ties'\nscaling_factor = {'9' * 400}",
@@ -149,7 +149,10 @@ def test_a_report_never_replaces_a_result_and_writes_all_or_nothing(tmp_path: Pa
     for part in ("checkpoint", "clip", "model_info", "tasks"):
         file.write_text(json.dumps({**result, part: []}))
         ended = run("report", "r.json")
-        assert (ended.status, ended.err.splitlines()[0]) == (3, f"error: r.json: `{part}`: expected a table")
+        assert (ended.status, ended.err.splitlines()[0]) == (
+            3,
+            f"error: r.json: is not a result: `{part}`: expected a table, got []",
+        )
 
 
 def test_cosines_and_their_layers_need_two_files(world: World, run: Run) -> None:

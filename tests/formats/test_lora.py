@@ -400,7 +400,7 @@ REFUSED_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "no expression": ({"target_modules": "("}, r"`target_modules`: expected a regular expression \("),
     "no names": ({"modules_to_save": [3]}, "`modules_to_save`: expected a list of names"),
     "no flag": ({"use_rslora": "yes"}, "`use_rslora`: expected true or false"),
-    "no bias": ({"bias": "some"}, "`bias`: expected none, all or lora_only"),
+    "no bias": ({"bias": "some"}, "`bias`: expected one of none, all, lora_only"),
     "another rank": ({"r": 8}, "`lora_A` has shape \\(4, 16\\), the configuration says rank 8"),
     "another rank of some": ({"rank_pattern": {"v_proj": 2}}, "v_proj`: `lora_A` has shape .* says rank 2"),
     "no DoRA": ({"use_dora": True}, "q_proj`: lacks `lora_magnitude_vector`"),

@@ -85,7 +85,7 @@ def test_all_problems_come_at_once_with_their_lines(tmp_path: Path) -> None:
         "1: `shcema`: unknown key (did you mean `schema`?)",
         "2: `base`: expected a string, got 3",
         "3: `seed`: expected a whole number, at least 0, got -1",
-        "4: `dtype`: expected one of same, float32, float16, bfloat16, got 'float61' (did you mean `float16`?)",
+        '4: `dtype`: expected one of same, float32, float16, bfloat16, got "float61" (did you mean `float16`?)',
         "7: `tuned._x_`: names that begin with an underscore are reserved: expected letters, digits, `-`, `_`, "
         "`.` or `+`, beginning with a letter or digit",
         "11: `method.density`: expected a number in (0, 1], got 1.5",
@@ -209,9 +209,9 @@ def test_every_mistake_in_the_table_of_a_source_is_told_at_once(tmp_path: Path) 
     assert [line.strip().replace(f"{file}:", "") for line in caught.value.message.splitlines()[1:]] == [
         "1: `base.source`: is missing: expected a source such as `hf:org/name`, or a path",
         "3: `tuned.a.revision`: the source has one already",
-        "3: `tuned.a.dtype`: expected one of float32, float16, bfloat16, got 'int8'",
+        '3: `tuned.a.dtype`: expected one of float32, float16, bfloat16, got "int8"',
         "4: `tuned.b.sorce`: unknown key (did you mean `source`?)",
-        "4: `tuned.b.modelscope`: expected `org/name` beside an `hf:` source, got 'org/b'",
+        '4: `tuned.b.modelscope`: expected `org/name` beside an `hf:` source, got "org/b"',
         "4: `tuned.b.subfolder`: `../up`: expected a file or folder inside the repository, such as "
         "`vision/model.safetensors`",
         "5: `tuned.c.source`: expected a string, got 3",

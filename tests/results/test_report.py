@@ -309,7 +309,7 @@ def test_nothing_to_report_and_files_of_other_kinds_are_refused(tmp_path: Path) 
     with pytest.raises(UsageError, match="there are no results to report"):
         report([])
     (tmp_path / "x.json").write_text('{"schema": "mergecli.eval/9"}')
-    with pytest.raises(InputError, match=r"x.json: `schema`: expected `mergecli.eval/1`"):
+    with pytest.raises(InputError, match=r"x.json: is not a result: `schema`: expected `mergecli.eval/1`"):
         report([tmp_path / "x.json"])
 
 

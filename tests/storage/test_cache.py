@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def put(kind: str, key: str, used: int, size: int = 1000) -> Path:
     """A file of the cache that was last used `used` seconds after 1970."""
-    path = caching.place(kind, key)
+    path = caching.cache_path(kind, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"x": torch.zeros(size, dtype=torch.uint8)}, path, {"what": f"thing {key}"})
     os.utime(path, (used, used))
@@ -185,7 +185,7 @@ def test_the_command_shows_a_table_and_says_what_it_removed(capsys):
     app.command()(command)
     put("pixels", "a", 10)
     app([], standalone_mode=False)
-    size = caching.place("pixels", "a").stat().st_size
+    size = caching.cache_path("pixels", "a").stat().st_size
     assert capsys.readouterr().out.splitlines() == [
         "kind\twhat\tbytes\tlast used",
         f"pixels\tthing a\t{size}\t1970-01-01T00:00:10Z",

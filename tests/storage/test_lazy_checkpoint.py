@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
-from mergecli.storage.lazy_checkpoint import View, rounded, view
+from mergecli.storage.lazy_checkpoint import LazyCheckpoint, lazy_checkpoint, rounded
 from tests.conftest import World, assert_same
 
 
@@ -20,8 +20,8 @@ def doubled(base: Checkpoint, name: str, start: int, stop: int, into: Tensor) ->
     into.copy_(base.read_entries(name, start, stop) * 2)
 
 
-def twice(base: Checkpoint, *names: str) -> View:
-    return view(base, {name: partial(doubled, base, name) for name in names})
+def twice(base: Checkpoint, *names: str) -> LazyCheckpoint:
+    return lazy_checkpoint(base, {name: partial(doubled, base, name) for name in names})
 
 
 def read(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -59,7 +59,9 @@ def test_a_computed_tensor_is_rounded_once(world: World) -> None:
     def add(start: int, stop: int, into: Tensor) -> None:
         into.copy_(torch.full((stop - start,), 1 + 2**-20))
 
-    with view(open_checkpoint(world.folder / "x.safetensors"), {"x": add}, dtype="float32") as seen:
+    with lazy_checkpoint(
+        open_checkpoint(world.folder / "x.safetensors"), {"x": add}, dtype="float32"
+    ) as seen:
         assert seen.read("x").equal(torch.full((3,), 1 + 2**-20))
 
 

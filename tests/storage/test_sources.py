@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mergecli.runtime.errors import InputError, UsageError
+from mergecli.runtime.errors import UsageError
 from mergecli.storage.sources import named_sources, parse_source
-from mergecli.storage.store import locate
 
 
 @pytest.mark.parametrize(
@@ -44,41 +43,6 @@ def test_a_source_of_no_known_form_is_refused(text: str, message: str) -> None:
 def test_a_file_whose_name_has_a_colon_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "ab:c").touch()
     assert parse_source("ab:c", tmp_path).kind == "path"
-
-
-def test_what_was_not_fetched_says_how_to_fetch_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path))
-    with pytest.raises(
-        InputError, match=r"hf:org/name@v1: has not been fetched\nhint: run `mergecli fetch hf:org/name@v1`"
-    ):
-        locate(parse_source("hf:org/name@v1", Path()))
-
-
-def test_what_was_fetched_is_found_by_branch_and_by_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path))
-    commit = tmp_path / "ms" / "org" / "name" / "0123abcd"
-    commit.mkdir(parents=True)
-    (commit.parent / "refs").mkdir()
-    (commit.parent / "refs" / "master").write_text("0123abcd\n")
-    assert locate(parse_source("ms:org/name", Path())) == commit
-    assert locate(parse_source("ms:org/name@0123abcd", Path())) == commit
-
-
-def test_a_hub_name_without_its_prefix_gets_a_hint() -> None:
-    with pytest.raises(
-        InputError,
-        match=r"openai/clip: no such file or folder\nhint: for the hub's model write `hf:openai/clip`",
-    ):
-        locate(parse_source("openai/clip", Path()))
-
-
-def test_an_unknown_toy_is_named_with_those_there_are() -> None:
-    with pytest.raises(
-        InputError, match=r"toy:bas: there is no such toy \(did you mean `base`\?\)\nhint: the toys are `toy:"
-    ):
-        locate(parse_source("toy:bas", Path()))
 
 
 def test_models_on_the_command_line_get_their_names() -> None:

@@ -1,16 +1,27 @@
-"""What a CLIP's own image processor makes of images, against which ours is held."""
+"""A CLIP's own image processor: what it makes of images, against which ours is held, and other configurations of it."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from mergecli.clip.model import Clip
+from mergecli.clip.model import Clip, load_clip
 
 
 def pixel_values(clip: Clip, images: Sequence[Image]) -> Tensor:
     """(B, 3, H, W) float32: the images resized, cropped and normalized as the checkpoint's own config says."""
     return clip.processor(images=list(images), return_tensors="pt")["pixel_values"].to(torch.float32)
+
+
+def configured(clip: Clip, folder: Path, **given: object) -> Clip:
+    """The CLIP with another configuration of its image processor."""
+    shutil.copytree(clip.path, folder)
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
+    return load_clip(folder)

@@ -1,4 +1,4 @@
-"""The images that a method looks at: of each task, from which split, and what tells them from others."""
+"""Calibration data: the images of each task that a method looks at, without their labels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CalibrationTask:
         return self.task.templates if self.task else ()
 
     def facts(self, *, head: bool, most: int | None = None) -> dict[str, Any]:
-        """What tells the images from others: split, number and digest; with `head` also digests of class names and prompts.
+        """Metadata that identifies the images: split, number and digest; with `head` digests of class names and prompts.
 
         Args:
             most: how many of the images are looked at, at most; all by default.
@@ -50,7 +50,7 @@ class CalibrationTask:
         return found
 
     def sampled(self, count: Callable[[int], int], label: str, seed: int) -> CalibrationTask:
-        """The task with as many of its N images as `count(N)` says, drawn by label and seed, in the order of the data."""
+        """The task with `count(N)` of its N images, drawn by label and seed, in the order of the data."""
         from mergecli.methods._base import uniform
 
         assert self.images is not None

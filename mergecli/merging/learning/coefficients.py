@@ -25,7 +25,7 @@ from mergecli.merging.learning.work import LearningWork
 from mergecli.merging.merge_target import MergeTarget
 from mergecli.merging.models import ModelPasses, Models
 from mergecli.methods._adapted import UNSAVED, Adapted
-from mergecli.methods._learned import LearnedTensors, Learner, State
+from mergecli.methods._learned import LearnedTensors, Learner, Need, State
 from mergecli.methods._task_learner import TaskLearner
 from mergecli.recipe.schema import recipe_text
 from mergecli.results.cells import Column
@@ -52,13 +52,12 @@ def coefficients(
     """
     method, recipe = target.method, target.recipe
     assert isinstance(method, Learner)
-    learns = files.coefficients is None
-    method, needed = open_needed(models, method, recipe, stack, learns=learns)
-    files.refuse_inputs(target, {TITLES[need]: each.files[0] for need, each in needed.items()})
-    if (
-        isinstance(method, TaskLearner) and not is_first()
-    ):  # the first of several processes learns, and writes
-        return Learned(replace(target, method=method))
+    needed: dict[Need, Checkpoint] = {}
+    if method.needs:
+        method, needed = open_needed(models, method, recipe, stack, learns=files.coefficients is None)
+        files.refuse_inputs(target, {TITLES[need]: each.files[0] for need, each in needed.items()})
+    if isinstance(method, TaskLearner) and not is_first():
+        return Learned(replace(target, method=method))  # the first of several processes learns, and writes
     path = files.coefficients or _file(LearningWork.of(models, method, recipe, needed), progress)
     named = {SETTINGS[need] for need in method.needs} - method.changeable
     used, stored = read_learned(

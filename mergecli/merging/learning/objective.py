@@ -16,7 +16,7 @@ from mergecli.methods._learned import State
 from mergecli.methods._mixture import Installed, Routed
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError, quoted
-from mergecli.storage import cache as caching
+from mergecli.storage.cache import allowed_size
 from mergecli.storage.checkpoint import VISION
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def _task_batches(work: LearningWork, method: Adapted, clip: Clip, names: Sequen
     from mergecli.clip.heads import cached_head
     from mergecli.clip.pixels import Processing, cached_pixels, stored_pixels
 
-    tasks, size = list(work.models.tuned), caching.allowed_size()
+    tasks, size = list(work.models.tuned), allowed_size()
     text = work.clip_digests.text
     found: list[TaskBatches] = []
     for name in names:

@@ -1,4 +1,4 @@
-"""One learning: everything that its result depends on, and the name that its files get by that."""
+"""What a method learns from: models, images and settings, and the key that its files in the store get by them."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class LearningWork:
     recipe: Recipe
     needed: Mapping[Need, Checkpoint]
     tasks: Mapping[str, CalibrationTask] = field(repr=False)
-    """Those that are looked at."""
+    """Those whose images are looked at."""
 
     @classmethod
     def of(
         cls, models: Models, method: Learner, recipe: Recipe, needed: Mapping[Need, Checkpoint]
     ) -> LearningWork:
-        """Raises UsageError if a model is not named after a task; InputError if its images are not there."""
+        """Raises UsageError if a model is not named after a task; InputError if its images are missing."""
         chosen = (method.adapt_on if isinstance(method, Adapted) else ()) or tuple(models.tuned)
         if unknown := [name for name in chosen if name not in models.tuned]:
             raise UsageError(f"`method.adapt_on`: there are no models {quoted(unknown)}")
@@ -102,7 +102,7 @@ class LearningWork:
 
     @property
     def key(self) -> str:
-        """A name for files of this work."""
+        """32 hex digits of everything that the result depends on."""
         from mergecli.clip.heads import processing_texts
 
         facts = [
@@ -112,7 +112,7 @@ class LearningWork:
         return sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
     def task_key(self, task: str) -> str:
-        """A name for the file of what is learned for one task, which depends on no other task."""
+        """The same of what is learned for one task, which depends on no other task."""
         from mergecli.clip.heads import processing_texts
 
         assert self.models.base is not None

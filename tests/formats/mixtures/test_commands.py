@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import mergecli
-from mergecli.evaluation.evaluate import counting
+from mergecli.evaluation import counting
 from mergecli.formats.mixture import mixture_of
 from mergecli.results.result import read_result
 from mergecli.runtime.errors import InputError
@@ -186,6 +186,6 @@ def test_results_of_before_have_no_size(place: Path, tmp_path: Path) -> None:
     values["model_info"]["relative_size"] = "large"
     (tmp_path / "bad.json").write_text(json.dumps(values))
     with pytest.raises(
-        InputError, match=r"bad.json: is not a result: `model_info.relative_size`: expected float"
+        InputError, match=r"bad.json: is not a result: `model_info.relative_size`: expected a number"
     ):
         read_result(tmp_path / "bad.json")

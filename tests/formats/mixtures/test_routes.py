@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mergecli
-from mergecli.evaluation.evaluate import evaluate as evaluation
+from mergecli.evaluation import evaluate as evaluation
 from mergecli.evaluation.routes import RouteSums
 from mergecli.results.plots import route_maps
 from mergecli.runtime.errors import InputError, UsageError

@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from mergecli.clip import model
-from mergecli.evaluation.evaluate import counting, evaluate
+from mergecli.evaluation import counting
+from mergecli.evaluation.evaluate import evaluate
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, stop_at: str | None = None) -> list[str]:
@@ -73,20 +74,6 @@ def test_only_the_same_evaluation_goes_on(place, recipe, tmp_path, monkeypatch, 
     seen = counted(monkeypatch)
     evaluate(**{"checkpoints": place / "tower.safetensors", "recipe": recipe, **change})
     assert seen == again
-
-
-def test_features_that_were_saved_before_an_interruption_are_not_made_again(
-    place, recipe, tmp_path, monkeypatch
-):
-    given = {"recipe": recipe, "features": tmp_path / "f"}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        counted(patch, stop_at="more")
-        evaluate(place / "other", **given)
-    assert [file.name for file in (tmp_path / "f").iterdir()] == ["tints.safetensors"]
-    seen = counted(monkeypatch)
-    evaluate(place / "other", **given)
-    assert seen == ["more 1"]
-    assert len(list((tmp_path / "f").iterdir())) == 2
 
 
 def test_a_damaged_count_of_an_interrupted_evaluation_is_made_anew(place, recipe, tmp_path, monkeypatch):

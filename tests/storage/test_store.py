@@ -1,0 +1,83 @@
+"""Where sources lie on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mergecli.runtime.errors import InputError
+from mergecli.storage.sources import Source, parse_source
+from mergecli.storage.store import MANIFEST, RemoteFile, Store, StoredFile, locate
+
+
+def test_what_was_not_fetched_says_how_to_fetch_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path))
+    with pytest.raises(
+        InputError, match=r"hf:org/name@v1: has not been fetched\nhint: run `mergecli fetch hf:org/name@v1`"
+    ):
+        locate(parse_source("hf:org/name@v1", Path()))
+
+
+def test_what_was_fetched_is_found_by_branch_and_by_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path))
+    commit = tmp_path / "ms" / "org" / "name" / "0123abcd"
+    commit.mkdir(parents=True)
+    (commit.parent / "refs").mkdir()
+    (commit.parent / "refs" / "master").write_text("0123abcd\n")
+    assert locate(parse_source("ms:org/name", Path())) == commit
+    assert locate(parse_source("ms:org/name@0123abcd", Path())) == commit
+
+
+def test_a_hub_name_without_its_prefix_gets_a_hint() -> None:
+    with pytest.raises(
+        InputError,
+        match=r"openai/clip: no such file or folder\nhint: for the hub's model write `hf:openai/clip`",
+    ):
+        locate(parse_source("openai/clip", Path()))
+
+
+def test_an_unknown_toy_is_named_with_those_there_are() -> None:
+    with pytest.raises(
+        InputError, match=r"toy:bas: there is no such toy \(did you mean `base`\?\)\nhint: the toys are `toy:"
+    ):
+        locate(parse_source("toy:bas", Path()))
+
+
+def test_the_manifest_says_what_is_there_and_damage_is_an_error(tmp_path: Path) -> None:
+    store, source, commit = Store(tmp_path), Source("hf", "org/x"), "0" * 40
+    assert store.manifest(source, commit).files == {}
+    folder = store.folder(source, commit)
+    folder.mkdir(parents=True)
+    (folder / "a.bin").write_bytes(b"123")
+    files = {"a.bin": {"size": 3, "sha256": "f" * 64, "made_from": None}}
+    manifest = {"files": files, "listing": [{"path": "a.bin", "size": 3}], "converted_from": None}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert store.manifest(source, commit).files == {"a.bin": StoredFile("a.bin", 3, "f" * 64)}
+    assert store.has(source, commit, RemoteFile("a.bin", 3))
+    assert not store.has(source, commit, RemoteFile("a.bin", 3, "e" * 64))
+    assert not store.has(source, commit, RemoteFile("a.bin", 4))
+    (folder / MANIFEST).write_text("{}")
+    with pytest.raises(InputError, match=r"\.mergecli\.json: is damaged"):
+        store.manifest(source, commit)
+
+
+def test_a_commit_that_is_not_as_it_was_fetched_is_refused_and_one_put_there_by_hand_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path))
+    source, commit = parse_source("hf:org/x", tmp_path), "0" * 40
+    folder = Store(tmp_path).folder(source, commit)
+    folder.mkdir(parents=True)
+    Store(tmp_path).reference_file(source).parent.mkdir()
+    Store(tmp_path).reference_file(source).write_text(commit)
+    assert locate(source) == folder
+    files = {"a.bin": {"size": 3, "sha256": "f" * 64, "made_from": None}}
+    (folder / MANIFEST).write_text(json.dumps({"files": files, "listing": None, "converted_from": None}))
+    with pytest.raises(InputError, match=r"`a\.bin` in .* is missing or not as fetched"):
+        locate(source)
+    (folder / MANIFEST).write_text('{"of": "another version"}')
+    assert locate(source) == folder
