@@ -144,7 +144,14 @@ def named_sources(arguments: Sequence[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for argument in arguments:
         name, equals, source = argument.partition("=")
-        if not equals or "/" in name:
+        # Lightning calls its files `epoch=3-step=1000.safetensors`
+        is_file = equals and (_lies_there(argument) or _lies_there(argument.rpartition("#")[0]))
+        if is_file and name and source and _lies_there(source):
+            raise UsageError(
+                f"`{argument}`: is a file, and so is {source}",
+                f"write `./{argument}` for the first, `{name}=./{source}` for the second",
+            )
+        if not equals or is_file or "/" in name:
             source = argument
             whole, _, task = argument.rpartition(".safetensors#")
             path = Path((whole or argument).split(":")[-1].split("@")[0])
@@ -160,3 +167,7 @@ def named_sources(arguments: Sequence[str]) -> dict[str, str]:
             )
         sources[name] = source
     return sources
+
+
+def _lies_there(path: str) -> bool:
+    return bool(path) and os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111
