@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergecli.clip.processor import expect_fit, read_processor
+from mergecli.formats.convert import why_foreign
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import expect_finite, whole_folder, write_text
 from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
@@ -51,12 +53,13 @@ def load_clip(path: Path) -> Clip:
     on whether it is installed.
 
     Raises:
-        InputError: a file is missing or damaged, or the folder does not hold a whole CLIP.
+        InputError: a file is missing or damaged, the folder does not hold a whole CLIP, or its parts do not fit.
     """
     with open_checkpoint(path) as stored:
         if not path.is_dir() or not stored.is_whole_clip:
             raise InputError(
-                f"{path}: is not a whole CLIP", "a base is a folder with both towers and a tokenizer"
+                f"{path}: is not a whole CLIP",
+                why_foreign(stored) or "a base is a folder with both towers and a tokenizer",
             )
     _expect(path, "config.json")
     _expect(path, "preprocessor_config.json", "processor_config.json")
@@ -75,7 +78,9 @@ def load_clip(path: Path) -> Clip:
                 output_loading_info=True,
             )
             tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
-            processor = pil_processor().from_pretrained(path, local_files_only=True)
+            processor = read_processor(path)
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(f"{path}: cannot be loaded as a CLIP: {str(error).splitlines()[0]}") from error
     wrong = [f"lacks tensor `{name}`" for name in sorted(info["missing_keys"])]
@@ -84,6 +89,7 @@ def load_clip(path: Path) -> Clip:
         raise InputError(f"{path}: the weights do not fit `config.json`:\n{listed(wrong)}")
     if len(tokenizer) < 10:
         raise InputError(f"{path}: its tokenizer knows only {len(tokenizer)} tokens", "fetch the base again")
+    expect_fit(processor, path, model.config.vision_config)
     return Clip(path, model.eval().requires_grad_(False), tokenizer, processor)
 
 
@@ -97,7 +103,7 @@ def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
     if lines := differences(checkpoint.vision().entries, want, "the base has"):
         raise InputError(
             f"{checkpoint.path}: does not fit the vision tower of {clip.path}:\n{listed(lines)}",
-            "name the base that it was fine-tuned from",
+            why_foreign(checkpoint) or "name the base that it was fine-tuned from",
         )
 
 
@@ -147,20 +153,6 @@ def _expect(folder: Path, *names: str) -> None:
     """Raises InputError unless one of the files is there."""
     if not any((folder / name).is_file() for name in names):
         raise InputError(f"{folder}: has no `{names[0]}`", "fetch or copy the whole repository of the base")
-
-
-def pil_processor() -> Any:
-    """The image processor class that works with PIL, under whichever name this transformers has it."""
-    import transformers
-
-    for name in ("CLIPImageProcessorPil", "CLIPImageProcessor"):
-        with contextlib.suppress(AttributeError, ImportError):
-            found = getattr(transformers, name)
-            if not getattr(found, "is_fast", False):
-                return found
-    from transformers.models.clip import image_processing_clip
-
-    return image_processing_clip.CLIPImageProcessor
 
 
 @contextlib.contextmanager

@@ -14,14 +14,13 @@ from mergecli.evaluation.routes import route_files, write_routes
 from mergecli.evaluation.scoring import score
 from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import LEFT_OUT, mixture_of
-from mergecli.formats.opening import open_source
+from mergecli.formats.opening import model_path, open_source
 from mergecli.results import plots
 from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.atomic import check_target, check_targets, write_text
 from mergecli.storage.metadata import looked_at, made_of
 from mergecli.storage.sources import Source, parse_source
-from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from mergecli.data.tasks import Task
@@ -168,7 +167,7 @@ def _evaluate_open(
 
     scores = score(
         models,
-        locate(base),
+        model_path(base),
         tasks,
         settings,
         own_task_only=individual,

@@ -34,7 +34,7 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
         InputError: it is missing or damaged, or the adapter does not fit the base, or is for another, or
             there is none.
     """
-    path = _converted(locate(source))
+    path = model_path(source)
     added = locate(source.adapter) if source.adapter else None
     with ExitStack() as stack:
         if is_adapter(path):
@@ -84,13 +84,16 @@ def _of_task(opened: Checkpoint, source: Source) -> Checkpoint:
     return mixture_of(opened).of_task(source.task)
 
 
-def _converted(path: Path) -> Path:
-    """The conversion of a pickle on this machine, if `fetch --allow-pickle` has made it; else the path itself."""
-    weights = path.glob("*.safetensors*") if path.is_dir() else [path] if ".safetensors" in path.name else []
-    if any(weights):
-        return path
+def model_path(source: Source) -> Path:
+    """Where the weights that a source means can be read: at their own path, or at that of their conversion on this
+    machine, if `fetch` has made it of a pickle, or of open_clip's names.
+
+    Raises:
+        InputError: there is nothing at the source.
+    """
     from mergecli.formats.convert import converted_path
 
+    path = locate(source)
     try:
         found = converted_path(path, home(), allow_pickle=False)
     except (InputError, UsageError):

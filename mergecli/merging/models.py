@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from mergecli.formats.convert import why_foreign
 from mergecli.formats.mixture import one_tower
 from mergecli.formats.opening import open_source
 from mergecli.methods._base import Group
@@ -245,9 +246,13 @@ def check_fit(models: Models) -> None:
     if not models.floats:
         problems.append(f"{whose} has no floating point tensors")
     if problems:
+        every = [*([models.base] if models.base else []), *models.tuned.values()]
         raise InputError(
             f"the checkpoints do not fit together:\n{listed(problems, 40)}",
-            "merge only models that were fine-tuned from the same base",
+            next(
+                filter(None, map(why_foreign, every)),
+                "merge only models that were fine-tuned from the same base",
+            ),
         )
 
 
