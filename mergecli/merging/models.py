@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from mergecli.clip.other_parts import Candidate, warn_of_other_parts
 from mergecli.formats.convert import why_foreign
 from mergecli.formats.mixture import one_tower
 from mergecli.formats.opening import open_source
@@ -184,11 +185,13 @@ def open_models(
     *,
     needs: Literal["base", "weights", "deltas"],
     device: str = "cpu",
+    says_other_parts: bool = False,
 ) -> Models:
     """The recipe's models, open until `stack` ends, and known to have the same tensors.
 
     `needs` says what will be looked at: with "weights" a base is needed only for task vectors, with "deltas" only
-    for models that are not.
+    for models that are not. `says_other_parts`: whether to warn of models that differ from the base in more than the
+    vision tower.
 
     Raises:
         UsageError: there is nothing to merge, or no base. InputError: every difference between the models.
@@ -197,11 +200,15 @@ def open_models(
         raise UsageError("there are no fine-tuned models to merge", "name them in `[tuned]` or as arguments")
     for source in (*recipe.tuned.values(), *([recipe.base] if recipe.base else [])):
         locate(source)
-    base = one_tower(stack.enter_context(open_source(recipe.base))) if recipe.base else None
-    tuned = {
-        name: one_tower(stack.enter_context(open_source(source, recipe.base)))
+    whole = stack.enter_context(open_source(recipe.base)) if recipe.base else None
+    opened = [
+        Candidate(name, source, stack.enter_context(open_source(source, recipe.base)))
         for name, source in recipe.tuned.items()
-    }
+    ]
+    if says_other_parts:
+        warn_of_other_parts(opened, whole, str(recipe.base), merged=True)
+    base = one_tower(whole) if whole else None
+    tuned = {each.name: one_tower(each.opened) for each in opened}
     vectors = [name for name, each in tuned.items() if each.is_task_vector]
     weights = [name for name in tuned if name not in vectors]
     if base is None and (needs == "base" or (vectors if needs == "weights" else weights)):
