@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -21,10 +22,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_an_interrupt_that_a_library_swallowed_is_raised_again() -> None:
     interrupts.check()
-    try:
+    with suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-    except KeyboardInterrupt:
-        pass
     assert interrupts.pressed
     with pytest.raises(KeyboardInterrupt):
         interrupts.check()
