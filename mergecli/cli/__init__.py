@@ -1,4 +1,4 @@
-"""The command line: the app, and the one place where an error becomes a message and an exit status."""
+"""The command line: its commands, and the one place where an error becomes a message and an exit status."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def main(
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; its exit status."""
+    """Runs one command and returns its exit status."""
     signal.signal(signal.SIGTERM, _terminated)
     with console.warnings_of_ours():
         return _run(arguments)
@@ -89,12 +89,12 @@ def _run(arguments: Sequence[str] | None) -> int:
         console.drop_output()
         return ExitStatus.DONE
     except SystemExit:
-        # the parser turns a reader that has gone into status 1, and says so only by the stream it leaves behind
+        # the parser turns a broken pipe into status 1; only the stream that it leaves behind shows that it was one
         if type(sys.stdout).__name__ != "PacifyFlushWrapper":
             raise
         console.drop_output()
         return ExitStatus.DONE
-    except Exception as error:  # noqa: BLE001  the boundary: usage errors of the parser, and our own mistakes
+    except Exception as error:  # noqa: BLE001  the boundary: usage errors of the parser, and bugs
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             return _wrong_usage(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO) and not error.filename:
@@ -107,7 +107,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
         traceback.print_exc()
         console.error(
-            "this is a mistake in mergecli, not in what you did",
+            "this is a bug in mergecli",
             "please report it with the command, the recipe and everything above",
         )
         return ExitStatus.BUG

@@ -26,15 +26,15 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove these kinds.")] = False,
     max_size: Annotated[
         str | None,
-        typer.Option("--max-size", metavar="SIZE", help="Remove what was used longest ago, until SIZE is left, such as 5GB."),
+        typer.Option("--max-size", metavar="SIZE", help="Remove the least recently used, until SIZE is left, such as 5GB."),
     ] = None,
     form: options.Format = None,
 ) -> None:  # fmt: skip
-    """Show what evaluations and merges have kept for later ones, and remove it.
+    """Show the cache of evaluations and merges, or remove it.
 
-    Images, heads and results are kept in `$MERGECLI_HOME/cache`, and grow to 20 GB, or to half of what the disk has room
-    for if that is less; `MERGECLI_CACHE_SIZE` and `--cache-size` of `eval` say otherwise. What merges have measured
-    (`statistics`) and learnt (`coefficients`) stays until it is removed by name. Nothing is lost with any of it but time.
+    Images, heads and results are in `$MERGECLI_HOME/cache`. They grow to 20 GB, or to half of the free disk space if
+    that is less. `MERGECLI_CACHE_SIZE` and `--cache-size` of `eval` change this limit. `statistics` and `coefficients`
+    of merges stay until you remove them by name. Everything here can be made again.
 
     mergecli cache
 

@@ -1,4 +1,4 @@
-"""What people and pipes see: data on stdout, messages and progress on stderr."""
+"""Everything that is printed: data on stdout, messages and progress on stderr."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def warning(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """What may be concluded, on stderr; of several processes only the first says it."""
+    """A remark on the results, on stderr; of several processes only the first says it."""
     if is_first():
         _print(f"note: {text}")
 
@@ -53,9 +53,9 @@ def _print(text: str) -> None:
 
 @contextmanager
 def warnings_of_ours() -> Generator[None]:
-    """Says what is warned of as everything else is said; the same thing once."""
+    """Prints the package's own Python warnings as `warning:` lines, each text once."""
 
-    def tell(
+    def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int,
         file: TextIO | None = None, line: str | None = None,
     ) -> None:  # fmt: skip
@@ -66,14 +66,14 @@ def warnings_of_ours() -> Generator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("default", MergecliWarning)
-        others, warnings.showwarning = warnings.showwarning, tell
+        others, warnings.showwarning = warnings.showwarning, show
         yield
 
 
 def drop_output() -> None:
-    """Sends what is still to be printed nowhere: the reader has gone."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    """Discards everything that is printed from now on, since the reader of stdout has gone."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
 
 
 def table(content: Table, form: str | None) -> None:
@@ -87,7 +87,7 @@ def table(content: Table, form: str | None) -> None:
 
 
 def check_format(form: str | None) -> str | None:
-    """The format, if there is such a one: for `--format`, before any work is done."""
+    """The format of `--format`; raises UsageError if there is no such format. Called before any work."""
     from mergecli.results.tables import FORMATS
 
     if form is not None and form not in FORMATS:
@@ -128,17 +128,17 @@ def progress() -> Generator[Progress | None]:
         console=Console(stderr=True), transient=True,
     )  # fmt: skip
     with bars:
-        known: dict[str, Any] = {}
+        bars_of: dict[str, Any] = {}
 
-        def tell(description: str, done: int, total: int) -> None:
+        def update(description: str, done: int, total: int) -> None:
             word = description.split(":")[0]
-            if word not in known:
-                known[word] = bars.add_task(description, total=total)
-            bars.update(known[word], completed=done, total=total, description=description)
+            if word not in bars_of:
+                bars_of[word] = bars.add_task(description, total=total)
+            bars.update(bars_of[word], completed=done, total=total, description=description)
 
-        yield tell
+        yield update
 
 
-def _painted(text: str, colour: str, stream: IO[str]) -> str:
+def _painted(text: str, color: str, stream: IO[str]) -> str:
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
-    return text if plain else f"\x1b[1;{colour}m{text}\x1b[0m"
+    return text if plain else f"\x1b[1;{color}m{text}\x1b[0m"

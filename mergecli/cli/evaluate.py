@@ -54,7 +54,7 @@ def evaluate(
     ] = None,
     routes: Annotated[
         Path | None,
-        typer.Option("--routes", metavar="DIR", help="Of towers that route: write who is sent to which expert (DIR/NAME.csv, .png)."),
+        typer.Option("--routes", metavar="DIR", help="Of towers that route: write the mean weight of each expert (DIR/NAME.csv, .png)."),
     ] = None,
     min_average: Annotated[
         float | None,
@@ -84,7 +84,7 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Images at a time.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="DTYPE", help="What the tower computes in: float32, bfloat16 or float16.")
+        str, typer.Option("--dtype", metavar="DTYPE", help="Of the forward pass: float32, bfloat16 or float16.")
     ] = "float32",
     workers: Annotated[
         int | None,
@@ -92,18 +92,18 @@ def evaluate(
     ] = None,
     cache: Annotated[
         bool,
-        typer.Option("--cache/--no-cache", help="Keep images and heads for the next time, and use those kept before."),
+        typer.Option("--cache/--no-cache", help="Cache processed images and heads."),
     ] = True,
     cache_size: Annotated[
         str | None,
-        typer.Option("--cache-size", metavar="SIZE", help="What the cache may grow to, such as 20GB."),
+        typer.Option("--cache-size", metavar="SIZE", help="Largest size of the cache, such as 20GB."),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Begin anew where an interrupted evaluation would go on.")
+        bool, typer.Option("--fresh", help="Start again instead of resuming an interrupted evaluation.")
     ] = False,
     routing: Annotated[
         str,
-        typer.Option("--routing", metavar="sample|batch", help="Of towers that route: for each image, or once a batch."),
+        typer.Option("--routing", metavar="sample|batch", help="Of towers that route: for each image, or once per batch."),
     ] = "sample",
     sweep: Annotated[
         list[str] | None,
@@ -127,10 +127,9 @@ def evaluate(
     form: options.Format = None,
     changes: options.Set = None,
 ) -> None:  # fmt: skip
-    """Evaluate vision towers zero-shot: the share of each task's images that they classify rightly.
+    """Evaluate vision towers zero-shot: accuracy and loss on each task.
 
-    Processed images and heads are kept for the next evaluation. One that was interrupted goes on where it was when
-    the same command is given again.
+    Processed images and heads are cached for the next evaluation. The same command resumes an interrupted one.
 
     mergecli eval out/ties.safetensors --recipe recipe.toml -o out/ties.json
 
@@ -151,14 +150,14 @@ def evaluate(
     chosen = {"--tasks": tasks, "--only": only, "--split": split, "--corruption": corruption}
     for option, text in chosen.items():
         if text is not None and not text.strip(" ,"):
-            raise UsageError(f"{option}: is empty", "leave the option out for what it is by default")
+            raise UsageError(f"{option}: is empty", "leave the option out for its default")
     if severity is not None and corruption is None:
         raise UsageError("--severity: there is no corruption", "name one with `--corruption`")
     if changes and recipe is None:
         raise UsageError("--set: there is no recipe to change", "name one with `--recipe`")
     known = recipe_of(recipe, method=method, changes=changes or []) if recipe else None
     named = tasks.split(",") if tasks else None
-    floors = parse_thresholds(min_task or [], named, known) if min_task else {}
+    thresholds = parse_thresholds(min_task or [], named, known) if min_task else {}
     swept = {"--method": method, "--select": select, "--keep": keep, "--plot": plot}
     if sweep:
         from mergecli.evaluation.sweep import sweep as evaluate_sweep
@@ -180,7 +179,7 @@ def evaluate(
             )  # fmt: skip
         console.table(found.table, form)
         console.note(found.note)
-        check_thresholds([found.confirmed or found.results[found.best]], floors, min_average)
+        check_thresholds([found.confirmed or found.results[found.best]], thresholds, min_average)
         return
     if (other := next((name for name, value in swept.items() if value), None)) is not None:
         raise UsageError(f"{other}: belongs to a sweep", "say over what with `--sweep KEY=VALUES`")
@@ -193,4 +192,4 @@ def evaluate(
             routes=routes, progress=progress,
         )  # fmt: skip
     console.table(accuracy_table(results), form)
-    check_thresholds(results, floors, min_average)
+    check_thresholds(results, thresholds, min_average)

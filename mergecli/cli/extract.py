@@ -34,7 +34,7 @@ def extract(
         bool, typer.Option("--json", help="Print ranks, errors and sizes as JSON instead.")
     ] = False,
 ) -> None:
-    """Take a low-rank adapter out of a task vector or a fine-tuned model; prints its folder.
+    """Extract a low-rank adapter from a task vector or a fine-tuned model; prints its folder.
 
     mergecli extract merged.safetensors --base toy:base --rank 8 -o merged-lora/
 
@@ -53,7 +53,7 @@ def extract(
             dtype=dtype,
             progress=progress,
         )
-    lost = f"it is {found.error:.2%} of the whole change away from the model"
+    lost = f"its distance to the model is {found.error:.2%} of the whole change"
     if found.dropped:
         console.warning(
             f"{len(found.dropped)} tensors changed and are not in the adapter: {lost}, in its own modules "

@@ -39,7 +39,8 @@ def fetch(
         bool, typer.Option("--dry-run", help="Only show what would be fetched; write nothing.")
     ] = False,
     platform: Annotated[
-        str | None, typer.Option(metavar="hf|ms", help="Seek hf: sources on Hugging Face, or on ModelScope.")
+        str | None,
+        typer.Option(metavar="hf|ms", help="Where to fetch hf: sources from: Hugging Face or ModelScope."),
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", metavar="N", help="Files at a time.")] = 4,
     allow_pickle: Annotated[
@@ -55,8 +56,8 @@ def fetch(
 ) -> None:
     """Bring models and data to this machine; prints one local path a line. The only command that uses the network.
 
-    Beside each recipe it writes a lock (recipe.lock) with commits, sizes and SHA-256, from which --locked repeats it.
-    Ctrl-C loses nothing that has arrived: fetch again to go on.
+    Beside each recipe it writes a lock (recipe.lock) with commits, sizes and SHA-256; --locked fetches exactly these.
+    Ctrl-C loses nothing that has arrived: the same command resumes.
 
     mergecli fetch recipe.toml
     """

@@ -18,7 +18,7 @@ def finetune(
         list[str],
         typer.Option(
             "--task", metavar="TASK", autocompletion=options.complete_tasks,
-            help="What to learn. Repeatable: several at once, their losses summed.",
+            help="Task to train on. Repeatable: several at once, their losses summed.",
         ),
     ],
     output: Annotated[
@@ -35,13 +35,13 @@ def finetune(
     accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Batches that make a step.")] = 1,
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0, help="L2 penalty in Adam.")] = 0.0,
     schedule: Annotated[str, typer.Option("--schedule", help="cosine (to 0) or constant.")] = "cosine",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Order of the images; an adapter's start and dropout.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the shuffling, and of an adapter's start and dropout.")] = 0,
     precision: Annotated[
-        str, typer.Option("--precision", help="Of the computing: float32, bfloat16, or on a GPU float16.")
+        str, typer.Option("--precision", help="Of the forward pass: float32, bfloat16, or on a GPU float16.")
     ] = "float32",
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     lora: Annotated[bool, typer.Option("--lora", help="Train a low-rank adapter instead of the tower.")] = False,
-    l_lora: Annotated[bool, typer.Option("--l-lora", help="Train a linearized one: its A stays as drawn.")] = False,
+    l_lora: Annotated[bool, typer.Option("--l-lora", help="Train a linearized one: its A is frozen.")] = False,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of an adapter; default 16.")] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="It is scaled by alpha / rank; default 32.")] = None,
     target_modules: Annotated[
@@ -50,14 +50,14 @@ def finetune(
     ] = None,
     lora_dropout: Annotated[float | None, typer.Option("--lora-dropout", help="Of its inputs; default 0.1.")] = None,
     validate_every: Annotated[
-        int, typer.Option("--validate-every", min=0, metavar="STEPS", help="Validate so often; write the best weights.")
+        int, typer.Option("--validate-every", min=0, metavar="STEPS", help="Validate every so many steps; write the best weights.")
     ] = 0,
     validation_split: Annotated[
         str | None,
         typer.Option("--validation-split", metavar="SPLIT", help="Default: validation, or a tenth held out of train."),
     ] = None,
-    save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between saved states.")] = 500,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where an interrupted training would go on.")] = False,
+    save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between saved resume files.")] = 500,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming an interrupted training.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="Of the output: float32, float16 or bfloat16.")] = "float32",
     trace: Annotated[Path | None, typer.Option("--trace", help="Write losses and accuracies of each step (.csv).")] = None,
     tensorboard: Annotated[
@@ -66,7 +66,7 @@ def finetune(
 ) -> None:  # fmt: skip
     """Fine-tune a vision tower, or an adapter for it, with the zero-shot heads fixed; prints its path.
 
-    Interrupted, the same command goes on where it was. `torchrun -m mergecli finetune ...` trains on several devices.
+    The same command resumes an interrupted training. `torchrun -m mergecli finetune ...` trains on several devices.
 
     mergecli finetune --base toy:base --task digits --steps 200 --learning-rate 1e-4 -o digits.safetensors
 
@@ -81,7 +81,7 @@ def finetune(
     from mergecli.training.finetune import finetune
 
     known = recipe_of(recipe, changes=changes or []) if recipe else None
-    with console.progress() as progress, _telling(output):
+    with console.progress() as progress, _note_at_interrupt(output):
         done = finetune(
             known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
             weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
@@ -94,8 +94,8 @@ def finetune(
 
 
 @contextmanager
-def _telling(output: Path) -> Generator[None]:
-    """Says at Ctrl-C that what was done is kept, if it is."""
+def _note_at_interrupt(output: Path) -> Generator[None]:
+    """Says at Ctrl-C where the resume file is, if there is one."""
     try:
         yield
     except KeyboardInterrupt:
@@ -103,5 +103,5 @@ def _telling(output: Path) -> Generator[None]:
 
         if state_file(output).exists():
             with suppress(OSError):
-                console.note(f"interrupted: the same command goes on from {state_file(output)}")
+                console.note(f"interrupted: the same command resumes from {state_file(output)}")
         raise

@@ -29,7 +29,7 @@ def info(
     form: options.Format = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
-    """Say what a checkpoint is: parameters, dtypes, keys, digest, and what it was made from.
+    """Describe a checkpoint: parameters, dtypes, keys, digest, and what it was made from.
 
     mergecli info merged.safetensors
     """

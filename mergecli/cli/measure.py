@@ -12,12 +12,12 @@ from mergecli.cli import console, options
 
 def measure(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Names base, models and tasks.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A folder; files that are there and fit are kept.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder; valid files in it are not measured again.")],
     method: Annotated[
         str | None,
         typer.Option(
             "--method", metavar="NAME", autocompletion=options.complete_methods,
-            help="Replaces the recipe's [method]; one that looks at images.",
+            help="Replaces the recipe's [method]; one with calibration data.",
         ),
     ] = None,
     only: Annotated[
@@ -26,11 +26,10 @@ def measure(
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     changes: options.Set = None,
 ) -> None:  # fmt: skip
-    """Measure what a method needs to know of each model before it merges; prints one path a line.
+    """Measure the statistics that a method needs of each model; prints one path a line.
 
-    Different tasks may be measured by different processes or machines at one time: the files are all that a merge
-    needs of the images. Processes that `torchrun` starts share the tasks among them. Interrupted, the same command
-    measures what is still missing.
+    A merge needs only these files, not the images, so different processes or machines may measure different tasks.
+    Processes of one `torchrun` share the tasks. After an interruption the same command measures what is missing.
 
     mergecli measure recipe.toml --method fisher -o stats/
 

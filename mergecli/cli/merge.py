@@ -38,10 +38,10 @@ def merge(
     ] = None,
     statistics: Annotated[
         Path | None,
-        typer.Option("--statistics", metavar="DIR", help="Of Fisher, RegMean: where measurements are kept, a file a task."),
+        typer.Option("--statistics", metavar="DIR", help="Of methods with calibration data: folder of statistics, one file per task."),
     ] = None,
     coefficients: Annotated[
-        Path | None, typer.Option("--coefficients", help="Apply what a method learnt before; needs no images.")
+        Path | None, typer.Option("--coefficients", help="Apply what a method has learned before; needs no images.")
     ] = None,
     save_coefficients: Annotated[
         Path | None, typer.Option("--save-coefficients", help="Write what the method learns (.safetensors).")

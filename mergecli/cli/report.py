@@ -31,7 +31,7 @@ def report(
     ascending: Annotated[bool, typer.Option("--ascending", help="With --sort: smallest first.")] = False,
     metric: Annotated[str, typer.Option("--metric", metavar="accuracy|loss", help="What the cells are.")] = "accuracy",
     seen: Annotated[
-        str, typer.Option("--seen", metavar="TASK,...", help="Tasks whose models were merged: averages of these and of the others.")
+        str, typer.Option("--seen", metavar="TASK,...", help="Tasks whose models were merged: adds averages of seen and unseen tasks.")
     ] = "",
     normalized: Annotated[
         bool, typer.Option("--normalized", help="Add accuracies divided by those of the fine-tuned models.")
@@ -42,7 +42,7 @@ def report(
     intervals: Annotated[bool, typer.Option("--intervals", help="Give each number its 95 % interval.")] = False,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="NAME|FILE", help="Add differences to this result; `n.s.` where chance may make them."),
+        typer.Option("--against", metavar="NAME|FILE", help="Add differences to this result; `n.s.` if they are not significant."),
     ] = None,
     predictions: Annotated[
         list[Path] | None,

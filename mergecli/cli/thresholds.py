@@ -1,4 +1,4 @@
-"""The least accuracies that `--min` and `--min-average` ask for, and what is below them."""
+"""The thresholds of `--min` and `--min-average`: parsed and checked."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def check_thresholds(
-    results: Sequence[Evaluation], floors: dict[str, float], min_average: float | None
+    results: Sequence[Evaluation], thresholds: dict[str, float], min_average: float | None
 ) -> None:
-    """Raises ThresholdError if a result is below what was asked for."""
+    """Raises ThresholdError if a result is below a threshold."""
     below = [
-        f"{each.checkpoint['path']}: {task}: " + _said(each, task, least)
-        for task, least in floors.items()
+        f"{each.checkpoint['path']}: {task}: " + _below(each, task, least)
+        for task, least in thresholds.items()
         for each in results
         if task not in each.tasks or each.tasks[task].accuracy < least
     ]
@@ -33,7 +33,7 @@ def check_thresholds(
         raise ThresholdError(below[0] if len(below) == 1 else f"accuracies too low:\n{listed(below, 20)}")
 
 
-def _said(result: Evaluation, task: str, least: float) -> str:
+def _below(result: Evaluation, task: str, least: float) -> str:
     score = result.tasks.get(task)
     return (
         f"{score.accuracy:.4f}, below {least:g}" if score else f"not evaluated, so not known to be {least:g}"
@@ -41,12 +41,12 @@ def _said(result: Evaluation, task: str, least: float) -> str:
 
 
 def parse_thresholds(texts: list[str], tasks: list[str] | None, recipe: Recipe | None) -> dict[str, float]:
-    """Task -> the least accuracy, as `--min TASK=X` says."""
+    """Task -> least accuracy, from texts `TASK=X` of `--min`."""
     from mergecli.data.tasks import find
     from mergecli.evaluation.evaluate import tasks_of
 
     known = [task.name for task in tasks_of(tasks, recipe)]
-    floors: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
     for text in texts:
         written, equals, number = text.partition("=")
         try:
@@ -58,7 +58,7 @@ def parse_thresholds(texts: list[str], tasks: list[str] | None, recipe: Recipe |
         name = find(written, recipe).name
         if name not in known:
             raise UsageError(f"--min {text}: `{name}` is not among the tasks{did_you_mean(name, known)}")
-        if name in floors:
-            raise UsageError(f"--min {text}: `{name}` has one already, {floors[name]:g}")
-        floors[name] = least
-    return floors
+        if name in thresholds:
+            raise UsageError(f"--min {text}: `{name}` has one already, {thresholds[name]:g}")
+        thresholds[name] = least
+    return thresholds

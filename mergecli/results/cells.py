@@ -9,7 +9,7 @@ Unit = Literal["text", "count", "percent", "points", "number", "ratio", "mixed"]
 
 
 class Estimate(NamedTuple):
-    """A number, its interval, and whether chance alone would hardly give it (None where nobody asked)."""
+    """A number, its interval, and whether it is significant (None if not tested)."""
 
     value: float
     low: float
@@ -18,7 +18,7 @@ class Estimate(NamedTuple):
 
 
 class Quantity(NamedTuple):
-    """A cell of a `mixed` column, which says itself what it is."""
+    """A cell of a `mixed` column, which has its own unit."""
 
     value: str | float | Estimate | None
     unit: Unit
@@ -30,13 +30,13 @@ Plain = str | float | bool | None
 
 @dataclass(frozen=True)
 class Column:
-    """A column's heading and what its cells are."""
+    """The heading of a column, and the unit of its cells."""
 
     name: str
     unit: Unit = "text"
 
     def shown(self, value: Cell) -> str:
-        """The cell for people: fractions as percent with one decimal, an interval as its longer side."""
+        """The cell as people read it: fractions as percent with one decimal, an interval as its longer side."""
         if isinstance(value, Quantity):
             return Column(self.name, value.unit).shown(value.value)
         if isinstance(value, Estimate):

@@ -1,4 +1,4 @@
-"""Differences to one model, and whether chance could have made them."""
+"""Differences to one model, and whether they are significant."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Vector = ndarray[Any, Any]
 
 COLUMNS = ("checkpoint", "task", "index", "label", "prediction")
-CHANCE = 0.05
+SIGNIFICANCE = 0.05
 
 
 class Answers(NamedTuple):
@@ -37,7 +37,7 @@ def baseline(wanted: str | Path, evaluations: Sequence[Evaluation]) -> Evaluatio
     """The result with that name, or in that file.
 
     Raises:
-        UsageError: there is no such result. InputError: the file is none.
+        UsageError: there is no such result. InputError: the file is not a result.
     """
     named = [each for each in evaluations if each.name == str(wanted)]
     if len(named) == 1:
@@ -54,10 +54,10 @@ def baseline(wanted: str | Path, evaluations: Sequence[Evaluation]) -> Evaluatio
 
 
 def read_predictions(files: Sequence[str | Path]) -> Predictions:
-    """What `evaluate` wrote as predictions, from all files together.
+    """The predictions that `evaluate` wrote, from all files together.
 
     Raises:
-        InputError: a file is missing or another kind, or two have the same model and task.
+        InputError: a file is missing or of another kind, or two have the same model and task.
     """
     import numpy as np
     import pyarrow as pa
@@ -84,7 +84,7 @@ def read_predictions(files: Sequence[str | Path]) -> Predictions:
             index, label, prediction = (each[model * len(tasks) + task == pair] for each in numbers)
             order = np.argsort(index, kind="stable")
             if (np.diff(index[order]) == 0).any():
-                raise InputError(f"{file}: `{key[0]}` on `{key[1]}`: an image stands there twice")
+                raise InputError(f"{file}: `{key[0]}` on `{key[1]}`: an image is there twice")
             found[key] = Answers(index[order], label[order], (label == prediction)[order])
     return found
 
@@ -95,7 +95,7 @@ _HINT = "expected a Parquet file that `mergecli eval --predictions` wrote"
 def columns(
     rows: Sequence[Row], tasks: Sequence[str], against: Evaluation, predictions: Predictions | None
 ) -> Block:
-    """For each task and the average: accuracy minus that of `against`, its interval, and whether it is more than chance."""
+    """For each task and the average: accuracy minus that of `against`, its interval and significance."""
     cells = [_differences(row, tasks, against, predictions) for row in rows]
     heads = [*tasks, "average"]
     found = [
@@ -114,14 +114,14 @@ def columns(
 
 _PAIRED = (
     "(diff.): accuracy minus that of `{name}` on the same images, in points. ±: longer side of the 95 % interval, by a "
-    "paired bootstrap (10,000 resamples of the images within each task, seed 0). n.s.: chance alone does that easily: for "
+    "paired bootstrap (10,000 resamples of the images within each task, seed 0). n.s.: not significant: for "
     "a task, p >= 0.05 in McNemar's exact test; for the average, the interval holds 0. Not corrected for making many "
     "comparisons."
 )
 _UNPAIRED = (
     "(diff.): accuracy minus that of `{name}`, in points. ±: longer side of the 95 % interval for two independent "
     "proportions (Newcombe), unpaired: as if they had been evaluated on different images, and so too wide for the same "
-    "ones; `--predictions` makes it paired. n.s.: the interval holds 0, chance alone may do that. Not corrected for "
+    "ones; `--predictions` makes it paired. n.s.: not significant, the interval holds 0. Not corrected for "
     "making many comparisons."
 )
 
@@ -145,7 +145,9 @@ def _differences(
         pairs = {task: _pair(task, result, against, predictions) for task in shared}
         alone = {task: paired_bootstrap([pair]) for task, pair in pairs.items()}
         whole = paired_bootstrap(list(pairs.values()))
-        marks = {task: mcnemar(pair.first_only, pair.second_only) < CHANCE for task, pair in pairs.items()}
+        marks = {
+            task: mcnemar(pair.first_only, pair.second_only) < SIGNIFICANCE for task, pair in pairs.items()
+        }
     cells = [Estimate(gaps[task], *alone[task], marks[task]) if task in gaps else None for task in tasks]
     return [*cells, Estimate(mean, *whole, not whole.low <= 0 <= whole.high)]
 
@@ -155,7 +157,7 @@ def _count(score: TaskScore) -> Count:
 
 
 def _other(result: Evaluation, against: Evaluation, task: str) -> bool:
-    """Whether the two were not evaluated on the same images."""
+    """Whether the two were evaluated on different images of the task."""
     if task not in result.tasks:
         return False
     ours, theirs = result.tasks[task], against.tasks[task]
@@ -163,10 +165,10 @@ def _other(result: Evaluation, against: Evaluation, task: str) -> bool:
 
 
 def _pair(task: str, first: Evaluation, second: Evaluation, predictions: Predictions) -> Pair:
-    """How two models did on the same images of a task.
+    """The disagreements of two models on the same images of a task.
 
     Raises:
-        InputError: the predictions lack one of them, or are of other images.
+        InputError: the predictions lack one of them, or are of different images.
     """
     ours, theirs = (_answers(each, task, predictions) for each in (first, second))
     if (
@@ -183,7 +185,7 @@ def _pair(task: str, first: Evaluation, second: Evaluation, predictions: Predict
 
 
 def _answers(result: Evaluation, task: str, predictions: Predictions) -> Answers:
-    """A result's predictions, once it is sure that they are its own; the fine-tuned models have the names of their tasks."""
+    """The predictions of a result, after a check that they give its counts. Fine-tuned models are named after their tasks."""
     found = predictions.get((result.name, task))
     if found is None and result.name == FINE_TUNED:
         found = predictions.get((task, task))

@@ -1,4 +1,4 @@
-"""A table as one web page that needs nothing else: no network, no files beside it."""
+"""A table as one self-contained web page: no network, no other files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def page(
     figures: Sequence[str],
     origins: Sequence[str],
 ) -> str:
-    """The whole page: the table, sorted by a click on a heading, its footnotes, pictures, and where numbers come from.
+    """The page: the table, sorted by a click on a heading, its footnotes, figures, and the origin of each number.
 
     `figures` and `origins` are HTML already, everything else is text.
     """
@@ -44,7 +44,7 @@ def page(
 
 
 def figure(svg: str, caption: str) -> str:
-    """A picture with a line under it."""
+    """A figure with its caption."""
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     wide = ' class="wide"' if size and float(size[1]) > 2 * float(size[2]) else ""
     named = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
@@ -65,7 +65,7 @@ def _number(value: Cell) -> float | None:
 
 
 def _best(columns: Sequence[Column], rows: Sequence[tuple[Cell, ...]], index: int) -> float | None:
-    """The largest accuracy of a column that is ours; None where there is nothing to choose from."""
+    """The best of our own accuracies in a column; None if there is only one."""
     if columns[index].unit != "percent" or columns[index].name.startswith("reference"):
         return None
     known = [number for row in rows if not _published(row) and (number := _number(row[index])) is not None]

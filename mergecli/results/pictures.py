@@ -1,4 +1,4 @@
-"""The pictures of a report, and the parts of its page that follow the table."""
+"""The plots of a report, and the parts of its page after the table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def chart(rows: Sequence[Row], tasks: Sequence[str], metric: Metric, intervals: bool) -> plots.Chart:
-    """What is drawn: accuracies in percent, or losses."""
+    """The numbers of a plot: accuracies in percent, or losses."""
     scale = 100 if metric == "accuracy" else 1
 
     def sides(
@@ -55,10 +55,10 @@ def chart(rows: Sequence[Row], tasks: Sequence[str], metric: Metric, intervals: 
 
 
 def draw(chart: plots.Chart, kind: str, path: Path, evaluations: Sequence[Evaluation]) -> None:
-    """Writes the picture.
+    """Writes the plot.
 
     Raises:
-        UsageError: these results cannot be drawn in that way.
+        UsageError: these results do not fit this kind of plot.
     """
     plots.save(_figure(chart, kind, evaluations), path)
 
@@ -113,7 +113,7 @@ def swept(evaluations: Sequence[Evaluation]) -> tuple[str, list[float]]:
 
 
 def figures(chart: plots.Chart, evaluations: Sequence[Evaluation], kind: str | None) -> tuple[str, ...]:
-    """The pictures of a web page, SVG in HTML; none where matplotlib is not installed."""
+    """The plots of a web page, as SVG in HTML; none if matplotlib is not installed."""
     if not plots.has_matplotlib():
         return ()
     kinds = dict.fromkeys((kind or "bars", "bars", "heatmap"))
@@ -125,14 +125,14 @@ def figures(chart: plots.Chart, evaluations: Sequence[Evaluation], kind: str | N
 
 _CAPTIONS = {
     "bars": "By task and on average.",
-    "heatmap": "Every number; bluer is more.",
+    "heatmap": "All numbers; bluer is higher.",
     "radar": "By task.",
     "sweep": "Over the values of the setting.",
 }
 
 
 def origin(result: Evaluation) -> str:
-    """Everything that a result says about where its numbers come from, folded away."""
+    """All that a result records about its origin, as a folded section."""
     values = asdict(result)
     tasks: Mapping[str, Mapping[str, Any]] = values.pop("tasks")
     values["checkpoint"] = dict(result.checkpoint)

@@ -1,4 +1,4 @@
-"""Published numbers beside ours, and in what ours are not like them."""
+"""Comparison with published tables, and every known difference in protocol."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _PARAMETERS = {
 
 
 def columns(rows: Sequence[Row], reference: Reference, intervals: bool = False) -> Block:
-    """What the paper has for the same method and the same tasks, and by how much ours is better; with `intervals` also
-    whether that is more than chance."""
+    """The published average of the same method and tasks, and our difference to it; with `intervals` also its
+    significance."""
     parts = ("seen", "unseen") if reference.seen else ("all",)
     found: list[tuple[Column, list[Cell]]] = []
     for part in parts:
@@ -53,7 +53,7 @@ def columns(rows: Sequence[Row], reference: Reference, intervals: bool = False) 
 
 
 def _estimate(row: Row, reference: Reference, part: str, difference: float) -> Cell:
-    """The difference with its interval, where it is known of how many images the published number is."""
+    """The difference with its interval, if the number of images of the published number is known."""
     theirs = _counterpart(row, reference)
     shared = [task for task in _part(reference, part) if task in row.values]
     if theirs is None or not shared or any(task not in IMAGES for task in shared):
@@ -109,7 +109,7 @@ def _part(reference: Reference, part: str) -> list[str]:
 
 
 def _average(row: PublishedRow, reference: Reference, part: str, shared: Sequence[str]) -> float:
-    """As printed where the tasks are the same, else the mean of the printed accuracies."""
+    """The printed average if the tasks are the same, else the mean of the printed accuracies."""
     if part in row.averages and list(shared) == _part(reference, part):
         return row.averages[part]
     return sum(row.accuracies[task] for task in shared) / len(shared)
@@ -135,7 +135,7 @@ def rows(reference: Reference, tasks: Sequence[str]) -> list[Row]:
 
 
 def departures(evaluations: Sequence[Evaluation], reference: Reference) -> list[str]:
-    """A line for everything in which the results are known not to be like the reference."""
+    """A line for each known difference between the protocol of the results and that of the reference."""
     found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for each in evaluations:
         for problem, task in _problems(each, reference):
@@ -157,8 +157,8 @@ def departures(evaluations: Sequence[Evaluation], reference: Reference) -> list[
 
 
 def _models_of(result: Evaluation, reference: Reference) -> dict[str, str] | None:
-    """Task -> repository, without its owner, of the models that were merged, or of the one model; none for the base; None
-    where a result does not tell."""
+    """Task -> repository, without owner, of the merged models or of the single model; empty for the base; None if the
+    result does not record it."""
     if result.checkpoint.get("method") == "pretrained":
         return {}
     if result.models:
@@ -181,7 +181,7 @@ def _settings(result: Evaluation) -> Iterator[str]:
 
 
 def _repository(source: str) -> str:
-    """`hf:owner/name@revision` without all but the name; empty for what is on no hub."""
+    """The name in `hf:owner/name@revision`; empty for a source that is on no hub."""
     kind, colon, rest = source.partition(":")
     return (
         rest.partition(" ")[0].partition("#")[0].partition("@")[0].rpartition("/")[2]
@@ -207,7 +207,7 @@ def _model_problems(result: Evaluation, reference: Reference) -> Iterator[tuple[
 
 
 def _problems(result: Evaluation, reference: Reference) -> Iterator[tuple[str, str]]:
-    """(problem, task); the task is empty where it is none's."""
+    """(problem, task); the task is empty if the problem belongs to no task."""
     clip = result.clip.get("path") or "unknown"
     if clip.partition("@")[0].rpartition("/")[2].rpartition(":")[2] != reference.backbone:
         yield f"the CLIP is `{clip}`, not `{reference.backbone}`", ""

@@ -1,4 +1,4 @@
-"""`report`: result files to one table, with what may be concluded from it."""
+"""`report`: result files to one table, with intervals, tests and references."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def report(
         seen: tasks whose models were merged: adds their average and that of the others.
         normalized: adds each accuracy divided by that of the `fine_tuned` models, by default the result of that name.
         intervals: gives each number its 95 % interval, and differences to a published number theirs.
-        against: the name of a result, or the file of one: adds the differences to it, with 95 % intervals, and says
-            which of them chance alone may make. `predictions`: Parquet files of `evaluate`, for paired tests.
+        against: the name of a result, or the file of one: adds the differences to it, with 95 % intervals, and marks
+            those that are not significant. `predictions`: Parquet files of `evaluate`, for paired tests.
         reference: the name of a published table, such as `clip-vit-base-patch32-ta8`: adds its average for the same
             method and the difference. `reference_rows` adds its rows too.
         plot: a picture (PNG, SVG or PDF) of `plot_kind`: bars (default), radar, heatmap or sweep.
@@ -127,7 +127,7 @@ def _check(
     metric: str, normalized: bool, fine_tuned: object, intervals: bool, against: object, predictions: object,
     reference: object, reference_rows: bool,
 ) -> None:  # fmt: skip
-    """Raises UsageError where the options do not go together."""
+    """Raises UsageError if the options contradict each other."""
     if metric not in METRICS:
         raise UsageError(
             f"--metric: expected one of {', '.join(METRICS)}, got `{metric}`{did_you_mean(metric, METRICS)}"

@@ -19,7 +19,7 @@ FINE_TUNED = "fine-tuned"
 
 @dataclass(frozen=True)
 class TaskScore:
-    """How one tower did on one task."""
+    """The result of one tower on one task."""
 
     accuracy: float
     """correct / images."""
@@ -37,9 +37,9 @@ class TaskScore:
     templates: str
     """Digest of the prompts."""
     limit: int | None = None
-    """At most so many images were asked for, which were fewer than the split has; None if all were looked at."""
+    """The `--limit`, if it was below the size of the split; None if all images were evaluated."""
     corruption: str | None = None
-    """What was done to the images on the fly."""
+    """The corruption of the images."""
     severity: int | None = None
     """Of the corruption, from 1 to 5."""
 
@@ -54,7 +54,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How one tower did on several tasks."""
+    """The result of one tower on several tasks."""
 
     checkpoint: Mapping[str, str | None]
     """`name`, `path` (no folders), `digest`, `kind`, `method` and its settings, `method.density` for one; None where the
@@ -68,19 +68,19 @@ class Evaluation:
     batch_size: int
     dtype: str
     bytes: int | None = None
-    """Of the checkpoint's tensors; of models each on its own task, of all together. None in files of before."""
+    """Of the checkpoint's tensors; of models each on its own task, of all together. None in files that do not record it."""
     relative_size: float | None = None
     """`bytes` divided by those of the CLIP's own vision tower as it is stored."""
     device: str | None = None
-    """What it was computed on, such as `cpu`: others round otherwise. None in files of before."""
+    """The device, such as `cpu`; others round differently. None in files that do not record it."""
     models: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of a merge, model -> source as its recipe has it, without folders; empty where the file does not say."""
+    """Of a merge, model -> source as in its recipe, without folders; empty if the file does not record it."""
     looked_at: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
-    """Of a method that looks at images, task -> `split` and `data`, the fingerprint of the images."""
+    """Of a data-driven method, task -> `split` and `data`, the fingerprint of the images."""
 
     @property
     def name(self) -> str:
-        """What the checkpoint is called in tables."""
+        """The name of the checkpoint in tables."""
         return self.checkpoint["name"] or ""
 
     @property

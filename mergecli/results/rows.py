@@ -1,4 +1,4 @@
-"""The rows of a report, and the columns that say how well each did."""
+"""The rows of a report, and its columns of accuracies or losses."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Row:
     result: Evaluation | None = None
     """None for a published row."""
     seen: tuple[str, ...] = ()
-    """Of the tasks, those whose models were merged; empty where nobody said."""
+    """Tasks whose models were merged; empty if unknown."""
     averages: Mapping[str, float] | None = None
-    """Averages over the `seen` and `unseen` tasks where a table prints them."""
+    """Printed averages over the `seen` and `unseen` tasks of a published row."""
 
     def mean(self, part: str) -> float | None:
-        """The average over its `seen` or `unseen` tasks; None where there are none."""
+        """The average over its `seen` or `unseen` tasks; None if there are none."""
         if self.averages is not None and part in self.averages:
             return self.averages[part]
         chosen = [self.values[task] for task in self.tasks(part)]
@@ -43,13 +43,13 @@ class Row:
         return [task for task in self.values if self.seen and (task in self.seen) == (part == "seen")]
 
     def counts(self, tasks: Iterable[str]) -> list[Count]:
-        """Right answers and images of those tasks."""
+        """Correct predictions and images of those tasks."""
         scores = self.result.tasks if self.result else {}
         return [Count(scores[task].correct, scores[task].images) for task in tasks]
 
 
 class Block(NamedTuple):
-    """Neighbouring columns, each with a cell a row, and their footnotes."""
+    """Neighboring columns, each with a cell per row, and their footnotes."""
 
     columns: Sequence[tuple[Column, list[Cell]]] = ()
     notes: Sequence[str] = ()
@@ -59,7 +59,7 @@ class Block(NamedTuple):
 def rows_of(
     evaluations: Sequence[Evaluation], metric: Metric = "accuracy", seen: Sequence[str] = ()
 ) -> list[Row]:
-    """A row for each result, in order; `seen` for those that do not say it themselves."""
+    """A row for each result, in order; `seen` is for all of them, by default each result's own merged models."""
     rows: list[Row] = []
     for each in evaluations:
         values = {task: float(getattr(score, metric)) for task, score in each.tasks.items()}
@@ -71,7 +71,7 @@ def rows_of(
 
 
 def _merged(result: Evaluation) -> tuple[str, ...]:
-    """The tasks whose models were merged, if the result says so and has others too."""
+    """The tasks whose models were merged, if the result records them and has other tasks too."""
     merged = tuple(task for task in result.tasks if task in result.models)
     return merged if 0 < len(merged) < len(result.tasks) else ()
 
@@ -82,7 +82,7 @@ def tasks_of(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def chosen_tasks(written: Sequence[str], tasks: Sequence[str], option: str) -> tuple[str, ...]:
-    """The tasks that a list of tasks stands for, whichever way their names are spelled.
+    """The tasks with these names, with `-` or `_`, in upper or lower case.
 
     Raises:
         UsageError: one of them is in no result.
@@ -162,7 +162,7 @@ def scores(rows: Sequence[Row], tasks: Sequence[str], metric: Metric, intervals:
 
 
 def _uneven(rows: Sequence[Row], tasks: Sequence[str]) -> Iterable[str]:
-    """Who lacks a task, so that its average is of others."""
+    """A warning for each row that lacks a task, since its average is over other tasks."""
     for row in rows:
         lacking = [task for task in tasks if task not in row.values]
         if lacking:
@@ -200,15 +200,15 @@ SAME: Mapping[str, Callable[[TaskScore], object]] = {
     "class names": lambda score: score.classes,
     "templates": lambda score: score.templates,
 }
-"""What two accuracies on a task have in common if they can be compared."""
+"""What must agree between two accuracies on a task if they are to be compared."""
 
 
 def comparable(evaluations: Sequence[Evaluation]) -> list[str]:
-    """A line for everything in which the results differ, so that they cannot be compared, or that limits what they say."""
+    """A warning for each difference that makes results incomparable, and for each limit on what they mean."""
     lines: list[str] = []
     every = [score for each in evaluations for score in each.tasks.values()]
     if limits := sorted({score.limit for score in every if score.limit}):
-        lines.append(f"at most {limits[-1]} images of each task were looked at")
+        lines.append(f"at most {limits[-1]} images of each task were evaluated")
     if corrupted := sorted({f"{score.corruption} {score.severity}" for score in every if score.corruption}):
         lines.append(f"the images were corrupted: {quoted(corrupted)}")
     for what, part in SAME.items():
@@ -227,7 +227,7 @@ def comparable(evaluations: Sequence[Evaluation]) -> list[str]:
     if len({each.dtype for each in evaluations}) > 1:
         lines.append("the results were computed in different dtypes")
     lines += [
-        f"`{each.name}` was learnt on the very images that it is evaluated on, without labels: {quoted(own)}"
+        f"`{each.name}` was learned on the same images that it is evaluated on, without labels: {quoted(own)}"
         for each in evaluations
         if (own := looked_at_itself(each))
     ]
@@ -238,7 +238,7 @@ _CLIP = ("digest", "text", "rest")
 
 
 def looked_at_itself(result: Evaluation) -> list[str]:
-    """The tasks on whose images the method had looked before."""
+    """The tasks that are evaluated on the images that the method was learned on."""
     return [
         task
         for task, score in result.tasks.items()
@@ -248,8 +248,7 @@ def looked_at_itself(result: Evaluation) -> list[str]:
 
 
 def about_towers(rows: Sequence[Row]) -> Block:
-    """How large each checkpoint is beside one tower, once one is larger or smaller, and how those of several towers
-    are told the task."""
+    """The size of each checkpoint relative to one tower, if one differs, and the routing of mixtures."""
     sizes = [row.result.relative_size if row.result else None for row in rows]
     routings = [row.result.checkpoint.get("routing") if row.result else None for row in rows]
     uneven = any(
@@ -263,18 +262,18 @@ def about_towers(rows: Sequence[Row]) -> Block:
         notes.append("size: bytes of the checkpoint, divided by those of the CLIP's own vision tower.")
     if any(routings):
         columns.append((Column("routing"), list(routings)))
-        told = {
+        routings_explained = {
             "sample": "`sample`, each image by itself",
             "batch": "`batch`, the images of a batch as one, which are of one task, so that the task leaks",
             "task": "`task`, the task is given",
         }
-        known = "; ".join(what for name, what in told.items() if name in routings)
+        known = "; ".join(what for name, what in routings_explained.items() if name in routings)
         notes += [f"routing: {known}."] if known else []
     return Block(columns, notes)
 
 
 def about_images(rows: Sequence[Row]) -> Block:
-    """Which images each number is of, where rows differ in that."""
+    """Split and corruption of each row, if rows differ in them."""
     shown = [_images(row) for row in rows]
     if len(set(shown) - {None}) < 2:
         return Block()
@@ -285,8 +284,8 @@ def _images(row: Row) -> str | None:
     """Splits and corruptions, such as `test, contrast 5`; None for a published row."""
     if row.result is None:
         return None
-    said = [
+    parts = [
         each.split + (f", {each.corruption} {each.severity}" if each.corruption else "")
         for each in row.result.tasks.values()
     ]
-    return "; ".join(dict.fromkeys(said))
+    return "; ".join(dict.fromkeys(parts))

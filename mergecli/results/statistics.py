@@ -1,4 +1,4 @@
-"""What may be concluded from counts of right answers: intervals of accuracies and of their differences."""
+"""Statistics of accuracies: intervals, and tests of differences."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """What a repetition with other images of the same kind would make likely."""
+    """A confidence interval."""
 
     low: float
     high: float
 
 
 class Count(NamedTuple):
-    """How often one model was right."""
+    """Correct predictions of one model."""
 
     correct: int
     images: int
 
 
 class Pair(NamedTuple):
-    """How two models did on the same images."""
+    """Disagreements of two models on the same images."""
 
     first_only: int
-    """Images that only the first classified rightly."""
+    """Images that only the first model classified correctly."""
     second_only: int
     images: int
 
@@ -35,16 +35,16 @@ def wilson(correct: int, images: int, level: float = 0.95) -> Interval:
     """Wilson's score interval of `correct / images` (1927); inside [0, 1], and good for few images too.
 
     Raises:
-        ValueError: there are no images, or more right answers than images.
+        ValueError: there are no images, or more correct predictions than images.
     """
     if not 0 <= correct <= images or images < 1:
-        raise ValueError(f"{correct} right of {images} images")
+        raise ValueError(f"{correct} correct of {images} images")
     z = NormalDist().inv_cdf((1 + level) / 2)
-    centre = (correct + z * z / 2) / (images + z * z)
+    center = (correct + z * z / 2) / (images + z * z)
     half = z / (images + z * z) * sqrt(correct * (images - correct) / images + z * z / 4)
     return Interval(
-        0.0 if correct == 0 else max(0.0, centre - half),
-        1.0 if correct == images else min(1.0, centre + half),
+        0.0 if correct == 0 else max(0.0, center - half),
+        1.0 if correct == images else min(1.0, center + half),
     )
 
 
@@ -53,17 +53,17 @@ def mean_interval(tasks: Sequence[Count], level: float = 0.95) -> Interval:
     mean -+ sqrt(sum_t (p_t - w_t)^2) / T, where w_t is that end of the Wilson interval of task t.
 
     The variance of the mean of independent binomials, recovered from the Wilson intervals (Zou and Donner, 2008),
-    so that it is Wilson's own for one task and does not vanish where every answer was right.
+    so that it is Wilson's own for one task and does not vanish if every prediction is correct.
     """
     mean, below, above = _mean(tasks, level)
     return Interval(mean - below, mean + above)
 
 
 def difference_interval(first: Sequence[Count], second: Sequence[Count], level: float = 0.95) -> Interval:
-    """Interval of mean accuracy of `first` minus that of `second`, as if they had seen different images.
+    """Interval of mean accuracy of `first` minus that of `second`, for different images.
 
-    For one task this is Newcombe's hybrid score interval (1998, method 10). On the same images it is too wide:
-    `paired_bootstrap` needs each image's answer, and is right.
+    For one task this is Newcombe's hybrid score interval (1998, method 10). On the same images it is too wide: use
+    `paired_bootstrap`, which needs the predictions.
     """
     mean, below, above = _mean(first, level)
     other, other_below, other_above = _mean(second, level)

@@ -1,4 +1,4 @@
-"""One table, in the formats that people and programs read."""
+"""Tables, and the text formats they are written in."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Table:
     notes: tuple[str, ...] = ()
     """Footnotes: how to read the numbers."""
     warnings: tuple[str, ...] = ()
-    """Footnotes: why some numbers may not be compared."""
+    """Footnotes: why some numbers cannot be compared."""
     figures: tuple[str, ...] = ()
-    """Pictures, as HTML, that follow the table in its page."""
+    """Figures, as HTML, after the table on its page."""
     origins: tuple[str, ...] = ()
-    """How each row's numbers were made, as HTML, at the end of the page."""
+    """The origin of each row, as HTML, at the end of the page."""
 
     def text(self, form: str) -> str:
         """The table as `tsv`, `csv`, `json`, `md`, `latex` or `html`; ends with a newline."""
@@ -74,7 +74,7 @@ class Table:
         raise UsageError(f"format: expected one of {', '.join(FORMATS)}, got `{form}`")
 
     def transposed(self) -> Table:
-        """Rows for columns: the cells of the first column become the headings."""
+        """Rows and columns swapped: the cells of the first column become the headings."""
         heads: list[str] = []
         for row in self.rows:
             name = self.columns[0].shown(row[0])
@@ -90,7 +90,7 @@ class Table:
         )
 
     def _plain(self) -> Iterator[list[Plain]]:
-        """Headings, then rows, as programs want them: fractions, and the ends of an interval in columns of their own."""
+        """Headings, then rows, for programs: fractions, and the ends of an interval in separate columns."""
         cells = [[_bare(value) for value in row] for row in self.rows]
         columns = [[row[place] for row in cells] for place in range(len(self.columns))]
         extras = [_extras(column) for column in columns]
@@ -116,7 +116,7 @@ def _bare(value: Cell) -> str | float | Estimate | None:
 
 
 def _extras(cells: Sequence[str | float | Estimate | None]) -> tuple[str, ...]:
-    """The parts of estimates that need columns of their own."""
+    """The parts of estimates that get separate columns."""
     estimates = [cell for cell in cells if isinstance(cell, Estimate)]
     if any(each.significant is not None for each in estimates):
         return ("low", "high", "significant")
@@ -124,7 +124,7 @@ def _extras(cells: Sequence[str | float | Estimate | None]) -> tuple[str, ...]:
 
 
 def _digits(value: Plain) -> str:
-    """A value in a cell of a text file; empty where there is none."""
+    """A value in a text file; empty for None."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""Numbers of steps as TensorBoard shows them; needs tensorboard, the extra `tensorboard`."""
+"""Traces for TensorBoard; needs the extra `tensorboard`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _SUFFIX = ".mergecli"
 
 
 def require_tensorboard() -> None:
-    """Raises UsageError unless TensorBoard's files can be written: before any work is done."""
+    """Raises UsageError if tensorboard is not installed; called before any work."""
     if find_spec("tensorboard") is None:
         raise UsageError("there is no tensorboard", 'install it: `pip install "mergecli[tensorboard]"`')
 
 
 def write_tensorboard(folder: Path, table: Table) -> None:
-    """Writes a run for TensorBoard: a scalar for each column of numbers after the first, which is `step`.
+    """Writes a TensorBoard run: a scalar for each column of numbers after the first, which is `step`.
 
-    `loss digits` is called `loss/digits`, so that columns whose names begin with one word are shown together. Cells
-    without a number are left out. The run that was written to the folder before is replaced; other files stay.
+    A column `loss digits` becomes `loss/digits`, so that TensorBoard groups the losses. Cells without a number are left
+    out. Our previous run in the folder is replaced; other files stay.
 
     Raises:
         UsageError: tensorboard is not installed. InputError: the folder cannot be written.
@@ -41,7 +41,7 @@ def write_tensorboard(folder: Path, table: Table) -> None:
             for step, *cells in table.rows:
                 for column, cell in zip(table.columns[1:], cells, strict=True):
                     value: Any = cell
-                    while hasattr(value, "value"):  # an interval, or a cell that has a unit of its own
+                    while hasattr(value, "value"):  # an interval, or a cell with its own unit
                         value = value.value
                     if isinstance(value, int | float) and not isinstance(value, bool):
                         writer.add_scalar(column.name.replace(" ", "/", 1), value, int(str(step)))

@@ -217,8 +217,8 @@ def test_the_program_says_error_and_size_whatever_is_dropped_and_info_says_the_e
     part = run("extract", tuned, "--base", base, "--rank", 2, "--json", "-o", tmp_path / "part")
     told = json.loads(part.out)
     assert part.err == (
-        f"warning: {len(told['dropped'])} tensors changed and are not in the adapter: it is {told['error']:.2%} of the whole change away "
-        f"from the model, in its own modules {told['error_of_modules']:.2%}\n"
+        f"warning: {len(told['dropped'])} tensors changed and are not in the adapter: its distance to the model is "
+        f"{told['error']:.2%} of the whole change, in its own modules {told['error_of_modules']:.2%}\n"
         f"note: the adapter has {told['size']:,} bytes, the tower {told['tower_size']:,}\n"
     )
     about = inspection.info(tmp_path / "part")
@@ -234,7 +234,7 @@ def test_the_program_says_error_and_size_whatever_is_dropped_and_info_says_the_e
     first, second = whole.err.splitlines()
     assert (whole.status, whole.out) == (0, f"{tmp_path / 'whole'}\n")
     assert first == (
-        "note: every tensor that changed is in the adapter: it is 0.00% of the whole change away from the model"
+        "note: every tensor that changed is in the adapter: its distance to the model is 0.00% of the whole change"
     )
     assert second.startswith("note: the adapter has ")
     assert second.endswith(", which is less: take a lower rank or energy")

@@ -51,7 +51,7 @@ def test_a_method_that_looked_at_the_images_it_is_evaluated_on_is_named() -> Non
     own = {"split": "test", "data": str(ours.tasks["mnist"].data["fingerprint"])}
     looked = replace(ours, looked_at={"mnist": own, "dtd": own | {"split": "train"}})
     assert report([looked]).warnings == (
-        "`ada` was learnt on the very images that it is evaluated on, without labels: `mnist`",
+        "`ada` was learned on the same images that it is evaluated on, without labels: `mnist`",
     )
 
 

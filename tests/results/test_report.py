@@ -258,7 +258,7 @@ def test_wrong_predictions_are_refused_with_what_is_wrong(tmp_path: Path) -> Non
     write_predictions(tmp_path / "lacks.parquet", columns)
     refused("lacks.parquet: is not a table of predictions", tmp_path / "lacks.parquet")
     write_predictions(tmp_path / "twice.parquet", {**columns, "prediction": [1, 1]})
-    refused("`a` on `mnist`: an image stands there twice", tmp_path / "twice.parquet")
+    refused("`a` on `mnist`: an image is there twice", tmp_path / "twice.parquet")
     write_predictions(tmp_path / "words.parquet", {**columns, "prediction": ["x", "y"]})
     refused("words.parquet: is not a table of predictions", tmp_path / "words.parquet")
 

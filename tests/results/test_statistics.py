@@ -36,7 +36,7 @@ def test_wilson_ends_exactly_at_0_and_1_and_never_leaves_them() -> None:
     for images in (1, 2, 3, 1000, 10**6):
         low, high = wilson(images // 3, images)
         assert 0 <= low <= images // 3 / images <= high <= 1
-    with pytest.raises(ValueError, match="3 right of 2 images"):
+    with pytest.raises(ValueError, match="3 correct of 2 images"):
         wilson(3, 2)
 
 

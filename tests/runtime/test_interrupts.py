@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -22,7 +22,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_an_interrupt_that_a_library_swallowed_is_raised_again() -> None:
     interrupts.check()
-    with contextlib.suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     assert interrupts.pressed
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Pictures of results; needs matplotlib, the extra `plots`."""
+"""Plots of results; needs the extra `plots`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports as pictures: bars, radar and heat-maps."""
+"""Reports as plots: bars, radar and heat-maps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli.results.plots.style import (
-    COLOURS,
+    COLORS,
     HATCHES,
     INK,
     LINES,
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn of a report: one number for each model and task, and each model's average."""
+    """The numbers of a plot: one for each model and task, and each model's average."""
 
     models: tuple[str, ...]
     tasks: tuple[str, ...]
     values: tuple[tuple[float | None, ...], ...]
-    """A row for each model; None where there is no number."""
+    """A row for each model; None for a missing number."""
     averages: tuple[float, ...]
     sides: tuple[tuple[tuple[float, float] | None, ...], ...] | None = None
     """How far the interval of each value, and last of the average, reaches below and above it."""
     label: str = "accuracy (%)"
     top: float | None = 100
-    """Where the axis ends; None fits it to the numbers."""
+    """The end of the axis; None fits it to the numbers."""
 
 
 @styled
 def bars(chart: Chart) -> Figure:
-    """One group a task and one bar a model, the average last; error bars where there are intervals, else the numbers
-    where there is room for them."""
+    """A group per task and a bar per model, the average last; with error bars if there are intervals, else with numbers
+    if they fit."""
     groups, count = [*labels(chart.tasks), "average"], len(chart.models)
     numbered = chart.sides is None and count * len(groups) <= 36
     width = min(15.0, max(6.4, len(groups) * (0.3 + (0.24 if numbered else 0.13) * count)))
@@ -61,7 +61,7 @@ def bars(chart: Chart) -> Figure:
             if value is not None
         ]
         axes.bar(
-            [x for x, _, _ in shown], [value for _, value, _ in shown], thick * 0.94, color=COLOURS[number % 8],
+            [x for x, _, _ in shown], [value for _, value, _ in shown], thick * 0.94, color=COLORS[number % 8],
             linewidth=0, edgecolor="white", hatch=HATCHES[number // 8 % 4],
         )  # fmt: skip
         for x, value, side in shown:
@@ -87,7 +87,7 @@ def bars(chart: Chart) -> Figure:
 
 @styled
 def radar(chart: Chart) -> Figure:
-    """One axis a task and one line a model.
+    """An axis per task and a line per model.
 
     Raises:
         UsageError: there are fewer than three tasks.
@@ -105,14 +105,14 @@ def radar(chart: Chart) -> Figure:
         known = [(angle, value) for angle, value in zip(angles, values, strict=True) if value is not None]
         closed = [*known, known[0]] if len(known) == len(angles) else known
         axes.plot(
-            [angle for angle, _ in closed], [value for _, value in closed], color=COLOURS[number % 8], linewidth=1.6,
+            [angle for angle, _ in closed], [value for _, value in closed], color=COLORS[number % 8], linewidth=1.6,
             linestyle=LINES[number // 8 % 4], marker=MARKERS[number % 11], markersize=4, clip_on=False, zorder=3,
         )  # fmt: skip
         if len(chart.models) <= 3:
             axes.fill(
                 [angle for angle, _ in closed],
                 [value for _, value in closed],
-                color=COLOURS[number],
+                color=COLORS[number],
                 alpha=0.08,
             )
     axes.set_xticks(angles, labels(chart.tasks, 18), fontsize=9.5)
@@ -126,7 +126,7 @@ def radar(chart: Chart) -> Figure:
     axes.grid(color="#b0b0b0", alpha=0.5, linewidth=0.6)
     axes.spines[:].set_visible(False)
     lines = [
-        Line2D([], [], color=COLOURS[n % 8], linestyle=LINES[n // 8 % 4], marker=MARKERS[n % 11], markersize=4)
+        Line2D([], [], color=COLORS[n % 8], linestyle=LINES[n // 8 % 4], marker=MARKERS[n % 11], markersize=4)
         for n in range(len(chart.models))
     ]  # fmt: skip
     legend(figure, chart.models, lines)
@@ -135,7 +135,7 @@ def radar(chart: Chart) -> Figure:
 
 @styled
 def heatmap(chart: Chart) -> Figure:
-    """Models by tasks with the numbers in the cells, the average apart."""
+    """Models by tasks with the numbers in the cells; the average is set apart."""
     tasks, models = labels(chart.tasks, 18), labels(chart.models, 32)
     longest = max(map(len, models))
     figure, axes = canvas(0.075 * longest + 0.62 * (len(tasks) + 1) + 0.9, 0.34 * len(models) + 1.5)
@@ -149,11 +149,11 @@ def heatmap(chart: Chart) -> Figure:
     palette = ListedColormap(
         [colormaps["YlGnBu"](step / 320) for step in range(256)]
     )  # without the darkest fifth
-    colours: Any = ScalarMappable(Normalize(low, chart.top or max(*flat, low + 1e-9)), palette)
+    colors: Any = ScalarMappable(Normalize(low, chart.top or max(*flat, low + 1e-9)), palette)
     for i, (row, average) in enumerate(zip(chart.values, chart.averages, strict=True)):
         for j, value in enumerate([*row, average]):
             x = j + 0.18 * (j == len(tasks))
-            red, green, blue, _ = colours.to_rgba(value) if value is not None else (0.5, 0.5, 0.5, 1)
+            red, green, blue, _ = colors.to_rgba(value) if value is not None else (0.5, 0.5, 0.5, 1)
             axes.add_patch(Rectangle((x - 0.48, i - 0.47), 0.96, 0.94, color=(red, green, blue, 1 if value is not None else 0.15), linewidth=0))  # fmt: skip
             dark = value is not None and 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
             shown = "-" if value is None else f"{value:.1f}" if chart.top else f"{value:.3g}"
@@ -175,14 +175,14 @@ def heatmap(chart: Chart) -> Figure:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(
-        colours, ax=axes, label=chart.label, aspect=max(6, 2.4 * len(models)), pad=0.02
+        colors, ax=axes, label=chart.label, aspect=max(6, 2.4 * len(models)), pad=0.02
     ).outline.set_visible(False)
     return figure
 
 
 @styled
 def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], path: Path) -> None:
-    """A square of similarities with the numbers in the cells; the colours span what lies off the diagonal."""
+    """A square of similarities with the numbers in the cells; the colors span the values off the diagonal."""
     size = max(3.2, 0.55 * len(names) + 1.6)
     figure, axes = canvas(size + 0.6, size)
     others = [value for i, row in enumerate(values) for j, value in enumerate(row) if i != j]
@@ -195,17 +195,15 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], path: Path
     axes.spines[:].set_visible(False)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            colour = "white" if (value - low) > 0.6 * (high - low) else "black"
+            color = "white" if (value - low) > 0.6 * (high - low) else "black"
             shown_value = f"{round(value, 2) + 0.0:.2f}"
-            axes.text(j, i, shown_value, ha="center", va="center", fontsize=8, color=colour)
+            axes.text(j, i, shown_value, ha="center", va="center", fontsize=8, color=color)
     figure.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity", extend="max")
     save(figure, path)
 
 
 def _patch(number: int) -> Any:
-    """A bar's colour and hatching, for the legend."""
+    """A bar's color and hatch, for the legend."""
     from matplotlib.patches import Patch
 
-    return Patch(
-        facecolor=COLOURS[number % 8], hatch=HATCHES[number // 8 % 4], edgecolor="white", linewidth=0
-    )
+    return Patch(facecolor=COLORS[number % 8], hatch=HATCHES[number // 8 % 4], edgecolor="white", linewidth=0)

@@ -1,4 +1,4 @@
-"""Routes of a tower: for each task, how much each layer made of each expert."""
+"""Routing of a tower: for each task, the mean weight of each expert in each layer."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 from mergecli.results.plots.style import INK, labels, save, styled
 
 LETTERED = 28
-"""The most layers whose names are written; of more, every so many."""
+"""The most layers whose names are written; of more, every n-th."""
 
 
 @styled
 def route_maps(
     experts: Sequence[str], tasks: Mapping[str, Mapping[str, Sequence[float]]], path: Path
 ) -> None:
-    """Writes a heat-map for each task, layers by experts, all in one scale of colours from 0, or the least weight below
-    it, to the largest; a triangle marks the expert that is named after the task.
+    """Writes a heat-map for each task, layers by experts, with one color scale from 0 (or the smallest
+    weight, if negative) to the largest. A triangle marks the expert that is named after the task.
 
     Args:
         tasks: task -> layer -> mean weight of each of the experts.
 
     Raises:
-        UsageError: the suffix of `path` is none of a picture's.
+        UsageError: `path` has not the suffix of a plot.
     """
     from matplotlib.figure import Figure
 
@@ -65,7 +65,7 @@ def route_maps(
 
 
 def _places(layers: Sequence[str]) -> list[int]:
-    """The layers whose names are written: all, or the first of each block."""
+    """Indices of the layers whose names are written: all, or the first of each block."""
     if len(layers) <= LETTERED:
         return list(range(len(layers)))
     blocks = [found[0] if (found := re.search(r"\d+", layer)) else layer for layer in layers]

@@ -1,4 +1,4 @@
-"""How our pictures look, and how they are kept."""
+"""The style of our plots, and how they are saved."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ FORMATS = (".png", ".svg", ".pdf")
 KINDS = ("bars", "radar", "heatmap", "sweep")
 
 INK = "#1a1a1a"
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#4d4d4d", "#b8a900")
-"""Okabe and Ito's, which colour-blind people tell apart; yellow and black softened."""
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#4d4d4d", "#b8a900")
+"""Okabe and Ito's palette for color-blind readers; yellow and black softened."""
 HATCHES = ("", "////", "....", "xxxx")
-"""For the second eight models, the third, ..."""
+"""Hatches of the second eight models, of the third, ..."""
 LINES = ("-", "--", ":", "-.")
 MARKERS = "os^Dv<>Pp*X"
 CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "Hiragino Sans", "PingFang SC",
@@ -50,7 +50,7 @@ def has_matplotlib() -> bool:
 
 
 def check_kind(kind: str) -> str:
-    """The kind of plot, if there is such a one; else raises UsageError."""
+    """The kind of plot; raises UsageError if there is no such kind."""
     if kind not in KINDS:
         raise UsageError(
             f"--plot-kind: expected one of {', '.join(KINDS)}, got `{kind}`{did_you_mean(kind, KINDS)}"
@@ -59,7 +59,7 @@ def check_kind(kind: str) -> str:
 
 
 def styled(function: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn]:
-    """Runs it in our own style, whatever the user's matplotlibrc says."""
+    """Runs the function in our own style, whatever the user's matplotlibrc says."""
 
     @functools.wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Drawn:
@@ -75,7 +75,7 @@ def styled(function: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn]:
         }  # fmt: skip
         del style["backend"]
         with mpl.rc_context(style), warnings.catch_warnings():
-            # a script without an installed font is drawn as boxes
+            # characters without an installed font are drawn as boxes
             warnings.filterwarnings("ignore", message=r"Glyph .* missing from font", category=UserWarning)
             return function(*args, **kwargs)
 
@@ -83,8 +83,7 @@ def styled(function: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn]:
 
 
 def labels(names: Sequence[str], limit: int = 24) -> list[str]:
-    """The names as a picture shows them: on one line, long ones without their middle; numbered where that makes two
-    names the same."""
+    """The names for a plot: on one line, long ones without their middle; numbered if that makes two equal."""
     half = limit // 2
     shown = [
         name if len(name) <= limit else f"{name[:half]}…{name[len(name) - half + 1 :]}" for name in names
@@ -98,7 +97,7 @@ def labels(names: Sequence[str], limit: int = 24) -> list[str]:
 
 
 def canvas(width: float, height: float, **axes: Any) -> tuple[Figure, Axes]:
-    """An empty picture of that size in inches."""
+    """An empty figure of that size in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -106,7 +105,7 @@ def canvas(width: float, height: float, **axes: Any) -> tuple[Figure, Axes]:
 
 
 def legend(figure: Figure, names: Sequence[str], handles: Sequence[Any]) -> None:
-    """The names above the picture, in as many columns as fit."""
+    """The legend above the figure, in as many columns as fit."""
     # matplotlib leaves out names that begin with an underscore
     shown = [f"\u200a{name}" if name.startswith("_") else name for name in labels(names)]
     width = 0.55 + 0.078 * max(map(len, shown))
@@ -129,8 +128,8 @@ def save(figure: Figure, path: Path) -> None:
 
 @styled
 def svg(figure: Figure, prefix: str) -> str:
-    """The figure as an element of an HTML page: in the colour of the text around it, with identifiers that begin with
-    `prefix`, and without a reference to anything outside."""
+    """The figure as an SVG element for an HTML page: in the color of the text around it, with identifiers that begin with
+    `prefix`, and without references to other files."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()

@@ -1,11 +1,11 @@
-"""What an adapted method did, step by step."""
+"""The trace of a method that learns, step by step."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergecli.results.plots.style import COLOURS, INK, LINES, labels, legend, save, styled
+from mergecli.results.plots.style import COLORS, INK, LINES, labels, legend, save, styled
 
 if TYPE_CHECKING:
     from mergecli.results.tables import Table
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @styled
 def traces(table: Table, path: Path) -> None:
-    """Writes a picture of a trace: the entropy of each task and their mean above, below what is learnt.
+    """Writes a plot of a trace: above the entropy of each task and their mean, below what is learned.
 
     Args:
         table: columns `step`, `entropy`, `entropy TASK` and then `coefficient TASK` or another `WORD NAME`, as
             `merge --trace` writes them.
 
     Raises:
-        UsageError: the suffix of `path` is none of a picture's.
+        UsageError: `path` has not the suffix of a plot.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -33,7 +33,7 @@ def traces(table: Table, path: Path) -> None:
     }
     names = list(dict.fromkeys(name for each in parts.values() for name in each))
     styles: dict[str, Any] = {
-        name: {"color": COLOURS[place % 8], "linestyle": LINES[place // 8 % 4]}
+        name: {"color": COLORS[place % 8], "linestyle": LINES[place // 8 % 4]}
         for place, name in enumerate(names)
     }
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
@@ -56,7 +56,7 @@ def traces(table: Table, path: Path) -> None:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Means over a fiftieth of the steps before each: batches differ more than steps do."""
+    """Running means over a fiftieth of the steps, since batches differ more than steps do."""
     width = max(1, len(values) // 50)
     return [
         sum(part) / len(part)

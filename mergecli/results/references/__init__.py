@@ -1,4 +1,4 @@
-"""The published tables that results are compared with, as data."""
+"""Published tables for comparison, as data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGES: Mapping[str, int] = {
     "sun397": 19850, "stanford-cars": 8041, "resisc45": 6300, "eurosat": 2700, "svhn": 26032, "gtsrb": 12630,
     "mnist": 10000, "dtd": 1880,
 }  # fmt: skip
-"""Task -> how many images the published accuracies are of."""
+"""Task -> number of test images behind the published accuracies."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Reference:
     """The CLIP's name on the hub, without its owner."""
     rows: Mapping[str, Row]
     split: str | None = None
-    """What was evaluated, where it is not each task's own test split."""
+    """The evaluated split, if it is not each task's own test split."""
     seen: tuple[str, ...] = ()
-    """The tasks whose models were merged, where that is not all of them."""
+    """The tasks whose models were merged, if not all."""
     caveat: str = ""
-    """What is known to be odd about the table."""
+    """A known problem of the table."""
 
     @property
     def suffix(self) -> str:
-        """What the names of its models end with on the hub, after the task."""
+        """The end of its models' names on the hub, after the task."""
         return "_lora-16" if self.name.endswith("-ta8-lora") else ""
 
     @property
@@ -128,7 +128,7 @@ def _row(name: str, line: Mapping[str, str]) -> Row:
 
 
 def _fraction(percent: str) -> float:
-    """Of a number with one decimal, without the error of a division by 100."""
+    """A percentage with one decimal as a fraction, without the rounding error of the division."""
     return round(float(percent) / 100, 6)
 
 
