@@ -12,7 +12,7 @@ from mergecli.results.references import Row as PublishedRow
 from mergecli.results.result import Evaluation, TaskScore
 from mergecli.results.rows import Block, Row
 from mergecli.results.statistics import Count, difference_interval
-from mergecli.runtime.errors import quoted, shown
+from mergecli.runtime.errors import quoted, toml_text
 from mergecli.storage.sources import HUBS
 
 _UNMERGED = {"pretrained": "Pre-trained", "fine-tuned": "Fine-tuned (STL)"}
@@ -175,7 +175,10 @@ def _settings(result: Evaluation) -> Iterator[str]:
         return
     usual = methods.table_of(methods.create(method, {}), without=_named(methods.find(method)))
     for key, value in usual.items():
-        own, known = result.checkpoint.get(f"method.{key}"), value if isinstance(value, str) else shown(value)
+        own, known = (
+            result.checkpoint.get(f"method.{key}"),
+            value if isinstance(value, str) else toml_text(value),
+        )
         if own is not None and own != known:
             yield f"`{key}` is {own}, not {known}"
 

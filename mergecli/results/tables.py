@@ -59,7 +59,7 @@ class Table:
             writer.writerows([heads, *([_digits(value) for value in row] for row in rows)])
             return text.getvalue()
         heads = [column.name for column in self.columns]
-        shown = [[c.shown(v) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
+        shown = [[c.text(v) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
         right = [column.unit != "text" for column in self.columns]
         if form == "md":
             rule = ["--:" if each else ":--" for each in right]
@@ -77,7 +77,7 @@ class Table:
         """Rows and columns swapped: the cells of the first column become the headings."""
         heads: list[str] = []
         for row in self.rows:
-            name = self.columns[0].shown(row[0])
+            name = self.columns[0].text(row[0])
             same = sum(head == name or head.startswith(f"{name} (") for head in heads)
             heads.append(f"{name} ({same + 1})" if name in heads else name)
         rows = [
