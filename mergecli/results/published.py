@@ -92,8 +92,8 @@ def _published(method: str, result: Evaluation | None) -> str:
     if method not in methods.names():
         return _UNMERGED.get(method, "")
     kind = methods.find(method)
-    said = result.checkpoint if result else {}
-    values = {key: said.get(f"method.{key}", getattr(kind, key)) for key in _named(kind)}
+    recorded = result.checkpoint if result else {}
+    values = {key: recorded.get(f"method.{key}", getattr(kind, key)) for key in _named(kind)}
     return kind.published.format(**{key: str(value).capitalize() for key, value in values.items()})
 
 
@@ -236,12 +236,12 @@ def _problems(result: Evaluation, reference: Reference) -> Iterator[tuple[str, s
 
 
 def _task_problems(task: str, score: TaskScore, reference: Reference) -> Iterator[str]:
-    from mergecli.data import tasks as catalogue
+    from mergecli.data.tasks import digest, find
 
-    published = catalogue.find(task)
-    if score.classes != catalogue.digest(published.classes or ()):
+    published = find(task)
+    if score.classes != digest(published.classes or ()):
         yield "other class names"
-    if score.templates != catalogue.digest(published.templates):
+    if score.templates != digest(published.templates):
         yield "other templates"
     source = score.data.get("source", "unknown")
     if source.partition("@")[0].rpartition("/")[2] != published.data.label.rpartition("/")[2]:
