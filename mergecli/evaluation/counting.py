@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergecli.clip.pixels import micro_batch_size
 from mergecli.formats.mixture import mixture_of
 from mergecli.methods._mixture import Installed, Routing
-from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError
 from mergecli.storage.cache import make_room
 from mergecli.storage.checkpoint import open_checkpoint
@@ -319,8 +318,8 @@ def count(
             with lock:
                 progress(len(labels))
 
-    on_processor = slots[0].clip.device.type == "cpu" and not any(job.features for job in jobs)
-    wanted = min(AT_ONCE, torch.get_num_threads(), len(jobs)) if on_processor else 1
+    several = slots[0].clip.device.type == "cpu" and not any(job.features for job in jobs)
+    wanted = min(AT_ONCE, torch.get_num_threads(), len(jobs)) if several else 1
     while len(slots) < wanted:
         slots.append(slots[0].another())
     workers = [Worker(slot, head) for slot in slots[:wanted]]
@@ -346,7 +345,7 @@ def _run_at_once(
     def run(job: Job, batches: Batches) -> None:
         worker = free.get()
         try:
-            with torch.inference_mode():  # counts for one thread only
+            with torch.inference_mode():  # it holds for the thread that enters it
                 worker.run(job, batches)
         finally:
             free.put(worker)
@@ -355,14 +354,9 @@ def _run_at_once(
     pool = ThreadPoolExecutor(len(workers), initializer=torch.set_num_threads, initargs=(share,))
     try:
         running = [pool.submit(run, *each) for each in runs]
-        waiting: Collection[Future[None]] = running
-        while waiting:  # wakes up for a Ctrl-C that a library has swallowed, which only `interrupts` knows of
-            done, waiting = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
-            interrupts.check()
-            if any(each.exception() for each in done):
-                break
+        wait(running, return_when=FIRST_EXCEPTION)
     finally:
-        stop.set()
+        stop.set()  # after an error, or Ctrl-C, which reaches this thread only
         pool.shutdown(cancel_futures=True)
         stop.clear()
         torch.set_num_threads(threads)
