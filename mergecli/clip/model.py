@@ -16,7 +16,7 @@ from mergecli.formats.convert import why_foreign
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import expect_finite, whole_folder, write_text
 from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
-from mergecli.storage.differences import Form, differences
+from mergecli.storage.differences import Form, differences, leave_out_hint
 from mergecli.storage.metadata import model_folder_files
 from mergecli.storage.safetensors_writer import save_tensors
 
@@ -100,10 +100,14 @@ def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
         InputError: tensors are missing, extra or of another shape; all of them are listed.
     """
     want = {VISION + name: Form(tuple(tensor.shape)) for name, tensor in clip.tower.state_dict().items()}
-    if lines := differences(checkpoint.vision().entries, want, "the base has"):
+    have = checkpoint.vision().entries
+    if lines := differences(have, want, "the base has"):
+        cure = "name the base that it was fine-tuned from"
+        if (extra := have.keys() - want.keys()) and len(extra) == len(lines):
+            cure = leave_out_hint(extra)
         raise InputError(
             f"{checkpoint.path}: does not fit the vision tower of {clip.path}:\n{listed(lines)}",
-            why_foreign(checkpoint) or "name the base that it was fine-tuned from",
+            why_foreign(checkpoint) or cure,
         )
 
 

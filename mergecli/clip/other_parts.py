@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from mergecli.formats.lora_files import is_adapter
-from mergecli.runtime.errors import MergecliWarning, listed, shown
+from mergecli.runtime.errors import MergecliWarning, listed, toml_text
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.sources import Source
 
@@ -82,7 +82,7 @@ def other_parts(opened: Checkpoint, base: Checkpoint) -> Iterator[str]:
     if ours is not None and theirs is not None:
         for key, value in ours.items():
             if value != theirs[key]:
-                yield f"`{key}` is {shown(value)}, not {shown(theirs[key])}"
+                yield f"`{key}` is {toml_text(value)}, not {toml_text(theirs[key])}"
 
 
 def _is_same(opened: Checkpoint, base: Checkpoint, name: str) -> bool:

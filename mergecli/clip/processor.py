@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mergecli.data.decoding import ResizeAndCrop
-from mergecli.runtime.errors import InputError, MergecliWarning, did_you_mean, listed, shown
+from mergecli.runtime.errors import InputError, MergecliWarning, did_you_mean, listed, toml_text
 
 _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """PIL's filters; each one's place is its number."""
@@ -80,7 +80,7 @@ def _positive(value: Any) -> bool:
 
 
 def _said(value: object) -> str:
-    return "nothing" if value is None else shown(value)
+    return "nothing" if value is None else toml_text(value)
 
 
 def framing_of(known: Any, path: Path) -> tuple[ResizeAndCrop, tuple[int, int]]:

@@ -10,7 +10,7 @@ from mergecli.formats.lora import adapted
 from mergecli.formats.lora_files import expect_base, is_adapter, open_adapter
 from mergecli.formats.mixture import mixture_of
 from mergecli.runtime.errors import InputError, UsageError
-from mergecli.storage.checkpoint import MIXTURE, TASK_VECTOR, Checkpoint, open_checkpoint
+from mergecli.storage.checkpoint import MIXTURE, TASK_VECTOR, Checkpoint, ChunkHashes, open_checkpoint
 from mergecli.storage.lazy_checkpoint import rounded
 from mergecli.storage.sources import Source
 from mergecli.storage.store import home, locate
@@ -46,7 +46,7 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             opened = stack.enter_context(open_source(under))
             added = path
         else:
-            under = replace(source, adapter=None, dtype=None)
+            under = replace(source, adapter=None, dtype=None, leave_out=())
             opened = _of_task(_model(stack.enter_context(open_checkpoint(path))), source)
             if opened.is_mixture and (added or source.dtype):
                 raise InputError(
@@ -61,6 +61,11 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             expect_base(adapter, weights, under)
         elif source.dtype:
             opened = rounded(opened, source.dtype)
+        if source.leave_out:
+            kept = {
+                name: each for name, each in opened.entries.items() if not name.startswith(source.leave_out)
+            }
+            opened = replace(opened, entries=kept, hashes=ChunkHashes())
         stack.pop_all()  # the files stay open, and close with what is returned
         return opened
 

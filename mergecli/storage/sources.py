@@ -40,6 +40,8 @@ class Source:
     """What the weights are rounded to as they are read, where that is not their own dtype."""
     adapter: Source | None = None
     """A low-rank adapter that is added to the weights as they are read."""
+    leave_out: tuple[str, ...] = ()
+    """Beginnings of names of tensors that are not read, such as heads that the base does not have."""
     is_data: bool = False
     """Whether it is a data set; hubs keep those apart from models."""
     pinned: Source | None = None
