@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def load_clip(path: Path) -> Clip:
             raise
         except Exception as error:
             raise InputError(f"{path}: cannot be loaded as a CLIP: {str(error).splitlines()[0]}") from error
-    wrong = [f"lacks tensor `{name}`" for name in sorted(info["missing_keys"])]
+    wrong = [f"lacks tensor `{name}`" for name in sorted(_not_filled(model, path, info["missing_keys"]))]
     wrong += [f"`{name}` has another shape than its config says" for name, *_ in info["mismatched_keys"]]
     if wrong:
         raise InputError(f"{path}: the weights do not fit `config.json`:\n{listed(wrong)}")
@@ -91,6 +91,22 @@ def load_clip(path: Path) -> Clip:
         raise InputError(f"{path}: its tokenizer knows only {len(tokenizer)} tokens", "fetch the base again")
     expect_fit(processor, path, model.config.vision_config)
     return Clip(path, model.eval().requires_grad_(False), tokenizer, processor)
+
+
+def _not_filled(model: Any, path: Path, missing: Iterable[str]) -> list[str]:
+    """Which tensors are still missing, once those are filled in that the file has under a wrapper's names."""
+    names, state = list(missing), model.state_dict()
+    if not names:
+        return []
+    with open_checkpoint(path) as stored, torch.no_grad():
+        for name in names:
+            if name in stored.entries and stored.entries[name].shape == state[name].shape:
+                state[name].copy_(stored.read(name))
+        return [
+            name
+            for name in names
+            if name not in stored.entries or stored.entries[name].shape != state[name].shape
+        ]
 
 
 def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:

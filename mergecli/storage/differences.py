@@ -60,9 +60,7 @@ def lead_hint(have: Checkpoint, want: Iterable[str]) -> str:
     """What to do with a checkpoint that has all wanted names, but after a beginning of its own; empty if it has not."""
     names = list(want)
     for each in have.entries if names else ():
-        if (lead := each.removesuffix(names[0])) != each and lead.endswith("."):
-            if all(lead + name in have.entries for name in names):
-                return (
-                    f"{have.path} has the names of the others after `{lead}`: save its tensors without that"
-                )
+        lead = each.removesuffix(names[0])
+        if lead != each and lead.endswith(".") and all(lead + name in have.entries for name in names):
+            return f"{have.path} has the names of the others after `{lead}`: save its tensors without that"
     return ""
