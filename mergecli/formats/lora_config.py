@@ -33,11 +33,15 @@ _READ = {
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
+SECONDS = 5.0
+"""For all regular expressions of a file together; sound ones take microseconds."""
+
+
 @dataclass
 class _Seconds:
-    """Time that is left for the regular expressions of a file; sound ones take microseconds."""
+    """Time that is left for the regular expressions of a file."""
 
-    left: float = 5.0
+    left: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]
     base: str | None
     """What it was trained on, as it says itself."""
-    seconds: _Seconds = field(default_factory=_Seconds, compare=False)
+    seconds: _Seconds = field(default_factory=lambda: _Seconds(SECONDS), compare=False)
 
     def rank_of(self, module: str) -> int:
         """The rank of one module's factors."""

@@ -148,7 +148,7 @@ def named_sources(arguments: Sequence[str]) -> dict[str, str]:
         name, equals, source = argument.partition("=")
         # Lightning calls its files `epoch=3-step=1000.safetensors`
         is_file = equals and (_lies_there(argument) or _lies_there(argument.rpartition("#")[0]))
-        if is_file and name and source and _lies_there(source):
+        if is_file and name and "/" not in name and _lies_there(source):
             raise UsageError(
                 f"`{argument}`: is a file, and so is {source}",
                 f"write `./{argument}` for the first, `{name}=./{source}` for the second",
