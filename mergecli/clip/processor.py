@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from mergecli.data.decoding import ResizeAndCrop
 from mergecli.runtime.errors import InputError, MergecliWarning, did_you_mean, listed, toml_text
@@ -71,11 +71,11 @@ def _settled(known: Any) -> Iterator[str]:
                 yield f"`{name}`: expected three numbers{above}, one for each channel, got {_said(value)}"
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _positive(value: Any) -> bool:
+def _positive(value: object) -> bool:
     return _number(value) and value > 0
 
 
