@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -40,10 +41,20 @@ def read_processor(folder: Path) -> Any:
     Raises:
         InputError: a value cannot be used; all of them are listed.
     """
+    for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+        if file.is_file() and not isinstance(_json(file), dict):
+            raise InputError(f"{file}: expected a table of JSON: how images are prepared", _HINT)
     known = pil_processor().from_pretrained(folder, local_files_only=True)
     if problems := list(_settled(known)):
         raise InputError(f"{folder}: its image processor cannot be used:\n{listed(problems)}", _HINT)
     return known
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _settled(known: Any) -> Iterator[str]:
@@ -94,6 +105,11 @@ def framing_of(known: Any, path: Path) -> tuple[ResizeAndCrop, tuple[int, int]]:
     shorter = size.shortest_edge if size and known.do_resize and not fixed else None
     cut = (crop.height, crop.width) if known.do_center_crop and crop.height and crop.width else None
     result = cut or fixed
+    if result is None and shorter:
+        raise InputError(
+            f"{path}: its image processor crops nothing, so that images of several sizes come out",
+            "`preprocessor_config.json` should have `do_center_crop`, and `crop_size` of the size that the tower takes",
+        )
     if result is None or known.do_pad or (known.do_resize and (not (fixed or shorter) or size.longest_edge)):
         raise InputError(
             f"{path}: its image processor is not one of CLIP's",
@@ -111,7 +127,7 @@ def expect_fit(known: Any, path: Path, vision: Any) -> None:
     height, width = framing_of(known, path)[1]
     side, channels = vision.image_size, vision.num_channels
     if channels != 3:
-        raise InputError(f"{path}: its vision tower takes images of {channels} channels, expected 3")
+        raise InputError(f"{path}: `num_channels` of its vision tower: expected 3, got {channels}")
     if (height, width) != (side, side):
         raise InputError(
             f"{path}: its image processor gives {height} x {width} pixels, its vision tower takes {side} x {side}",

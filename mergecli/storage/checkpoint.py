@@ -119,22 +119,26 @@ class TensorEntry(NamedTuple):
         return self.dtype in FLOATS
 
 
-def canonical_names(names: Iterable[str]) -> dict[str, str]:
+def canonical_names(names: Iterable[str], *, ours: bool = False) -> dict[str, str]:
     """Name in the file -> our name.
 
     A CLIP vision tower's keys always begin with `vision_model.`, whatever it was part of when it was saved
     (`model.vision_model.`, `backbone.`); what else the file has beside the tower loses the same beginning. What torch
     puts into names for wrappers of its own is taken out. The `position_ids` buffers that old versions of transformers
     saved are left out. Names stay as they are where two would become one.
+
+    Args:
+        ours: whether this program wrote the file. It gives towers no wrappers, and what it learned of a tower's tensors
+            has names that would look like some (`logits.vision_model.`).
     """
     kept = [name for name in names if not name.endswith(_BUFFERS)]
-    plain = {name: _WRAPPERS.sub("", name) for name in kept}
-    if all(name.startswith(_PARALLEL) for name in plain.values()):
+    plain = {name: name if ours else _WRAPPERS.sub("", name) for name in kept}
+    if not ours and all(name.startswith(_PARALLEL) for name in plain.values()):
         plain = {name: each.removeprefix(_PARALLEL) for name, each in plain.items()}
     there = set(plain.values())
     roots = [name.removesuffix(_FLAT_MARKS[0]) for name in there if name.endswith(_FLAT_MARKS[0])]
     towers = [root for root in roots if root + _FLAT_MARKS[1] in there and root[-1:] in ("", ".")]
-    if len(towers) == 1:
+    if len(towers) == 1 and not (ours and towers[0]):
         lead, new = towers[0], VISION
         if f".{lead}".endswith(f".{VISION}"):
             lead, new = lead.removesuffix(VISION), ""
@@ -279,7 +283,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         for descriptor in descriptors:
             os.close(descriptor)
         raise
-    names = canonical_names(raw)
+    names = canonical_names(raw, ours="mergecli" in metadata)
     entries = {ours: raw[theirs] for theirs, ours in sorted(names.items(), key=lambda pair: pair[1])}
     return Checkpoint(path, entries, metadata, tuple(files), tuple(descriptors), ChunkHashes())
 

@@ -154,8 +154,23 @@ def test_a_processor_whose_images_the_tower_does_not_take_is_refused(clip, tmp_p
 
 def test_no_crop_of_a_shorter_side_gives_images_of_several_sizes(clip, tmp_path):
     folder = written(clip, tmp_path / "other", "preprocessor_config.json", crop_size=None)
-    with pytest.raises(InputError, match="its image processor is not one of CLIP's"):
+    with pytest.raises(InputError) as caught:
         load_clip(folder)
+    assert str(caught.value) == (
+        f"{folder}: its image processor crops nothing, so that images of several sizes come out\n"
+        "hint: `preprocessor_config.json` should have `do_center_crop`, and `crop_size` of the size that the tower takes"
+    )
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "null", "{", "3", "[" * 100_000])
+def test_a_processor_that_is_no_table_is_refused(clip, tmp_path, content):
+    shutil.copytree(clip.path, tmp_path / "other")
+    (tmp_path / "other" / "preprocessor_config.json").write_text(content)
+    with pytest.raises(InputError) as caught:
+        load_clip(tmp_path / "other")
+    assert caught.value.message == (
+        f"{tmp_path / 'other' / 'preprocessor_config.json'}: expected a table of JSON: how images are prepared"
+    )
 
 
 @pytest.mark.parametrize(

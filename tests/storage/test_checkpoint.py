@@ -158,3 +158,11 @@ def test_two_shards_with_one_tensor_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="`x` stand in more than one shard"):
         open_checkpoint(tmp_path)
+
+
+def test_what_was_learned_of_a_tower_keeps_its_names(tmp_path: Path) -> None:
+    names = [f"logits.vision_model.{name}" for name in TOWER]
+    for metadata, want in (({"mergecli": "1"}, "logits.vision_model."), ({}, "vision_model.")):
+        save_file({name: torch.ones(2) for name in names}, tmp_path / "x.safetensors", metadata)
+        with open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
+            assert all(name.startswith(want) for name in checkpoint.entries)
