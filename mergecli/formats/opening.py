@@ -21,7 +21,7 @@ MODELS = ("checkpoint", TASK_VECTOR, MIXTURE)
 
 def is_model(opened: Checkpoint) -> bool:
     """Whether it is one as far as is known: of files of ours, whether they say that they are."""
-    return "mergecli" not in opened.metadata or opened.metadata.get("kind", "checkpoint") in MODELS
+    return "mergecli" not in opened.metadata or opened.metadata.get("kind") in MODELS
 
 
 def open_source(source: Source, base: Source | None = None) -> Checkpoint:
@@ -69,10 +69,14 @@ def _model(opened: Checkpoint) -> Checkpoint:
     """The checkpoint; raises InputError if it is a file of ours that says that it is something else."""
     if not is_model(opened):
         raise InputError(
-            f"{opened.path}: its kind: expected {', '.join(MODELS[:-1])} or {MODELS[-1]}, got `{opened.metadata['kind']}`",
+            f"{opened.path}: its kind: expected {', '.join(MODELS[:-1])} or {MODELS[-1]}, got {_kind(opened)}",
             "it holds no model, or was written by a later version: `mergecli info` says by which",
         )
     return opened
+
+
+def _kind(opened: Checkpoint) -> str:
+    return f"`{opened.metadata['kind']}`" if "kind" in opened.metadata else "none"
 
 
 def _of_task(opened: Checkpoint, source: Source) -> Checkpoint:

@@ -105,6 +105,7 @@ class LearningFiles:
 
 KIND = "coefficients"
 """The `kind` in the metadata of the files."""
+CURE = "learn it again: merge without this file, with `--save-coefficients`"
 
 
 def read_learned(
@@ -126,7 +127,7 @@ def read_learned(
         UsageError: the file is of another method, or of other settings than the recipe's.
         InputError: it is of other tasks, is damaged, or is no such file.
     """
-    stored = stack.enter_context(open_checkpoint(path))
+    stored = stack.enter_context(open_checkpoint(path, checked=True, cure=CURE))
     name, metadata = methods.name_of(method), stored.metadata
     if metadata.get("kind") != KIND:
         raise InputError(f"{path}: holds no coefficients", "expected a file that `--save-coefficients` wrote")

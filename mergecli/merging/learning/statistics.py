@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 KIND = "statistics"
 """The `kind` in the metadata of the files."""
+_CURE = "delete it, then it is measured again"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class StoredStatistics:
         if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
             raise InputError(
                 f"{stored.path}: is damaged: `{name}` has NaN or infinity",
-                "delete it, then it is measured again",
+                _CURE,
             )
         return values.to(self.device)
 
@@ -169,7 +170,7 @@ def measure_missing(
 
 def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpoint:
     """The file, known to be whole and measured on these models and images with these settings."""
-    stored = open_checkpoint(file.path)
+    stored = open_checkpoint(file.path, checked=True, cure=_CURE)
     try:
         _check(stored, file, models, method)
     except BaseException:
