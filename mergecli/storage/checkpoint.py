@@ -149,6 +149,11 @@ class Checkpoint:
             self.hashes.feed(name, start * DTYPE_BYTES[entry.dtype], buffer, entry.chunk, entry.nbytes)
         return into
 
+    def expect_checksums(self, cure: str) -> None:
+        """Raises DamagedFileError if the file has no checksums, as all have that we write of its kind."""
+        if self.entries.keys() - self.hashes.expected.keys():
+            raise no_checksums(self.path, cure)
+
     def expect_unchanged(self) -> None:
         """Raises InputError if a file has been written to, or replaced by another, since it was opened."""
         for file, descriptor, before in zip(self.files, self.descriptors, self.states, strict=True):
@@ -212,7 +217,7 @@ def open_checkpoint(path: Path, *, checked: bool = False, cure: str = "") -> Che
 
     Args:
         checked: it is a file of ours that has checksums; one without is damaged.
-        cure: the hint where it is damaged.
+        cure: the hint where a file of ours is damaged.
 
     Raises:
         DamagedFileError: it is not what its checksums say.
@@ -233,17 +238,18 @@ def open_checkpoint(path: Path, *, checked: bool = False, cure: str = "") -> Che
             try:
                 tensors, about = read_header(file, descriptors[-1])
             except InputError as error:
-                if not checked:
+                if not checked and not cure:
                     raise
                 raise DamagedFileError(file, error.message.removeprefix(f"{file}: "), cure) from error
             own = about.pop(KEY, None)
-            recorded = None if own is not None or checked else recorded_checksums(file)
-            if own is None and recorded is None and checked:
-                raise DamagedFileError(file, "it has no checksums, or is of an earlier version", cure)
-            if (text := own or (recorded and recorded.text)) is not None:
-                how = recorded.cure if recorded else cure
-                expected |= expected_chunks(file, tensors, about, text, how)
-                cures |= dict.fromkeys(tensors, (file, how))
+            recorded = None if own is not None else recorded_checksums(file)
+            if recorded is not None:
+                own, cure = recorded
+            if own is not None:
+                expected |= expected_chunks(file, tensors, about, own, cure)
+                cures |= dict.fromkeys(tensors, (file, cure))
+            elif checked:
+                raise no_checksums(file, cure)
             headers.append(about)
             twice = sorted(raw.keys() & tensors.keys())
             if twice:
@@ -266,11 +272,16 @@ def open_checkpoint(path: Path, *, checked: bool = False, cure: str = "") -> Che
 
     def damaged(name: str) -> DamagedFileError:
         file, how = cures[theirs[name]]
-        return DamagedFileError(file, f"`{name}` is not what was written", how)
+        return DamagedFileError(file, f"is damaged: `{name}` is not what was written", how)
 
     hashes = ChunkHashes({ours: expected[name] for ours, name in theirs.items() if name in expected}, damaged)
     metadata = {key: value for about in headers for key, value in about.items()}
     return Checkpoint(path, entries, metadata, tuple(files), tuple(descriptors), hashes, states)
+
+
+def no_checksums(file: Path, cure: str) -> DamagedFileError:
+    """The error about a file of ours that lacks its checksums."""
+    return DamagedFileError(file, "has no checksums: it is damaged, or was written by another program", cure)
 
 
 class FileState(NamedTuple):

@@ -33,10 +33,10 @@ Layout = Mapping[str, tuple[str, tuple[int, ...], int]]
 
 
 class DamagedFileError(InputError):
-    """A file that is not what was written."""
+    """A file that is not what was written, and can be made or fetched again."""
 
     def __init__(self, file: Path, what: str, cure: str) -> None:
-        super().__init__(f"{file}: is damaged: {what}", cure)
+        super().__init__(f"{file}: {what}", cure)
         self.file = file
 
 
@@ -169,7 +169,7 @@ def expected_chunks(
         digests = b""
     sizes = {name: _LENGTH * chunk_count(layout[name][1]) for name in sorted(layout)}
     if digests[:_LENGTH] != _header(layout, metadata) or len(digests) != _LENGTH + sum(sizes.values()):
-        raise DamagedFileError(file, "its header is not what was written", cure)
+        raise DamagedFileError(file, "is damaged: its header is not what was written", cure)
     found: dict[str, bytes] = {}
     start = _LENGTH
     for name, size in sizes.items():

@@ -20,7 +20,7 @@ from mergecli.data.decoding import (
 from mergecli.data.images import Images, load_images
 from mergecli.data.tasks import TaskTable, find
 from mergecli.recipe.schema import Recipe
-from mergecli.runtime.errors import InputError
+from mergecli.runtime.errors import InputError, MergecliWarning
 from mergecli.storage import cache as caching
 from mergecli.storage.sources import parse_source
 from tests.support.processor import configured, pixel_values
@@ -199,7 +199,8 @@ def test_a_damaged_file_of_the_cache_is_made_anew(clip, data, home, damage):
     want = cached_pixels(clip, images_of(data), ROOM).batch(0, 12).clone()
     (file,) = files(home)
     file.write_bytes(file.read_bytes()[:-10] if damage is None else damage)
-    assert stored_pixels(clip, images_of(data), ROOM) is None
+    with pytest.warns(MergecliWarning, match="; its images are decoded again$"):
+        assert stored_pixels(clip, images_of(data), ROOM) is None
     assert torch.equal(cached_pixels(clip, images_of(data), ROOM).batch(0, 12), want)
 
 

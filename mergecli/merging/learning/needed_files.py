@@ -73,7 +73,7 @@ def _merged_tower(name: str, models: Models, recipe: Recipe, stack: ExitStack) -
 
 
 def _masks(name: str, models: Models, stack: ExitStack) -> Checkpoint:
-    stored = stack.enter_context(open_checkpoint(locate(parse_source(name, Path())), checked=True, cure=CURE))
+    stored = stack.enter_context(open_checkpoint(locate(parse_source(name, Path())), cure=CURE))
     path, learned_by = stored.path, stored.metadata.get("method", "")
     if stored.metadata.get("kind") != KIND or not _gives_masks(learned_by):
         able = [each for each in methods.names() if _gives_masks(each)]
@@ -81,6 +81,7 @@ def _masks(name: str, models: Models, stack: ExitStack) -> Checkpoint:
             f"{path}: holds no masks",
             f"expected what {quoted(able)} learned, as `--save-coefficients` writes it",
         )
+    stored.expect_checksums(CURE)
     if json_field(stored, "tasks") != list(models.tuned):
         raise InputError(f"{path}: holds masks for other models", f"these are {quoted(models.tuned)}")
     origin = inputs_of(stored.metadata)

@@ -170,7 +170,7 @@ def measure_missing(
 
 def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpoint:
     """The file, known to be whole and measured on these models and images with these settings."""
-    stored = open_checkpoint(file.path, checked=True, cure=_CURE)
+    stored = open_checkpoint(file.path, cure=_CURE)
     try:
         _check(stored, file, models, method)
     except BaseException:
@@ -182,6 +182,7 @@ def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpo
 def _check(stored: Checkpoint, file: StatisticsFile, models: Models, method: Calibrated) -> None:
     if stored.metadata.get("kind") != KIND:
         raise InputError(f"{file.path}: are no statistics", "name a folder of its own for statistics")
+    stored.expect_checksums(_CURE)
     try:
         found = {key: json.loads(stored.metadata[key]) for key in ("inputs", "measured")}
     except (KeyError, ValueError, RecursionError) as error:
