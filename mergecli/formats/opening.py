@@ -34,7 +34,10 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
         InputError: it is missing or damaged, or the adapter does not fit the base, or is for another, or
             there is none.
     """
-    path = _converted(locate(source))
+    origin = locate(source)
+    path = _converted(origin)
+    made = path if path.is_dir() else path.parent
+    cure = "" if path == origin else f"delete {made}, then run `mergecli fetch --allow-pickle {origin}` again"
     added = locate(source.adapter) if source.adapter else None
     with ExitStack() as stack:
         if is_adapter(path):
@@ -47,7 +50,7 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             added = path
         else:
             under = replace(source, adapter=None, dtype=None)
-            opened = _of_task(_model(stack.enter_context(open_checkpoint(path))), source)
+            opened = _of_task(_model(stack.enter_context(open_checkpoint(path, cure=cure))), source)
             if opened.is_mixture and (added or source.dtype):
                 raise InputError(
                     f"{source}: holds several towers, to which no `{'adapter' if added else 'dtype'}` applies",

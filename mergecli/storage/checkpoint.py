@@ -235,19 +235,18 @@ def open_checkpoint(path: Path, *, checked: bool = False, cure: str = "") -> Che
                 descriptors.append(os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
             except OSError as error:
                 raise InputError(f"{file}: cannot open: {(error.strerror or '').lower()}") from error
+            recorded = recorded_checksums(file)
+            how = recorded.cure if recorded else cure
             try:
                 tensors, about = read_header(file, descriptors[-1])
             except InputError as error:
-                if not checked and not cure:
+                if not checked and not how:
                     raise
-                raise DamagedFileError(file, error.message.removeprefix(f"{file}: "), cure) from error
+                raise DamagedFileError(file, error.message.removeprefix(f"{file}: "), how) from error
             own = about.pop(KEY, None)
-            recorded = None if own is not None else recorded_checksums(file)
-            if recorded is not None:
-                own, cure = recorded
-            if own is not None:
-                expected |= expected_chunks(file, tensors, about, own, cure)
-                cures |= dict.fromkeys(tensors, (file, cure))
+            if (text := recorded.text if recorded else own) is not None:
+                expected |= expected_chunks(file, tensors, about, text, how)
+                cures |= dict.fromkeys(tensors, (file, how))
             elif checked:
                 raise no_checksums(file, cure)
             headers.append(about)
@@ -341,7 +340,9 @@ def _files(path: Path) -> list[Path]:
             text = path.read_bytes()
             shards = shards_of(text)
         except ValueError as error:
-            raise InputError(f"{path}: is not an index of shards: {error}") from error
+            raise InputError(
+                f"{path}: is not an index of shards: {error}", "copy, fetch or make the model again"
+            ) from error
         if other := [shard for shard in shards if generation_of(text) not in shard]:
             raise InputError(
                 f"{path}: names shards of another generation than its own, `{generation_of(text)}`:\n{listed(other)}",
@@ -349,7 +350,9 @@ def _files(path: Path) -> list[Path]:
             )
         missing = [shard for shard in shards if not (path.parent / shard).is_file()]
         if missing:
-            raise InputError(f"{path}: shards are missing:\n{listed(missing)}")
+            raise InputError(
+                f"{path}: shards are missing:\n{listed(missing)}", "copy, fetch or make the model again"
+            )
         return [path.parent / shard for shard in shards]
     if not path.is_file():
         raise InputError(f"{path}: is not a file")
