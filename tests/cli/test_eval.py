@@ -153,7 +153,7 @@ def killed_in_the_middle(place: Path, number: int) -> tuple[int, str]:
         assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.01)
     process.send_signal(number)
-    _, text = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=150)
     return process.returncode, text
 
 
@@ -161,7 +161,7 @@ def killed_in_the_middle(place: Path, number: int) -> tuple[int, str]:
 def test_an_evaluation_that_was_stopped_does_only_what_is_left_and_ends_with_the_same_file(
     place: Path, run: Run, number: int
 ) -> None:
-    make_image_task(place / "data" / "cold", test=3000)
+    make_image_task(place / "data" / "cold", test=1000)
     home = {"MERGECLI_HOME": str(place / "home")}
     status, text = killed_in_the_middle(place, number)
     assert (status, text) == ((130, "") if number == signal.SIGINT else (-number, ""))
