@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -55,7 +56,7 @@ def magnitude_thresholds(
     """
     rank = Rank(density, lambda entries: min(entries, int(entries * density) + one_more))
     if each_tensor:
-        return _kth_largest_by_tensor(groups, rank)
+        return kth_largest_by_tensor(groups, [rank.kept])[0]
     return {"": kth_largest(groups, [rank], _magnitudes)[0]}
 
 
@@ -84,8 +85,11 @@ def kth_largest(groups: Groups, ranks: Sequence[Rank], values: Callable[[Group],
         margin *= 8  # three times are enough for a bracket of all entries
 
 
-def _kth_largest_by_tensor(groups: Groups, rank: Rank) -> dict[str, Tensor]:
-    """Name -> (T,) k-th largest magnitude of each task's entries of a tensor, in two passes.
+def kth_largest_by_tensor(groups: Groups, kept: Sequence[Callable[[int], int]]) -> list[dict[str, Tensor]]:
+    """Name -> (T,) k-th largest magnitude of each task's entries of a tensor, for each of the k, in two passes.
+
+    Args:
+        kept: of n entries, the k-th largest; 0 for infinity.
 
     A sample of a tensor is too small to rely on: the brackets come from counts of all its magnitudes by their leading
     bits, which cannot miss.
@@ -93,13 +97,14 @@ def _kth_largest_by_tensor(groups: Groups, rank: Rank) -> dict[str, Tensor]:
     import torch
 
     brackets = {
-        name: [[_bin_of(each, rank.kept(int(each.sum()))) for each in bins]]
+        name: [[_bin_of(each, k(int(each.sum()))) for each in bins] for k in kept]
         for name, bins in _binned(groups)
     }
-    return {
-        name: torch.tensor([near.largest(rank.kept(entries)) for near in tasks])
-        for name, entries, (tasks,) in _counted(groups, brackets, _magnitudes)
-    }
+    found: list[dict[str, Tensor]] = [{} for _ in kept]
+    for name, entries, counted in _counted(groups, brackets, _magnitudes):
+        for thresholds, k, tasks in zip(found, kept, counted, strict=True):
+            thresholds[name] = torch.tensor([near.largest(k(entries)) for near in tasks])
+    return found
 
 
 def _magnitudes(group: Group) -> Tensor:
@@ -148,10 +153,7 @@ def _binned(groups: Groups) -> Iterator[tuple[str, NDArray[int32]]]:
         return group.name, np.stack([np.bincount(row, minlength=bins) for row in rows]).astype(np.int32)
 
     for name, parts in groupby(groups.map(look), key=lambda part: part[0]):
-        _, total = next(parts)
-        for _, counts in parts:
-            total += counts
-        yield name, total
+        yield name, reduce(np.add, (counts for _, counts in parts))
 
 
 def _bin_of(counts: NDArray[int32], k: int) -> Bracket:

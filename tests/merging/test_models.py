@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from mergecli.merging import models as reading
 from mergecli.merging.merge import merge
 from mergecli.merging.models import open_models
+from mergecli.methods._base import Unit
 from mergecli.recipe.reading import recipe_of
 from mergecli.storage.checkpoint import open_checkpoint
 from tests.conftest import World, assert_same
@@ -40,7 +41,7 @@ def test_blocks_cover_every_entry_once_and_in_order(
 
 def test_whole_tensors_have_their_shape(world: World) -> None:
     with ExitStack() as stack:
-        shapes = dict(opened(world, stack).map(lambda _, group: (group.name, group.shape), blocks=False))
+        shapes = dict(opened(world, stack).map(lambda _, group: (group.name, group.shape), unit=Unit.TENSOR))
     assert shapes == {name: value.shape for name, value in world.base.items() if value.is_floating_point()}
 
 
