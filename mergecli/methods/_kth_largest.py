@@ -168,7 +168,7 @@ def _bin_of(counts: NDArray[int32], k: int) -> Bracket:
 
 
 @dataclass
-class _Near:
+class Near:
     """What is known of a task's values about a bracket."""
 
     bracket: Bracket
@@ -204,7 +204,7 @@ class _Near:
 
 def _counted(
     groups: Groups, brackets: Mapping[str, list[list[Bracket]]], values: Callable[[Group], Tensor]
-) -> Iterator[tuple[str, int, list[list[_Near]]]]:
+) -> Iterator[tuple[str, int, list[list[Near]]]]:
     """For each tensor that has brackets of its own, or "" for the whole model: its number of entries, and what lies
     about the bracket of each rank and task."""
 
@@ -218,7 +218,7 @@ def _counted(
         )
 
     for name, parts in groupby(groups.map(look), key=lambda part: part[0]):
-        result = [[_Near(bracket) for bracket in tasks] for tasks in brackets[name]]
+        result = [[Near(bracket) for bracket in tasks] for tasks in brackets[name]]
         entries = 0
         for _, count, counted in parts:
             entries += count

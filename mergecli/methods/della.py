@@ -58,6 +58,8 @@ class Della(PerTensor):
         return []
 
     def merge(self, group: Group, /) -> Tensor:
+        import torch
+
         deltas = group.deltas
         for task, row in enumerate(deltas):
             if row.numel() and (self.drop_rate or self.window):
@@ -69,7 +71,10 @@ class Della(PerTensor):
                 row.masked_fill_(row * sign <= 0, 0)
         merged = total(deltas)
         if self.aggregate == "mean":
-            merged /= (deltas != 0).sum(0).clamp_(min=1)
+            count = torch.zeros_like(merged)  # `sum` would make whole numbers of all tasks' booleans at once
+            for row in deltas:
+                count += row != 0
+            merged /= count.clamp_(min=1)
         return merged.mul_(self.scaling_factor).add_(group.base)
 
     def _probabilities(self, delta: Tensor) -> Tensor:
