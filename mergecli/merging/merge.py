@@ -157,7 +157,7 @@ def _stream(
     targets = [each.target for each in learned]
     if not is_first():  # the first of several processes writes
         return tuple(_merged(models, each, {}) for each in targets)
-    passes = ModelPasses(models, all(each.method.by_blocks for each in targets), progress)
+    passes = ModelPasses(models, max(each.method.unit for each in targets), progress)
     surveys = _surveys([each.method for each in targets], passes)
     known = [each.value if found is None else found for each, found in zip(learned, surveys, strict=True)]
     with ExitStack() as stack:
