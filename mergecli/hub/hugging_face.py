@@ -159,9 +159,7 @@ class HuggingFace:
         packed = ("content-encoding", "content-length", "transfer-encoding")
         content = whole(response.iter_raw(), response.headers.get("Content-Encoding", ""))
         headers = [(name, value) for name, value in response.headers.multi_items() if name not in packed]
-        return http.Response(
-            response.status_code, headers=headers, content=content, request=response.request
-        )
+        return http.Response(response.status_code, headers=headers, content=content, request=response.request)
 
     def _api(self, source: Source) -> str:
         return f"{self._endpoint}/api/{'datasets' if source.is_data else 'models'}/{source.name}"
@@ -191,7 +189,9 @@ class HuggingFace:
         except HfHubHTTPError as error:
             raise self._refused(source, where, path, error) from error
         except LimitError as error:
-            raise HubError(f"{where}: {self.host} {error}", "try again later, or check HF_ENDPOINT") from error
+            raise HubError(
+                f"{where}: {self.host} {error}", "try again later, or check HF_ENDPOINT"
+            ) from error
         except (http.ConnectError, http.ConnectTimeout, http.ProxyError) as error:
             reason = f"cannot reach {self.host}: {reason_of(error)}"
             if first:
