@@ -103,9 +103,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             return ExitStatus.INPUT
         if interrupts.pressed:
             return ExitStatus.INTERRUPTED
-        import traceback
-
-        traceback.print_exc()
+        console.traceback()
         console.error(
             "this is a bug in mergecli",
             "please report it with the command, the recipe and everything above",
