@@ -152,7 +152,7 @@ def _separated(
 
 def _is_formula(text: str) -> bool:
     """Whether spreadsheets take the text for more than a text; the wide characters are those of Asian keyboards."""
-    return len(text) > 1 and text[0] in "=+-@\t＝＋－＠"
+    return len(text) > 1 and text[0] in "=+-@\t\uff1d\uff0b\uff0d\uff20"
 
 
 def _html_free(text: str) -> str:
@@ -173,6 +173,5 @@ _LATEX = {
 
 def _latex(text: str) -> str:
     found = "".join(_LATEX.get(character, character) for character in text)
-    return (
-        f"{{}}{found}" if found[:1] in ("[", "*") else found
-    )  # a row before it would take it for an argument
+    # the end of the row before would take it for an argument of its own
+    return f"{{}}{found}" if found[:1] in ("[", "*") else found
