@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from mergecli.runtime.errors import InputError, listed, quoted, shown
+from mergecli.runtime.errors import InputError, listed, quoted, toml_text
 from mergecli.storage.table_reader import TableReader
 
 CONFIG = "adapter_config.json"
@@ -120,15 +120,15 @@ def read_config(folder: Path) -> AdapterConfig:
     given = cast("dict[str, Any]", table)
     if given.get("peft_type") != "LORA":
         raise InputError(
-            f'{path}: `peft_type`: expected "LORA", got {shown(given.get("peft_type"))}', MERGE_WITH_PEFT
+            f'{path}: `peft_type`: expected "LORA", got {toml_text(given.get("peft_type"))}', MERGE_WITH_PEFT
         )
     known = _READ | _ONLY_FOR_TRAINING
-    refused = [f"{key} = {shown(value)}" for key, value in given.items() if value and key not in known]
+    refused = [f"{key} = {toml_text(value)}" for key, value in given.items() if value and key not in known]
     if refused:
         raise InputError(f"{path}: is not a plain LoRA: {quoted(refused)}", MERGE_WITH_PEFT)
     if (init := given.get("init_lora_weights")) not in _HARMLESS_INITS:
         raise InputError(
-            f"{path}: `init_lora_weights` = {shown(init)}: training has changed the base's weights too",
+            f"{path}: `init_lora_weights` = {toml_text(init)}: training has changed the base's weights too",
             "save it with peft's `path_initial_model_for_weight_conversion`, which makes it a plain LoRA",
         )
     read = TableReader()

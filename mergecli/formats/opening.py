@@ -61,7 +61,7 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             expect_base(adapter, weights, under)
         elif source.dtype:
             opened = rounded(opened, source.dtype)
-        stack.pop_all()
+        stack.pop_all()  # the files stay open, and close with what is returned
         return opened
 
 

@@ -161,7 +161,7 @@ def _in_store(requirement: Requirement, source: Source, store: Store) -> Resolve
     )
 
     def read(file: RemoteFile) -> bytes:
-        if not store.has(source, commit, file):
+        if store.missing(source, commit, [file]):
             raise HubError(f"{named(requirement.source)}: the store lacks `{file.path}`")
         return (folder / file.path).read_bytes()
 
@@ -200,7 +200,7 @@ def _at_commit(requirement: Requirement, source: Source, commit: str, session: S
 def _resolved(
     requirement: Requirement, source: Source, commit: str, files: tuple[RemoteFile, ...], store: Store
 ) -> Resolved:
-    missing = tuple(file for file in files if not store.has(source, commit, file))
+    missing = store.missing(source, commit, files)
     return Resolved(requirement, source, commit, files, missing, store.manifest(source, commit))
 
 

@@ -12,7 +12,7 @@ from mergecli import methods
 from mergecli.data.tasks import TaskTable
 from mergecli.methods import Method
 from mergecli.recipe.toml import RecipeReader
-from mergecli.runtime.errors import UsageError, shown
+from mergecli.runtime.errors import UsageError, toml_text
 from mergecli.storage.sources import Source
 from mergecli.storage.table_reader import TableReader
 
@@ -67,7 +67,7 @@ def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -
     top = read.table(values, "", ("schema", "base", "seed", "dtype", "tuned", "method", "eval", "tasks"))
     if (schema := top.get("schema", 1)) != 1 or type(schema) is not int:
         read.wrong(
-            "schema", f"expected 1, got {shown(schema)}: this recipe is for another version of mergecli"
+            "schema", f"expected 1, got {toml_text(schema)}: this recipe is for another version of mergecli"
         )
     method, settings = _method(top["method"], read) if "method" in top else (None, {})
     evaluation = read.table(top.get("eval", {}), "eval", ("tasks", "batch_size", "splits"))
@@ -121,13 +121,13 @@ def recipe_text(recipe: Recipe, method: str | None = None, settings: Mapping[str
     """The recipe in effect as TOML: after every change, with the defaults written out."""
     lines = ["schema = 1"]
     if recipe.base:
-        lines.append(f"base = {shown(recipe.base.written)}")
-    lines += [f"seed = {recipe.seed}", f"dtype = {shown(recipe.dtype)}", "", "[tuned]"]
+        lines.append(f"base = {toml_text(recipe.base.written)}")
+    lines += [f"seed = {recipe.seed}", f"dtype = {toml_text(recipe.dtype)}", "", "[tuned]"]
     lines += [
-        f"{name if '.' not in name and '+' not in name else shown(name)} = {shown(source.written)}"
+        f"{name if '.' not in name and '+' not in name else toml_text(name)} = {toml_text(source.written)}"
         for name, source in recipe.tuned.items()
     ]
     if method is not None:
-        lines += ["", "[method]", f"name = {shown(method)}"]
-        lines += [f"{key} = {shown(value)}" for key, value in (settings or {}).items()]
+        lines += ["", "[method]", f"name = {toml_text(method)}"]
+        lines += [f"{key} = {toml_text(value)}" for key, value in (settings or {}).items()]
     return "\n".join(lines) + "\n"

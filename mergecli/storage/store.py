@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,12 +139,17 @@ class Store:
                 f"{path}: is damaged", f"delete the folder {path.parent} and fetch again"
             ) from error
 
-    def has(self, source: Source, commit: str, file: RemoteFile) -> bool:
-        """Whether the commit's folder has the file, of the right size and once verified."""
-        known = self.manifest(source, commit).files.get(file.path)
-        if known is None or known.size != file.size or file.sha256 not in (None, known.sha256):
-            return False
-        return size_of(self.folder(source, commit) / file.path) == file.size
+    def missing(self, source: Source, commit: str, files: Iterable[RemoteFile]) -> tuple[RemoteFile, ...]:
+        """Those of the files that the commit's folder does not have, of the right size and once verified."""
+        folder, known = self.folder(source, commit), self.manifest(source, commit).files
+
+        def is_there(file: RemoteFile) -> bool:
+            stored = known.get(file.path)
+            if stored is None or stored.size != file.size or file.sha256 not in (None, stored.sha256):
+                return False
+            return size_of(folder / file.path) == file.size
+
+        return tuple(file for file in files if not is_there(file))
 
 
 def is_folder_name(commit: str) -> bool:

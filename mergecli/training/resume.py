@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli.runtime.distributed import Ranks, is_first
-from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, listed, shown
+from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, listed, toml_text
 from mergecli.storage.checkpoint import open_checkpoint
 from mergecli.storage.metadata import about, table_differences
 
@@ -98,7 +98,7 @@ def _check_state(
 
 
 def _text(value: object) -> str:
-    return "none" if value is None else shown(value)
+    return "none" if value is None else toml_text(value)
 
 
 class TrainingState:

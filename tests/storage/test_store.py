@@ -57,9 +57,8 @@ def test_the_manifest_says_what_is_there_and_damage_is_an_error(tmp_path: Path) 
     manifest = {"files": files, "listing": [{"path": "a.bin", "size": 3}], "converted_from": None}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     assert store.manifest(source, commit).files == {"a.bin": StoredFile("a.bin", 3, "f" * 64)}
-    assert store.has(source, commit, RemoteFile("a.bin", 3))
-    assert not store.has(source, commit, RemoteFile("a.bin", 3, "e" * 64))
-    assert not store.has(source, commit, RemoteFile("a.bin", 4))
+    others = [RemoteFile("a.bin", 3, "e" * 64), RemoteFile("a.bin", 4), RemoteFile("b.bin", 3)]
+    assert list(store.missing(source, commit, [RemoteFile("a.bin", 3), *others])) == others
     (folder / MANIFEST).write_text("{}")
     with pytest.raises(InputError, match=r"\.mergecli\.json: is damaged"):
         store.manifest(source, commit)

@@ -19,7 +19,7 @@ from mergecli.merging.models import Models
 from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.distributed import is_first, join, wait
-from mergecli.runtime.errors import InputError, listed, shown
+from mergecli.runtime.errors import InputError, listed, toml_text
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences
 from mergecli.storage.metadata import about, table_differences
@@ -187,7 +187,7 @@ def _check(stored: Checkpoint, file: StatisticsFile, models: Models, method: Cal
         raise InputError(f"{file.path}: does not say what it was measured on", "delete it") from error
     wanted = json.loads(json.dumps({"inputs": file.inputs, "measured": file.measured}))
     wrong = [
-        f"`{key}`: it was measured on {'nothing' if before is None else shown(before)}, wanted is {shown(after)}"
+        f"`{key}`: it was measured on {'nothing' if before is None else toml_text(before)}, wanted is {toml_text(after)}"
         for key, before, after in table_differences(found, wanted, only_new=True)
     ]
     layout = {name: Form(shape, dtype) for name, (dtype, shape) in method.layout(models.shapes).items()}
