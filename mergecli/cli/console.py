@@ -153,12 +153,8 @@ def _drawn(content: Table) -> None:
             written(column.name), justify="left" if column.unit == "text" else "right", no_wrap=True
         )
     for row in content.rows:
-<<<<<<< HEAD
         cells = zip(content.columns, row, strict=True)
         drawn.add_row(*(written(column.text(value)) for column, value in cells))
-=======
-        drawn.add_row(*(column.text(value) for column, value in zip(content.columns, row, strict=True)))
->>>>>>> main
     console = Console(highlight=False)
     needed = console.measure(drawn, options=console.options.update(width=10_000)).maximum
     # a narrow terminal wraps a line, but cut numbers would be lost; without a height rich takes a dumb one for 80 wide
