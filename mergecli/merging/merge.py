@@ -26,6 +26,7 @@ from mergecli.recipe.schema import Recipe
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.progress import Progress
+from mergecli.storage.atomic import check_space
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.sizes import parse_size
 
@@ -121,6 +122,7 @@ def merge_points(
         for each in targets:
             files.refuse_inputs(each, models.paths)
             each.check(models)
+        check_space({each.path: each.size(models) for each in targets})
         found: dict[str, Learned] = {}
         for each in targets:
             if _key(each.method) not in found:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.errors import UsageError
-from mergecli.storage.atomic import refuse_inputs
+from mergecli.storage.atomic import check_space, refuse_inputs
 from mergecli.storage.sources import Source, parse_source
 from mergecli.storage.store import locate
 from mergecli.training.output import TrainedModel
@@ -135,6 +135,8 @@ def finetune(
         )
     records = TraceFiles(Path(trace) if trace else None, Path(tensorboard) if tensorboard else None)
     records.check(target)
+    import torch
+
     from mergecli.clip.heads import clip_digests
     from mergecli.clip.model import load_clip
     from mergecli.formats.opening import open_source
@@ -156,10 +158,12 @@ def finetune(
     if adapter is None:
         clip.tower.requires_grad_(True)
     clip.model.to(usable_device(own_device))
+    trained = {name: each for name, each in clip.tower.named_parameters() if each.requires_grad}
+    entries = sum(each.numel() for each in trained.values())
+    check_space({target: entries * getattr(torch, dtype).itemsize})
     digests = clip_digests(locate(source))
     trained_on = {"base": base_digest, **tasks_metadata(tasks)}
     rest = {"clip": digests._asdict(), "processing": json.loads(clip.processor.to_json_string())}
-    trained = {name: each for name, each in clip.tower.named_parameters() if each.requires_grad}
     state = TrainingState(
         target, trained, {**asdict(settings), **trained_on, **rest}, len(tasks), ranks, fresh=fresh
     )
