@@ -55,7 +55,7 @@ def check_target(path: Path, *, folder: bool = False) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.lstat()  # refuses a name that is too long
         nearest = path.absolute() if folder and path.is_dir() else path.absolute().parent
-        while not nearest.exists():
+        while not os.path.lexists(nearest):
             nearest = nearest.parent
         trial = new_name(nearest / path.name)  # in what is no folder it fails as the file itself would
         try:
@@ -69,7 +69,7 @@ def check_name(path: Path, *, folder: bool = False) -> None:
     """Raises UsageError if a file (or `folder`) cannot be called so."""
     if path.parts[:1] == ("-",):
         raise UsageError(
-            f"output `-`: expected the name of a {'folder' if folder else 'file'}",
+            "output `-`: expected the name of a file or folder",
             "stdout gets tables only, and only without the option",
         )
     if not path.absolute().name or path.name in ("", ".."):
