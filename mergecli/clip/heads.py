@@ -144,6 +144,7 @@ def zero_shot_head(clip: Clip, classes: Sequence[str], templates: Sequence[str])
                 f"class `{name}`: a prompt has {length} tokens, the text tower takes {limit}: `{longest[:80]}`",
                 "shorten the class name or the template",
             )
+        _expect_tokens(clip, name, prompts, batch["input_ids"])
         pooled = clip.model.text_model(
             input_ids=batch["input_ids"].to(clip.device),
             attention_mask=batch["attention_mask"].to(clip.device),
@@ -153,6 +154,32 @@ def zero_shot_head(clip: Clip, classes: Sequence[str], templates: Sequence[str])
         mean = text.mean(dim=0)
         rows.append(mean / mean.norm())
     return torch.stack(rows)
+
+
+def _expect_tokens(clip: Clip, name: str, prompts: Sequence[str], tokens: Tensor) -> None:
+    """Raises InputError if the text tower has no row for a token, or would not find a prompt's end, where it reads the
+    prompt's feature: it takes the place of the end that its configuration names, or for a 2, as old ones have it, that
+    of the largest token."""
+    config, rows = (
+        clip.model.config.text_config,
+        clip.model.text_model.embeddings.token_embedding.num_embeddings,
+    )
+    hint = "the tokenizer is another model's, or has tokens that were added to it: copy the base's own"
+    largest, which = tokens.amax(dim=1).max(dim=0)
+    if int(largest) >= rows:
+        raise InputError(
+            f"class `{name}`: a prompt has token {int(largest)}, the text tower knows tokens up to {rows - 1}: "
+            f"`{prompts[int(which)][:80]}`",
+            hint,
+        )
+    end = config.eos_token_id
+    found = tokens.amax(dim=1) == clip.tokenizer.eos_token_id if end == 2 else (tokens == end).any(dim=1)
+    if not bool(found.all()):
+        raise InputError(
+            f"class `{name}`: the text tower does not find the end of a prompt, "
+            f"{'the largest token' if end == 2 else f'token {end}'}: `{prompts[int(found.int().argmin())][:80]}`",
+            hint,
+        )
 
 
 def logits(

@@ -10,7 +10,7 @@ from mergecli.formats.lora import adapted
 from mergecli.formats.lora_files import expect_base, is_adapter, open_adapter
 from mergecli.formats.mixture import mixture_of
 from mergecli.runtime.errors import InputError, UsageError
-from mergecli.storage.checkpoint import MIXTURE, TASK_VECTOR, Checkpoint, open_checkpoint
+from mergecli.storage.checkpoint import MIXTURE, TASK_VECTOR, Checkpoint, ChunkHashes, open_checkpoint
 from mergecli.storage.lazy_checkpoint import rounded
 from mergecli.storage.sources import Source
 from mergecli.storage.store import home, locate
@@ -34,7 +34,7 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
         InputError: it is missing or damaged, or the adapter does not fit the base, or is for another, or
             there is none.
     """
-    path = _converted(locate(source))
+    path = model_path(source)
     added = locate(source.adapter) if source.adapter else None
     with ExitStack() as stack:
         if is_adapter(path):
@@ -46,7 +46,7 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             opened = stack.enter_context(open_source(under))
             added = path
         else:
-            under = replace(source, adapter=None, dtype=None)
+            under = replace(source, adapter=None, dtype=None, leave_out=())
             opened = _of_task(_model(stack.enter_context(open_checkpoint(path))), source)
             if opened.is_mixture and (added or source.dtype):
                 raise InputError(
@@ -61,6 +61,11 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             expect_base(adapter, weights, under)
         elif source.dtype:
             opened = rounded(opened, source.dtype)
+        if source.leave_out:
+            kept = {
+                name: each for name, each in opened.entries.items() if not name.startswith(source.leave_out)
+            }
+            opened = replace(opened, entries=kept, hashes=ChunkHashes())
         stack.pop_all()  # the files stay open, and close with what is returned
         return opened
 
@@ -84,13 +89,16 @@ def _of_task(opened: Checkpoint, source: Source) -> Checkpoint:
     return mixture_of(opened).of_task(source.task)
 
 
-def _converted(path: Path) -> Path:
-    """The conversion of a pickle on this machine, if `fetch --allow-pickle` has made it; else the path itself."""
-    weights = path.glob("*.safetensors*") if path.is_dir() else [path] if ".safetensors" in path.name else []
-    if any(weights):
-        return path
+def model_path(source: Source) -> Path:
+    """Where the weights that a source means can be read: at their own path, or at that of their conversion on this
+    machine, if `fetch` has made it of a pickle, or of open_clip's names.
+
+    Raises:
+        InputError: there is nothing at the source.
+    """
     from mergecli.formats.convert import converted_path
 
+    path = locate(source)
     try:
         found = converted_path(path, home(), allow_pickle=False)
     except (InputError, UsageError):

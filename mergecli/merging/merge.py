@@ -117,7 +117,11 @@ def merge_points(
     needs_base = any(each.method.needs_base for each in targets)
     with ExitStack() as stack:
         models = open_models(
-            targets[0].recipe, stack, needs="base" if needs_base else "weights", device=device
+            targets[0].recipe,
+            stack,
+            needs="base" if needs_base else "weights",
+            device=device,
+            says_other_parts=True,
         )
         for each in targets:
             files.refuse_inputs(each, models.paths)

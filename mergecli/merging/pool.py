@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli.formats.mixture import has_routing, install_routing, one_tower, routed
-from mergecli.formats.opening import open_source
+from mergecli.formats.opening import model_path, open_source
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean
@@ -139,7 +139,7 @@ class ModelPool:
                 "the pool's base is a module, a vision tower; a whole CLIP needs a source as base"
             )
         base = self._source(BASE)
-        clip = load_clip(locate(base))
+        clip = load_clip(model_path(base))
         if name != BASE:
             with open_source(self._written(name), base) as stored:
                 set_tower(clip, routed(stored).shared if stored.is_mixture else stored.vision())

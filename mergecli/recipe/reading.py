@@ -143,11 +143,13 @@ def named_models(
     """Name and source of each checkpoint that a call means: those it names, or else the recipe's models."""
     if checkpoints and only:
         raise UsageError("`only` chooses among the recipe's models, and checkpoints were named too")
+    leave_out = known.leave_out if known else ()
     if isinstance(checkpoints, Mapping):
-        return [(name, parse_source(str(source), Path())) for name, source in checkpoints.items()]
+        parsed = {name: parse_source(str(source), Path()) for name, source in checkpoints.items()}
+        return [(name, replace(source, leave_out=leave_out)) for name, source in parsed.items()]
     if checkpoints:
         several = [checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints
-        sources = [parse_source(str(each), Path()) for each in several]
+        sources = [replace(parse_source(str(each), Path()), leave_out=leave_out) for each in several]
         return [(Path(source.name).name.removesuffix(".safetensors"), source) for source in sources]
     models = dict(known.tuned) if known else {}
     if known and known.base and with_base:

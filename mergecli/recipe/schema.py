@@ -27,6 +27,8 @@ class Recipe:
     base: Source | None = None
     tuned: Mapping[str, Source] = field(default_factory=dict[str, Source])
     """Task -> fine-tuned model; the order of every sum."""
+    leave_out: tuple[str, ...] = ()
+    """Beginnings of names of tensors that the models have and the base has not, such as heads, and that are not read."""
     seed: int = 0
     dtype: str = "same"
     method: str | None = None
@@ -64,7 +66,9 @@ class Recipe:
 def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -> Recipe:
     """The recipe that parsed TOML means; what is wrong with it is among the reader's problems, and left out here."""
     read = reader.values
-    top = read.table(values, "", ("schema", "base", "seed", "dtype", "tuned", "method", "eval", "tasks"))
+    top = read.table(
+        values, "", ("schema", "base", "seed", "dtype", "leave_out", "tuned", "method", "eval", "tasks")
+    )
     if (schema := top.get("schema", 1)) != 1 or type(schema) is not int:
         read.wrong(
             "schema", f"expected 1, got {toml_text(schema)}: this recipe is for another version of mergecli"
@@ -72,14 +76,16 @@ def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -
     method, settings = _method(top["method"], read) if "method" in top else (None, {})
     evaluation = read.table(top.get("eval", {}), "eval", ("tasks", "batch_size", "splits"))
     wanted = evaluation.get("tasks", ())
+    leave_out = read.texts(top["leave_out"], "leave_out") if "leave_out" in top else ()
     return Recipe(
         path=path,
         base=reader.source(top["base"], "base") if "base" in top else None,
         tuned={
-            reader.name(name, f"tuned.{name}"): source
+            reader.name(name, f"tuned.{name}"): replace(source, leave_out=leave_out)
             for name, value in read.table(top.get("tuned", {}), "tuned").items()
             if (source := reader.source(value, f"tuned.{name}"))
         },
+        leave_out=leave_out,
         seed=read.whole(top.get("seed", 0), "seed"),
         dtype=read.one_of(top.get("dtype", "same"), "dtype", DTYPES),
         method=method,
@@ -122,6 +128,8 @@ def recipe_text(recipe: Recipe, method: str | None = None, settings: Mapping[str
     lines = ["schema = 1"]
     if recipe.base:
         lines.append(f"base = {toml_text(recipe.base.written)}")
+    if recipe.leave_out:
+        lines.append(f"leave_out = {toml_text(recipe.leave_out)}")
     lines += [f"seed = {recipe.seed}", f"dtype = {toml_text(recipe.dtype)}", "", "[tuned]"]
     lines += [
         f"{name if '.' not in name and '+' not in name else toml_text(name)} = {toml_text(source.written)}"

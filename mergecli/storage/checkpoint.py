@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from mergecli.storage.safetensors_format import (
     TORCH_NAMES,
     bytes_of,
     entry_count,
+    open_regular,
     read_header,
     shards_of,
 )
@@ -87,6 +89,10 @@ _WHOLE_CLIP_MARKS = (
     "text_model.embeddings.token_embedding.weight",
 )
 _BUFFERS = ("embeddings.position_ids",)
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Modules of torch's own around a module: of `torch.compile`, sharding and recomputation of activations."""
+_PARALLEL = "module."
+"""What DataParallel puts before every name."""
 
 
 class TensorEntry(NamedTuple):
@@ -113,12 +119,34 @@ class TensorEntry(NamedTuple):
         return self.dtype in FLOATS
 
 
-def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """Name in the file -> our name: a CLIP vision tower's keys always begin with `vision_model.`, and the
-    `position_ids` buffers that old versions of transformers saved are left out."""
+def canonical_names(names: Iterable[str], *, ours: bool = False) -> dict[str, str]:
+    """Name in the file -> our name.
+
+    A CLIP vision tower's keys always begin with `vision_model.`, whatever it was part of when it was saved
+    (`model.vision_model.`, `backbone.`); what else the file has beside the tower loses the same beginning. What torch
+    puts into names for wrappers of its own is taken out. The `position_ids` buffers that old versions of transformers
+    saved are left out. Names stay as they are where two would become one.
+
+    Args:
+        ours: whether this program wrote the file. It gives towers no wrappers, and what it learned of a tower's tensors
+            has names that would look like some (`logits.vision_model.`).
+    """
     kept = [name for name in names if not name.endswith(_BUFFERS)]
-    flat = all(mark in kept for mark in _FLAT_MARKS)
-    return {name: VISION + name if flat else name for name in kept}
+    plain = {name: name if ours else _WRAPPERS.sub("", name) for name in kept}
+    if not ours and all(name.startswith(_PARALLEL) for name in plain.values()):
+        plain = {name: each.removeprefix(_PARALLEL) for name, each in plain.items()}
+    there = set(plain.values())
+    roots = [name.removesuffix(_FLAT_MARKS[0]) for name in there if name.endswith(_FLAT_MARKS[0])]
+    towers = [root for root in roots if root + _FLAT_MARKS[1] in there and root[-1:] in ("", ".")]
+    if len(towers) == 1 and not (ours and towers[0]):
+        lead, new = towers[0], VISION
+        if f".{lead}".endswith(f".{VISION}"):
+            lead, new = lead.removesuffix(VISION), ""
+        plain = {
+            name: new + each.removeprefix(lead) if each.startswith(lead) else each
+            for name, each in plain.items()
+        }
+    return plain if len(set(plain.values())) == len(plain) else {name: name for name in kept}
 
 
 @dataclass(frozen=True)
@@ -239,10 +267,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     descriptors: list[int] = []
     try:
         for number, file in enumerate(files):
-            try:
-                descriptors.append(os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
-            except OSError as error:
-                raise InputError(f"{file}: cannot open: {(error.strerror or '').lower()}") from error
+            descriptors.append(open_regular(file))
             tensors, about = read_header(file, descriptors[-1])
             metadata.update(about)
             twice = sorted(raw.keys() & tensors.keys())
@@ -258,7 +283,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         for descriptor in descriptors:
             os.close(descriptor)
         raise
-    names = canonical_names(raw)
+    names = canonical_names(raw, ours="mergecli" in metadata)
     entries = {ours: raw[theirs] for theirs, ours in sorted(names.items(), key=lambda pair: pair[1])}
     return Checkpoint(path, entries, metadata, tuple(files), tuple(descriptors), ChunkHashes())
 
@@ -290,13 +315,12 @@ def _files(path: Path) -> list[Path]:
         raise InputError(f"{path}: has no `model.safetensors`")
     if path.name.endswith(".index.json"):
         try:
-            shards = shards_of(path.read_bytes())
+            with os.fdopen(open_regular(path), "rb") as index:
+                shards = shards_of(index.read())
         except ValueError as error:
             raise InputError(f"{path}: is not an index of shards: {error}") from error
         missing = [shard for shard in shards if not (path.parent / shard).is_file()]
         if missing:
             raise InputError(f"{path}: shards are missing:\n{listed(missing)}")
         return [path.parent / shard for shard in shards]
-    if not path.is_file():
-        raise InputError(f"{path}: is not a file")
     return [path]

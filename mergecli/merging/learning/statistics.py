@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
+from mergecli.formats.opening import model_path
 from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
 from mergecli.merging.learning.files import Learned, LearningFiles
 from mergecli.merging.merge_target import MergeTarget
@@ -23,7 +24,7 @@ from mergecli.runtime.errors import InputError, listed, toml_text
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences
 from mergecli.storage.metadata import about, table_differences
-from mergecli.storage.store import home, locate
+from mergecli.storage.store import home
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +116,7 @@ def files_for(
     if method.shuffle:
         settings["seed"] = recipe.seed
     common: dict[str, Any] = {"method": name, "settings": settings}
-    common["clip"] = surroundings(locate(recipe.base), head=method.needs_head)
+    common["clip"] = surroundings(model_path(recipe.base), head=method.needs_head)
     found: list[StatisticsFile] = []
     for tasks in [tuple(models.tuned)] if method.joint else [(task,) for task in models.tuned]:
         title = name if method.joint else tasks[0]
