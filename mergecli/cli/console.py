@@ -104,10 +104,23 @@ def warnings_of_ours() -> Generator[None]:
         else:
             others(message, category, filename, lineno, file, line)
 
+    _clean_logs()
     with warnings.catch_warnings():
         warnings.simplefilter("default", MergecliWarning)
         others, warnings.showwarning = warnings.showwarning, show
         yield
+
+
+def _clean_logs() -> None:
+    """What libraries log, and nobody handles, goes to stderr without control characters."""
+    import logging
+
+    class Visible(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return visible(super().format(record), keep="\n\t")
+
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(Visible())
 
 
 def drop_output() -> None:

@@ -31,6 +31,7 @@ def write_errors(path: Path) -> Generator[None]:
             errno.EDQUOT: "free some space or write to another disk",
             errno.EFBIG: "the limit on file sizes (`ulimit -f`, or the file system's own) is below what is needed",
             errno.EACCES: "check the folder's permissions, or write elsewhere with `-o`",
+            errno.EPERM: "write elsewhere with `-o`",
             errno.EROFS: "the file system is read-only: write elsewhere with `-o`",
             errno.EEXIST: "one of the folders in that path is a file: write elsewhere with `-o`",
             errno.ENOTDIR: "one of the folders in that path is a file: write elsewhere with `-o`",
@@ -57,12 +58,22 @@ def check_target(path: Path, *, folder: bool = False) -> None:
         nearest = path.absolute() if folder and path.is_dir() else path.absolute().parent
         while not os.path.lexists(nearest):
             nearest = nearest.parent
+        _refuse_of_others(path)
         trial = new_name(nearest / path.name)  # in what is no folder it fails as the file itself would
         try:
             trial.open("xb").close()
         finally:
             with contextlib.suppress(OSError):
                 trial.unlink()
+
+
+def _refuse_of_others(path: Path) -> None:
+    """Raises PermissionError if the file is another user's, in a folder such as `/tmp` where only they may replace it."""
+    if not hasattr(os, "geteuid") or not path.exists():
+        return
+    user, folder = os.geteuid(), path.absolute().parent.stat()
+    if folder.st_mode & stat.S_ISVTX and user not in (0, path.lstat().st_uid, folder.st_uid):
+        raise PermissionError(errno.EPERM, "the file is another user's")
 
 
 def check_name(path: Path, *, folder: bool = False) -> None:
@@ -184,16 +195,27 @@ def whole_folder(path: Path, replaced: Collection[str] = ()) -> Generator[Path]:
             temporary.mkdir(parents=True)
             with locked(temporary):
                 yield temporary
-            if path.is_dir():
+            if not _renamed(temporary, path):
                 new = {file.name for file in temporary.iterdir()}
                 for file in sorted(temporary.iterdir(), key=lambda each: each.suffix == ".safetensors"):
                     file.replace(path / file.name)
                 _remove_stale(path, new)
                 warn_of_others(path, {*new, *replaced})
-            else:
-                temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _renamed(temporary: Path, path: Path) -> bool:
+    """Gives the folder its name; not if there is one already, which another program may have made meanwhile."""
+    if path.is_dir():
+        return False
+    try:
+        temporary.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        return False
+    return True
 
 
 def check_targets(targets: Iterable[tuple[Path, Sequence[str]]], inputs: Mapping[str, Path]) -> None:

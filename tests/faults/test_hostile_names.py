@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -134,3 +135,10 @@ def test_a_path_goes_to_programs_as_it_is_and_to_a_terminal_as_escapes(world: Wo
     assert (world.folder / os.fsdecode(name)).is_file()
     out = on_a_terminal([*command[3:], "m\x1b.safetensors"], world.folder, NO_COLOR="1")
     assert r"m\x1b.safetensors" in out
+
+
+def test_what_a_library_logs_has_no_control_characters(run: Run) -> None:
+    assert run("methods").status == 0
+    handler = logging.lastResort
+    assert handler is not None
+    assert handler.format(logging.makeLogRecord({"msg": EVIL, "levelname": "WARNING"})) == SHOWN

@@ -251,3 +251,26 @@ def test_a_folder_that_is_there_may_be_a_disk_of_its_own(tmp_path: Path) -> None
 def test_a_text_with_a_file_name_that_is_no_unicode_is_written_with_its_escape(tmp_path: Path) -> None:
     write_text(tmp_path / "x.json", '"a\udcff"')
     assert (tmp_path / "x.json").read_bytes() == b'"a\\udcff"'
+
+
+def test_a_file_that_only_another_user_may_replace_is_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_text("theirs")
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    check_target(tmp_path / "x")
+    tmp_path.chmod(0o1777)
+    with pytest.raises(
+        InputError, match="x: cannot write: the file is another user's\nhint: write elsewhere with `-o`"
+    ):
+        check_target(tmp_path / "x")
+    check_target(tmp_path / "y")
+
+
+def test_a_folder_that_another_program_makes_meanwhile_gets_the_files(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "model") as first:
+        (first / "config.json").write_text("first")
+        with whole_folder(tmp_path / "model") as second:
+            (second / "config.json").write_text("second")
+    assert (tmp_path / "model" / "config.json").read_text() == "first"
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
