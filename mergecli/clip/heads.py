@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mergecli.clip.model import Clip, features
 from mergecli.runtime.errors import InputError
-from mergecli.storage.cache import cache_path, make_room, touch
-from mergecli.storage.checkpoint import VISION, Checkpoint, ChunkHashes, open_checkpoint
+from mergecli.storage.cache import cache_path, kept, make_room, touch
+from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
 from mergecli.storage.safetensors_writer import save_tensors
 
 _TEXT = ("text_model.", "text_projection.")
@@ -108,17 +108,16 @@ def cached_head(
     """
     path = cache_path("heads", head_key(clip, text, classes, templates))
     if max_size:
-        with contextlib.suppress(InputError, KeyError), open_checkpoint(path) as stored:
-            head = stored.read("head")
-            if head.shape[0] == len(classes):
-                touch(path)
-                return head.to(clip.device)
+        head = kept(path, "it is made", lambda stored: stored.read("head"))
+        if head is not None and head.shape[0] == len(classes):
+            touch(path)
+            return head.to(clip.device)
     head = zero_shot_head(clip, classes, templates)
     if make_room(head.nbytes, max_size):
         named = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
         what = f"{len(classes)} classes ({named}), {len(templates)} prompts each, {clip.path.name}"
         with contextlib.suppress(InputError):
-            save_tensors({"head": head.cpu()}, path, {"what": what})
+            save_tensors({"head": head.cpu()}, path, {"what": what}, checked=True)
     return head
 
 
@@ -205,4 +204,6 @@ def compare(
 
 def _part(stored: Checkpoint, names: Sequence[str]) -> Checkpoint:
     """A checkpoint with only these of the tensors, and a digest of its own."""
-    return replace(stored, entries={name: stored.entries[name] for name in names}, hashes=ChunkHashes())
+    return replace(
+        stored, entries={name: stored.entries[name] for name in names}, hashes=stored.hashes.anew()
+    )

@@ -101,7 +101,7 @@ def convert(
         layout = {name: _form(origin.taken_from(forms[origin.name])) for name, origin in plan.origins.items()}
         kind = stored.metadata.get("kind", "checkpoint") if stored else "checkpoint"
         with SafetensorsWriter(
-            target, layout, _metadata(kind, source, files, [*plan.left_out, *others])
+            target, layout, _metadata(kind, source, files, [*plan.left_out, *others]), checked=True
         ) as writer:
             for name, origin in plan.origins.items():
                 interrupts.check()

@@ -10,7 +10,7 @@ from mergecli.formats.lora import adapted
 from mergecli.formats.lora_files import expect_base, is_adapter, open_adapter
 from mergecli.formats.mixture import mixture_of
 from mergecli.runtime.errors import InputError, UsageError
-from mergecli.storage.checkpoint import MIXTURE, TASK_VECTOR, Checkpoint, ChunkHashes, open_checkpoint
+from mergecli.storage.checkpoint import MIXTURE, TASK_VECTOR, Checkpoint, open_checkpoint
 from mergecli.storage.lazy_checkpoint import rounded
 from mergecli.storage.sources import Source
 from mergecli.storage.store import home, locate
@@ -21,7 +21,7 @@ MODELS = ("checkpoint", TASK_VECTOR, MIXTURE)
 
 def is_model(opened: Checkpoint) -> bool:
     """Whether it is one as far as is known: of files of ours, whether they say that they are."""
-    return "mergecli" not in opened.metadata or opened.metadata.get("kind", "checkpoint") in MODELS
+    return "mergecli" not in opened.metadata or opened.metadata.get("kind") in MODELS
 
 
 def open_source(source: Source, base: Source | None = None) -> Checkpoint:
@@ -34,7 +34,9 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
         InputError: it is missing or damaged, or the adapter does not fit the base, or is for another, or
             there is none.
     """
-    path = model_path(source)
+    origin, path = locate(source), model_path(source)
+    made = path if path.is_dir() else path.parent
+    cure = "" if path == origin else f"delete {made}, then run `mergecli fetch --allow-pickle {origin}` again"
     added = locate(source.adapter) if source.adapter else None
     with ExitStack() as stack:
         if is_adapter(path):
@@ -47,7 +49,7 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             added = path
         else:
             under = replace(source, adapter=None, dtype=None, leave_out=())
-            opened = _of_task(_model(stack.enter_context(open_checkpoint(path))), source)
+            opened = _of_task(_model(stack.enter_context(open_checkpoint(path, cure=cure))), source)
             if opened.is_mixture and (added or source.dtype):
                 raise InputError(
                     f"{source}: holds several towers, to which no `{'adapter' if added else 'dtype'}` applies",
@@ -65,7 +67,7 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             kept = {
                 name: each for name, each in opened.entries.items() if not name.startswith(source.leave_out)
             }
-            opened = replace(opened, entries=kept, hashes=ChunkHashes())
+            opened = replace(opened, entries=kept, hashes=opened.hashes.anew())
         stack.pop_all()  # the files stay open, and close with what is returned
         return opened
 
@@ -74,10 +76,14 @@ def _model(opened: Checkpoint) -> Checkpoint:
     """The checkpoint; raises InputError if it is a file of ours that says that it is something else."""
     if not is_model(opened):
         raise InputError(
-            f"{opened.path}: its kind: expected {', '.join(MODELS[:-1])} or {MODELS[-1]}, got `{opened.metadata['kind']}`",
+            f"{opened.path}: its kind: expected {', '.join(MODELS[:-1])} or {MODELS[-1]}, got {_kind(opened)}",
             "it holds no model, or was written by a later version: `mergecli info` says by which",
         )
     return opened
+
+
+def _kind(opened: Checkpoint) -> str:
+    return f"`{opened.metadata['kind']}`" if "kind" in opened.metadata else "none"
 
 
 def _of_task(opened: Checkpoint, source: Source) -> Checkpoint:

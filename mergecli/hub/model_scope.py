@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -136,11 +136,10 @@ class ModelScope:
     def _list(self, source: Source, revision: str) -> list[dict[str, Any]]:
         def ask() -> list[dict[str, Any]]:
             with self._in_our_words(source, None), self._guard.one_list(source.name):
-                found = within(
-                    limits.LIST_SECONDS,
-                    lambda: self._api.list_repo_files(source.name, _kind(source), revision),
-                    self._stop,
+                list_files: Callable[[], list[dict[str, Any]]] = partial(
+                    self._api.list_repo_files, source.name, _kind(source), revision
                 )
+                found = within(limits.LIST_SECONDS, list_files, self._stop)
                 return [each for each in found if each.get("Type") != "tree"]
 
         return retried(ask, self._stop, self._policy)
@@ -148,11 +147,10 @@ class ModelScope:
     def _revisions(self, source: Source) -> list[dict[str, Any]]:
         def ask() -> list[dict[str, Any]]:
             with self._in_our_words(source, None):
-                return within(
-                    limits.ANSWER_SECONDS,
-                    lambda: self._api.list_revisions(source.name, _kind(source)),
-                    self._stop,
+                list_revisions: Callable[[], list[dict[str, Any]]] = partial(
+                    self._api.list_revisions, source.name, _kind(source)
                 )
+                return within(limits.ANSWER_SECONDS, list_revisions, self._stop)
 
         return retried(ask, self._stop, self._policy)
 

@@ -50,7 +50,10 @@ class Resolved:
             return None
         path = PurePosixPath(self.pickled.removesuffix(".index.json"))
         stem = "model" if path.stem == "pytorch_model" else path.stem
-        return path.with_name(f"{stem}.safetensors").as_posix()
+        own = {file.path for file in self.manifest.listing or ()}
+        own |= {file.path for file in self.manifest.files.values() if not file.made_from}
+        usual = path.with_name(f"{stem}.safetensors").as_posix()
+        return path.with_name(f"{path.name}.safetensors").as_posix() if usual in own else usual
 
     @property
     def used(self) -> list[str]:
@@ -61,8 +64,12 @@ class Resolved:
         """Whether the store has what the pickled file becomes; also if there is no pickled file."""
         if self.converted is None:
             return True
-        known = store.manifest(self.source, self.commit).files
-        return self.converted in known and size_of(self.folder(store) / self.converted) is not None
+        known = store.manifest(self.source, self.commit).files.get(self.converted)
+        return (
+            known is not None
+            and known.made_from is not None
+            and size_of(self.folder(store) / self.converted) is not None
+        )
 
     def folder(self, store: Store) -> Path:
         """The folder of its commit."""

@@ -146,6 +146,8 @@ class Models:
             while waiting:
                 interrupts.check()
                 yield waiting.popleft().result()
+            for each in self.read.values():
+                each.expect_unchanged()
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)

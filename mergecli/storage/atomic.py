@@ -183,8 +183,9 @@ def write_text(path: Path, text: str) -> None:
 def whole_folder(path: Path, replaced: Collection[str] = ()) -> Generator[Path]:
     """An empty folder that takes the name `path` when the block ends without an exception, else vanishes.
 
-    If `path` is a folder already, its other files stay, which is told, and the new ones replace those of their names;
-    the caller removes those `replaced`.
+    If `path` is a folder already, its other files stay, which is told, and the new ones replace those of their names: shards
+    first, which have names of their own, and what readers look for last, so that they see the old model or the new one. The
+    caller removes those `replaced`.
     """
     check_name(path, folder=True)
     whole = path.absolute()
@@ -197,7 +198,7 @@ def whole_folder(path: Path, replaced: Collection[str] = ()) -> Generator[Path]:
                 yield temporary
             if not _renamed(temporary, path):
                 new = {file.name for file in temporary.iterdir()}
-                for file in sorted(temporary.iterdir(), key=lambda each: each.suffix == ".safetensors"):
+                for file in sorted(temporary.iterdir(), key=_turn):
                     file.replace(path / file.name)
                 _remove_stale(path, new)
                 warn_of_others(path, {*new, *replaced})
@@ -236,11 +237,18 @@ def check_targets(targets: Iterable[tuple[Path, Sequence[str]]], inputs: Mapping
         refuse_inputs(target, inputs)
 
 
+def _turn(file: Path) -> tuple[int, str]:
+    """When a file takes its place among those of a folder."""
+    if file.name.startswith("model-"):
+        return 0, file.name
+    return 1 + (file.suffix == ".safetensors" or file.name.endswith(".index.json")), file.name
+
+
 def _remove_stale(folder: Path, new: set[str]) -> None:
     """Removes the weights of a model that the files `new` have replaced: loaders would prefer or mix them."""
     if not any(name.endswith(".safetensors") for name in new):
         return
-    for file in [*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors*")]:
+    for file in [*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")]:
         if file.name not in new:
             file.unlink()
 

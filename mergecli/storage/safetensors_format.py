@@ -124,6 +124,16 @@ class _TwiceError(Exception):
     """The key that stands twice in a JSON object."""
 
 
+def generation_of(index: str | bytes) -> str:
+    """What the names of all shards of an index have in common, so that no other model has shards of their names; empty
+    where the index does not say."""
+    try:
+        found: Any = json.loads(index)["metadata"]["generation"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return found if isinstance(found, str) else ""
+
+
 def header_bytes(metadata: Mapping[str, str], tensors: Mapping[str, object]) -> bytes:
     """The first bytes of a safetensors file: the length of the header, and the header padded to 8 bytes."""
     about = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}

@@ -49,7 +49,7 @@ def read_state(
     if not path.exists():
         return None
     try:
-        with open_checkpoint(path) as stored:
+        with open_checkpoint(path, checked=True) as stored:
             known: Any = json.loads(stored.metadata["work"])
             differing = [
                 f"`{key}`: {_text(before)} -> {_text(after)}"
@@ -224,7 +224,12 @@ class TrainingState:
             return  # the last good state stays
         facts = json.dumps(self._counters())
         written = about("training state", work=json.dumps(self.work), facts=facts)
-        save_tensors({name: each.cpu().contiguous() for name, each in tensors.items()}, self.path, written)
+        save_tensors(
+            {name: each.cpu().contiguous() for name, each in tensors.items()},
+            self.path,
+            written,
+            checked=True,
+        )
         self._mark_saved()
 
     def _mark_saved(self) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from mergecli.clip import heads
 from mergecli.clip.heads import cached_head, clip_digests, logits, zero_shot_head
 from mergecli.clip.model import Clip, load_clip
-from mergecli.runtime.errors import InputError
+from mergecli.runtime.errors import InputError, MergecliWarning
 from tests.support.processor import pixel_values
 from tests.support.tiny_clip import make_tiny_clip, tinted
 
@@ -89,7 +89,8 @@ def test_a_damaged_head_is_made_anew(clip, home, damage):
     made = cached_head(clip, NAMES, TEMPLATES, "text", 10**9)
     (file,) = (home / "cache" / "heads").iterdir()
     file.write_bytes(damage)
-    assert torch.equal(cached_head(clip, NAMES, TEMPLATES, "text", 10**9), made)
+    with pytest.warns(MergecliWarning, match=f"{file}: is not a safetensors file; it is made again"):
+        assert torch.equal(cached_head(clip, NAMES, TEMPLATES, "text", 10**9), made)
 
 
 def test_without_a_cache_a_head_is_made_every_time(clip, home):

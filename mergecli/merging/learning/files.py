@@ -105,6 +105,7 @@ class LearningFiles:
 
 KIND = "coefficients"
 """The `kind` in the metadata of the files."""
+CURE = "learn it again: merge without this file, with `--save-coefficients`"
 
 
 def read_learned(
@@ -126,10 +127,11 @@ def read_learned(
         UsageError: the file is of another method, or of other settings than the recipe's.
         InputError: it is of other tasks, is damaged, or is no such file.
     """
-    stored = stack.enter_context(open_checkpoint(path))
+    stored = stack.enter_context(open_checkpoint(path, cure=CURE))
     name, metadata = methods.name_of(method), stored.metadata
     if metadata.get("kind") != KIND:
         raise InputError(f"{path}: holds no coefficients", "expected a file that `--save-coefficients` wrote")
+    stored.expect_checksums(CURE)
     if metadata.get("method") != name:
         raise UsageError(
             f"{path}: was learned by `{metadata.get('method')}`, the recipe's method is `{name}`"

@@ -73,7 +73,7 @@ class StatisticsRun:
                 progress(f"{title}: measuring", done, total)
 
         with ExitStack() as stack:
-            writer = stack.enter_context(SafetensorsWriter(path, layout, metadata))
+            writer = stack.enter_context(SafetensorsWriter(path, layout, metadata, checked=True))
             measured = stack.enter_context(closing(self._measured(tasks, path.parent, report)))
             for name, value in measured:
                 if not bool(value.isfinite().all()):

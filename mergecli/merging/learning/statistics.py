@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 KIND = "statistics"
 """The `kind` in the metadata of the files."""
+_CURE = "delete it, then it is measured again"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class StoredStatistics:
         if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
             raise InputError(
                 f"{stored.path}: is damaged: `{name}` has NaN or infinity",
-                "delete it, then it is measured again",
+                _CURE,
             )
         return values.to(self.device)
 
@@ -170,7 +171,7 @@ def measure_missing(
 
 def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpoint:
     """The file, known to be whole and measured on these models and images with these settings."""
-    stored = open_checkpoint(file.path)
+    stored = open_checkpoint(file.path, cure=_CURE)
     try:
         _check(stored, file, models, method)
     except BaseException:
@@ -182,6 +183,7 @@ def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpo
 def _check(stored: Checkpoint, file: StatisticsFile, models: Models, method: Calibrated) -> None:
     if stored.metadata.get("kind") != KIND:
         raise InputError(f"{file.path}: are no statistics", "name a folder of its own for statistics")
+    stored.expect_checksums(_CURE)
     try:
         found = {key: json.loads(stored.metadata[key]) for key in ("inputs", "measured")}
     except (KeyError, ValueError, RecursionError) as error:
