@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mergecli.runtime import interrupts
+
 Weights = dict[str, Tensor]
 
 SHAPES = {
@@ -146,7 +148,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     def run(*arguments: object, **environment: object) -> Ended:
         from mergecli import cli
 
-        out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+        out, err = io.StringIO(), io.StringIO()
+        handlers = {number: signal.getsignal(number) for number in interrupts.ENDING}
         with monkeypatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.chdir(tmp_path)
             for name, value in environment.items():
@@ -154,7 +157,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
             try:
                 status = cli.run([str(each) for each in arguments])
             finally:
-                signal.signal(signal.SIGTERM, handler)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
         return Ended(int(status), out.getvalue(), err.getvalue())
 
     return run

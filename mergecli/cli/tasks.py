@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -44,7 +43,7 @@ def tasks(
         "split": task.split, "train_split": task.train_split, "classes": task.classes, "templates": task.templates,
     }  # fmt: skip
     if as_json or form == "json":
-        console.line(json.dumps(described, indent=2, ensure_ascii=False))
+        console.json(described)
         return
     console.line(f"{task.name}: {task.description}\n")
     console.line(f"data     {task.data}" + (f" ({task.config})" if task.config else ""))
