@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from hashlib import sha256
@@ -16,13 +17,14 @@ from mergecli.evaluation.routes import Routes, RouteSums
 from mergecli.evaluation.settings import Scores, Settings, Tower
 from mergecli.formats.mixture import mixture_of
 from mergecli.results.result import TaskScore
-from mergecli.runtime.errors import UsageError
+from mergecli.runtime.errors import MergecliWarning, UsageError
+from mergecli.runtime.notes import note
 from mergecli.storage.cache import cache_path
 
 if TYPE_CHECKING:
     from mergecli.clip.heads import ClipDigests
     from mergecli.clip.model import Clip
-    from mergecli.data.images import TaskImages
+    from mergecli.data.images import Images, TaskImages
     from mergecli.data.tasks import Task
     from mergecli.evaluation.routes import Weights
     from mergecli.runtime.progress import Progress
@@ -78,7 +80,9 @@ def score(
             "`weight_ensembling_moe` and `efficient_weight_ensembling_moe` make some",
         )
     remember = settings.max_size > 0
-    every = [task_images(task, settings.split, settings.limit, remember=remember) for task in tasks]
+    every = [task_images(task, settings.split, settings.limit, remember=remember, warn=False) for task in tasks]
+    for each in every:
+        _tell(each.images)
     clip.model.to(device)
     clip.tower.to(getattr(torch, settings.dtype))
     clip.model.visual_projection.to(getattr(torch, settings.dtype))
@@ -105,6 +109,14 @@ def score(
         if each
     ]
     return scores
+
+
+def _tell(images: Images) -> None:
+    """Says in one line what of the data is counted; a warning where images were left out."""
+    if images.lacks_images:
+        warnings.warn(images.summary, MergecliWarning, stacklevel=2)
+    else:
+        note(images.summary)
 
 
 def _check(clip: Clip, tower: Tower, tasks: Sequence[Task]) -> tuple[str, ...]:

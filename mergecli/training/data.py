@@ -50,7 +50,7 @@ class TrainingTask:
         wanted = split or VALIDATION
         held = load_images(task, wanted)
         images = load_images(task, REMAINDER if wanted == VALIDATION else task.train_split)
-        if task.classes is None and held.classes != images.classes:
+        if held.names != images.names:
             raise InputError(
                 f"{held.where}: its classes are not those of split `{images.split}`",
                 f"`classes` under `[tasks.{task.name}]` names those of both",
@@ -60,7 +60,7 @@ class TrainingTask:
     @property
     def classes(self) -> tuple[str, ...]:
         """In the order of the labels."""
-        return self.task.classes or self.images.classes or ()
+        return self.images.names
 
     @property
     def as_metadata(self) -> dict[str, Any]:

@@ -26,8 +26,9 @@ class CalibrationTask:
     @property
     def classes(self) -> Sequence[str]:
         """The names of the classes."""
-        own = self.task.classes if self.task else None
-        return own or (self.images.classes if self.images else None) or ()
+        if self.images is not None:
+            return self.images.names
+        return (self.task.classes if self.task else None) or ()
 
     @property
     def templates(self) -> Sequence[str]:
