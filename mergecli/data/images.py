@@ -90,6 +90,23 @@ class Images:
         """Whether what was left out should not go unnoticed: it is images, or lies in the folders of classes."""
         return any(each.is_image or "/" in each.path for each in self.left_out)
 
+    @property
+    def names_by_label(self) -> tuple[str, ...]:
+        """The names that images are scored under, in the order of the data's own labels."""
+        ordered = tuple(self.names[label] for _, label in self.own_names)
+        return ordered if self.classes is not None and set(ordered) == set(self.names) else self.names
+
+    def warn(self) -> None:
+        """Warns where not all images are used, or the number that comes out means nothing."""
+        if self.lacks_images:
+            warnings.warn(self.summary, MergecliWarning, stacklevel=2)
+        if len(self.names) == 1:
+            warnings.warn(
+                f"{self.where}: there is one class alone, `{self.names[0]}`, and every answer is right",
+                MergecliWarning,
+                stacklevel=2,
+            )
+
     def row(self, index: int) -> int:
         """The row in the data of the image number `index`."""
         if not 0 <= index < len(self):
@@ -105,38 +122,18 @@ class Images:
         return InputError(f"{self.where}, image {row}: cannot be read: {reason}")
 
 
-def load_images(
-    task: Task, split: str | None = None, *, remember: bool = True, warn: bool = True
-) -> Images:
+def load_images(task: Task, split: str | None = None, *, remember: bool = True) -> Images:
     """The images of the task's own split, or of another; with `remember`, the digest of large files is kept in the cache.
 
     `validation` is the split of that name. Where the data have none, it is a tenth of the training images, drawn as
     `torch.utils.data.random_split` does with a generator of seed 0. `train-without-validation` is the other nine tenths, or
     all training images where the data have a validation split.
 
-    Args:
-        warn: of images that lie among the data and are left out.
-
     Raises:
         InputError: the data are missing, damaged, or do not fit the task's classes.
         UsageError: the data have no such split.
     """
-    found = _loaded(task, split or task.split, remember)
-    if warn and found.lacks_images:
-        warnings.warn(found.summary, MergecliWarning, stacklevel=2)
-    return found
-
-
-def splits_of(task: Task) -> tuple[str, ...]:
-    """The splits that the task's data have.
-
-    Raises:
-        InputError: the data are missing or cannot be read.
-    """
-    return (_toy(task) if task.data.kind == "toy" else _on_disk(task, task.split, remember=True))[1]
-
-
-def _loaded(task: Task, wanted: str, remember: bool) -> Images:
+    wanted = split or task.split
     if task.data.kind == "toy":
         load, known = _toy(task)
     else:
@@ -161,6 +158,15 @@ def _loaded(task: Task, wanted: str, remember: bool) -> Images:
     raise UsageError(f"{_where(task)}: has no split `{missing}`", f"it has {quoted(known)}")
 
 
+def splits_of(task: Task) -> tuple[str, ...]:
+    """The splits that the task's data have.
+
+    Raises:
+        InputError: the data are missing or cannot be read.
+    """
+    return (_toy(task) if task.data.kind == "toy" else _on_disk(task, task.split, remember=True))[1]
+
+
 def _where(task: Task) -> str:
     return str(task.data.path or f"{task.data.kind}:{task.data.name}") + f" (task `{task.name}`)"
 
@@ -177,10 +183,10 @@ class TaskImages:
 
 
 def task_images(
-    task: Task, split: str | None = None, limit: int | None = None, *, remember: bool = True, warn: bool = True
+    task: Task, split: str | None = None, limit: int | None = None, *, remember: bool = True
 ) -> TaskImages:
     """The task with its images, or with at most `limit` of them; the rest is as `load_images` says."""
-    images = load_images(task, split, remember=remember, warn=warn)
+    images = load_images(task, split, remember=remember)
     classes = images.names
     if limit is None or limit >= len(images):
         return TaskImages(task, images, None, classes)
@@ -347,7 +353,7 @@ def _images(
             values = [number[value] for value in values]
     for row, value in enumerate(values):
         if not isinstance(value, int):
-            raise InputError(f"{where}, row {row}: expected a whole number or a name as label, got {value!r}")
+            raise InputError(f"{where}, row {row}: expected a whole number as label, or a name, got {value!r}")
     found = Images(
         split=split,
         classes=classes,
@@ -379,12 +385,6 @@ def _matched(task: Task, images: Images) -> Images:
         raise InputError(
             f"{where}: labels go from {min(labels)} to {max(labels)}, but the task has {len(found.names)} classes",
             f"`classes` under `[tasks.{task.name}]` names all of them, in the order of the labels",
-        )
-    if len(found.names) == 1:
-        warnings.warn(
-            f"{where}: there is one class alone, `{found.names[0]}`, and every answer is right",
-            MergecliWarning,
-            stacklevel=2,
         )
     every = own if own is not None else [str(label) for label in used]
     places = range(len(every)) if own is not None else used

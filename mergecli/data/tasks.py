@@ -141,23 +141,16 @@ def _given_columns(table: TaskTable) -> tuple[str, ...]:
     return tuple(name for name in ("image", "label") if getattr(table, name) is not None)
 
 
-def published(task: str) -> tuple[str, ...]:
-    """The class names of a built-in task in the order in which published models were trained with them."""
-    names = list(_built_in(task).classes or ())
-    for number, name in _published_names(task).items():
-        names[number] = name
-    return tuple(names)
-
-
 def published_note(task: str) -> str:
     """Where published models were trained with other names than the data's: which, and what to do; else empty."""
-    if task not in names() or not (other := _published_names(task)):
+    data_names = _data_names(task)
+    if not data_names:
         return ""
-    own = _built_in(task).classes or ()
-    swapped = ", ".join(f"`{own[number]}` as `{name}`" for number, name in other.items())
+    classes = _built_in(task).classes or ()
+    others = ", ".join(f"`{name}` as `{classes[label]}`" for label, name in data_names.items())
     return (
-        f"published models were trained with {swapped}: `names = \"published\"` under `[tasks.{task}]` scores the images "
-        "as they were, and the recipes of the published pools say it"
+        f"published models were trained with {others}. Images are scored by the data's names; "
+        f"`names = \"published\"` under `[tasks.{task}]` scores them as those models were trained."
     )
 
 
@@ -245,10 +238,10 @@ def _changed(task: Task, table: TaskTable) -> Task:
         train_split=table.train_split or task.train_split,
         image_column=table.image or task.image_column,
         label_column=table.label or task.label_column,
-        classes=published(task.name) if table.names else table.classes or task.classes,
+        classes=table.classes or task.classes,
         templates=table.templates or task.templates,
         mapping=table.mapping,
-        match="position" if table.names and _published_names(task.name) else _match(task, table),
+        match="position" if table.names and _data_names(task.name) else _match(task, table),
         given_columns=_given_columns(table),
     )
 
@@ -328,11 +321,11 @@ def _built_in(name: str) -> Task:
 
 
 @cache
-def _published_names(task: str) -> dict[int, str]:
-    """Number -> name, where published models were trained with another than the data's."""
+def _data_names(task: str) -> dict[int, str]:
+    """Label -> name in the data of a built-in task, where published models were trained with another."""
     file = _PROMPTS / f"{task}.toml"
     row: dict[str, Any] = tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
-    return {int(number): str(name) for number, name in row.get("published", {}).items()}
+    return {int(label): str(name) for label, name in row.get("data_names", {}).items()}
 
 
 def _strings(values: Iterable[str]) -> tuple[str, ...]:

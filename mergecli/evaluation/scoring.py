@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from hashlib import sha256
@@ -17,7 +16,7 @@ from mergecli.evaluation.routes import Routes, RouteSums
 from mergecli.evaluation.settings import Scores, Settings, Tower
 from mergecli.formats.mixture import mixture_of
 from mergecli.results.result import TaskScore
-from mergecli.runtime.errors import MergecliWarning, UsageError
+from mergecli.runtime.errors import UsageError
 from mergecli.runtime.notes import note
 from mergecli.storage.cache import cache_path
 
@@ -80,7 +79,7 @@ def score(
             "`weight_ensembling_moe` and `efficient_weight_ensembling_moe` make some",
         )
     remember = settings.max_size > 0
-    every = [task_images(task, settings.split, settings.limit, remember=remember, warn=False) for task in tasks]
+    every = [task_images(task, settings.split, settings.limit, remember=remember) for task in tasks]
     for each in every:
         _tell(each.images)
     clip.model.to(device)
@@ -113,9 +112,8 @@ def score(
 
 def _tell(images: Images) -> None:
     """Says in one line what of the data is counted; a warning where images were left out."""
-    if images.lacks_images:
-        warnings.warn(images.summary, MergecliWarning, stacklevel=2)
-    else:
+    images.warn()
+    if not images.lacks_images:
         note(images.summary)
 
 
@@ -205,11 +203,13 @@ def _key(clip: Clip, tower: Tower, of_task: TaskImages, settings: Settings, dige
     from mergecli.storage.metadata import version
 
     images = of_task.images
+    by_label = list(images.names_by_label)
     about = {
         "program": [version(), torch.__version__, clip.device.type, settings.dtype],
         "tower": [tower.checkpoint.digest(), _use_of(tower.checkpoint, of_task, settings)],
         "clip": digests,
         "head": [list(of_task.classes), list(of_task.task.templates)],
+        **({} if by_label == list(of_task.classes) else {"labels": by_label}),
         "data": [
             images.fingerprint,
             images.split,
@@ -243,7 +243,7 @@ def _score(of_task: TaskImages, counts: Counts, settings: Settings) -> TaskScore
         images=total,
         split=of_task.images.split,
         data={"source": of_task.task.data.label, "fingerprint": of_task.images.fingerprint},
-        classes=digest(of_task.classes),
+        classes=digest(of_task.images.names_by_label),
         templates=digest(of_task.task.templates),
         limit=settings.limit if of_task.numbers is not None else None,
         corruption=settings.corruption.name if settings.corruption else None,

@@ -236,7 +236,7 @@ def _task_problems(task: str, score: TaskScore, reference: Reference) -> Iterato
     from mergecli.data import tasks as catalogue
 
     published = catalogue.find(task)
-    if score.classes != catalogue.digest(catalogue.published(task)):
+    if score.classes != catalogue.digest(published.classes or ()):
         yield "other class names"
     if score.templates != catalogue.digest(published.templates):
         yield "other templates"

@@ -46,10 +46,13 @@ class TrainingTask:
         from mergecli.data.images import REMAINDER, VALIDATION, load_images
 
         if not validates:
-            return cls(task, load_images(task, task.train_split), None)
+            images = load_images(task, task.train_split)
+            images.warn()
+            return cls(task, images, None)
         wanted = split or VALIDATION
         held = load_images(task, wanted)
         images = load_images(task, REMAINDER if wanted == VALIDATION else task.train_split)
+        images.warn()
         if held.names != images.names:
             raise InputError(
                 f"{held.where}: its classes are not those of split `{images.split}`",

@@ -82,4 +82,6 @@ def calibration_task(
             return CalibrationTask(name)
         raise
     own = {"train": task.train_split, "test": task.split}
-    return CalibrationTask(name, task, load_images(task, own.get(split, split)))
+    images = load_images(task, own.get(split, split))
+    images.warn()
+    return CalibrationTask(name, task, images)
