@@ -323,7 +323,8 @@ def _images(
     Args:
         other_labels: the labels of the other splits in a column: a class of which this one has no image is a class, too.
     """
-    image, label = (task.columns.find(use, data.columns) for use in ("image", "label"))
+    found_columns = data.columns if data.are_found else [task.columns.find(use, data.columns) for use in ("image", "label")]
+    image, label = found_columns
     where = f"{_where(task)}: split `{split}`"
     if image is None or label is None:
         names = {"image": task.image_column, "label": task.label_column}

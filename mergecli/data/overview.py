@@ -137,6 +137,8 @@ def _thumbnail(images: Images, number: int) -> Image | None:
         image, _ = images[number]
     except InputError:
         return None
+    if (times := _SIDE // max(image.size)) > 1:
+        image = image.resize((image.width * times, image.height * times), PIL.Image.Resampling.NEAREST)
     image.thumbnail((_SIDE, _SIDE))
     square = PIL.Image.new("RGB", (_SIDE, _SIDE), "lightgray")
     square.paste(image, ((_SIDE - image.width) // 2, (_SIDE - image.height) // 2))

@@ -35,6 +35,8 @@ class Rows:
     """A function that gives a column's image in a row; TypeError says that the column holds something else."""
     paths: Callable[[str], Sequence[str]]
     """Files outside the table that a column's images are in. The digest of the table does not cover them."""
+    are_found: bool = False
+    """Whether `columns` are the column of images and that of labels, found already by the task's names."""
 
 
 def folder_rows(files: Sequence[Path], names: Sequence[str]) -> Rows:
@@ -59,6 +61,7 @@ def table_rows(rows: TableRows) -> Rows:
         labels=lambda _: rows.labels,
         images=lambda _: rows.encoded,
         paths=lambda _: rows.paths,
+        are_found=True,
     )
 
 
