@@ -26,11 +26,16 @@ def tasks(
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option("--recipe", help="Look at the data that this recipe names, and show what is found in them."),
+        typer.Option(
+            "--recipe", help="Look at the data that this recipe names, and show what is found in them."
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="With --recipe: draw some images of each class under its name, a .png or .pdf file."),
+        typer.Option(
+            "--plot",
+            help="With --recipe: draw some images of each class under its name, a .png or .pdf file.",
+        ),
     ] = None,
     form: options.Format = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
@@ -52,7 +57,9 @@ def tasks(
     if recipe is None and plot is not None:
         raise UsageError("--plot: there are no images to draw", "name a recipe with `--recipe`")
     if recipe is not None and name is None:
-        raise UsageError("--recipe: of which task?", "`mergecli tasks NAME --recipe RECIPE` looks at the data of one")
+        raise UsageError(
+            "--recipe: of which task?", "`mergecli tasks NAME --recipe RECIPE` looks at the data of one"
+        )
     known = {} if recipe is not None else registry.sets()
     if name is None or name in known:
         chosen = [registry.find(each) for each in (registry.names() if name is None else known[name])]
@@ -74,7 +81,7 @@ def tasks(
         found = overview.found_for(task)
         if plot is not None:
             overview.contact_sheet(task, plot)
-    described = {
+    described: dict[str, object] = {
         "name": task.name, "description": task.description, "data": str(task.data), "config": task.config,
         "split": task.split, "train_split": task.train_split, "classes": task.classes, "templates": task.templates,
     }  # fmt: skip
@@ -108,12 +115,15 @@ def _show_split(found: SplitFound) -> None:
     if found.problem:
         console.line(f"\nsplit `{found.split}`: cannot be used: {found.problem}")
         return
-    console.line(f"\nsplit `{found.split}`: {found.images:,} images, {len(found.classes):,} classes ({found.matched})")
+    console.line(
+        f"\nsplit `{found.split}`: {found.images:,} images, {len(found.classes):,} classes ({found.matched})"
+    )
     if found.left_out:
         console.line(f"left out {found.left_out}")
     rows = [("label", "images", "in the data", "in the prompts")]
     rows += [
-        (str(each.label), f"{each.images:,}", " + ".join(each.data_names) or "-", each.name) for each in found.classes
+        (str(each.label), f"{each.images:,}", " + ".join(each.data_names) or "-", each.name)
+        for each in found.classes
     ]
     wide = [max(len(row[column]) for row in rows) for column in range(3)]
     for label, images, own, name in rows:

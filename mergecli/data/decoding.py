@@ -126,7 +126,7 @@ def _turn(image: Image) -> Any:
     from PIL.Image import Transpose as How
 
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
         ways = {
             2: How.FLIP_LEFT_RIGHT, 3: How.ROTATE_180, 4: How.FLIP_TOP_BOTTOM, 5: How.TRANSPOSE,
             6: How.ROTATE_270, 7: How.TRANSVERSE, 8: How.ROTATE_90,

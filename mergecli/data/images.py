@@ -81,7 +81,11 @@ class Images:
     def summary(self) -> str:
         """What is used and what is left out, in one line."""
         used, total = len(set(self.labels)), len(self.names)
-        classes = f"{used:,} of {total:,} classes" if used < total else f"{total:,} class{'es' if total != 1 else ''}"
+        classes = (
+            f"{used:,} of {total:,} classes"
+            if used < total
+            else f"{total:,} class{'es' if total != 1 else ''}"
+        )
         rest = f"; left out {counted(self.left_out)}" if self.left_out else ""
         return f"{self.where}: used {len(self):,} image{'s' if len(self) != 1 else ''} in {classes} ({self.matched}){rest}"
 
@@ -294,7 +298,9 @@ def _on_disk(task: Task, wanted: str, remember: bool) -> Loader:
     return load, tuple(known.splits)
 
 
-def _of_tables(task: Task, split: str, tables: dict[str, TableRows], known: Inventory, remember: bool) -> Images:
+def _of_tables(
+    task: Task, split: str, tables: dict[str, TableRows], known: Inventory, remember: bool
+) -> Images:
     """The images that the rows of a split name. Their digest is of the images and the labels, wherever the table lies."""
     rows = tables[split]
     check_files(rows, f"{_where(task)}: split `{split}`")
@@ -323,7 +329,11 @@ def _images(
     Args:
         other_labels: the labels of the other splits in a column: a class of which this one has no image is a class, too.
     """
-    found_columns = data.columns if data.are_found else [task.columns.find(use, data.columns) for use in ("image", "label")]
+    found_columns = (
+        data.columns
+        if data.are_found
+        else [task.columns.find(use, data.columns) for use in ("image", "label")]
+    )
     image, label = found_columns
     where = f"{_where(task)}: split `{split}`"
     if image is None or label is None:
@@ -354,7 +364,9 @@ def _images(
             values = [number[value] for value in values]
     for row, value in enumerate(values):
         if not isinstance(value, int):
-            raise InputError(f"{where}, row {row}: expected a whole number as label, or a name, got {value!r}")
+            raise InputError(
+                f"{where}, row {row}: expected a whole number as label, or a name, got {value!r}"
+            )
     found = Images(
         split=split,
         classes=classes,
@@ -389,5 +401,8 @@ def _matched(task: Task, images: Images) -> Images:
         )
     every = own if own is not None else [str(label) for label in used]
     places = range(len(every)) if own is not None else used
-    pairs = [(name, found.labels[label] if found.labels else label) for label, name in zip(places, every, strict=True)]
+    pairs = [
+        (name, found.labels[label] if found.labels else label)
+        for label, name in zip(places, every, strict=True)
+    ]
     return replace(images, every_label=labels, names=found.names, matched=found.how, own_names=tuple(pairs))

@@ -15,10 +15,37 @@ from mergecli.data.tables import SPLIT_NAMES, Columns, is_table, names_images
 from mergecli.runtime.errors import InputError, quoted
 
 _SAME_SPLITS = (("train", "training"), ("test", "testing"), VALIDATION_NAMES)
-_PARTS = ("image", "images", "img", "imgs", "jpegimages", "mask", "masks", "label", "labels", "annotations", "data")
+_PARTS = (
+    "image",
+    "images",
+    "img",
+    "imgs",
+    "jpegimages",
+    "mask",
+    "masks",
+    "label",
+    "labels",
+    "annotations",
+    "data",
+)
 """Folders that hold a part of every example, and are no classes."""
 _SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".jp2", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+    (
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".jpe",
+        ".jp2",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".avif",
+    )
 )
 """A file with one of these is an image, damaged or not. Of any other file, the content decides."""
 _DEEPEST = 12
@@ -65,7 +92,11 @@ class _File:
 
     @cached_property
     def is_image(self) -> bool:
-        return self.is_file and not is_table(self.parts[-1]) and (self.suffix in _SUFFIXES or _pillow_reads(self.path))
+        return (
+            self.is_file
+            and not is_table(self.parts[-1])
+            and (self.suffix in _SUFFIXES or _pillow_reads(self.path))
+        )
 
     @property
     def suffix(self) -> str:
@@ -105,10 +136,14 @@ def take_inventory(
             return Inventory("table", {}, tables=[root])
         return Inventory("parquet", _parquet([_File((root.name,), str(root), True)], where))
     files = _walk(root)
-    parquet = [file for file in files if file.suffix == ".parquet" and file.is_file and not is_table(file.parts[-1])]
+    parquet = [
+        file for file in files if file.suffix == ".parquet" and file.is_file and not is_table(file.parts[-1])
+    ]
     if parquet:
         chosen = [file for file in parquet if config in file.parts[:-1]] or parquet
-        return Inventory("parquet", _parquet(chosen, where), {"": [file.left_out for file in files if file.is_image]})
+        return Inventory(
+            "parquet", _parquet(chosen, where), {"": [file.left_out for file in files if file.is_image]}
+        )
     paths = [Path(file.path) for file in files if file.is_file and is_table(file.parts[-1])]
     tables = [path for path in paths if names_images(path, columns)]
     metadata = [path for path in tables if path.stem == "metadata"]
@@ -193,7 +228,9 @@ def _parquet(files: Sequence[_File], where: str) -> dict[str, list[Path]]:
     return {split: sorted(each) for split, each in found.items()}
 
 
-def _folders(files: Sequence[_File], named: Collection[str], splits: Collection[str], where: str) -> Inventory:
+def _folders(
+    files: Sequence[_File], named: Collection[str], splits: Collection[str], where: str
+) -> Inventory:
     """Images in `<split>/<class>/`, or in `<class>/` for data of one split, called `test`."""
     at = {depth: [file for file in files if len(file.parts) == depth] for depth in (1, 2, 3)}
     tops = {depth: dict.fromkeys(file.parts[0] for file in at[depth] if file.is_image) for depth in (2, 3)}

@@ -6,7 +6,7 @@ import re
 import unicodedata
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -34,7 +34,7 @@ class MatchedNames:
 
 def normalized(name: str) -> str:
     """The name without case, spaces, `_` and `-`, in one Unicode form; two names that are equal so are one name."""
-    plain = re.sub(r"[\s_\-]+", "", unicodedata.normalize("NFKC", name).casefold())
+    plain = re.sub(r"[\s_\-]+", "", _caseless(name))
     return str(int(plain)) if is_number(plain) else plain
 
 
@@ -65,9 +65,7 @@ def match_names(own: Sequence[str] | None, used: Sequence[int], task: Task, wher
         return _mapped(own if own is not None else {each: str(each) for each in used}, task, where)
     if task.classes is None:
         if own is None:
-            raise InputError(
-                f"{where}: has no class names of its own", f"give `classes` under `{table}`"
-            )
+            raise InputError(f"{where}: has no class names of its own", f"give `classes` under `{table}`")
         _warn_of_twins(own, where)
         return MatchedNames(tuple(own), None, "the data's own names")
     if own is None:
@@ -89,7 +87,7 @@ def _mapped(own: Sequence[str] | Mapping[int, str], task: Task, where: str) -> M
     if missing := [every[label] for label, name in found.items() if name is None]:
         raise InputError(
             f"{where}: `classes` under `[tasks.{task.name}]` does not say what {quoted(missing)} of the data is",
-            "each name in the data needs the prompt's name: `classes = { \"n01440764\" = \"tench\" }`",
+            'each name in the data needs the prompt\'s name: `classes = { "n01440764" = "tench" }`',
         )
     labels = {label: names.index(name) for label, name in found.items() if name is not None}
     return MatchedNames(names, labels, "as the recipe maps them")
@@ -117,7 +115,11 @@ def _by_name(own: Sequence[str], task: Task, where: str) -> MatchedNames:
             by_number = {label: number - first for label, number in enumerate(numbers)}
             return MatchedNames(names, None if _is_same(by_number) else by_number, "by number")
     if task.match == "own data" and len(own) == len(names) and _is_same(labels):
-        other = [f"`{mine}` as `{name}`" for n, (mine, name) in enumerate(zip(own, names, strict=True)) if n not in labels]
+        other = [
+            f"`{mine}` as `{name}`"
+            for n, (mine, name) in enumerate(zip(own, names, strict=True))
+            if n not in labels
+        ]
         warnings.warn(
             f"{where}: {len(other)} of {len(own)} class names are written otherwise than the task's, and taken by their "
             f"position: {', '.join(other[:4])}" + (f" (and {len(other) - 4} more)" if len(other) > 4 else ""),
@@ -140,7 +142,10 @@ def _unmatched(own: Sequence[str], task: Task, labels: Mapping[int, int], where:
     rows = list(zip_longest(more, lacking, fillvalue="-"))
     rows += [(own[label], names[number]) for label, number in labels.items()]
     wide = min(_WIDTH, max(len(_cut(left)) for left, _ in [("in the data", ""), *rows]))
-    lines = [f"  {_cut(left):{wide}}  {_cut(right)}".rstrip() for left, right in [("in the data", "in the task"), *rows[:_ROWS]]]
+    lines = [
+        f"  {_cut(left):{wide}}  {_cut(right)}".rstrip()
+        for left, right in [("in the data", "in the task"), *rows[:_ROWS]]
+    ]
     if len(rows) > _ROWS:
         lines.append(f"  (and {len(rows) - _ROWS} more)")
     twins = _twins(own, normalized)
@@ -154,17 +159,20 @@ def _unmatched(own: Sequence[str], task: Task, labels: Mapping[int, int], where:
     key = (more or list(own))[0].replace("\\", "\\\\").replace('"', '\\"')
     return InputError(
         f"{where}: {what}\n" + "\n".join(lines),
-        f"under `[tasks.{task.name}]`, `classes = {{ \"{key}\" = \"...\", ... }}` says for each name in the data the prompt's "
-        "name; `match = \"position\"` takes both lists in their order",
+        f'under `[tasks.{task.name}]`, `classes = {{ "{key}" = "...", ... }}` says for each name in the data the prompt\'s '
+        'name; `match = "position"` takes both lists in their order',
     )
+
+
+def _caseless(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold()
 
 
 def _cut(name: str) -> str:
     return name if len(name) <= _WIDTH else name[: _WIDTH - 3] + "..."
 
 
-def _twins(names: Sequence[str], form: object) -> list[list[str]]:
-    assert callable(form)
+def _twins(names: Sequence[str], form: Callable[[str], str]) -> list[list[str]]:
     same: dict[str, list[str]] = defaultdict(list)
     for name in names:
         same[form(name)].append(name)
@@ -172,7 +180,7 @@ def _twins(names: Sequence[str], form: object) -> list[list[str]]:
 
 
 def _warn_of_twins(names: Sequence[str], where: str) -> None:
-    for twins in _twins(names, lambda name: unicodedata.normalize("NFKC", name).casefold()):
+    for twins in _twins(names, _caseless):
         warnings.warn(
             f"{where}: the class names {quoted(twins)} differ only in case or Unicode form, and are counted as "
             f"{len(twins)} classes",

@@ -78,7 +78,11 @@ def _found(images: Images) -> SplitFound:
         for label, name in enumerate(images.names)
     )
     return SplitFound(
-        images.split, len(images), images.matched, classes, counted(images.left_out) if images.left_out else ""
+        images.split,
+        len(images),
+        images.matched,
+        classes,
+        counted(images.left_out) if images.left_out else "",
     )
 
 
@@ -101,7 +105,9 @@ def contact_sheet(task: Task, path: Path) -> None:
     sheet = _blank(columns * wide + _GAP, math.ceil(len(images.names) / columns) * high + _GAP)
     for label, name in enumerate(images.names):
         left, top = label % columns * wide + _GAP, label // columns * high + _GAP
-        _draw_class(sheet, (left, top), f"{label} {name}", [_thumbnail(images, n) for n in shown.get(label, [])])
+        _draw_class(
+            sheet, (left, top), f"{label} {name}", [_thumbnail(images, n) for n in shown.get(label, [])]
+        )
     with whole_file(path) as file:
         sheet.save(file, path.suffix[1:].upper())
 

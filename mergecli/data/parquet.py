@@ -81,7 +81,9 @@ def parquet_rows(files: Sequence[Path], where: str) -> Rows:
         schema = opened[0].schema_arrow
         features = _features(schema.metadata)
     except (OSError, ValueError) as error:
-        raise _damaged(f"{where}: {files[len(opened)].name}" if len(files) > len(opened) > 0 else where, error) from error
+        raise _damaged(
+            f"{where}: {files[len(opened)].name}" if len(files) > len(opened) > 0 else where, error
+        ) from error
     _check_schemas(files, [file.schema_arrow for file in opened], where)
     if not count:
         raise InputError(f"{where}: has no images")
@@ -123,7 +125,10 @@ def _check_schemas(files: Sequence[Path], schemas: Sequence[Any], where: str) ->
     for file, schema in zip(files[1:], schemas[1:], strict=True):
         both = f"{files[0].name} and {file.name}"
         for column in dict.fromkeys([*first.names, *schema.names]):
-            types = [str(each.field(column).type) if column in each.names else "missing" for each in (first, schema)]
+            types = [
+                str(each.field(column).type) if column in each.names else "missing"
+                for each in (first, schema)
+            ]
             if types[0] != types[1]:
                 raise InputError(
                     f"{where}: {both} differ in column `{column}`: {types[0]} and {types[1]}",
@@ -214,7 +219,9 @@ class _ParquetImages:
         self._column, self._where, self._mode = column, where, mode
         self._groups = [(file, group) for file in files for group in range(file.metadata.num_row_groups)]
         self._folders = [
-            folder for file, folder in zip(files, folders, strict=True) for _ in range(file.metadata.num_row_groups)
+            folder
+            for file, folder in zip(files, folders, strict=True)
+            for _ in range(file.metadata.num_row_groups)
         ]
         self._own = object()
         self._starts = [0]

@@ -27,7 +27,9 @@ def png_of(values: Any) -> bytes:
         first = pixels.ndim == 3 and pixels.shape[0] in CHANNELS
         raise ValueError(f"are lists of {shape}" + (", which has the channels first" if first else ""))
     if pixels.size == 0 or pixels.dtype.kind not in "biuf":
-        raise ValueError(f"are lists of {shape} " + ("numbers" if pixels.size == 0 else "that are not numbers"))
+        raise ValueError(
+            f"are lists of {shape} " + ("numbers" if pixels.size == 0 else "that are not numbers")
+        )
     least, most = pixels.min(), pixels.max()
     if pixels.dtype.kind == "f":
         if not (least >= 0 and most <= 1):

@@ -52,7 +52,10 @@ def check_shards(files: Sequence[Path], where: str) -> None:
             "take away what is not of the split",
         )
     if len(totals := {total for _, total in numbers.values()}) > 1:
-        named = [next(file.name for file, (_, each) in numbers.items() if each == total) for total in sorted(totals)]
+        named = [
+            next(file.name for file, (_, each) in numbers.items() if each == total)
+            for total in sorted(totals)
+        ]
         raise InputError(
             f"{where}: its shards are of {len(totals)} totals: {quoted(named)}",
             "they are from different versions of the data: keep the files of one",
@@ -62,7 +65,8 @@ def check_shards(files: Sequence[Path], where: str) -> None:
     for file, (number, _) in numbers.items():
         if number in held:
             raise InputError(
-                f"{where}: shard {number} is there twice: {quoted([held[number], file.name])}", "keep one of them"
+                f"{where}: shard {number} is there twice: {quoted([held[number], file.name])}",
+                "keep one of them",
             )
         held[number] = file.name
     first = 1 if 0 not in held and total in held else 0

@@ -35,7 +35,9 @@ class Columns:
         """The column of `known` that holds images or labels."""
         own = self.image if use == "image" else self.label
         every = list(known)
-        return next((name for name in (own, *(() if use in self.given else (use, *others))) if name in every), None)
+        return next(
+            (name for name in (own, *(() if use in self.given else (use, *others))) if name in every), None
+        )
 
 
 @dataclass(frozen=True)

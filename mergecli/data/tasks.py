@@ -150,7 +150,7 @@ def published_note(task: str) -> str:
     others = ", ".join(f"`{name}` as `{classes[label]}`" for label, name in data_names.items())
     return (
         f"published models were trained with {others}. Images are scored by the data's names; "
-        f"`names = \"published\"` under `[tasks.{task}]` scores them as those models were trained."
+        f'`names = "published"` under `[tasks.{task}]` scores them as those models were trained.'
     )
 
 

@@ -110,7 +110,11 @@ def _task(value: object, key: str, reader: RecipeReader) -> TaskTable:
     table = read.table(value, key, ("data", "classes", "templates", *texts))
     data = reader.source(table["data"], f"{key}.data") if "data" in table else None
     classes = table.get("classes")
-    mapping = _mapping(cast("dict[str, Any]", classes), f"{key}.classes", read) if isinstance(classes, dict) else None
+    mapping = (
+        _mapping(cast("dict[str, Any]", classes), f"{key}.classes", read)
+        if isinstance(classes, dict)
+        else None
+    )
     return TaskTable(
         data=replace(data, is_data=True) if data else None,
         classes=tuple(dict.fromkeys(name for _, name in mapping))

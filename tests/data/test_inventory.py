@@ -39,7 +39,10 @@ def test_folders_that_are_all_whole_numbers_go_by_number(tmp_path: Path) -> None
     words = tuple(f"word {number}" for number in range(12))
     images = load_images(task(tmp_path, classes=words))
     assert images.names == words
-    assert [Path(str(images.encoded(row).content)).parent.name for row in (2, 3)] == ["10", "11"]  # as they are sorted
+    assert [Path(str(images.encoded(row).content)).parent.name for row in (2, 3)] == [
+        "10",
+        "11",
+    ]  # as they are sorted
     assert images.labels[:4] == [0, 1, 10, 11]
 
 
@@ -94,9 +97,13 @@ def test_a_readme_beside_the_classes_is_no_reason_to_warn(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "place", ["test/stray.png", "test/robin/more/0.png", "test/robin/a/b/c.png"], ids=["beside", "below", "deep"]
+    "place",
+    ["test/stray.png", "test/robin/more/0.png", "test/robin/a/b/c.png"],
+    ids=["beside", "below", "deep"],
 )
-def test_images_beside_class_folders_and_below_them_are_left_out_with_a_warning(tmp_path: Path, place: str) -> None:
+def test_images_beside_class_folders_and_below_them_are_left_out_with_a_warning(
+    tmp_path: Path, place: str
+) -> None:
     put(tmp_path, "test/robin/0.png", "test/wren/0.png", place)
     images = load_images(task(tmp_path))
     assert count(images) == {"robin": 1, "wren": 1}
@@ -146,7 +153,9 @@ def test_class_folders_that_are_one_name_are_refused_where_the_task_has_it_once(
     put(tmp_path, f"test/{one}/0.png", f"test/{other}/0.png", "test/wren/0.png")
     with pytest.raises(InputError, match="differ only in case, spaces, `_` or `-`"):
         load_images(task(tmp_path, classes=(one.upper(), "wren")))
-    joined = load_images(task(tmp_path, classes=("a", "w"), mapping=((one, "a"), (other, "a"), ("wren", "w"))))
+    joined = load_images(
+        task(tmp_path, classes=("a", "w"), mapping=((one, "a"), (other, "a"), ("wren", "w")))
+    )
     assert count(joined) == {"a": 2, "w": 1}
 
 
@@ -155,7 +164,9 @@ def test_a_folder_in_another_unicode_form_is_the_same_name(tmp_path: Path) -> No
     assert count(load_images(task(tmp_path, classes=("wren", "fünf")))) == {"wren": 1, "fünf": 1}
 
 
-@pytest.mark.parametrize("names", [("validation", "val"), ("valid", "validation"), ("test", "Test"), ("testing", "test")])
+@pytest.mark.parametrize(
+    "names", [("validation", "val"), ("valid", "validation"), ("test", "Test"), ("testing", "test")]
+)
 def test_two_spellings_of_one_split_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
     put(tmp_path, *(f"{name}/{bird}/0.png" for name in (*names, "train") for bird in ("robin", "wren")))
     wanted = "test" if "test" in names else "validation"
@@ -203,7 +214,10 @@ def test_an_empty_image_file_is_an_error_and_not_left_out(tmp_path: Path) -> Non
 
 def test_the_digest_of_a_folder_stays_what_it_was(tmp_path: Path) -> None:
     put(tmp_path, "test/robin/0.png", "test/wren/0.png")
-    assert load_images(task(tmp_path)).fingerprint == load_images(task(tmp_path, classes=("wren", "robin"))).fingerprint
+    assert (
+        load_images(task(tmp_path)).fingerprint
+        == load_images(task(tmp_path, classes=("wren", "robin"))).fingerprint
+    )
     before = load_images(task(tmp_path)).fingerprint
     put(tmp_path, "test/.hidden/0.png")
     (tmp_path / "test/robin/a.svg").write_text("<svg/>")

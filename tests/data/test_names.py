@@ -22,7 +22,9 @@ def task(*classes: str, **given: object) -> Task:
     return Task(**values | given)  # type: ignore[arg-type]
 
 
-def match(own: list[str] | None, known: Task, used: tuple[int, ...] = (0, 1)) -> tuple[tuple[str, ...], list[int] | None, str]:
+def match(
+    own: list[str] | None, known: Task, used: tuple[int, ...] = (0, 1)
+) -> tuple[tuple[str, ...], list[int] | None, str]:
     found = match_names(own, used, known, "data: split `test`")
     labels = None if found.labels is None else [found.labels[label] for label in sorted(found.labels)]
     return found.names, labels, found.how
@@ -34,7 +36,7 @@ def match(own: list[str] | None, known: Task, used: tuple[int, ...] = (0, 1)) ->
         ("Apple_Pie", "apple pie"),
         ("T-shirt/top", "t - shirt / top"),
         (unicodedata.normalize("NFD", "crème brûlée"), "Crème  Brûlée"),
-        ("ＡＢＣ", "abc"),
+        ("\uff21\uff22\uff23", "abc"),
         ("Straße", "STRASSE"),
         ("007", "7"),
         (" robin ", "robin"),
@@ -79,7 +81,9 @@ def test_numbers_without_names_are_the_position() -> None:
         (["0", "2", "1"], [0, 2, 1]),
     ],
 )
-def test_names_that_are_all_whole_numbers_stand_for_positions(own: list[str], labels: list[int] | None) -> None:
+def test_names_that_are_all_whole_numbers_stand_for_positions(
+    own: list[str], labels: list[int] | None
+) -> None:
     names = ("zero", "one", "two")
     assert match(own, task(*names)) == (names, labels, "by number")
 
@@ -120,7 +124,9 @@ def test_two_names_of_the_data_that_fit_one_of_the_task_are_refused() -> None:
 
 
 def test_names_that_differ_only_in_case_are_warned_of() -> None:
-    message = "the class names `Robin`, `robin` differ only in case or Unicode form, and are counted as 2 classes"
+    message = (
+        "the class names `Robin`, `robin` differ only in case or Unicode form, and are counted as 2 classes"
+    )
     with pytest.warns(MergecliWarning, match=message):
         match(["Robin", "robin"], task())
 
@@ -128,7 +134,11 @@ def test_names_that_differ_only_in_case_are_warned_of() -> None:
 def test_a_mapping_says_which_name_is_which_and_may_join_classes() -> None:
     mapping = (("n02", "wren"), ("n01", "robin"), ("n03", "robin"), ("n04", "crow"))
     known = task("wren", "robin", "crow", mapping=mapping)
-    assert match(["n01", "n02", "n03"], known) == (("wren", "robin", "crow"), [1, 0, 1], "as the recipe maps them")
+    assert match(["n01", "n02", "n03"], known) == (
+        ("wren", "robin", "crow"),
+        [1, 0, 1],
+        "as the recipe maps them",
+    )
 
 
 def test_a_mapping_of_labels_without_names_is_by_their_number() -> None:
@@ -149,7 +159,9 @@ def test_by_position_when_the_recipe_says_so_and_the_lists_are_as_long() -> None
 
 def test_a_built_in_task_s_own_data_may_write_names_otherwise_but_not_elsewhere() -> None:
     known = task("robin", "a wren", match="own data")
-    with pytest.warns(MergecliWarning, match="1 of 2 class names are written otherwise .*: `wren` as `a wren`"):
+    with pytest.warns(
+        MergecliWarning, match="1 of 2 class names are written otherwise .*: `wren` as `a wren`"
+    ):
         assert match(["robin", "wren"], known) == (("robin", "a wren"), None, "by position")
     with pytest.raises(InputError, match="class names of the data are not the task's"):
         match(["wren", "robin"], known)

@@ -19,7 +19,15 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 
 
 def test_each_split_has_its_classes_by_both_names_and_what_was_left_out(tmp_path: Path) -> None:
-    put(tmp_path, "test/n01/0.png", "test/n02/0.png", "test/n02/1.png", "train/n01/0.png", "val/n01/0.png", "test/a.svg")
+    put(
+        tmp_path,
+        "test/n01/0.png",
+        "test/n02/0.png",
+        "test/n02/1.png",
+        "train/n01/0.png",
+        "val/n01/0.png",
+        "test/a.svg",
+    )
     mapping = (("n02", "wren"), ("n01", "robin"), ("n07", "crow"))
     test, train, other = found_for(task(tmp_path, classes=("wren", "robin", "crow"), mapping=mapping))
     assert test.classes == (

@@ -39,7 +39,10 @@ def test_true_is_white() -> None:
     ("values", "reason"),
     [
         (PIXELS.transpose(2, 0, 1).tolist(), "are lists of 3 x 5 x 7, which has the channels first"),
-        (PIXELS[:, :, :1].transpose(2, 0, 1).tolist(), "are lists of 1 x 5 x 7, which has the channels first"),
+        (
+            PIXELS[:, :, :1].transpose(2, 0, 1).tolist(),
+            "are lists of 1 x 5 x 7, which has the channels first",
+        ),
         (PIXELS.reshape(-1).tolist(), "are lists of 105"),
         (PIXELS[None].tolist(), "are lists of 1 x 5 x 7 x 3"),
         ([[1, 2], [3]], "are lists of different lengths"),

@@ -38,7 +38,9 @@ def write(path: Path, rows: list[tuple[str, object]], image: str = "file_name", 
 def order(images: Images) -> list[tuple[str, str]]:
     """The file and the class of each image."""
     labels = images.labels
-    return [(Path(str(images.encoded(row).content)).name, images.names[labels[row]]) for row in range(len(images))]
+    return [
+        (Path(str(images.encoded(row).content)).name, images.names[labels[row]]) for row in range(len(images))
+    ]
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
@@ -71,7 +73,9 @@ def test_a_plain_table_beside_a_folder_of_images_is_read(tmp_path: Path, name: s
 
 def test_a_column_or_a_folder_says_the_split(tmp_path: Path) -> None:
     put(tmp_path, "images/0.png", "images/1.png")
-    (tmp_path / "labels.csv").write_text("image,label,split\nimages/0.png,robin,train\nimages/1.png,wren,test\n")
+    (tmp_path / "labels.csv").write_text(
+        "image,label,split\nimages/0.png,robin,train\nimages/1.png,wren,test\n"
+    )
     assert order(load_images(task(tmp_path))) == [("1.png", "wren")]
     with pytest.raises(UsageError, match="has no split `validation`"):
         load_images(task(tmp_path, train_split="no"), "validation")
@@ -80,7 +84,7 @@ def test_a_column_or_a_folder_says_the_split(tmp_path: Path) -> None:
 def test_rows_that_do_not_say_their_split_while_others_do_are_refused(tmp_path: Path) -> None:
     put(tmp_path, "test/0.png", "1.png")
     write(tmp_path / "metadata.csv", [("test/0.png", "robin"), ("1.png", "wren")])
-    with pytest.raises(InputError, match="1 rows such as `1.png` do not say their split, the others do"):
+    with pytest.raises(InputError, match=r"1 rows such as `1.png` do not say their split, the others do"):
         load_images(task(tmp_path))
 
 
@@ -105,7 +109,10 @@ def test_the_digest_of_a_table_is_of_images_and_labels_and_not_of_the_place(tmp_
         write(tmp_path / folder / "metadata.csv", list(ROWS))
     one, two = (load_images(task(tmp_path / folder)).fingerprint for folder in ("one", "two/three"))
     assert one == two
-    write(tmp_path / "one" / "metadata.csv", [(file, "wren" if file == "1.png" else "robin") for file, _ in ROWS])
+    write(
+        tmp_path / "one" / "metadata.csv",
+        [(file, "wren" if file == "1.png" else "robin") for file, _ in ROWS],
+    )
     assert load_images(task(tmp_path / "one")).fingerprint != one
 
 
@@ -139,7 +146,7 @@ def test_tables_that_do_not_fit_their_images_are_refused(
 def test_a_table_without_the_columns_says_which_it_has(tmp_path: Path) -> None:
     put(tmp_path, "0.png")
     write(tmp_path / "birds.csv", [("0.png", "robin")], image="picture", label="species")
-    with pytest.raises(InputError, match="birds.csv has no column `image`, `label`") as caught:
+    with pytest.raises(InputError, match=r"birds.csv has no column `image`, `label`") as caught:
         load_images(task(tmp_path / "birds.csv"))
     assert caught.value.hint.startswith("it has `picture`, `species`; ")
     named = task(tmp_path, image_column="picture", label_column="species", given_columns=("image", "label"))
@@ -168,7 +175,10 @@ def test_a_text_label_of_another_split_is_a_class_too(tmp_path: Path) -> None:
     image = png(tinted(0, (1,)), tmp_path / "a.png")
     parquet(tmp_path / "d", "train.parquet", image=[image] * 3, label=["crow", "robin", "wren"])
     folder = parquet(tmp_path / "d", image=[image], label=["wren"])
-    assert (load_images(task(folder)).names, load_images(task(folder)).labels) == (("crow", "robin", "wren"), [2])
+    assert (load_images(task(folder)).names, load_images(task(folder)).labels) == (
+        ("crow", "robin", "wren"),
+        [2],
+    )
 
 
 @pytest.mark.parametrize("label", ["fine_label", "label"])
