@@ -24,7 +24,7 @@ demo: .venv/installed ## the main job on the toy models: task vectors, merges, e
 test: .venv/installed ## tests that need no network and no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not slow and not gpu'
 
-slow: .venv/installed ## the other tests too
+slow: .venv/documents ## the long tests too, and the documentation built strictly
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 check: lint types test ## before a commit: everything

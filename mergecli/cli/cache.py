@@ -20,7 +20,7 @@ def cache(
         list[str] | None,
         typer.Argument(
             metavar="[KIND...]", autocompletion=_complete_kinds, show_default=False,
-            help="pixels, heads, results, digests, data, statistics or coefficients. Default: all; of --clear the first five.",
+            help="pixels, heads, results, digests, statistics or coefficients. Default: all; of --clear the first four.",
         ),
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove these kinds.")] = False,

@@ -107,7 +107,7 @@ def _drawn(content: Table) -> None:
     for column in content.columns:
         drawn.add_column(column.name, justify="left" if column.unit == "text" else "right", no_wrap=True)
     for row in content.rows:
-        drawn.add_row(*(column.shown(value) for column, value in zip(content.columns, row, strict=True)))
+        drawn.add_row(*(column.text(value) for column, value in zip(content.columns, row, strict=True)))
     console = Console(highlight=False)
     needed = console.measure(drawn, options=console.options.update(width=10_000)).maximum
     # a narrow terminal wraps a line, but cut numbers would be lost; without a height rich takes a dumb one for 80 wide

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mergecli.cli import console, options
-from mergecli.runtime.errors import shown
+from mergecli.runtime.errors import toml_text
 
 
 def methods(
@@ -42,7 +42,7 @@ def methods(
     console.line(f"{name}: {described['title']}\n")
     console.line(f"{described['equation']}\n")
     for setting in described["settings"]:
-        default = "required" if setting["required"] else f"default {shown(setting['default'])}"
+        default = "required" if setting["required"] else f"default {toml_text(setting['default'])}"
         console.line(f"method.{setting['name']}  {setting['expected']}; {default}")
         console.line(f"    {' '.join(setting['documentation'].split())}")
     console.line(f"{chr(10) if described['settings'] else ''}cost   {described['cost']}")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mergecli.clip.model import Clip, features
 from mergecli.runtime.errors import InputError
-from mergecli.storage.cache import cache_path, make_room, touch
-from mergecli.storage.checkpoint import VISION, Checkpoint, ChunkHashes, open_checkpoint
+from mergecli.storage.cache import cache_path, kept, make_room, touch
+from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
 from mergecli.storage.safetensors_writer import save_tensors
 
 _TEXT = ("text_model.", "text_projection.")
@@ -108,17 +108,16 @@ def cached_head(
     """
     path = cache_path("heads", head_key(clip, text, classes, templates))
     if max_size:
-        with contextlib.suppress(InputError, KeyError), open_checkpoint(path) as stored:
-            head = stored.read("head")
-            if head.shape[0] == len(classes):
-                touch(path)
-                return head.to(clip.device)
+        head = kept(path, "it is made", lambda stored: stored.read("head"))
+        if head is not None and head.shape[0] == len(classes):
+            touch(path)
+            return head.to(clip.device)
     head = zero_shot_head(clip, classes, templates)
     if make_room(head.nbytes, max_size):
         named = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
         what = f"{len(classes)} classes ({named}), {len(templates)} prompts each, {clip.path.name}"
         with contextlib.suppress(InputError):
-            save_tensors({"head": head.cpu()}, path, {"what": what})
+            save_tensors({"head": head.cpu()}, path, {"what": what}, checked=True)
     return head
 
 
@@ -144,6 +143,7 @@ def zero_shot_head(clip: Clip, classes: Sequence[str], templates: Sequence[str])
                 f"class `{name}`: a prompt has {length} tokens, the text tower takes {limit}: `{longest[:80]}`",
                 "shorten the class name or the template",
             )
+        _expect_tokens(clip, name, prompts, batch["input_ids"])
         pooled = clip.model.text_model(
             input_ids=batch["input_ids"].to(clip.device),
             attention_mask=batch["attention_mask"].to(clip.device),
@@ -153,6 +153,32 @@ def zero_shot_head(clip: Clip, classes: Sequence[str], templates: Sequence[str])
         mean = text.mean(dim=0)
         rows.append(mean / mean.norm())
     return torch.stack(rows)
+
+
+def _expect_tokens(clip: Clip, name: str, prompts: Sequence[str], tokens: Tensor) -> None:
+    """Raises InputError if the text tower has no row for a token, or would not find a prompt's end, where it reads the
+    prompt's feature: it takes the place of the end that its configuration names, or for a 2, as old ones have it, that
+    of the largest token."""
+    config, rows = (
+        clip.model.config.text_config,
+        clip.model.text_model.embeddings.token_embedding.num_embeddings,
+    )
+    hint = "the tokenizer is another model's, or has tokens that were added to it: copy the base's own"
+    largest, which = tokens.amax(dim=1).max(dim=0)
+    if int(largest) >= rows:
+        raise InputError(
+            f"class `{name}`: a prompt has token {int(largest)}, the text tower knows tokens up to {rows - 1}: "
+            f"`{prompts[int(which)][:80]}`",
+            hint,
+        )
+    end = config.eos_token_id
+    found = tokens.amax(dim=1) == clip.tokenizer.eos_token_id if end == 2 else (tokens == end).any(dim=1)
+    if not bool(found.all()):
+        raise InputError(
+            f"class `{name}`: the text tower does not find the end of a prompt, "
+            f"{'the largest token' if end == 2 else f'token {end}'}: `{prompts[int(found.int().argmin())][:80]}`",
+            hint,
+        )
 
 
 def logits(
@@ -178,4 +204,6 @@ def compare(
 
 def _part(stored: Checkpoint, names: Sequence[str]) -> Checkpoint:
     """A checkpoint with only these of the tensors, and a digest of its own."""
-    return replace(stored, entries={name: stored.entries[name] for name in names}, hashes=ChunkHashes())
+    return replace(
+        stored, entries={name: stored.entries[name] for name in names}, hashes=stored.hashes.anew()
+    )

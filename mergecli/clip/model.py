@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergecli.clip.processor import expect_fit, read_processor
+from mergecli.formats.convert import why_foreign
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import expect_finite, whole_folder, write_text
 from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
-from mergecli.storage.differences import Form, differences
+from mergecli.storage.differences import Form, differences, leave_out_hint
 from mergecli.storage.metadata import model_folder_files
 from mergecli.storage.safetensors_writer import save_tensors
 
@@ -51,12 +53,13 @@ def load_clip(path: Path) -> Clip:
     on whether it is installed.
 
     Raises:
-        InputError: a file is missing or damaged, or the folder does not hold a whole CLIP.
+        InputError: a file is missing or damaged, the folder does not hold a whole CLIP, or its parts do not fit.
     """
     with open_checkpoint(path) as stored:
         if not path.is_dir() or not stored.is_whole_clip:
             raise InputError(
-                f"{path}: is not a whole CLIP", "a base is a folder with both towers and a tokenizer"
+                f"{path}: is not a whole CLIP",
+                why_foreign(stored) or "a base is a folder with both towers and a tokenizer",
             )
     _expect(path, "config.json")
     _expect(path, "preprocessor_config.json", "processor_config.json")
@@ -75,16 +78,35 @@ def load_clip(path: Path) -> Clip:
                 output_loading_info=True,
             )
             tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
-            processor = pil_processor().from_pretrained(path, local_files_only=True)
+            processor = read_processor(path)
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(f"{path}: cannot be loaded as a CLIP: {str(error).splitlines()[0]}") from error
-    wrong = [f"lacks tensor `{name}`" for name in sorted(info["missing_keys"])]
+    wrong = [f"lacks tensor `{name}`" for name in sorted(_not_filled(model, path, info["missing_keys"]))]
     wrong += [f"`{name}` has another shape than its config says" for name, *_ in info["mismatched_keys"]]
     if wrong:
         raise InputError(f"{path}: the weights do not fit `config.json`:\n{listed(wrong)}")
     if len(tokenizer) < 10:
         raise InputError(f"{path}: its tokenizer knows only {len(tokenizer)} tokens", "fetch the base again")
+    expect_fit(processor, path, model.config.vision_config)
     return Clip(path, model.eval().requires_grad_(False), tokenizer, processor)
+
+
+def _not_filled(model: Any, path: Path, missing: Iterable[str]) -> list[str]:
+    """Which tensors are still missing, once those are filled in that the file has under a wrapper's names."""
+    names, state = list(missing), model.state_dict()
+    if not names:
+        return []
+    with open_checkpoint(path) as stored, torch.no_grad():
+        for name in names:
+            if name in stored.entries and stored.entries[name].shape == state[name].shape:
+                state[name].copy_(stored.read(name))
+        return [
+            name
+            for name in names
+            if name not in stored.entries or stored.entries[name].shape != state[name].shape
+        ]
 
 
 def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
@@ -94,10 +116,14 @@ def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
         InputError: tensors are missing, extra or of another shape; all of them are listed.
     """
     want = {VISION + name: Form(tuple(tensor.shape)) for name, tensor in clip.tower.state_dict().items()}
-    if lines := differences(checkpoint.vision().entries, want, "the base has"):
+    have = checkpoint.vision().entries
+    if lines := differences(have, want, "the base has"):
+        cure = "name the base that it was fine-tuned from"
+        if (extra := have.keys() - want.keys()) and len(extra) == len(lines):
+            cure = leave_out_hint(extra)
         raise InputError(
             f"{checkpoint.path}: does not fit the vision tower of {clip.path}:\n{listed(lines)}",
-            "name the base that it was fine-tuned from",
+            why_foreign(checkpoint) or cure,
         )
 
 
@@ -147,20 +173,6 @@ def _expect(folder: Path, *names: str) -> None:
     """Raises InputError unless one of the files is there."""
     if not any((folder / name).is_file() for name in names):
         raise InputError(f"{folder}: has no `{names[0]}`", "fetch or copy the whole repository of the base")
-
-
-def pil_processor() -> Any:
-    """The image processor class that works with PIL, under whichever name this transformers has it."""
-    import transformers
-
-    for name in ("CLIPImageProcessorPil", "CLIPImageProcessor"):
-        with contextlib.suppress(AttributeError, ImportError):
-            found = getattr(transformers, name)
-            if not getattr(found, "is_fast", False):
-                return found
-    from transformers.models.clip import image_processing_clip
-
-    return image_processing_clip.CLIPImageProcessor
 
 
 @contextlib.contextmanager

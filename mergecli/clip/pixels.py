@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -16,7 +17,9 @@ from mergecli.clip.preprocessing import Normalization, resize_and_crop_of
 from mergecli.data.decoding import Block, Corruption, Decoders, Unreadable, decode_block, workers_for
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError
-from mergecli.storage.cache import allowed_size, cache_path, make_room, touch
+from mergecli.storage.cache import allowed_size, cache_path, kept, make_room, remove_damaged, touch
+from mergecli.storage.checksums import DamagedFileError
+from mergecli.storage.mapped import MappedTensor
 from mergecli.storage.safetensors_writer import SafetensorsWriter
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from mergecli.clip.model import Clip
     from mergecli.data.images import Images
+    from mergecli.storage.checkpoint import Checkpoint
 
 BLOCK = 32
 """Images that one process decodes at a time, at most."""
@@ -41,17 +45,22 @@ class Pixels:
     """(N, 3, H, W) uint8, in a memory-mapped file or in memory; None if only `read` gives them."""
     read: Callable[[Sequence[int]], Tensor]
     """The images of these numbers, (B, 3, H, W) uint8."""
+    verify: Callable[[Sequence[int]], None] = lambda _: None
+    """Called with the numbers of the images of `stored` that are about to be used."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, start: int, stop: int) -> Tensor:
         """(stop - start, 3, H, W) uint8: neighboring images."""
-        return self.stored[start:stop] if self.stored is not None else self.read(range(start, stop))
+        if self.stored is None:
+            return self.read(range(start, stop))
+        self.verify(range(start, stop))
+        return self.stored[start:stop]
 
     def rows(self, numbers: Tensor) -> Tensor:
         """(B, 3, H, W) uint8: the images of these numbers, in this order."""
-        return self.stored[numbers] if self.stored is not None else self.read(numbers.tolist())
+        return self.read(numbers.tolist())
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(B, 3, H, W) uint8 images and their (B,) labels, `size` at a time and in order; ends with KeyboardInterrupt when
@@ -130,16 +139,20 @@ def stored_pixels(clip: Clip, images: Images, how: Processing) -> Pixels | None:
         return None
     _, shape = resize_and_crop_of(clip)
     labels = torch.tensor(images.labels)
-    found = _opened(_file(clip, images, how), (len(images), 3, *shape))
+    found = _opened(clip, images, how, shape)
     if found is not None:
-        return _in_memory(found, labels)
+        return Pixels(labels, found.stored, found.rows, found.verify)
     if images.rows is None:
         return None
     rows = torch.tensor(images.rows)
     every = replace(images, rows=None)
-    whole = _opened(_file(clip, every, how), (len(every), 3, *shape))
+    whole = _opened(clip, every, how, shape)
     # not `whole[rows]` at once: that would read all the chosen images into memory
-    return None if whole is None else Pixels(labels, None, lambda numbers: whole[rows[torch.tensor(numbers)]])
+    return (
+        None
+        if whole is None
+        else Pixels(labels, None, lambda numbers: whole.rows(rows[torch.tensor(numbers)]))
+    )
 
 
 def decoded_batches(clip: Clip, images: Images, how: Processing, size: int) -> Generator[Tensor]:
@@ -232,21 +245,57 @@ def _file(clip: Clip, images: Images, how: Processing) -> Path:
     return cache_path("pixels", sha256(json.dumps(about).encode()).hexdigest()[:32])
 
 
-def _opened(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """The images in a file of the cache, mapped into memory; None if there is no such file, or not a whole one."""
-    import numpy as np
-    import torch
+class _StoredImages:
+    """Images in a file of the cache, mapped into memory. Those that are damaged there are decoded again."""
 
-    from mergecli.storage.checkpoint import open_checkpoint
+    def __init__(self, mapped: MappedTensor, again: Callable[[Sequence[int]], Tensor]) -> None:
+        self.stored = mapped.tensor
+        """(N, 3, H, W) uint8."""
+        self._mapped, self._again = mapped, again
+        self._size = self.stored[0].numel() if len(self.stored) else 1
+        self._lock = threading.Lock()
 
-    with contextlib.suppress(InputError, OSError, KeyError), open_checkpoint(path) as stored:
+    def rows(self, numbers: Sequence[int] | Tensor) -> Tensor:
+        """(B, 3, H, W) uint8: the images of these numbers, in this order."""
+        import torch
+
+        self.verify(numbers)
+        return self.stored[torch.as_tensor(numbers)]
+
+    def verify(self, numbers: Sequence[int] | Tensor) -> None:
+        """Makes sure that the images of these numbers are those that were put into the file."""
+        each = (
+            [(numbers[0], numbers[-1])]
+            if isinstance(numbers, range) and numbers
+            else [(n, n) for n in numbers]
+        )
+        with self._lock:  # a thread must not use images that another is about to mend
+            for first, last in each:
+                found = self._mapped.damage(int(first) * self._size, (int(last) + 1) * self._size)
+                if found is not None:
+                    self._mend(*found)
+
+    def _mend(self, error: DamagedFileError, ranges: Sequence[range]) -> None:
+        remove_damaged(error, "its images are decoded")
+        for part in ranges:
+            images = range(part.start // self._size, -(-part.stop // self._size))
+            self.stored[images.start : images.stop] = self._again(images)
+
+
+def _opened(clip: Clip, images: Images, how: Processing, shape: tuple[int, ...]) -> _StoredImages | None:
+    """The images as a file of the cache has them; None if there is no such file, or not a whole one."""
+    path = _file(clip, images, how)
+
+    def read(stored: Checkpoint) -> MappedTensor | None:
         entry = stored.entries["pixels"]
-        if entry.shape == shape and entry.dtype == "U8":
-            # copy on write: torch warns of arrays that it must not write to; nothing writes here
-            mapped = np.memmap(path, np.uint8, mode="c", offset=entry.start, shape=shape)
-            touch(path)
-            return torch.from_numpy(mapped)
-    return None
+        fits = entry.shape == (len(images), 3, *shape) and entry.dtype == "U8"
+        return MappedTensor(stored, "pixels") if fits else None
+
+    mapped = kept(path, "its images are decoded", read)
+    if mapped is None:
+        return None
+    touch(path)
+    return _StoredImages(mapped, _decoded_each_time(clip, images, how).read)
 
 
 class _Store:
@@ -256,7 +305,7 @@ class _Store:
         self._writer: SafetensorsWriter | None = None
         if make_room(size, max_size):
             with contextlib.suppress(InputError, OSError):
-                self._writer = SafetensorsWriter(path, layout, {"what": what}).__enter__()
+                self._writer = SafetensorsWriter(path, layout, {"what": what}, checked=True).__enter__()
 
     def write(self, name: str, data: Tensor, start: int = 0) -> None:
         if self._writer is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergecli.data.decoding import ResizeAndCrop
-from mergecli.runtime.errors import InputError
+from mergecli.clip.processor import framing_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergecli.clip.model import Clip
+    from mergecli.data.decoding import ResizeAndCrop
 
 
 def resize_and_crop_of(clip: Clip) -> tuple[ResizeAndCrop, tuple[int, int]]:
@@ -19,18 +19,7 @@ def resize_and_crop_of(clip: Clip) -> tuple[ResizeAndCrop, tuple[int, int]]:
     Raises:
         InputError: its processor does something else, or gives images of several sizes.
     """
-    known = clip.processor
-    size, crop = known.size, known.crop_size
-    fixed = (size.height, size.width) if known.do_resize and size.height and size.width else None
-    shorter = size.shortest_edge if known.do_resize and not fixed else None
-    cut = (crop.height, crop.width) if known.do_center_crop else None
-    result = cut or fixed
-    if result is None or known.do_pad or (known.do_resize and (not (fixed or shorter) or size.longest_edge)):
-        raise InputError(
-            f"{clip.path}: its image processor is not one of CLIP's",
-            "`preprocessor_config.json` should have `size` with `shortest_edge`, and `crop_size`",
-        )
-    return ResizeAndCrop(shorter, fixed, int(known.resample), cut), result
+    return framing_of(clip.processor, clip.path)
 
 
 class Normalization:

@@ -51,11 +51,11 @@ def load_processor(folder: Path) -> Any:
     """The `transformers.CLIPProcessor` of a model's folder; its image processor is the one of PIL."""
     from transformers import CLIPProcessor, CLIPTokenizer
 
-    from mergecli.clip.model import pil_processor
+    from mergecli.clip.processor import read_processor
 
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        images = pil_processor().from_pretrained(folder, local_files_only=True)
+        images = read_processor(folder)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder}: has no processor: {str(error).splitlines()[0]}") from error
     return CLIPProcessor(image_processor=images, tokenizer=tokenizer)

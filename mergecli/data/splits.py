@@ -11,8 +11,7 @@ from hashlib import sha256
 from pathlib import Path, PurePath
 
 from mergecli.runtime.errors import InputError, quoted
-from mergecli.storage.cache import allowed_size, cache_path, make_room, touch
-from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.storage.cache import allowed_size, cache_path, kept, make_room, touch
 from mergecli.storage.safetensors_writer import SafetensorsWriter
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -88,14 +87,15 @@ def fingerprint(files: Sequence[Path], with_names: bool, remember: bool = True) 
     seen = _untouched(files, with_names) if remember else None
     place = None if seen is None else cache_path("digests", sha256(seen.encode()).hexdigest()[:32])
     if place is not None:
-        with contextlib.suppress(InputError, KeyError), open_checkpoint(place) as stored:
+        known = kept(place, "the files are hashed", lambda stored: stored.metadata["digest"])
+        if known is not None:
             touch(place)
-            return stored.metadata["digest"]
+            return known
     found = sha256_digest(*_lines(files, with_names))
     room = place is not None and make_room(1 << 10, allowed_size())
     if place is not None and room and seen == _untouched(files, with_names):
         about = {"what": f"the digest of {len(files)} files in {files[0].parent.name}", "digest": found}
-        with contextlib.suppress(InputError, OSError), SafetensorsWriter(place, {}, about):
+        with contextlib.suppress(InputError, OSError), SafetensorsWriter(place, {}, about, checked=True):
             pass
     return found
 

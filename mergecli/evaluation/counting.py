@@ -17,8 +17,7 @@ from mergecli.clip.pixels import micro_batch_size
 from mergecli.formats.mixture import mixture_of
 from mergecli.methods._mixture import Installed, Routing
 from mergecli.runtime.errors import InputError
-from mergecli.storage.cache import make_room
-from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.storage.cache import kept, make_room
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,17 +97,18 @@ def save_counts(counts: Counts, file: CountsFile) -> None:
     dtypes = {name: torch.int64 if name in ("labels", "chosen") else torch.float64 for name in columns}
     tensors = {name: torch.tensor(values, dtype=dtypes[name]) for name, values in columns.items()}
     with suppress(InputError):
-        save_tensors(tensors, file.path, {"what": file.what})
+        save_tensors(tensors, file.path, {"what": file.what}, checked=True)
 
 
 def load_counts(file: CountsFile, labels: Sequence[int]) -> Counts | None:
     """The counts in the file; None if there is none, or if it is damaged or has other labels."""
-    try:
-        with open_checkpoint(file.path) as stored:
-            counts = Counts(**{each.name: stored.read(each.name).tolist() for each in fields(Counts)})
-    except (InputError, KeyError):
-        return None
-    return counts if counts.labels == list(labels) and len(counts.chosen) == len(labels) else None
+
+    def read(stored: Checkpoint) -> Counts:
+        return Counts(**{each.name: stored.read(each.name).tolist() for each in fields(Counts)})
+
+    counts = kept(file.path, "its images are counted", read)
+    fits = counts is not None and counts.labels == list(labels) and len(counts.chosen) == len(labels)
+    return counts if fits else None
 
 
 @dataclass(frozen=True)

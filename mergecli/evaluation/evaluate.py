@@ -9,19 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from mergecli.clip.other_parts import Candidate, warn_of_other_parts
 from mergecli.evaluation.features import feature_file
 from mergecli.evaluation.routes import route_files, write_routes
 from mergecli.evaluation.scoring import score
 from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import LEFT_OUT, mixture_of
-from mergecli.formats.opening import open_source
+from mergecli.formats.opening import model_path, open_source
 from mergecli.results import plots
 from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.atomic import check_target, check_targets, write_text
 from mergecli.storage.metadata import looked_at, made_of
 from mergecli.storage.sources import Source, parse_source
-from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from mergecli.data.tasks import Task
@@ -118,10 +118,13 @@ def evaluate(
         routes=Path(routes) if routes is not None else None,
     )
     with contextlib.ExitStack() as files:
-        models = [
-            _opened(name, source, base, files)
+        opened = [
+            Candidate(name, source, files.enter_context(open_source(source, base)))
             for name, source in named_models(checkpoints, known, only, with_base=not individual)
         ]
+        with open_source(base) as whole:
+            warn_of_other_parts(opened, whole, str(base), merged=False)
+        models = [_tower(*each) for each in opened]
         if individual:
             own = {model.name for model in models}
             chosen = [task for task in chosen if task.name in own]
@@ -168,7 +171,7 @@ def _evaluate_open(
 
     scores = score(
         models,
-        locate(base),
+        model_path(base),
         tasks,
         settings,
         own_task_only=individual,
@@ -295,9 +298,9 @@ def forget(files: Sequence[Path]) -> None:
             file.unlink(missing_ok=True)
 
 
-def _opened(name: str, source: Source, base: Source, files: contextlib.ExitStack) -> Tower:
-    """A checkpoint that is open until `files` close."""
-    opened = files.enter_context(open_source(source, base)).vision()
+def _tower(name: str, source: Source, opened: Checkpoint) -> Tower:
+    """The vision tower of an open checkpoint; raises InputError if something of it is missing."""
+    opened = opened.vision()
     if left_out := opened.metadata.get(LEFT_OUT):
         raise InputError(
             f"{source}: is a tower without {left_out}, which the method's accuracy comes from",

@@ -14,7 +14,7 @@ from mergecli.results.cells import Cell, Column
 from mergecli.results.result import Evaluation
 from mergecli.results.statistics import Count, difference_interval
 from mergecli.results.tables import Table
-from mergecli.runtime.errors import UsageError, shown
+from mergecli.runtime.errors import UsageError, toml_text
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_targets, write_text
 from mergecli.storage.store import locate
@@ -47,7 +47,8 @@ class Swept:
         near = self.near
         for number, (point, result) in enumerate(zip(self.points, self.results, strict=True)):
             values = [
-                each if isinstance(each, int | float | str) else shown(each) for each in point.values.values()
+                each if isinstance(each, int | float | str) else toml_text(each)
+                for each in point.values.values()
             ]
             scores = [result.tasks[task].accuracy for task in tasks]
             mark = "best" if number == self.best else "n.s." if number in near else ""
@@ -229,4 +230,4 @@ def _others(point: Point, key: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else shown(value)
+    return value if isinstance(value, str) else toml_text(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,9 +16,9 @@ from mergecli.formats.lora_files import is_adapter
 from mergecli.formats.open_clip_names import renaming
 from mergecli.formats.pickles import pickled_files, read_state
 from mergecli.runtime import interrupts
-from mergecli.runtime.errors import UsageError
+from mergecli.runtime.errors import InputError, UsageError, quoted
 from mergecli.storage.atomic import check_targets, whole_folder, writing
-from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
 from mergecli.storage.metadata import about
 from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, TORCH_NAMES
 from mergecli.storage.safetensors_writer import SafetensorsWriter
@@ -100,7 +101,7 @@ def convert(
         layout = {name: _form(origin.taken_from(forms[origin.name])) for name, origin in plan.origins.items()}
         kind = stored.metadata.get("kind", "checkpoint") if stored else "checkpoint"
         with SafetensorsWriter(
-            target, layout, _metadata(kind, source, files, [*plan.left_out, *others])
+            target, layout, _metadata(kind, source, files, [*plan.left_out, *others]), checked=True
         ) as writer:
             for name, origin in plan.origins.items():
                 interrupts.check()
@@ -124,6 +125,24 @@ def _metadata(kind: str, source: Path, files: list[Path], left_out: list[str]) -
 def _text(path: Path) -> str:
     """The name of a file, without bytes that are no text."""
     return path.name.encode("utf-8", "backslashreplace").decode()
+
+
+def why_foreign(stored: Checkpoint) -> str:
+    """What to do with a checkpoint whose names are not those of one CLIP of Hugging Face; empty if they are, or are none
+    of a CLIP at all."""
+    own = re.compile(rf"(.*?)(?:{re.escape(VISION)})?embeddings\.class_embedding")
+    if len(towers := [found[1] or "(none)" for name in stored.entries if (found := own.fullmatch(name))]) > 1:
+        return f"{stored.path} holds {len(towers)} vision towers, under {quoted(towers)}: save the one that is meant alone"
+    try:
+        plan = renaming(stored.path, {name: entry.shape for name, entry in stored.entries.items()})
+    except InputError as error:
+        return error.message
+    if not plan.changes:
+        return ""
+    return (
+        f"{stored.path} has open_clip's names: `mergecli fetch {stored.path}` rewrites it once, and from then on that is "
+        "read in its place"
+    )
 
 
 _COPIED = (".json", ".txt")

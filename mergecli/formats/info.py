@@ -8,11 +8,10 @@ from pathlib import Path
 
 from mergecli.formats.lora_files import Adapter, is_adapter, open_adapter
 from mergecli.formats.mixture import mixture_of
-from mergecli.formats.opening import is_model, open_source
+from mergecli.formats.opening import is_model, model_path, open_source
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.sources import parse_source
-from mergecli.storage.store import locate
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def info(checkpoint: str | Path) -> Info:
         InputError: it is missing or damaged, or there is no tower for the task.
     """
     source = parse_source(str(checkpoint), Path())
-    path = locate(source)
+    path = model_path(source)
     if source.task is not None:
         with open_source(source) as tower:
             return replace(_info(str(checkpoint), tower), files=0, size=tower.nbytes)

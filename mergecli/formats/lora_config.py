@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from mergecli.runtime.errors import InputError, listed, quoted, shown
+from mergecli.runtime.errors import InputError, listed, quoted, toml_text
 from mergecli.storage.table_reader import TableReader
+
+if TYPE_CHECKING:
+    import regex
 
 CONFIG = "adapter_config.json"
 MERGE_WITH_PEFT = "merge it into its base with peft (`merge_and_unload`) and save that as safetensors"
@@ -27,6 +31,17 @@ _READ = {
     "use_dora", "use_rslora",
 }  # fmt: skip
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+SECONDS = 5.0
+"""For all regular expressions of a file together; sound ones take microseconds."""
+
+
+@dataclass
+class _Seconds:
+    """Time that is left for the regular expressions of a file."""
+
+    left: float
 
 
 @dataclass(frozen=True)
@@ -52,51 +67,73 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]
     base: str | None
     """What it was trained on, as it says itself."""
+    seconds: _Seconds = field(default_factory=lambda: _Seconds(SECONDS), compare=False)
 
     def rank_of(self, module: str) -> int:
         """The rank of one module's factors."""
-        return _matching(self.rank_pattern, module, self.rank)
+        return self._matching(self.rank_pattern, module, self.rank)
 
     def scaling(self, module: str) -> float:
         """s in W + s B A."""
         rank = self.rank_of(module)
-        return _matching(self.alpha_pattern, module, self.alpha) / (
+        return self._matching(self.alpha_pattern, module, self.alpha) / (
             math.sqrt(rank) if self.use_rslora else rank
         )
 
     def saves(self, module: str) -> bool:
         """Whether the module's own weights are in the adapter, whole."""
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save)
+        return any(self._match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save)
 
     def targets(self, module: str, *, is_linear: bool) -> bool | None:
         """Whether the module has low-rank factors, by peft's own rules; None where the configuration does not say."""
-        if _names(self.exclude_modules, module) or self.saves(module):
+        if self._names(self.exclude_modules, module) or self.saves(module):
             return False
         if self.target_modules is None:
             return None
         if self.target_modules == "all-linear":
             return is_linear
-        if not _names(self.target_modules, module):
+        if not self._names(self.target_modules, module):
             return False
         if not self.layers_to_transform:
             return True
         patterns = [rf"(?:^|.*?\.){name}\." for name in self.layers_pattern] or [r".*?\.[^.]*\."]
-        found = next((hit for each in patterns if (hit := re.match(rf"{each}(\d+)\.", module))), None)
-        return found is not None and int(found.group(1)) in self.layers_to_transform
+        found = next((hit for each in patterns if (hit := self._match(rf"{each}(\d+)\.", module))), None)
+        return found is not None and int(found[1]) in self.layers_to_transform
 
+    def _matching(self, pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+        """The value of the first key that matches the end of the module's name, as a regular expression."""
+        for key, value in pattern.items():
+            if self._match(rf"(.*\.)?({key})$", module):
+                return value
+        return default
 
-def _matching(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first key that matches the end of the module's name, as a regular expression."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    def _names(self, names: str | tuple[str, ...], module: str) -> bool:
+        if isinstance(names, str):
+            return bool(names and self._match(names, module, whole=True))
+        return any(module == name or module.endswith(f".{name}") for name in names)
 
+    def _match(self, expression: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:
+        """The match of an expression, which the file brought, at the beginning of a module's name, or with the whole.
 
-def _names(names: str | tuple[str, ...], module: str) -> bool:
-    if isinstance(names, str):
-        return bool(names and re.fullmatch(names, module))
-    return any(module == name or module.endswith(f".{name}") for name in names)
+        Raises:
+            InputError: the time that all expressions of the file have together is over. Some take longer for each letter
+                of a name than for all before it; `re` could not be stopped.
+        """
+        import regex
+
+        begun = time.monotonic()
+        try:
+            match = regex.fullmatch if whole else regex.match
+            return match(expression, module, timeout=max(self.seconds.left, 1e-3))
+        except TimeoutError as error:
+            raise InputError(
+                f"{self.path}: a regular expression takes too long: `{expression[:200]}` on `{module[:200]}`",
+                "write the names of the modules as a list",
+            ) from error
+        except regex.error as error:
+            raise InputError(f"{self.path}: `{expression[:200]}`: {error}") from error
+        finally:
+            self.seconds.left -= time.monotonic() - begun
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -120,15 +157,15 @@ def read_config(folder: Path) -> AdapterConfig:
     given = cast("dict[str, Any]", table)
     if given.get("peft_type") != "LORA":
         raise InputError(
-            f'{path}: `peft_type`: expected "LORA", got {shown(given.get("peft_type"))}', MERGE_WITH_PEFT
+            f'{path}: `peft_type`: expected "LORA", got {toml_text(given.get("peft_type"))}', MERGE_WITH_PEFT
         )
     known = _READ | _ONLY_FOR_TRAINING
-    refused = [f"{key} = {shown(value)}" for key, value in given.items() if value and key not in known]
+    refused = [f"{key} = {toml_text(value)}" for key, value in given.items() if value and key not in known]
     if refused:
         raise InputError(f"{path}: is not a plain LoRA: {quoted(refused)}", MERGE_WITH_PEFT)
     if (init := given.get("init_lora_weights")) not in _HARMLESS_INITS:
         raise InputError(
-            f"{path}: `init_lora_weights` = {shown(init)}: training has changed the base's weights too",
+            f"{path}: `init_lora_weights` = {toml_text(init)}: training has changed the base's weights too",
             "save it with peft's `path_initial_model_for_weight_conversion`, which makes it a plain LoRA",
         )
     read = TableReader()
@@ -194,7 +231,7 @@ def _layers(value: Any, read: TableReader) -> tuple[int, ...]:
 def _is_expression(text: str, key: str, read: TableReader) -> bool:
     try:
         re.compile(text)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         read.expected(key, f"a regular expression ({error})", text)
         return False
     return True

@@ -14,7 +14,7 @@ from mergecli import methods
 from mergecli.methods._bitmasks import ContradictionError
 from mergecli.methods._mixture import SAME, Conditioned, Installed, Mixture, Part, Routed, Routing
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed, quoted
-from mergecli.storage.checkpoint import VISION, Checkpoint, ChunkHashes
+from mergecli.storage.checkpoint import VISION, Checkpoint
 from mergecli.storage.differences import Form, differences
 from mergecli.storage.lazy_checkpoint import BlockReader, lazy_checkpoint
 
@@ -141,7 +141,7 @@ def mixture_of(stored: Checkpoint) -> OpenMixture:
         why = f": {error.message}" if isinstance(error, UsageError) else ""
         raise InputError(f"{stored.path}: its metadata is not that of a mixture{why}", _HINT) from error
     own = _own_names(stored, method, len(tasks))
-    shared = replace(stored, entries={key: stored.entries[key] for key in own}, hashes=ChunkHashes())
+    shared = replace(stored, entries={key: stored.entries[key] for key in own}, hashes=stored.hashes.anew())
     return OpenMixture(stored, method, tuple(tasks), shared)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +24,6 @@ _BLOCK = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
-_PARALLEL = re.compile(r"(?:(?:module|_orig_mod)\.)*")
-_WRAPPED = re.compile(r"(?:(?:module|_orig_mod|model|image_encoder)\.)*")
 
 
 @dataclass(frozen=True)
@@ -77,25 +74,26 @@ def renaming(path: Path, shapes: Mapping[str, Shape]) -> Renaming:
 
     Names of an open_clip vision transformer, under whatever prefix, become those of Hugging Face's CLIPModel if the
     text tower is there too, else those of its CLIPVisionModel: the projection and what is left of a text tower, which
-    the fine-tuned encoders of task arithmetic carry along, then have no place. Of other files only the prefix is
-    taken off that DataParallel and torch.compile put before every name, and of Hugging Face's CLIP names also
-    `model.` and `image_encoder.`.
+    the fine-tuned encoders of task arithmetic carry along, then have no place. Other names are read as in any file.
 
     Raises:
         InputError: there are two towers, or a tower lacks tensors or has more or others than a CLIP's.
     """
+    theirs = {ours: name for name, ours in canonical_names(shapes).items()}
+    known = {ours: shapes[name] for ours, name in theirs.items()}
     roots = [
         name.removesuffix(_MARKS[0])
-        for name in shapes
-        if name.endswith(_MARKS[0]) and all(name.removesuffix(_MARKS[0]) + mark in shapes for mark in _MARKS)
+        for name in known
+        if name.endswith(_MARKS[0]) and all(name.removesuffix(_MARKS[0]) + mark in known for mark in _MARKS)
     ]
-    if not roots:
-        return _unwrapped(shapes)
     if len(roots) > 1:
         raise InputError(
             f"{path}: holds {len(roots)} vision towers: {quoted(roots)}", "save the one that is meant alone"
         )
-    return _clip(path, roots[0], shapes)
+    found = _clip(path, roots[0], known) if roots else Renaming({ours: Origin(ours) for ours in known})
+    origins = {ours: replace(origin, name=theirs[origin.name]) for ours, origin in found.origins.items()}
+    used = {origin.name for origin in origins.values()}
+    return Renaming(origins, tuple(name for name in shapes if name not in used))
 
 
 def _clip(path: Path, root: str, shapes: Mapping[str, Shape]) -> Renaming:
@@ -126,7 +124,7 @@ def _clip(path: Path, root: str, shapes: Mapping[str, Shape]) -> Renaming:
             f"{listed(problems, 40)}",
             "only OpenAI's architecture, such as ViT-B-32, can be converted",
         )
-    return Renaming(origins, tuple(left_out))
+    return Renaming(origins)
 
 
 def _tower(root: str, names: Iterable[str]) -> dict[str, Origin]:
@@ -166,23 +164,3 @@ def _blocks(ours: str, root: str, names: Iterable[str]) -> dict[str, Origin]:
 
 def _pair(ours: str, theirs: str) -> dict[str, Origin]:
     return {f"{ours}.{kind}": Origin(f"{theirs}.{kind}") for kind in ("weight", "bias")}
-
-
-def _unwrapped(names: Iterable[str]) -> Renaming:
-    every = list(names)
-    lead = _common(every, _WRAPPED)
-    marks = {lead + "embeddings.class_embedding", lead + VISION + "embeddings.class_embedding"}
-    if not marks & set(every):
-        lead = _common(every, _PARALLEL)
-    ours = canonical_names(name.removeprefix(lead) for name in every)
-    left_out = tuple(name for name in every if name.removeprefix(lead) not in ours)
-    return Renaming({new: Origin(lead + old) for old, new in ours.items()}, left_out)
-
-
-def _common(names: list[str], pattern: re.Pattern[str]) -> str:
-    """The longest prefix of wrappers that all names have."""
-    found = pattern.match(names[0]) if names else None
-    lead = found[0] if found else ""
-    while lead and not all(name.startswith(lead) and name != lead for name in names):
-        lead = lead[: lead.rstrip(".").rfind(".") + 1]
-    return lead

@@ -21,7 +21,7 @@ MODELS = ("checkpoint", TASK_VECTOR, MIXTURE)
 
 def is_model(opened: Checkpoint) -> bool:
     """Whether it is one as far as is known: of files of ours, whether they say that they are."""
-    return "mergecli" not in opened.metadata or opened.metadata.get("kind", "checkpoint") in MODELS
+    return "mergecli" not in opened.metadata or opened.metadata.get("kind") in MODELS
 
 
 def open_source(source: Source, base: Source | None = None) -> Checkpoint:
@@ -34,7 +34,9 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
         InputError: it is missing or damaged, or the adapter does not fit the base, or is for another, or
             there is none.
     """
-    path = _converted(locate(source))
+    origin, path = locate(source), model_path(source)
+    made = path if path.is_dir() else path.parent
+    cure = "" if path == origin else f"delete {made}, then run `mergecli fetch --allow-pickle {origin}` again"
     added = locate(source.adapter) if source.adapter else None
     with ExitStack() as stack:
         if is_adapter(path):
@@ -46,8 +48,8 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             opened = stack.enter_context(open_source(under))
             added = path
         else:
-            under = replace(source, adapter=None, dtype=None)
-            opened = _of_task(_model(stack.enter_context(open_checkpoint(path))), source)
+            under = replace(source, adapter=None, dtype=None, leave_out=())
+            opened = _of_task(_model(stack.enter_context(open_checkpoint(path, cure=cure))), source)
             if opened.is_mixture and (added or source.dtype):
                 raise InputError(
                     f"{source}: holds several towers, to which no `{'adapter' if added else 'dtype'}` applies",
@@ -61,7 +63,12 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             expect_base(adapter, weights, under)
         elif source.dtype:
             opened = rounded(opened, source.dtype)
-        stack.pop_all()
+        if source.leave_out:
+            kept = {
+                name: each for name, each in opened.entries.items() if not name.startswith(source.leave_out)
+            }
+            opened = replace(opened, entries=kept, hashes=opened.hashes.anew())
+        stack.pop_all()  # the files stay open, and close with what is returned
         return opened
 
 
@@ -69,10 +76,14 @@ def _model(opened: Checkpoint) -> Checkpoint:
     """The checkpoint; raises InputError if it is a file of ours that says that it is something else."""
     if not is_model(opened):
         raise InputError(
-            f"{opened.path}: its kind: expected {', '.join(MODELS[:-1])} or {MODELS[-1]}, got `{opened.metadata['kind']}`",
+            f"{opened.path}: its kind: expected {', '.join(MODELS[:-1])} or {MODELS[-1]}, got {_kind(opened)}",
             "it holds no model, or was written by a later version: `mergecli info` says by which",
         )
     return opened
+
+
+def _kind(opened: Checkpoint) -> str:
+    return f"`{opened.metadata['kind']}`" if "kind" in opened.metadata else "none"
 
 
 def _of_task(opened: Checkpoint, source: Source) -> Checkpoint:
@@ -84,13 +95,16 @@ def _of_task(opened: Checkpoint, source: Source) -> Checkpoint:
     return mixture_of(opened).of_task(source.task)
 
 
-def _converted(path: Path) -> Path:
-    """The conversion of a pickle on this machine, if `fetch --allow-pickle` has made it; else the path itself."""
-    weights = path.glob("*.safetensors*") if path.is_dir() else [path] if ".safetensors" in path.name else []
-    if any(weights):
-        return path
+def model_path(source: Source) -> Path:
+    """Where the weights that a source means can be read: at their own path, or at that of their conversion on this
+    machine, if `fetch` has made it of a pickle, or of open_clip's names.
+
+    Raises:
+        InputError: there is nothing at the source.
+    """
     from mergecli.formats.convert import converted_path
 
+    path = locate(source)
     try:
         found = converted_path(path, home(), allow_pickle=False)
     except (InputError, UsageError):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import pickle
+import pickletools
 import re
 import struct
 import warnings
@@ -22,10 +25,8 @@ _ZIP = b"PK\x03\x04"
 _PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 _SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _INSIDE = ("state_dict", "model_state_dict", "model")
-_MEND = (
-    "open it once where it was made and trusted, and save only its tensors: "
-    "`torch.save(torch.load(OLD, weights_only=False).state_dict(), NEW)`"
-)
+_ONCE = "open it once where it was made and trusted, and save only its tensors: "
+_MEND = f"{_ONCE}`torch.save(torch.load(OLD, weights_only=False).state_dict(), NEW)`"
 _MEND_SCRIPT = "save only its tensors: `torch.save(torch.jit.load(OLD).state_dict(), NEW)`"
 _AGAIN = "the copy or download may not have finished: fetch it again"
 
@@ -40,18 +41,18 @@ def pickled_files(path: Path) -> list[Path]:
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
         return [] if any(path.glob("*.safetensors")) else _in_folder(path)
+    if not path.is_file():
+        raise InputError(f"{path}: is a pipe or a device, a file was expected")
     if path.name.endswith(".index.json"):
         shards = _shards(path)
         return shards if all(_starts_as_pickle(shard) for shard in shards) else []
-    if not path.is_file():
-        raise InputError(f"{path}: is not a file")
     return [path] if _starts_as_pickle(path) else []
 
 
 def _in_folder(path: Path) -> list[Path]:
     whole, index = path / "pytorch_model.bin", path / "pytorch_model.bin.index.json"
-    if whole.exists() or index.exists():
-        return pickled_files(whole if whole.exists() else index)
+    if whole.is_file() or index.is_file():
+        return pickled_files(whole if whole.is_file() else index)
     found = [file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES]
     pickled = [file for file in found if file.is_file() and _starts_as_pickle(file)]
     if len(pickled) > 1:
@@ -64,8 +65,6 @@ def _in_folder(path: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     try:
         names = shards_of(index.read_bytes())
-        if not all(Path(name).name == name for name in names):
-            raise ValueError("`weight_map` does not name files beside it")
     except ValueError as error:
         raise InputError(f"{index}: is not an index of shards: {error}") from error
     if missing := [name for name in names if not (index.parent / name).is_file()]:
@@ -146,14 +145,64 @@ def _refusal(file: Path, reason: str) -> InputError:
     if wanted:
         return InputError(
             f"{file}: holds more than tensors: it wants `{wanted[1]}`, which would run code, so it is not opened",
-            _MEND,
+            _mend(file, wanted[1]),
         )
     if "Unsupported operand" in reason:
         return InputError(f"{file}: is damaged, or `torch.save` did not write it", _AGAIN)
     detail = reason.partition("WeightsUnpickler error:")[2].strip().split("\n")[0][:160]
     return InputError(
-        f"{file}: holds more than tensors, so it is not opened" + (f": {detail}" if detail else ""), _MEND
+        f"{file}: holds more than tensors, so it is not opened" + (f": {detail}" if detail else ""),
+        _mend(file),
     )
+
+
+def _mend(file: Path, wanted: str = "") -> str:
+    """How to save only the tensors of a file that needs code: by what it begins with, and the words in it."""
+    try:
+        starts, words = _begins_with(file)
+    except (OSError, ValueError, zipfile.BadZipFile, LookupError, EOFError, struct.error):
+        return _MEND
+    if not starts:
+        return _MEND
+    load = "torch.load(OLD, weights_only=False)"
+    if inside := next((key for key in _INSIDE if key in words), None):
+        return f'{_ONCE}`torch.save({load}["{inside}"], NEW)`, with `.state_dict()` after `["{inside}"]` if that is a module'
+    if wanted.startswith("numpy"):
+        return f"{_ONCE}`torch.save({{key: torch.as_tensor(each) for key, each in {load}.items()}}, NEW)`"
+    return f"{_ONCE}`torch.save({{key: each for key, each in {load}.items() if isinstance(each, torch.Tensor)}}, NEW)`"
+
+
+def _begins_with(file: Path) -> tuple[bool, set[str]]:
+    """Whether a dictionary is what was saved, and every text in it; nothing of the pickle is carried out."""
+    if _first_bytes(file).startswith(_ZIP):
+        with zipfile.ZipFile(file) as archive:
+            name = next(each for each in archive.namelist() if Path(each).name == "data.pkl")
+            stream, before = io.BytesIO(archive.read(name)), 0
+    else:
+        stream, before = file.open("rb"), 3  # a mark, a version and facts of the machine, each a pickle
+    with stream:
+        for _ in range(before):
+            for _ in pickletools.genops(stream):
+                pass
+        words: set[str] = set()
+        first: str | None = None
+        for operation, argument, _ in pickletools.genops(stream):
+            if first is None and operation.name not in ("PROTO", "FRAME"):
+                first = f"{operation.name} {argument}"
+            if isinstance(argument, str):
+                words.add(argument)
+    return first in ("EMPTY_DICT None", "GLOBAL collections OrderedDict"), words
+
+
+def _path_to_tensors(value: object, depth: int = 3) -> str:
+    """`["a"]["b"]` of the first dictionary inside of a dictionary that has tensors; empty if there is none."""
+    for key, each in _table(value).items() if depth else ():
+        step = f"[{json.dumps(key)}]" if isinstance(key, str) else f"[{key!r}]"
+        if _has_tensors(_table(each)):
+            return step
+        if further := _path_to_tensors(each, depth - 1):
+            return step + further
+    return ""
 
 
 def _checked_zip(file: Path) -> bool:
@@ -206,7 +255,13 @@ def _state(file: Path, loaded: object) -> tuple[dict[str, Tensor], list[str]]:
             others.append(str(key))
     if not tensors:
         found = f" ({quoted(others)})" if others else ""
-        raise InputError(f"{file}: holds a {type(loaded).__name__} without named tensors{found}", _MEND)
+        path = _path_to_tensors(loaded)
+        hint = (
+            f"`torch.save(torch.load(OLD){path}, NEW)` saves those that it has further inside"
+            if path
+            else "save what `state_dict()` of the module gives: `torch.save(MODULE.state_dict(), NEW)`"
+        )
+        raise InputError(f"{file}: holds a {type(loaded).__name__} without named tensors{found}", hint)
     return tensors, others
 
 

@@ -113,10 +113,10 @@ def _acquire(lock: BaseFileLock, resolved: Resolved, note: Callable[[str], None]
         lock.acquire(poll_interval=0.1)
 
 
-def _missing(group: Sequence[Resolved], store: Store) -> list[RemoteFile]:
+def _missing(group: Sequence[Resolved], store: Store) -> tuple[RemoteFile, ...]:
     """What is missing still, now that nobody else can change it."""
     files = {file.path: file for each in group for file in each.files}
-    return [file for file in files.values() if not store.has(group[0].source, group[0].commit, file)]
+    return store.missing(group[0].source, group[0].commit, files.values())
 
 
 def _check_space(store: Store, needed: int) -> None:

@@ -50,7 +50,10 @@ class Resolved:
             return None
         path = PurePosixPath(self.pickled.removesuffix(".index.json"))
         stem = "model" if path.stem == "pytorch_model" else path.stem
-        return path.with_name(f"{stem}.safetensors").as_posix()
+        own = {file.path for file in self.manifest.listing or ()}
+        own |= {file.path for file in self.manifest.files.values() if not file.made_from}
+        usual = path.with_name(f"{stem}.safetensors").as_posix()
+        return path.with_name(f"{path.name}.safetensors").as_posix() if usual in own else usual
 
     @property
     def used(self) -> list[str]:
@@ -61,8 +64,12 @@ class Resolved:
         """Whether the store has what the pickled file becomes; also if there is no pickled file."""
         if self.converted is None:
             return True
-        known = store.manifest(self.source, self.commit).files
-        return self.converted in known and size_of(self.folder(store) / self.converted) is not None
+        known = store.manifest(self.source, self.commit).files.get(self.converted)
+        return (
+            known is not None
+            and known.made_from is not None
+            and size_of(self.folder(store) / self.converted) is not None
+        )
 
     def folder(self, store: Store) -> Path:
         """The folder of its commit."""
@@ -161,7 +168,7 @@ def _in_store(requirement: Requirement, source: Source, store: Store) -> Resolve
     )
 
     def read(file: RemoteFile) -> bytes:
-        if not store.has(source, commit, file):
+        if store.missing(source, commit, [file]):
             raise HubError(f"{named(requirement.source)}: the store lacks `{file.path}`")
         return (folder / file.path).read_bytes()
 
@@ -200,7 +207,7 @@ def _at_commit(requirement: Requirement, source: Source, commit: str, session: S
 def _resolved(
     requirement: Requirement, source: Source, commit: str, files: tuple[RemoteFile, ...], store: Store
 ) -> Resolved:
-    missing = tuple(file for file in files if not store.has(source, commit, file))
+    missing = store.missing(source, commit, files)
     return Resolved(requirement, source, commit, files, missing, store.manifest(source, commit))
 
 

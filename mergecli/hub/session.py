@@ -48,9 +48,9 @@ class Session:
 
     def read(self, source: Source, commit: str, file: RemoteFile) -> bytes:
         """What is in a small file: from the store if it is there, else from the hub."""
-        if self.store.has(source, commit, file):
-            return (self.store.folder(source, commit) / file.path).read_bytes()
-        return content(self.hub(source), source, commit, file, self.stop, self.policy)
+        if self.store.missing(source, commit, [file]):
+            return content(self.hub(source), source, commit, file, self.stop, self.policy)
+        return (self.store.folder(source, commit) / file.path).read_bytes()
 
     def in_threads(self, actions: Iterable[Callable[[], T]]) -> Iterator[tuple[int, T | Exception]]:
         """(number, result or error) of each action as it ends."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from stat import S_ISDIR
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from mergecli.hub.file_selection import LISTED_SUFFIXES
 from mergecli.runtime.errors import InputError
 from mergecli.storage.atomic import write_text, writing
+from mergecli.storage.checksums import checksums_of
 from mergecli.storage.sources import DEFAULT_BRANCH, Source
 from mergecli.storage.store import MANIFEST, Manifest, Store, StoredFile
 
@@ -83,7 +84,11 @@ def put_in_place(
     partial, folder = partial_folder(store, source, commit), store.folder(source, commit)
     before = store.manifest(source, commit)
     files = {**before.files, **{file.path: file for file in new}}
-    text = _manifest_text(commit, files, before, about)
+    found = {
+        file.path: checksums_of(partial / file.path) for file in new if file.path.endswith(".safetensors")
+    }
+    known = {**before.checksums, **{path: text for path, text in found.items() if text is not None}}
+    text = _manifest_text(commit, files, before, about, known)
     with writing(folder):
         if folder.exists():
             for file in new:
@@ -100,7 +105,13 @@ def put_in_place(
         partial.rename(folder)
 
 
-def _manifest_text(commit: str, files: dict[str, StoredFile], before: Manifest, about: Manifest) -> str:
+def _manifest_text(
+    commit: str,
+    files: Mapping[str, StoredFile],
+    before: Manifest,
+    about: Manifest,
+    checksums: Mapping[str, str],
+) -> str:
     listing = about.listing if about.listing is not None else before.listing
     content = {
         "schema": 1,
@@ -110,6 +121,7 @@ def _manifest_text(commit: str, files: dict[str, StoredFile], before: Manifest, 
         "listing": None
         if listing is None
         else [asdict(file) for file in listing if file.path.endswith(LISTED_SUFFIXES)],
+        "checksums": dict(sorted(checksums.items())),
     }
     return json.dumps(content, indent=1) + "\n"
 

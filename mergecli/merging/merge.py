@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mergecli.recipe.schema import Recipe
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.progress import Progress
+from mergecli.storage.cache import made_again
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.sizes import parse_size
 
@@ -103,6 +105,16 @@ def merge_points(
 
     Every pass over the models serves all of them, and surveys are shared where their settings are the same.
     """
+    return made_again(partial(_merge_points, points, device, shard_size, files or LearningFiles(), progress))
+
+
+def _merge_points(
+    points: Mapping[Path, Recipe],
+    device: str,
+    shard_size: str | None,
+    files: LearningFiles,
+    progress: Progress | None,
+) -> tuple[Merged, ...]:
     targets = [MergeTarget.of(recipe, path) for path, recipe in points.items()]
     size = parse_size(shard_size, "--shard-size", least=1) if shard_size is not None else None
     for each in targets:
@@ -110,13 +122,16 @@ def merge_points(
             raise UsageError(
                 f"{each.path}: one file has no shards", "name a folder, without suffix, with `--shard-size`"
             )
-    files = files or LearningFiles()
     for each in targets:
         files.check(each)
     needs_base = any(each.method.needs_base for each in targets)
     with ExitStack() as stack:
         models = open_models(
-            targets[0].recipe, stack, needs="base" if needs_base else "weights", device=device
+            targets[0].recipe,
+            stack,
+            needs="base" if needs_base else "weights",
+            device=device,
+            says_other_parts=True,
         )
         for each in targets:
             files.refuse_inputs(each, models.paths)

@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from mergecli.clip.other_parts import Candidate, warn_of_other_parts
+from mergecli.formats.convert import why_foreign
 from mergecli.formats.mixture import one_tower
 from mergecli.formats.opening import open_source
 from mergecli.methods._base import Group
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import usable_device
-from mergecli.runtime.errors import InputError, UsageError, listed
+from mergecli.runtime.errors import InputError, UsageError, listed, quoted
 from mergecli.runtime.progress import Progress
 from mergecli.storage.checkpoint import Checkpoint
-from mergecli.storage.differences import Form, differences
+from mergecli.storage.differences import Form, differences, lead_hint, leave_out_hint
 from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ BLOCK = 1 << 18
 """Entries of one tensor that are held of each model at a time, by methods that work entry by entry."""
 
 Result = TypeVar("Result")
+
+_COUNTERS = "num_batches_tracked"
+"""Of batch normalization: how many batches it has seen. Models differ in it, and nothing depends on it: it is the base's."""
 
 BUFFERS = 768 << 20
 """Bytes that all threads' buffers may take together; a tensor that needs more is still read, by one thread."""
@@ -141,6 +146,8 @@ class Models:
             while waiting:
                 interrupts.check()
                 yield waiting.popleft().result()
+            for each in self.read.values():
+                each.expect_unchanged()
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
@@ -183,11 +190,13 @@ def open_models(
     *,
     needs: Literal["base", "weights", "deltas"],
     device: str = "cpu",
+    says_other_parts: bool = False,
 ) -> Models:
     """The recipe's models, open until `stack` ends, and known to have the same tensors.
 
     `needs` says what will be looked at: with "weights" a base is needed only for task vectors, with "deltas" only
-    for models that are not.
+    for models that are not. `says_other_parts`: whether to warn of models that differ from the base in more than the
+    vision tower.
 
     Raises:
         UsageError: there is nothing to merge, or no base. InputError: every difference between the models.
@@ -196,11 +205,15 @@ def open_models(
         raise UsageError("there are no fine-tuned models to merge", "name them in `[tuned]` or as arguments")
     for source in (*recipe.tuned.values(), *([recipe.base] if recipe.base else [])):
         locate(source)
-    base = one_tower(stack.enter_context(open_source(recipe.base))) if recipe.base else None
-    tuned = {
-        name: one_tower(stack.enter_context(open_source(source, recipe.base)))
+    whole = stack.enter_context(open_source(recipe.base)) if recipe.base else None
+    opened = [
+        Candidate(name, source, stack.enter_context(open_source(source, recipe.base)))
         for name, source in recipe.tuned.items()
-    }
+    ]
+    if says_other_parts:
+        warn_of_other_parts(opened, whole, str(recipe.base), merged=True)
+    base = one_tower(whole) if whole else None
+    tuned = {each.name: one_tower(each.opened) for each in opened}
     vectors = [name for name, each in tuned.items() if each.is_task_vector]
     weights = [name for name in tuned if name not in vectors]
     if base is None and (needs == "base" or (vectors if needs == "weights" else weights)):
@@ -222,16 +235,20 @@ def check_fit(models: Models) -> None:
     """Raises InputError with every tensor that is missing, extra, of another shape, or unequal where it must be equal."""
     reference = models.reference.entries
     whose = "the base" if models.base else f"`{next(iter(models.tuned))}`"
+    heads = set.intersection(*(each.entries.keys() - reference.keys() for each in models.tuned.values()))
+    heads = {name for name in heads if not name.endswith(_COUNTERS)}
     problems: list[str] = []
     for task, each in models.tuned.items():
         # a task vector may have no tensors but those that are merged
         wanted = {
             name: Form(entry.shape, entry.dtype, entry.is_float)
             for name, entry in reference.items()
-            if entry.is_float or not each.is_task_vector
+            if (entry.is_float or not each.is_task_vector) and not name.endswith(_COUNTERS)
         }
         have = {
-            name: entry for name, entry in each.entries.items() if name in wanted or name not in reference
+            name: entry
+            for name, entry in each.entries.items()
+            if name in wanted or not (name in reference or name in heads or name.endswith(_COUNTERS))
         }
         problems += [f"{task}: {line}" for line in differences(have, wanted, f"{whose} has")]
         for name, form in wanted.items():
@@ -244,10 +261,20 @@ def check_fit(models: Models) -> None:
                 )
     if not models.floats:
         problems.append(f"{whose} has no floating point tensors")
+    cure = next(
+        filter(None, (lead_hint(each, reference) for each in models.tuned.values())),
+        "merge only models that were fine-tuned from the same base",
+    )
+    if heads and not problems:
+        cure = leave_out_hint(heads)
+    if heads:
+        names = quoted(sorted(heads))
+        problems.append(f"every model has what {whose} has not, such as a head of its own: {names}")
     if problems:
+        every = [*([models.base] if models.base else []), *models.tuned.values()]
         raise InputError(
             f"the checkpoints do not fit together:\n{listed(problems, 40)}",
-            "merge only models that were fine-tuned from the same base",
+            next(filter(None, map(why_foreign, every)), cure),
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli.formats.mixture import has_routing, install_routing, one_tower, routed
-from mergecli.formats.opening import open_source
+from mergecli.formats.opening import model_path, open_source
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean
@@ -118,16 +118,16 @@ class ModelPool:
         base = self._written(BASE) if self.has_base else None
         with open_source(source, base) as stored:
             if stored.is_mixture:
-                model = load_tower(self._configured(source), routed(stored).shared)
+                model = load_tower(self._configured(source, base), routed(stored).shared)
                 install_routing(stored, model)
                 return model
             tower = stored.vision()
             if not tower.is_task_vector:
-                return load_tower(self._configured(source), tower)
+                return load_tower(self._configured(source, base), tower)
             if base is None:
                 raise UsageError(f"`{name}` is a task vector, and the pool has no base")
             with open_source(base) as whole:
-                return load_tower(self._configured(base), tower, one_tower(whole))
+                return load_tower(self._configured(base, None), tower, one_tower(whole))
 
     def load_clip_model(self, name: str = BASE) -> Any:
         """A whole `transformers.CLIPModel`: the base's text tower and projections, with that model's vision tower,
@@ -139,7 +139,7 @@ class ModelPool:
                 "the pool's base is a module, a vision tower; a whole CLIP needs a source as base"
             )
         base = self._source(BASE)
-        clip = load_clip(locate(base))
+        clip = load_clip(model_path(base))
         if name != BASE:
             with open_source(self._written(name), base) as stored:
                 set_tower(clip, routed(stored).shared if stored.is_mixture else stored.vision())
@@ -153,9 +153,8 @@ class ModelPool:
 
         if not self.has_base and not self.model_names:
             raise UsageError("the pool has no models")
-        return load_processor(
-            self._configured(self._source(BASE if self._recipe.base else self.model_names[0]))
-        )
+        source = self._source(BASE if self._recipe.base else self.model_names[0])
+        return load_processor(self._configured(source, self._written(BASE) if self.has_base else None))
 
     def load_train_dataset(self, task: str) -> Images:
         """The images of a task's training split: `dataset[i]` is the i-th as an RGB image, and its label."""
@@ -217,9 +216,9 @@ class ModelPool:
         self.save_model(module, path)
         return Source("path", path.name, path=path)
 
-    def _configured(self, source: Source) -> Path:
+    def _configured(self, source: Source, base: Source | None) -> Path:
         """The folder that has the configuration of the model: its own, or else the base's."""
-        for each in (source, *([self._written(BASE)] if self.has_base else [])):
+        for each in (source, *([base] if base else [])):
             path = locate(each)
             folder = path if path.is_dir() else path.parent
             if (folder / "config.json").is_file():

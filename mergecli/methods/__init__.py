@@ -30,7 +30,7 @@ def find(name: str) -> type[Method]:
     """The class of the method called `name`.
 
     Raises:
-        UsageError: there is none; the message suggests the nearest.
+        UsageError: there is none, the message suggests the nearest; or its file is not complete.
     """
     if name not in names():
         raise UsageError(
@@ -42,8 +42,12 @@ def find(name: str) -> type[Method]:
         for each in vars(module).values()
         if isinstance(each, type) and issubclass(each, Method) and each.__module__ == module.__name__
     ]
-    (method,) = own
-    return method
+    file = f"mergecli/methods/{name}.py"
+    if len(own) != 1:
+        raise UsageError(f"{file}: expected one class that is a method, got {len(own)}")
+    if lacking := [f"`{each}`" for each in ("title", "paper") if not hasattr(own[0], each)]:
+        raise UsageError(f"{file}: `{own[0].__name__}` lacks {' and '.join(lacking)}")
+    return own[0]
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from mergecli.methods._base import Method
-from mergecli.runtime.errors import did_you_mean, shown
+from mergecli.runtime.errors import did_you_mean, toml_text
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Setting:
 
     def problem(self, value: Any) -> str:
         """`expected ..., got ...`, or an empty string if the value is fine; what is in a method's table is not checked."""
-        return "" if _fits(value, self.kind) else f"expected {self.expected}, got {shown(value)}"
+        return "" if _fits(value, self.kind) else f"expected {self.expected}, got {toml_text(value)}"
 
 
 def settings_of(method: type) -> dict[str, Setting]:

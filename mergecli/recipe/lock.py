@@ -11,7 +11,7 @@ from typing import Any
 import tomli
 
 from mergecli.recipe.schema import Recipe
-from mergecli.runtime.errors import InputError, UsageError, shown
+from mergecli.runtime.errors import InputError, UsageError, toml_text
 from mergecli.storage.atomic import write_text
 from mergecli.storage.sources import HUBS, Source, is_commit, is_safe, parse_source
 from mergecli.storage.store import StoredFile
@@ -108,13 +108,13 @@ def write_lock(path: Path, lock: Lock) -> None:
         f"schema = {SCHEMA}",
     ]
     for _, entry in sorted(lock.sources.items()):
-        lines += ["", "[[source]]", f"source = {shown(entry.source)}"]
+        lines += ["", "[[source]]", f"source = {toml_text(entry.source)}"]
         lines += ["data = true"] if entry.is_data else []
-        lines += [f"fetched = {shown(entry.fetched)}", f"commit = {shown(entry.commit)}", "files = ["]
+        lines += [f"fetched = {toml_text(entry.fetched)}", f"commit = {toml_text(entry.commit)}", "files = ["]
         for file in sorted(entry.files, key=lambda each: each.path):
-            made = f", made_from = {shown(file.made_from)}" if file.made_from else ""
+            made = f", made_from = {toml_text(file.made_from)}" if file.made_from else ""
             lines.append(
-                f"  {{ path = {shown(file.path)}, size = {file.size}, sha256 = {shown(file.sha256)}{made} }},"
+                f"  {{ path = {toml_text(file.path)}, size = {file.size}, sha256 = {toml_text(file.sha256)}{made} }},"
             )
         lines.append("]")
     write_text(path, "\n".join(lines) + "\n")

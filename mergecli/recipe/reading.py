@@ -30,15 +30,16 @@ def recipe_of(
 ) -> Recipe:
     """The recipe that a caller means.
 
-    Each of `method`, `settings`, `changes` and `overrides` goes before what the recipe says and those before it say.
-    A recipe from a file is as the lock beside it has it.
+    `method`, `settings`, `changes` and `overrides` change the recipe in this order, so that the last one counts. Values stay
+    what they are: only the text of `changes` is parsed. Sources of a file are pinned as the lock beside it says.
 
     Args:
         what: a recipe, its file, or name -> fine-tuned model.
         base: of models without a recipe.
         method: a name; replaces the method with all its settings.
         settings: of the method.
-        changes: `key=value` as for `--set`; paths in them are relative to the current folder, those in the file to its.
+        changes: `key=value` as for `--set`; paths in them are relative to the current folder, those in the file to its own.
+        overrides: values, and the option that each came from.
 
     Raises:
         InputError: no such file, or its lock is damaged.
@@ -62,7 +63,7 @@ def recipe_of(
 
 
 def _changed(known: Recipe, overrides: Sequence[Override]) -> Recipe:
-    """A recipe in memory with another method, or other settings."""
+    """A recipe in memory, checked, with another method or other settings."""
     if other := [each.key for each in overrides if each.key.partition(".")[0] != "method"]:
         raise UsageError(
             f"`{other[0]}`: cannot be changed in a recipe that is no file", "use `dataclasses.replace`"
@@ -75,7 +76,7 @@ def _changed(known: Recipe, overrides: Sequence[Override]) -> Recipe:
         new = recipe_in(table, None, reader)
         known = replace(known, method=new.method, settings=new.settings)
     _check(known, reader)
-    reader.refuse(None, "")
+    reader.refuse("the recipe")
     return known
 
 
@@ -85,7 +86,7 @@ def _read(values: dict[str, Any], path: Path | None, text: str, overrides: Seque
         reader.override(values, each)
     recipe = pin(recipe_in(values, path, reader))
     _check(recipe, reader)
-    reader.refuse(path, text)
+    reader.refuse(str(path or "command line"), text)
     return recipe
 
 
@@ -142,11 +143,13 @@ def named_models(
     """Name and source of each checkpoint that a call means: those it names, or else the recipe's models."""
     if checkpoints and only:
         raise UsageError("`only` chooses among the recipe's models, and checkpoints were named too")
+    leave_out = known.leave_out if known else ()
     if isinstance(checkpoints, Mapping):
-        return [(name, parse_source(str(source), Path())) for name, source in checkpoints.items()]
+        parsed = {name: parse_source(str(source), Path()) for name, source in checkpoints.items()}
+        return [(name, replace(source, leave_out=leave_out)) for name, source in parsed.items()]
     if checkpoints:
         several = [checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints
-        sources = [parse_source(str(each), Path()) for each in several]
+        sources = [replace(parse_source(str(each), Path()), leave_out=leave_out) for each in several]
         return [(Path(source.name).name.removesuffix(".safetensors"), source) for source in sources]
     models = dict(known.tuned) if known else {}
     if known and known.base and with_base:

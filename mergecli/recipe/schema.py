@@ -12,7 +12,7 @@ from mergecli import methods
 from mergecli.data.tasks import TaskTable
 from mergecli.methods import Method
 from mergecli.recipe.toml import RecipeReader
-from mergecli.runtime.errors import UsageError, shown
+from mergecli.runtime.errors import UsageError, toml_text
 from mergecli.storage.sources import Source
 from mergecli.storage.table_reader import TableReader
 
@@ -27,6 +27,8 @@ class Recipe:
     base: Source | None = None
     tuned: Mapping[str, Source] = field(default_factory=dict[str, Source])
     """Task -> fine-tuned model; the order of every sum."""
+    leave_out: tuple[str, ...] = ()
+    """Beginnings of names of tensors that the models have and the base has not, such as heads, and that are not read."""
     seed: int = 0
     dtype: str = "same"
     method: str | None = None
@@ -64,22 +66,26 @@ class Recipe:
 def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -> Recipe:
     """The recipe that parsed TOML means; what is wrong with it is among the reader's problems, and left out here."""
     read = reader.values
-    top = read.table(values, "", ("schema", "base", "seed", "dtype", "tuned", "method", "eval", "tasks"))
+    top = read.table(
+        values, "", ("schema", "base", "seed", "dtype", "leave_out", "tuned", "method", "eval", "tasks")
+    )
     if (schema := top.get("schema", 1)) != 1 or type(schema) is not int:
         read.wrong(
-            "schema", f"expected 1, got {shown(schema)}: this recipe is for another version of mergecli"
+            "schema", f"expected 1, got {toml_text(schema)}: this recipe is for another version of mergecli"
         )
     method, settings = _method(top["method"], read) if "method" in top else (None, {})
     evaluation = read.table(top.get("eval", {}), "eval", ("tasks", "batch_size", "splits"))
     wanted = evaluation.get("tasks", ())
+    leave_out = read.texts(top["leave_out"], "leave_out") if "leave_out" in top else ()
     return Recipe(
         path=path,
         base=reader.source(top["base"], "base") if "base" in top else None,
         tuned={
-            reader.name(name, f"tuned.{name}"): source
+            reader.name(name, f"tuned.{name}"): replace(source, leave_out=leave_out)
             for name, value in read.table(top.get("tuned", {}), "tuned").items()
             if (source := reader.source(value, f"tuned.{name}"))
         },
+        leave_out=leave_out,
         seed=read.whole(top.get("seed", 0), "seed"),
         dtype=read.one_of(top.get("dtype", "same"), "dtype", DTYPES),
         method=method,
@@ -139,13 +145,15 @@ def recipe_text(recipe: Recipe, method: str | None = None, settings: Mapping[str
     """The recipe in effect as TOML: after every change, with the defaults written out."""
     lines = ["schema = 1"]
     if recipe.base:
-        lines.append(f"base = {shown(recipe.base.written)}")
-    lines += [f"seed = {recipe.seed}", f"dtype = {shown(recipe.dtype)}", "", "[tuned]"]
+        lines.append(f"base = {toml_text(recipe.base.written)}")
+    if recipe.leave_out:
+        lines.append(f"leave_out = {toml_text(recipe.leave_out)}")
+    lines += [f"seed = {recipe.seed}", f"dtype = {toml_text(recipe.dtype)}", "", "[tuned]"]
     lines += [
-        f"{name if '.' not in name and '+' not in name else shown(name)} = {shown(source.written)}"
+        f"{name if '.' not in name and '+' not in name else toml_text(name)} = {toml_text(source.written)}"
         for name, source in recipe.tuned.items()
     ]
     if method is not None:
-        lines += ["", "[method]", f"name = {shown(method)}"]
-        lines += [f"{key} = {shown(value)}" for key, value in (settings or {}).items()]
+        lines += ["", "[method]", f"name = {toml_text(method)}"]
+        lines += [f"{key} = {toml_text(value)}" for key, value in (settings or {}).items()]
     return "\n".join(lines) + "\n"

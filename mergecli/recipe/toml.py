@@ -16,7 +16,6 @@ from mergecli.storage.table_reader import TableReader
 
 SOURCE_KEYS = ("source", "revision", "subfolder", "file", "dtype", "modelscope", "adapter")
 SOURCE_DTYPES = ("float32", "float16", "bfloat16")
-COMMAND_LINE = "command line"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -61,13 +60,13 @@ class RecipeReader:
         table[parts[-1]] = each.value
         self.options[each.key] = each.option
 
-    def refuse(self, path: Path | None, text: str) -> None:
-        """Raises UsageError with every problem, each with its option or with file and line of the TOML `text`."""
+    def refuse(self, where: str, text: str = "") -> None:
+        """Raises UsageError with every problem, each with its option, or else with `where` and the line of the TOML `text`."""
         problems = self.values.problems
         if not problems:
             return
         ordered = sorted(dict.fromkeys(problems), key=lambda each: line_of(text, each.key) or 0)
-        lines = [f"{self.option(each.key) or place_of(path, text, each.key)}: {each}" for each in ordered]
+        lines = [f"{self.option(each.key) or place_of(where, text, each.key)}: {each}" for each in ordered]
         if len(lines) == 1:
             raise UsageError(lines[0])
         raise UsageError(f"the recipe has {len(lines)} problems:\n{listed(lines, 20)}")
@@ -175,10 +174,10 @@ def parse_value(written: str) -> Any:
     return values["value"]
 
 
-def place_of(path: Path | None, text: str, key: str) -> str:
+def place_of(where: str, text: str, key: str) -> str:
     """`FILE:LINE` of a dotted key; without the line if the key is not in the text."""
     line = line_of(text, key)
-    return f"{path or COMMAND_LINE}:{line}" if line else str(path or COMMAND_LINE)
+    return f"{where}:{line}" if line else where
 
 
 def line_of(text: str, key: str) -> int | None:

@@ -35,15 +35,15 @@ class Column:
     name: str
     unit: Unit = "text"
 
-    def shown(self, value: Cell) -> str:
+    def text(self, value: Cell) -> str:
         """The cell as people read it: fractions as percent with one decimal, an interval as its longer side."""
         if isinstance(value, Quantity):
-            return Column(self.name, value.unit).shown(value.value)
+            return Column(self.name, value.unit).text(value.value)
         if isinstance(value, Estimate):
-            side = Column("", "percent" if self.unit == "points" else self.unit).shown(
+            side = Column("", "percent" if self.unit == "points" else self.unit).text(
                 max(value.high - value.value, value.value - value.low)
             )
-            return f"{self.shown(value.value)} ±{side}" + (" n.s." if value.significant is False else "")
+            return f"{self.text(value.value)} ±{side}" + (" n.s." if value.significant is False else "")
         if value is None:
             return "-"
         if self.unit in ("percent", "points"):

@@ -99,8 +99,8 @@ def columns(
     cells = [_differences(row, tasks, against, predictions) for row in rows]
     heads = [*tasks, "average"]
     found = [
-        (Column(f"{head} (diff.)", "points"), [row[place] for row in cells])
-        for place, head in enumerate(heads)
+        (Column(f"{head} (diff.)", "points"), [row[number] for row in cells])
+        for number, head in enumerate(heads)
     ]
     uneven = [row.name for row in rows if row.result and set(row.values) != set(against.tasks)]
     warnings = [f"{quoted(uneven)}: the average difference is over the tasks shared with `{against.name}`"]

@@ -79,7 +79,7 @@ def _published(row: tuple[Cell, ...]) -> bool:
 def _row(columns: Sequence[Column], row: tuple[Cell, ...], best: list[float | None]) -> str:
     ours = [None] * len(row) if _published(row) else best
     cells = [_cell(*each) for each in zip(columns, row, ours, strict=True)]
-    name = escape(columns[0].shown(row[0]))
+    name = escape(columns[0].text(row[0]))
     first = f'<th scope="row" title="{name}">{name}</th>'
     return f"<tr{' class=published' if _published(row) else ''}>{first}{''.join(cells[1:])}</tr>\n"
 
@@ -89,7 +89,7 @@ def _cell(column: Column, value: Cell, best: float | None) -> str:
     inner = value.value if isinstance(value, Quantity) else value
     number = _number(inner)
     if number is None:
-        shown = escape(column.shown(value)) if inner is not None else "-"
+        shown = escape(column.text(value)) if inner is not None else "-"
         return f'<td class="{"none" if inner is None else "text" if column.unit == "text" else "words"}">{shown}</td>'
     classes, style = ["number"], ""
     if unit == "percent":
@@ -99,7 +99,7 @@ def _cell(column: Column, value: Cell, best: float | None) -> str:
         classes += ["up"] * (number >= 0.0005) + ["down"] * (number <= -0.0005)
     if best is not None and number == best:
         classes.append("best")
-    text, _, side = Column("", unit).shown(inner).partition(" ±")
+    text, _, side = Column("", unit).text(inner).partition(" ±")
     title = f"{number:.6g}"
     if isinstance(inner, Estimate):
         title += f" [{inner.low:.6g}, {inner.high:.6g}]"

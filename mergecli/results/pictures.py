@@ -67,15 +67,15 @@ def _figure(chart: plots.Chart, kind: str, evaluations: Sequence[Evaluation]) ->
     if kind == "sweep":
         points = [each for each in evaluations if not each.checkpoint.get("selected_on")]
         setting, values = swept(points)
-        ours = {name: place for place, name in enumerate(chart.models)}
-        places = [ours[each.name] for each in points]
+        ours = {name: index for index, name in enumerate(chart.models)}
+        indices = [ours[each.name] for each in points]
         return plots.curves(
             values,
             {
-                task: [chart.values[place][column] for place in places]
+                task: [chart.values[index][column] for index in indices]
                 for column, task in enumerate(chart.tasks)
             },
-            [chart.averages[place] for place in places],
+            [chart.averages[index] for index in indices],
             x_label=setting,
             y_label=chart.label,
         )

@@ -12,7 +12,7 @@ from mergecli.results.references import Row as PublishedRow
 from mergecli.results.result import Evaluation, TaskScore
 from mergecli.results.rows import Block, Row
 from mergecli.results.statistics import Count, difference_interval
-from mergecli.runtime.errors import quoted, shown
+from mergecli.runtime.errors import quoted, toml_text
 from mergecli.storage.sources import HUBS
 
 _UNMERGED = {"pretrained": "Pre-trained", "fine-tuned": "Fine-tuned (STL)"}
@@ -92,8 +92,8 @@ def _published(method: str, result: Evaluation | None) -> str:
     if method not in methods.names():
         return _UNMERGED.get(method, "")
     kind = methods.find(method)
-    said = result.checkpoint if result else {}
-    values = {key: said.get(f"method.{key}", getattr(kind, key)) for key in _named(kind)}
+    recorded = result.checkpoint if result else {}
+    values = {key: recorded.get(f"method.{key}", getattr(kind, key)) for key in _named(kind)}
     return kind.published.format(**{key: str(value).capitalize() for key, value in values.items()})
 
 
@@ -175,7 +175,10 @@ def _settings(result: Evaluation) -> Iterator[str]:
         return
     usual = methods.table_of(methods.create(method, {}), without=_named(methods.find(method)))
     for key, value in usual.items():
-        own, known = result.checkpoint.get(f"method.{key}"), value if isinstance(value, str) else shown(value)
+        own, known = (
+            result.checkpoint.get(f"method.{key}"),
+            value if isinstance(value, str) else toml_text(value),
+        )
         if own is not None and own != known:
             yield f"`{key}` is {own}, not {known}"
 
@@ -233,12 +236,12 @@ def _problems(result: Evaluation, reference: Reference) -> Iterator[tuple[str, s
 
 
 def _task_problems(task: str, score: TaskScore, reference: Reference) -> Iterator[str]:
-    from mergecli.data import tasks as catalogue
+    from mergecli.data.tasks import digest, find
 
-    published = catalogue.find(task)
-    if score.classes != catalogue.digest(published.classes or ()):
+    published = find(task)
+    if score.classes != digest(published.classes or ()):
         yield "other class names"
-    if score.templates != catalogue.digest(published.templates):
+    if score.templates != digest(published.templates):
         yield "other templates"
     source = score.data.get("source", "unknown")
     if source.partition("@")[0].rpartition("/")[2] != published.data.label.rpartition("/")[2]:

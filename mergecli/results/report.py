@@ -117,7 +117,7 @@ def _table(rows: Sequence[Row], blocks: Sequence[Block], warnings: Sequence[str]
     ]
     return Table(
         columns=tuple(column for column, _ in columns),
-        rows=tuple(tuple(cells[place] for _, cells in columns) for place in range(len(rows))),
+        rows=tuple(tuple(cells[index] for _, cells in columns) for index in range(len(rows))),
         notes=tuple(note for block in blocks for note in block.notes),
         warnings=(*warnings, *(line for block in blocks for line in block.warnings)),
     )

@@ -59,7 +59,7 @@ class Table:
             writer.writerows([heads, *([_digits(value) for value in row] for row in rows)])
             return text.getvalue()
         heads = [column.name for column in self.columns]
-        shown = [[c.shown(v) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
+        shown = [[c.text(v) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
         right = [column.unit != "text" for column in self.columns]
         if form == "md":
             rule = ["--:" if each else ":--" for each in right]
@@ -77,13 +77,13 @@ class Table:
         """Rows and columns swapped: the cells of the first column become the headings."""
         heads: list[str] = []
         for row in self.rows:
-            name = self.columns[0].shown(row[0])
+            name = self.columns[0].text(row[0])
             same = sum(head == name or head.startswith(f"{name} (") for head in heads)
             heads.append(f"{name} ({same + 1})" if name in heads else name)
         rows = [
-            (column.name, *(Quantity(_bare(row[place]), column.unit) for row in self.rows))
-            for place, column in enumerate(self.columns)
-            if place
+            (column.name, *(Quantity(_bare(row[index]), column.unit) for row in self.rows))
+            for index, column in enumerate(self.columns)
+            if index
         ]
         return replace(
             self, columns=(Column(""), *(Column(name, "mixed") for name in heads)), rows=tuple(rows)
@@ -92,7 +92,7 @@ class Table:
     def _plain(self) -> Iterator[list[Plain]]:
         """Headings, then rows, for programs: fractions, and the ends of an interval in separate columns."""
         cells = [[_bare(value) for value in row] for row in self.rows]
-        columns = [[row[place] for row in cells] for place in range(len(self.columns))]
+        columns = [[row[index] for row in cells] for index in range(len(self.columns))]
         extras = [_extras(column) for column in columns]
         yield [
             head

@@ -36,8 +36,8 @@ def write_tensorboard(folder: Path, table: Table) -> None:
     if table.columns[0].name != "step":
         raise ValueError(f"expected `step` as the first column, got `{table.columns[0].name}`")
     before = list(folder.glob(f"events.out.tfevents.*{_SUFFIX}"))
-    with whole_folder(folder) as place:
-        with SummaryWriter(str(place), filename_suffix=_SUFFIX) as writer:
+    with whole_folder(folder) as written:
+        with SummaryWriter(str(written), filename_suffix=_SUFFIX) as writer:
             for step, *cells in table.rows:
                 for column, cell in zip(table.columns[1:], cells, strict=True):
                     value: Any = cell

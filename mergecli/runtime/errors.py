@@ -89,7 +89,7 @@ def quoted(names: Iterable[str], limit: int = 8) -> str:
     return shown + (f" (and {len(every) - limit} more)" if len(every) > limit else "")
 
 
-def shown(value: Any) -> str:
+def toml_text(value: Any) -> str:
     """A value as TOML, for messages and metadata."""
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -97,11 +97,11 @@ def shown(value: Any) -> str:
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(shown(each) for each in value) + "]"
+        return "[" + ", ".join(toml_text(each) for each in value) + "]"
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_key(key)} = {shown(each)}" for key, each in value.items()) + " }"
+        return "{ " + ", ".join(f"{_key(key)} = {toml_text(each)}" for key, each in value.items()) + " }"
     return str(value)
 
 
 def _key(key: str) -> str:
-    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else shown(key)
+    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else toml_text(key)

@@ -73,7 +73,7 @@ def whole_file(path: Path) -> Generator[IO[bytes]]:
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("xb") as file:
+            with temporary.open("x+b") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -93,7 +93,8 @@ def write_text(path: Path, text: str) -> None:
 def whole_folder(path: Path) -> Generator[Path]:
     """An empty folder that takes the name `path` when the block ends without an exception, else vanishes.
 
-    If `path` is a folder already, its other files stay, and the new ones replace those of their names.
+    If `path` is a folder already, its other files stay, and the new ones replace those of their names: shards first, which
+    have names of their own, and what readers look for last, so that they see the old model or the new one.
     """
     check_target(path, folder=True)
     temporary = new_name(path.absolute())
@@ -103,7 +104,7 @@ def whole_folder(path: Path) -> Generator[Path]:
             yield temporary
             if path.is_dir():
                 new = {file.name for file in temporary.iterdir()}
-                for file in sorted(temporary.iterdir(), key=lambda each: each.suffix == ".safetensors"):
+                for file in sorted(temporary.iterdir(), key=_turn):
                     file.replace(path / file.name)
                 _remove_stale(path, new)
             else:
@@ -127,11 +128,18 @@ def check_targets(targets: Iterable[tuple[Path, Sequence[str]]], inputs: Mapping
         refuse_inputs(target, inputs)
 
 
+def _turn(file: Path) -> tuple[int, str]:
+    """When a file takes its place among those of a folder."""
+    if file.name.startswith("model-"):
+        return 0, file.name
+    return 1 + (file.suffix == ".safetensors" or file.name.endswith(".index.json")), file.name
+
+
 def _remove_stale(folder: Path, new: set[str]) -> None:
     """Removes the weights of a model that the files `new` have replaced: loaders would prefer or mix them."""
     if not any(name.endswith(".safetensors") for name in new):
         return
-    for file in [*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors*")]:
+    for file in [*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")]:
         if file.name not in new:
             file.unlink()
 

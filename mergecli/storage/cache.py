@@ -7,15 +7,17 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from mergecli.runtime.errors import InputError, UsageError, did_you_mean
+from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, did_you_mean
+from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
+from mergecli.storage.checksums import DamagedFileError
 from mergecli.storage.metadata import inputs_of
-from mergecli.storage.safetensors_format import read_header
 from mergecli.storage.sizes import parse_size
 from mergecli.storage.store import home
 
@@ -28,6 +30,8 @@ KINDS = (*PASSING, *LASTING)
 DEFAULT_SIZE = 20 * 10**9
 SPARE = 10**9
 """So many bytes of the disk are left free."""
+
+T = TypeVar("T")
 
 _STALE = 24 * 3600
 """Seconds after which a file that is not whole was left by a program that was killed."""
@@ -116,6 +120,47 @@ def cache_path(kind: str, key: str) -> Path:
     return _folder() / kind / f"{key.rpartition(':')[2]}.safetensors"
 
 
+def kept(path: Path, what: str, read: Callable[[Checkpoint], T]) -> T | None:
+    """What `read` makes of a file that can be made again; None if there is none. A damaged one goes, with a note that says
+    `what` is made again."""
+    if not os.path.exists(path):  # noqa: PTH110
+        return None
+    try:
+        with open_checkpoint(path, checked=True) as stored:
+            return read(stored)
+    except DamagedFileError as error:
+        remove_damaged(error, what)
+    except (InputError, OSError, KeyError, ValueError, TypeError):
+        pass  # it has just gone, or is of another version, which will be written over
+    return None
+
+
+def remove_damaged(error: DamagedFileError, what: str) -> None:
+    """Removes a file that can be made again, if the disk can be written, and says so."""
+    with contextlib.suppress(OSError):
+        error.file.unlink(missing_ok=True)
+    warnings.warn(f"{error.message}; {what} again", MergecliWarning, stacklevel=2)
+
+
+def made_again(work: Callable[[], T]) -> T:
+    """What `work` returns. Where it finds a file of the store damaged that a method measured or learned, the file is removed,
+    with a note, and the work starts again.
+
+    Raises:
+        DamagedFileError: the file is the user's own, was made again already, or several processes share the work.
+    """
+    gone: set[Path] = set()
+    while True:
+        try:
+            return work()
+        except DamagedFileError as error:
+            ours = any(error.file.is_relative_to(home() / kind) for kind in LASTING)
+            if not ours or error.file in gone or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise
+            gone.add(error.file)
+            remove_damaged(error, "it is made")
+
+
 def touch(path: Path) -> None:
     """Notes that the file was used just now, if the disk can be written."""
     with contextlib.suppress(OSError):
@@ -197,15 +242,10 @@ def _what(path: Path) -> str:
     if path.suffix == ".part":
         return "not finished"
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    except OSError:
-        return "cannot be read"
-    try:
-        metadata = read_header(path, descriptor)[1]
+        with open_checkpoint(path) as stored:
+            metadata = stored.metadata
     except InputError:
-        return "damaged"
-    finally:
-        os.close(descriptor)
+        return "damaged" if os.access(path, os.R_OK) else "cannot be read"
     if "method" in metadata:
         tasks = [name for name in inputs_of(metadata) if name != "base"]
         return f"{metadata['method']} of {', '.join(tasks)}"

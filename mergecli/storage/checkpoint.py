@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergecli.runtime.errors import InputError, listed, quoted
+from mergecli.storage.checksums import KEY, ChunkHashes, DamagedFileError, chunk_bytes, expected_chunks
 from mergecli.storage.safetensors_format import (
     DTYPE_BYTES,
     FLOATS,
@@ -18,59 +19,15 @@ from mergecli.storage.safetensors_format import (
     TORCH_NAMES,
     bytes_of,
     entry_count,
+    generation_of,
+    open_regular,
     read_header,
     shards_of,
 )
+from mergecli.storage.store import recorded_checksums
 
 if TYPE_CHECKING:
-    import xxhash
     from torch import Tensor
-
-
-class ChunkHashes:
-    """Hashes of every chunk of every tensor, made of the bytes as they are read.
-
-    So the digest of a checkpoint that was read whole costs no second reading. Chunks may come in any order and from any
-    thread.
-    """
-
-    def __init__(self) -> None:
-        self._chunks: dict[tuple[str, int], tuple[int, xxhash.xxh3_128]] = {}
-        self._lock = threading.Lock()
-
-    def fed(self, name: str, chunk: int) -> int:
-        """How many bytes of the chunk have been hashed."""
-        return self._chunks[name, chunk][0] if (name, chunk) in self._chunks else 0
-
-    def feed(self, name: str, offset: int, buffer: memoryview, size: int) -> None:
-        """Hashes the bytes of a tensor from byte `offset` on, where they continue what is known of chunks of `size`."""
-        import xxhash
-
-        end = offset + len(buffer)
-        for chunk in range(offset // size, -(-end // size)):
-            start = max(chunk * size, offset)
-            piece = buffer[start - offset : min((chunk + 1) * size, end) - offset]
-            at = start - chunk * size
-            if at == 0 and len(piece) > self.fed(name, chunk):
-                # outside of the lock: threads mostly read whole chunks, and hashing is what takes time
-                self._chunks[name, chunk] = (len(piece), xxhash.xxh3_128(piece))
-            else:
-                with self._lock:
-                    done, state = self._chunks.get((name, chunk), (0, xxhash.xxh3_128()))
-                    if (
-                        at <= done < at + len(piece)
-                    ):  # else it is hashed already, or `digest` will read the gap
-                        state = state.copy()
-                        state.update(piece[done - at :])
-                        self._chunks[name, chunk] = (at + len(piece), state)
-
-    def hex(self, name: str, chunks: int) -> str:
-        """The hash of the chunks' hashes."""
-        import xxhash
-
-        return xxhash.xxh3_128(
-            b"".join(self._chunks[name, chunk][1].digest() for chunk in range(chunks))
-        ).hexdigest()
 
 
 TASK_VECTOR = "task vector"
@@ -87,6 +44,10 @@ _WHOLE_CLIP_MARKS = (
     "text_model.embeddings.token_embedding.weight",
 )
 _BUFFERS = ("embeddings.position_ids",)
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Modules of torch's own around a module: of `torch.compile`, sharding and recomputation of activations."""
+_PARALLEL = "module."
+"""What DataParallel puts before every name."""
 
 
 class TensorEntry(NamedTuple):
@@ -104,8 +65,13 @@ class TensorEntry(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """Bytes of the tensor that are hashed together: 2^18 entries."""
-        return DTYPE_BYTES[self.dtype] << 18
+        """Bytes of the tensor that are hashed together."""
+        return chunk_bytes(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.size * DTYPE_BYTES[self.dtype]
 
     @property
     def is_float(self) -> bool:
@@ -113,12 +79,34 @@ class TensorEntry(NamedTuple):
         return self.dtype in FLOATS
 
 
-def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """Name in the file -> our name: a CLIP vision tower's keys always begin with `vision_model.`, and the
-    `position_ids` buffers that old versions of transformers saved are left out."""
+def canonical_names(names: Iterable[str], *, ours: bool = False) -> dict[str, str]:
+    """Name in the file -> our name.
+
+    A CLIP vision tower's keys always begin with `vision_model.`, whatever it was part of when it was saved
+    (`model.vision_model.`, `backbone.`); what else the file has beside the tower loses the same beginning. What torch
+    puts into names for wrappers of its own is taken out. The `position_ids` buffers that old versions of transformers
+    saved are left out. Names stay as they are where two would become one.
+
+    Args:
+        ours: whether this program wrote the file. It gives towers no wrappers, and what it learned of a tower's tensors
+            has names that would look like some (`logits.vision_model.`).
+    """
     kept = [name for name in names if not name.endswith(_BUFFERS)]
-    flat = all(mark in kept for mark in _FLAT_MARKS)
-    return {name: VISION + name if flat else name for name in kept}
+    plain = {name: name if ours else _WRAPPERS.sub("", name) for name in kept}
+    if not ours and all(name.startswith(_PARALLEL) for name in plain.values()):
+        plain = {name: each.removeprefix(_PARALLEL) for name, each in plain.items()}
+    there = set(plain.values())
+    roots = [name.removesuffix(_FLAT_MARKS[0]) for name in there if name.endswith(_FLAT_MARKS[0])]
+    towers = [root for root in roots if root + _FLAT_MARKS[1] in there and root[-1:] in ("", ".")]
+    if len(towers) == 1 and not (ours and towers[0]):
+        lead, new = towers[0], VISION
+        if f".{lead}".endswith(f".{VISION}"):
+            lead, new = lead.removesuffix(VISION), ""
+        plain = {
+            name: new + each.removeprefix(lead) if each.startswith(lead) else each
+            for name, each in plain.items()
+        }
+    return plain if len(set(plain.values())) == len(plain) else {name: name for name in kept}
 
 
 @dataclass(frozen=True)
@@ -135,6 +123,8 @@ class Checkpoint:
     files: tuple[Path, ...]
     descriptors: tuple[int, ...]
     hashes: ChunkHashes
+    states: tuple[FileState, ...]
+    """Of the files when they were opened."""
 
     @property
     def is_task_vector(self) -> bool:
@@ -159,18 +149,20 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together, as they are stored."""
-        return sum(entry.size * DTYPE_BYTES[entry.dtype] for entry in self.entries.values())
+        return sum(entry.nbytes for entry in self.entries.values())
 
     def vision(self) -> Checkpoint:
         """The vision tower of a whole CLIP; anything else unchanged."""
         if not self.is_whole_clip:
             return self
         kept = {name: entry for name, entry in self.entries.items() if name.startswith(VISION)}
-        return replace(self, entries=kept, hashes=ChunkHashes())
+        return replace(self, entries=kept, hashes=self.hashes.anew())
 
     def read(self, name: str) -> Tensor:
         """The tensor, in its own dtype and shape."""
-        return self.read_entries(name, 0, self.entries[name].size).view(self.entries[name].shape)
+        found = self.read_entries(name, 0, self.entries[name].size).view(self.entries[name].shape)
+        self.expect_unchanged()
+        return found
 
     def read_entries(self, name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
         """(stop - start,) entries of the flattened tensor in its own dtype; read into `into` if that is given."""
@@ -182,8 +174,26 @@ class Checkpoint:
         if stop > start:
             buffer = bytes_of(into)
             self._read_bytes(entry, start * DTYPE_BYTES[entry.dtype], buffer)
-            self.hashes.feed(name, start * DTYPE_BYTES[entry.dtype], buffer, entry.chunk)
+            self.hashes.feed(name, start * DTYPE_BYTES[entry.dtype], buffer, entry.chunk, entry.nbytes)
         return into
+
+    def expect_checksums(self, cure: str) -> None:
+        """Raises DamagedFileError if the file has no checksums, as all have that we write of its kind."""
+        if self.entries.keys() - self.hashes.expected.keys():
+            raise no_checksums(self.path, cure)
+
+    def expect_unchanged(self) -> None:
+        """Raises InputError if a file has been written to, or replaced by another, since it was opened."""
+        for file, descriptor, before in zip(self.files, self.descriptors, self.states, strict=True):
+            try:
+                there = os.stat(file).st_ino  # noqa: PTH116
+            except OSError:
+                there = before.inode  # it was deleted: what was opened is still whole
+            if (_state(descriptor), there) != (before, before.inode):
+                raise InputError(
+                    f"{file}: changed while it was being read",
+                    "wait until whatever writes it has finished, then start again",
+                )
 
     def _read_bytes(self, entry: TensorEntry, offset: int, buffer: memoryview) -> None:
         done = 0
@@ -204,15 +214,16 @@ class Checkpoint:
         """
         lines: list[str] = []
         for name, entry in self.entries.items():
-            size = entry.size * DTYPE_BYTES[entry.dtype]
+            size = entry.nbytes
             chunks = -(-size // entry.chunk)
             for chunk in range(chunks):
-                end = min((chunk + 1) * entry.chunk, size)
-                if chunk * entry.chunk + self.hashes.fed(name, chunk) < end:
-                    buffer = memoryview(bytearray(end - chunk * entry.chunk))
-                    self._read_bytes(entry, chunk * entry.chunk, buffer)
-                    self.hashes.feed(name, chunk * entry.chunk, buffer, entry.chunk)
+                if not self.hashes.is_whole(name, chunk):
+                    start = chunk * entry.chunk
+                    buffer = memoryview(bytearray(min(entry.chunk, size - start)))
+                    self._read_bytes(entry, start, buffer)
+                    self.hashes.feed(name, start, buffer, entry.chunk, size)
             lines.append(f"{name} {entry.dtype} {list(entry.shape)} {self.hashes.hex(name, chunks)}\n")
+        self.expect_unchanged()
         return "xxh3:" + hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
 
     def close(self) -> None:
@@ -227,24 +238,43 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, checked: bool = False, cure: str = "") -> Checkpoint:
     """The checkpoint at `path`: a `.safetensors` file, a `.safetensors.index.json`, or a folder with either.
 
+    Where a file has checksums, its own or the store's, they are compared with what is read of it.
+
+    Args:
+        checked: it is a file of ours that has checksums; one without is damaged.
+        cure: the hint where a file of ours is damaged.
+
     Raises:
+        DamagedFileError: it is not what its checksums say.
         InputError: it is missing, not safetensors, damaged, or has two tensors of one name.
     """
     files = _files(path)
     raw: dict[str, TensorEntry] = {}
-    metadata: dict[str, str] = {}
+    headers: list[dict[str, str]] = []
+    expected: dict[str, bytes] = {}
+    cures: dict[str, tuple[Path, str]] = {}
     descriptors: list[int] = []
     try:
         for number, file in enumerate(files):
+            descriptors.append(open_regular(file))
+            recorded = recorded_checksums(file)
+            how = recorded.cure if recorded else cure
             try:
-                descriptors.append(os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
-            except OSError as error:
-                raise InputError(f"{file}: cannot open: {(error.strerror or '').lower()}") from error
-            tensors, about = read_header(file, descriptors[-1])
-            metadata.update(about)
+                tensors, about = read_header(file, descriptors[-1])
+            except InputError as error:
+                if not checked and not how:
+                    raise
+                raise DamagedFileError(file, error.message.removeprefix(f"{file}: "), how) from error
+            own = about.pop(KEY, None)
+            if (text := recorded.text if recorded else own) is not None:
+                expected |= expected_chunks(file, tensors, about, text, how)
+                cures |= dict.fromkeys(tensors, (file, how))
+            elif checked:
+                raise no_checksums(file, cure)
+            headers.append(about)
             twice = sorted(raw.keys() & tensors.keys())
             if twice:
                 raise InputError(f"{path}: {quoted(twice)} stand in more than one shard")
@@ -254,13 +284,55 @@ def open_checkpoint(path: Path) -> Checkpoint:
                     for name, (dtype, shape, start) in tensors.items()
                 }
             )
+        _expect_one_model(path, files, headers)
+        states = tuple(_state(descriptor) for descriptor in descriptors)
     except BaseException:
         for descriptor in descriptors:
             os.close(descriptor)
         raise
-    names = canonical_names(raw)
-    entries = {ours: raw[theirs] for theirs, ours in sorted(names.items(), key=lambda pair: pair[1])}
-    return Checkpoint(path, entries, metadata, tuple(files), tuple(descriptors), ChunkHashes())
+    names = canonical_names(raw, ours=any("mergecli" in about for about in headers))
+    theirs = {ours: name for name, ours in names.items()}
+    entries = {ours: raw[name] for ours, name in sorted(theirs.items())}
+
+    def damaged(name: str) -> DamagedFileError:
+        file, how = cures[theirs[name]]
+        return DamagedFileError(file, f"is damaged: `{name}` is not what was written", how)
+
+    hashes = ChunkHashes({ours: expected[name] for ours, name in theirs.items() if name in expected}, damaged)
+    metadata = {key: value for about in headers for key, value in about.items()}
+    return Checkpoint(path, entries, metadata, tuple(files), tuple(descriptors), hashes, states)
+
+
+def no_checksums(file: Path, cure: str) -> DamagedFileError:
+    """The error about a file of ours that lacks its checksums."""
+    return DamagedFileError(file, "has no checksums: it is damaged, or was written by another program", cure)
+
+
+class FileState(NamedTuple):
+    """What changes when a file does."""
+
+    inode: int
+    size: int
+    changed: int
+    """Nanoseconds."""
+
+
+def _state(descriptor: int) -> FileState:
+    found = os.fstat(descriptor)
+    return FileState(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _expect_one_model(path: Path, files: Sequence[Path], headers: Sequence[Mapping[str, str]]) -> None:
+    """Raises InputError if shards of ours say different things of the model that they are parts of."""
+    if not any("mergecli" in about for about in headers):
+        return
+    for file, about in zip(files, headers, strict=True):
+        if about != headers[0]:
+            raise InputError(
+                f"{path}: its shards are of two models: `{file.name}` was made of other inputs or settings than "
+                f"`{files[0].name}`",
+                "one was copied or written over the other: make the model again",
+            )
 
 
 def _files(path: Path) -> list[Path]:
@@ -290,13 +362,22 @@ def _files(path: Path) -> list[Path]:
         raise InputError(f"{path}: has no `model.safetensors`")
     if path.name.endswith(".index.json"):
         try:
-            shards = shards_of(path.read_bytes())
+            with os.fdopen(open_regular(path), "rb") as index:
+                text = index.read()
+            shards = shards_of(text)
         except ValueError as error:
-            raise InputError(f"{path}: is not an index of shards: {error}") from error
+            raise InputError(
+                f"{path}: is not an index of shards: {error}", "copy, fetch or make the model again"
+            ) from error
+        if other := [shard for shard in shards if generation_of(text) not in shard]:
+            raise InputError(
+                f"{path}: names shards of another generation than its own, `{generation_of(text)}`:\n{listed(other)}",
+                "it was changed, or one model was copied over another: make the model again",
+            )
         missing = [shard for shard in shards if not (path.parent / shard).is_file()]
         if missing:
-            raise InputError(f"{path}: shards are missing:\n{listed(missing)}")
+            raise InputError(
+                f"{path}: shards are missing:\n{listed(missing)}", "copy, fetch or make the model again"
+            )
         return [path.parent / shard for shard in shards]
-    if not path.is_file():
-        raise InputError(f"{path}: is not a file")
     return [path]

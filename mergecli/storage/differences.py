@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from mergecli.storage.checkpoint import TensorEntry
+from mergecli.runtime.errors import toml_text
+from mergecli.storage.checkpoint import VISION, Checkpoint, TensorEntry
 from mergecli.storage.safetensors_format import FLOATS
 
 
@@ -43,3 +44,23 @@ def differences(
         elif not form.accepts(entry.dtype):
             lines.append(f"`{name}` has dtype {entry.dtype}, {whose} {form.dtype}")
     return lines
+
+
+def leave_out_hint(extra: Iterable[str]) -> str:
+    """How to read models without tensors that the base does not have, as short beginnings of their names."""
+    starts: dict[str, None] = {}
+    for name in sorted(extra):
+        tower = VISION if name.startswith(VISION) else ""
+        first, dot, _ = name.removeprefix(tower).partition(".")
+        starts[tower + first + dot] = None
+    return f"`leave_out = {toml_text(list(starts)[:8])}` in the recipe, or with `--set`, reads the models without them"
+
+
+def lead_hint(have: Checkpoint, want: Iterable[str]) -> str:
+    """What to do with a checkpoint that has all wanted names, but after a beginning of its own; empty if it has not."""
+    names = list(want)
+    for each in have.entries if names else ():
+        lead = each.removesuffix(names[0])
+        if lead != each and lead.endswith(".") and all(lead + name in have.entries for name in names):
+            return f"{have.path} has the names of the others after `{lead}`: save its tensors without that"
+    return ""

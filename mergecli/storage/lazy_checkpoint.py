@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergecli.storage.checkpoint import Checkpoint, ChunkHashes, TensorEntry
+from mergecli.storage.checkpoint import Checkpoint, TensorEntry
+from mergecli.storage.checksums import ChunkHashes
 from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES, TORCH_NAMES
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ class LazyCheckpoint(Checkpoint):
         into = torch.frombuffer(buffer, dtype=getattr(torch, TORCH_NAMES[entry.dtype]))
         start = offset // DTYPE_BYTES[entry.dtype]
         self.readers[entry.file](start, start + len(into), into)
+
+    def expect_unchanged(self) -> None:
+        """Raises InputError if a file that it is computed from has changed since it was opened."""
+        for source in self.sources:
+            source.expect_unchanged()
 
     def close(self) -> None:
         """Closes the files that it is computed from."""
@@ -85,6 +91,7 @@ def lazy_checkpoint(
         files=tuple(file for source in sources for file in source.files),
         descriptors=(),
         hashes=ChunkHashes(),
+        states=(),
         readers=tuple(every),
         sources=sources,
         stored=stored,

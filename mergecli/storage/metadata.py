@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from mergecli.runtime.errors import InputError, shown
+from mergecli.runtime.errors import InputError, toml_text
 
 UNKNOWN_DIGEST = "xxh3:" + "0" * 32
 """As long as a digest; stands for one that is known only when everything has been read."""
@@ -72,7 +72,7 @@ def made_of(metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]
     plain = {name: each.get("source") if isinstance(each, dict) else each for name, each in models.items()}
     return (
         {
-            f"method.{key}": each if isinstance(each, str) else shown(each)
+            f"method.{key}": each if isinstance(each, str) else toml_text(each)
             for key, each in settings.items()
             if key != "name"
         },

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import stat
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli.runtime.errors import InputError
+from mergecli.storage.sources import is_safe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +78,60 @@ def shards_of(index: str | bytes) -> list[str]:
         raise ValueError("no readable `weight_map`") from None
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError("`weight_map` does not name files")
+    if outside := sorted(name for name in names if not is_safe(name)):
+        raise ValueError(f"`weight_map` names `{outside[0]}`, which does not lie beside the index")
     return sorted(names)
+
+
+def open_regular(file: Path) -> int:
+    """A descriptor of the file, to read from anywhere in it.
+
+    A pipe that nobody writes to would keep a plain `open` waiting forever, so it is opened without waiting and refused.
+
+    Raises:
+        InputError: it cannot be opened, or is a folder, a pipe or a device.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        raise InputError(f"{file}: cannot open: {(error.strerror or '').lower()}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise InputError(f"{file}: is {_what(mode)}, a file was expected", _REGULAR)
+    return descriptor
+
+
+_REGULAR = "tensors are read from many places of a file: copy them to a file, and name that"
+
+
+def _what(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a device"
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys are each there once: of two, json would keep the last, and other readers the first."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise _TwiceError(key)
+    return table
+
+
+class _TwiceError(Exception):
+    """The key that stands twice in a JSON object."""
+
+
+def generation_of(index: str | bytes) -> str:
+    """What the names of all shards of an index have in common, so that no other model has shards of their names; empty
+    where the index does not say."""
+    try:
+        found: Any = json.loads(index)["metadata"]["generation"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return found if isinstance(found, str) else ""
 
 
 def header_bytes(metadata: Mapping[str, str], tensors: Mapping[str, object]) -> bytes:
@@ -112,7 +168,7 @@ def read_header(
             f"{file}: is cut short: its header takes {length:,} bytes, the file has {size:,}", _AGAIN
         )
     try:
-        header: Any = json.loads(os.pread(descriptor, length, 8))
+        header: Any = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_once)
         metadata: Any = header.pop("__metadata__", {})
         tensors = {
             str(name): (
@@ -124,6 +180,10 @@ def read_header(
         }
         "".join(tensors).encode()  # a name that is no text cannot be written again
         about = {str(key): str(value) for key, value in metadata.items()}
+    except _TwiceError as error:
+        raise InputError(
+            f"{file}: is damaged: `{str(error)[:200]}` stands twice in its header", "write the file again"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(f"{file}: is not a safetensors file: its header cannot be read") from error
     end = 0

@@ -9,11 +9,13 @@ import os
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from mergecli.storage.atomic import whole_file
+from mergecli.storage.atomic import whole_file, write_text
+from mergecli.storage.checksums import KEY, ChunkHashes, blank, checksums, chunk_bytes, chunk_count
 from mergecli.storage.safetensors_format import (
     DTYPE_BYTES,
     SAFETENSORS_NAMES,
@@ -28,7 +30,11 @@ if TYPE_CHECKING:
 
 class ShardedWriter:
     """The same as a SafetensorsWriter, for a folder: tensors in order of name, files of at most `size` bytes each
-    (a larger tensor has a file of its own), and `model.safetensors.index.json`."""
+    (a larger tensor has a file of its own), and `model.safetensors.index.json`.
+
+    The names of all files have the generation in them, a digest of the content: so shards of two models never have one
+    name, and whoever has read an index finds the shards that it means, or none.
+    """
 
     def __init__(
         self,
@@ -46,46 +52,68 @@ class ShardedWriter:
                 room = size
             shards[-1].append(name)
             room -= needed
-        self._names: dict[str, str] = {}
-        self._writers: dict[str, SafetensorsWriter] = {}
-        for number, names in enumerate(shards, 1):
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            self._names |= dict.fromkeys(names, file)
-            self._writers[file] = SafetensorsWriter(
-                folder / file, {name: layout[name] for name in names}, metadata
+        self._folder, self._layout, self._metadata = folder, layout, metadata
+        self._shards: dict[str, int] = {name: number for number, names in enumerate(shards) for name in names}
+        self._writers = [
+            SafetensorsWriter(
+                folder / f"shard-{number}.safetensors", {name: layout[name] for name in names}, metadata
             )
-        total = sum(entry_count(shape) * DTYPE_BYTES[dtype] for dtype, shape in layout.values())
-        index = {"metadata": {"total_size": total}, "weight_map": self._names}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+            for number, names in enumerate(shards)
+        ]
+        self._pieces: dict[tuple[str, int], str] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> ShardedWriter:
         with self._stack:
-            for writer in self._writers.values():
+            for writer in self._writers:
                 self._stack.enter_context(writer)
             self._stack = self._stack.pop_all()
         return self
 
     def write(self, name: str, data: Tensor, start: int = 0) -> None:
         """Puts the entries of `data` at entry `start` of tensor `name`; from any thread."""
-        self._writers[self._names[name]].write(name, data, start)
+        import xxhash
+
+        self._writers[self._shards[name]].write(name, data, start)
+        self._pieces[name, start] = xxhash.xxh3_128_hexdigest(bytes_of(data))
 
     def describe(self, metadata: Mapping[str, str]) -> None:
         """Replaces the metadata given at the start by another of the same length, in every file."""
-        for writer in self._writers.values():
+        for writer in self._writers:
             writer.describe(metadata)
+        self._metadata = metadata
 
-    def __exit__(self, *failure: object) -> None:
-        self._stack.__exit__(*failure)  # pyright: ignore[reportArgumentType]
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+        if kind is not None:
+            return
+        content = [sorted(self._metadata.items()), sorted(self._layout.items()), sorted(self._pieces.items())]
+        generation = sha256(json.dumps(content).encode()).hexdigest()[:12]
+        files = [
+            f"model-{generation}-{number:05}-of-{len(self._writers):05}.safetensors"
+            for number in range(1, len(self._writers) + 1)
+        ]
+        for writer, file in zip(self._writers, files, strict=True):
+            writer.path.rename(self._folder / file)
+        total = sum(entry_count(shape) * DTYPE_BYTES[dtype] for dtype, shape in self._layout.values())
+        index = {
+            "metadata": {"generation": generation, "total_size": total},
+            "weight_map": {name: files[number] for name, number in self._shards.items()},
+        }
+        write_text(self._folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes tensors that are in memory as one safetensors file."""
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], *, checked: bool = False
+) -> None:
+    """Writes tensors that are in memory as one safetensors file, with checksums if it is to be `checked` when it is read."""
     layout = {
         name: (SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
         for name, tensor in tensors.items()
     }
-    with SafetensorsWriter(path, layout, metadata) as writer:
+    with SafetensorsWriter(path, layout, metadata, checked=checked) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
 
@@ -98,8 +126,16 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+        self,
+        path: Path,
+        layout: Mapping[str, tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+        *,
+        checked: bool = False,
     ) -> None:
+        """`checked` adds checksums to the metadata, which are compared whenever the file is read."""
+        self._hashes = ChunkHashes() if checked else None
+        self._layout, self._metadata = layout, metadata
         self._whole = whole_file(path)
         rank = {dtype: number for number, dtype in enumerate(DTYPE_BYTES)}
         # the order in which the safetensors library writes tensors, so that our files are its own to the byte
@@ -119,7 +155,7 @@ class SafetensorsWriter:
             }
             self._starts[name], self._left[name] = offset, size
             offset += size
-        self._header = header_bytes(metadata, self._tensors)
+        self._header = self._header_with(blank(layout))
         self._size = len(self._header) + offset
         self.path = path
 
@@ -142,12 +178,37 @@ class SafetensorsWriter:
         done = 0
         while done < len(buffer):
             done += os.pwrite(self._file.fileno(), buffer[done:], position + done)
+        if self._hashes is not None:
+            dtype, shape = self._layout[name]
+            total = entry_count(shape) * DTYPE_BYTES[dtype]
+            self._hashes.feed(name, start * data.element_size(), buffer, chunk_bytes(dtype), total)
         with self._lock:
             self._left[name] -= len(buffer)
 
+    def _header_with(self, text: str) -> bytes:
+        """The header; of a checked file with these checksums."""
+        more = {} if self._hashes is None else {KEY: text}
+        return header_bytes({**self._metadata, **more}, self._tensors)
+
+    def _checksums(self, hashes: ChunkHashes) -> str:
+        """The checksums of what was written; what was not written in order is read again for them."""
+        placed = {
+            name: (dtype, shape, len(self._header) + self._starts[name])
+            for name, (dtype, shape) in self._layout.items()
+        }
+        for name, (dtype, shape, first) in placed.items():
+            size, total = chunk_bytes(dtype), entry_count(shape) * DTYPE_BYTES[dtype]
+            for chunk in range(chunk_count(shape)):
+                if not hashes.is_whole(name, chunk):
+                    start = chunk * size
+                    piece = os.pread(self._file.fileno(), min(size, total - start), first + start)
+                    hashes.feed(name, start, memoryview(piece), size, total)
+        return checksums(placed, self._metadata, hashes)
+
     def describe(self, metadata: Mapping[str, str]) -> None:
         """Replaces the metadata given at the start by another of the same length, such as digests now known."""
-        header = header_bytes(metadata, self._tensors)
+        self._metadata = metadata
+        header = self._header_with(blank(self._layout))
         if len(header) != len(self._header):
             raise ValueError("the new metadata has another length")
         os.pwrite(self._file.fileno(), header, 0)
@@ -161,6 +222,8 @@ class SafetensorsWriter:
                 error = RuntimeError(f"{self.path}: tensors not written whole: {missing[:5]}")
                 self._whole.__exit__(RuntimeError, error, None)
                 raise error
+            if self._hashes is not None:
+                os.pwrite(self._file.fileno(), self._header_with(self._checksums(self._hashes)), 0)
         self._whole.__exit__(kind, error, trace)
 
 

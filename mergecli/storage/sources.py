@@ -40,6 +40,8 @@ class Source:
     """What the weights are rounded to as they are read, where that is not their own dtype."""
     adapter: Source | None = None
     """A low-rank adapter that is added to the weights as they are read."""
+    leave_out: tuple[str, ...] = ()
+    """Beginnings of names of tensors that are not read, such as heads that the base does not have."""
     is_data: bool = False
     """Whether it is a data set; hubs keep those apart from models."""
     pinned: Source | None = None
@@ -144,7 +146,14 @@ def named_sources(arguments: Sequence[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for argument in arguments:
         name, equals, source = argument.partition("=")
-        if not equals or "/" in name:
+        # Lightning calls its files `epoch=3-step=1000.safetensors`
+        is_file = equals and (_lies_there(argument) or _lies_there(argument.rpartition("#")[0]))
+        if is_file and name and "/" not in name and _lies_there(source):
+            raise UsageError(
+                f"`{argument}`: is a file, and so is {source}",
+                f"write `./{argument}` for the first, `{name}=./{source}` for the second",
+            )
+        if not equals or is_file or "/" in name:
             source = argument
             whole, _, task = argument.rpartition(".safetensors#")
             path = Path((whole or argument).split(":")[-1].split("@")[0])
@@ -160,3 +169,7 @@ def named_sources(arguments: Sequence[str]) -> dict[str, str]:
             )
         sources[name] = source
     return sources
+
+
+def _lies_there(path: str) -> bool:
+    return bool(path) and os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111

@@ -8,15 +8,17 @@ hand work too. `mergecli.hub.store` writes it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergecli.runtime.errors import HubError, InputError, UsageError, did_you_mean, quoted
-from mergecli.storage.sources import DEFAULT_BRANCH, Source, is_safe
+from mergecli.storage.sources import DEFAULT_BRANCH, HUBS, Source, is_safe
 
 MANIFEST = ".mergecli.json"
 TOY_MODELS = Path(__file__).parents[1] / "data" / "toy" / "models"
@@ -59,6 +61,8 @@ class Manifest:
     """All files that the hub has and that could be used; None where nobody asked."""
     converted_from: str | None = None
     """The commit whose data the hub converted to these Parquet files."""
+    checksums: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Path -> checksums of the weights in it, as `mergecli.storage.checksums` has them."""
 
 
 def home() -> Path:
@@ -123,28 +127,63 @@ class Store:
         Raises:
             InputError: the manifest is damaged, or of another version.
         """
-        path = self.folder(source, commit) / MANIFEST
-        try:
-            values: dict[str, Any] = json.loads(path.read_text("utf-8"))
-            listing = values["listing"]
-            return Manifest(
-                {name: StoredFile(name, **each) for name, each in values["files"].items()},
-                None if listing is None else tuple(RemoteFile(**each) for each in listing),
-                values["converted_from"],
-            )
-        except (FileNotFoundError, NotADirectoryError):
-            return Manifest()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(
-                f"{path}: is damaged", f"delete the folder {path.parent} and fetch again"
-            ) from error
+        return _manifest(self.folder(source, commit) / MANIFEST)
 
-    def has(self, source: Source, commit: str, file: RemoteFile) -> bool:
-        """Whether the commit's folder has the file, of the right size and once verified."""
-        known = self.manifest(source, commit).files.get(file.path)
-        if known is None or known.size != file.size or file.sha256 not in (None, known.sha256):
-            return False
-        return size_of(self.folder(source, commit) / file.path) == file.size
+    def missing(self, source: Source, commit: str, files: Iterable[RemoteFile]) -> tuple[RemoteFile, ...]:
+        """Those of the files that the commit's folder does not have, of the right size and once verified."""
+        folder, known = self.folder(source, commit), self.manifest(source, commit).files
+
+        def is_there(file: RemoteFile) -> bool:
+            stored = known.get(file.path)
+            if stored is None or stored.size != file.size or file.sha256 not in (None, stored.sha256):
+                return False
+            return size_of(folder / file.path) == file.size
+
+        return tuple(file for file in files if not is_there(file))
+
+
+def _manifest(path: Path) -> Manifest:
+    """What a manifest says; an empty one if there is no such file. Raises InputError if it is damaged."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        listing = values["listing"]
+        return Manifest(
+            {name: StoredFile(name, **each) for name, each in values["files"].items()},
+            None if listing is None else tuple(RemoteFile(**each) for each in listing),
+            values["converted_from"],
+            {str(name): str(text) for name, text in values.get("checksums", {}).items()},
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return Manifest()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: is damaged", f"delete the folder {path.parent} and fetch again") from error
+
+
+class RecordedChecksums(NamedTuple):
+    """What the store recorded of a fetched file when it was verified."""
+
+    text: str
+    """As `mergecli.storage.checksums` has them."""
+    cure: str
+    """What to do if the file is damaged."""
+
+
+def recorded_checksums(file: Path) -> RecordedChecksums | None:
+    """The checksums of a file that lies in the folder of a fetched commit; None if none are known."""
+    for folder in file.absolute().parents[:_DEPTH]:
+        manifest = folder / MANIFEST
+        try:
+            if not manifest.is_file():
+                continue
+            text = _manifest(manifest).checksums.get(file.absolute().relative_to(folder).as_posix())
+        except (InputError, OSError):
+            return None
+        return RecordedChecksums(text, f"delete the folder {folder} and fetch again") if text else None
+    return None
+
+
+_DEPTH = 4
+"""Folders above a file, at most, that may be that of its commit."""
 
 
 def is_folder_name(commit: str) -> bool:
@@ -168,11 +207,22 @@ def locate(source: Source) -> Path:
     """
     found = {"path": _path, "toy": _toy}.get(source.kind, _fetched)(source)
     path = found / source.inside if source.inside else found
-    if path.suffix in (".bin", ".pt", ".pth") and path.with_suffix(".safetensors").is_file():
-        return path.with_suffix(".safetensors")  # `fetch` converted it
+    if source.inside and source.kind in HUBS:
+        path = _conversion(path, found) or path
     if source.inside and not path.exists():
         raise InputError(f"{source}: there is no `{source.inside}` in {found}")
     return path
+
+
+def _conversion(path: Path, folder: Path) -> Path | None:
+    """What `fetch` made of a pickled file of a commit's folder, if it did."""
+    try:
+        files = _manifest(folder / MANIFEST).files
+    except InputError:
+        return None
+    name = path.relative_to(folder).as_posix()
+    made = [folder / file.path for file in files.values() if file.made_from == name]
+    return next((each for each in made if each.is_file()), None)
 
 
 def _path(source: Source) -> Path:
@@ -215,4 +265,29 @@ def _fetched(source: Source) -> Path:
             f"{source}: {quoted(wrong)} in {folder} {'is' if len(wrong) == 1 else 'are'} missing or not as fetched",
             "delete that folder and fetch again",
         )
+    if not source.is_data and (
+        damaged := [path for path, file in files.items() if not _is_as_fetched(folder, file)]
+    ):
+        raise InputError(
+            f"{source}: {quoted(damaged)} in {folder} {'is' if len(damaged) == 1 else 'are'} damaged",
+            "delete that folder and fetch again",
+        )
     return folder
+
+
+_SMALL = 16 << 20
+"""Bytes up to which a configuration or a tokenizer is hashed whenever it is used."""
+
+
+def _is_as_fetched(folder: Path, file: StoredFile) -> bool:
+    """Whether a small file has the SHA-256 that it was fetched with; weights are checked as they are read."""
+    if not file.path.endswith((".json", ".txt", ".model")) or file.size > _SMALL:
+        return True
+    path = folder / file.path
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns) == file.sha256
+
+
+@lru_cache(maxsize=1024)
+def _sha256(path: Path, _size: int, _changed: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

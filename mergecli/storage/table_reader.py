@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard, cast
 
-from mergecli.runtime.errors import did_you_mean, shown
+from mergecli.runtime.errors import did_you_mean, toml_text
 
 
 class Problem(NamedTuple):
@@ -38,7 +38,7 @@ class TableReader:
 
     def expected(self, key: str, what: str, value: object) -> None:
         """Notes that the value of a key is not what was expected."""
-        self.wrong(key, f"expected {what}, got {'nothing' if value is None else shown(value)}")
+        self.wrong(key, f"expected {what}, got {'nothing' if value is None else toml_text(value)}")
 
     def table(self, value: object, key: str, known: Collection[str] | None = None) -> dict[str, Any]:
         """A table, whose keys are `known` ones."""
@@ -93,7 +93,7 @@ class TableReader:
             if text in known:
                 return text
             self.wrong(
-                key, f"expected one of {', '.join(known)}, got {shown(text)}{did_you_mean(text, known)}"
+                key, f"expected one of {', '.join(known)}, got {toml_text(text)}{did_you_mean(text, known)}"
             )
         return known[0]
 

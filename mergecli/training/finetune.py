@@ -14,7 +14,6 @@ from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.errors import UsageError
 from mergecli.storage.atomic import refuse_inputs
 from mergecli.storage.sources import Source, parse_source
-from mergecli.storage.store import locate
 from mergecli.training.output import TrainedModel
 from mergecli.training.settings import LowRank, Settings, check_output, last_good_path, parse_modules
 from mergecli.training.trace import TraceFiles, trace_table
@@ -137,7 +136,7 @@ def finetune(
     records.check(target)
     from mergecli.clip.heads import clip_digests
     from mergecli.clip.model import load_clip
-    from mergecli.formats.opening import open_source
+    from mergecli.formats.opening import model_path, open_source
     from mergecli.runtime.distributed import usable_device
     from mergecli.training.data import tasks_metadata
     from mergecli.training.loop import DivergedError, Training
@@ -151,12 +150,12 @@ def finetune(
         base_digest = stored.vision().digest()
     ranks, own_device = join(device)
     settings = replace(settings, processes=ranks.count)
-    clip = load_clip(locate(source))
+    clip = load_clip(model_path(source))
     adapter = add_adapter(clip, low_rank, seed) if low_rank else None
     if adapter is None:
         clip.tower.requires_grad_(True)
     clip.model.to(usable_device(own_device))
-    digests = clip_digests(locate(source))
+    digests = clip_digests(model_path(source))
     trained_on = {"base": base_digest, **tasks_metadata(tasks)}
     rest = {"clip": digests._asdict(), "processing": json.loads(clip.processor.to_json_string())}
     trained = {name: each for name, each in clip.tower.named_parameters() if each.requires_grad}

@@ -87,10 +87,10 @@ def save_adapter(
         name: tensor.detach().cpu().to(dtype) for name, tensor in get_peft_model_state_dict(model).items()
     }
     expect_finite(state, folder, "train with a lower learning rate")
-    with whole_folder(folder) as place:
+    with whole_folder(folder) as written:
         text = json.dumps(_config(model, base), indent=2, sort_keys=True) + "\n"
-        (place / CONFIG).write_text(text, encoding="utf-8")
-        save_tensors({name: state[name].contiguous() for name in sorted(state)}, place / PLAIN, metadata)
+        (written / CONFIG).write_text(text, encoding="utf-8")
+        save_tensors({name: state[name].contiguous() for name in sorted(state)}, written / PLAIN, metadata)
 
 
 def _config(model: Any, base: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli.runtime.distributed import Ranks, is_first
-from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, listed, shown
+from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, listed, toml_text
 from mergecli.storage.checkpoint import open_checkpoint
 from mergecli.storage.metadata import about, table_differences
 
@@ -49,7 +49,7 @@ def read_state(
     if not path.exists():
         return None
     try:
-        with open_checkpoint(path) as stored:
+        with open_checkpoint(path, checked=True) as stored:
             known: Any = json.loads(stored.metadata["work"])
             differing = [
                 f"`{key}`: {_text(before)} -> {_text(after)}"
@@ -98,7 +98,7 @@ def _check_state(
 
 
 def _text(value: object) -> str:
-    return "none" if value is None else shown(value)
+    return "none" if value is None else toml_text(value)
 
 
 class TrainingState:
@@ -224,7 +224,12 @@ class TrainingState:
             return  # the last good state stays
         facts = json.dumps(self._counters())
         written = about("training state", work=json.dumps(self.work), facts=facts)
-        save_tensors({name: each.cpu().contiguous() for name, each in tensors.items()}, self.path, written)
+        save_tensors(
+            {name: each.cpu().contiguous() for name, each in tensors.items()},
+            self.path,
+            written,
+            checked=True,
+        )
         self._mark_saved()
 
     def _mark_saved(self) -> None:

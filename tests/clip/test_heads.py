@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from mergecli.clip import heads
 from mergecli.clip.heads import cached_head, clip_digests, logits, zero_shot_head
 from mergecli.clip.model import Clip, load_clip
-from mergecli.runtime.errors import InputError
+from mergecli.runtime.errors import InputError, MergecliWarning
 from tests.support.processor import pixel_values
 from tests.support.tiny_clip import make_tiny_clip, tinted
 
@@ -89,7 +89,8 @@ def test_a_damaged_head_is_made_anew(clip, home, damage):
     made = cached_head(clip, NAMES, TEMPLATES, "text", 10**9)
     (file,) = (home / "cache" / "heads").iterdir()
     file.write_bytes(damage)
-    assert torch.equal(cached_head(clip, NAMES, TEMPLATES, "text", 10**9), made)
+    with pytest.warns(MergecliWarning, match=f"{file}: is not a safetensors file; it is made again"):
+        assert torch.equal(cached_head(clip, NAMES, TEMPLATES, "text", 10**9), made)
 
 
 def test_without_a_cache_a_head_is_made_every_time(clip, home):
@@ -122,3 +123,33 @@ def test_another_tokenizer_makes_another_text_digest(clip, tmp_path):
     words["model"]["vocab"] |= {"a": words["model"]["vocab"]["b"], "b": words["model"]["vocab"]["a"]}
     (copy / "tokenizer.json").write_text(json.dumps(words))
     assert clip_digests(copy).text != clip_digests(clip.path).text
+
+
+def test_a_token_that_the_text_tower_has_no_row_for_is_named(clip, tmp_path):
+    shutil.copytree(clip.path, tmp_path / "more")
+    other = load_clip(tmp_path / "more")
+    other.tokenizer.add_tokens(["wren"])
+    with pytest.raises(InputError) as caught:
+        zero_shot_head(other, ("robin", "wren"), ("a {}.", "a photo of a {}."))
+    assert str(caught.value) == (
+        "class `wren`: a prompt has token 514, the text tower knows tokens up to 513: `a wren.`\n"
+        "hint: the tokenizer is another model's, or has tokens that were added to it: copy the base's own"
+    )
+    assert zero_shot_head(other, ("robin",), ("a {}.",)).equal(zero_shot_head(clip, ("robin",), ("a {}.",)))
+
+
+@pytest.mark.parametrize(("end", "said"), [(77, "token 77"), (2, "the largest token")])
+def test_a_prompt_whose_end_the_text_tower_would_not_find_is_refused(clip, tmp_path, end, said):
+    shutil.copytree(clip.path, tmp_path / "other")
+    config = json.loads((clip.path / "config.json").read_text())
+    config["text_config"] |= {"eos_token_id": end}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    other = load_clip(tmp_path / "other")
+    if end == 2:
+        zero_shot_head(other, ("robin",), ("a {}.",))  # the end is the largest token
+        other.tokenizer.eos_token = "a"
+    with pytest.raises(InputError) as caught:
+        zero_shot_head(other, ("robin",), ("a {}.",))
+    assert caught.value.message == (
+        f"class `robin`: the text tower does not find the end of a prompt, {said}: `a robin.`"
+    )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergecli.clip.model import features, load_clip, save_tower, set_tower
+from mergecli.clip.model import check_tower, features, load_clip, save_tower, set_tower
+from mergecli.formats.opening import open_source
 from mergecli.runtime.distributed import usable_device
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.checkpoint import TASK_VECTOR, open_checkpoint
+from mergecli.storage.sources import parse_source
+from tests.conftest import assert_same
 from tests.support.processor import pixel_values
 from tests.support.tiny_clip import make_tiny_clip, tinted
 
@@ -224,3 +228,28 @@ def test_a_device_that_is_not_there_is_refused():
     assert usable_device("cpu") == "cpu"
     with pytest.raises(UsageError, match="device `abacus`: cannot be used here"):
         usable_device("abacus")
+
+
+@pytest.mark.parametrize("lead", ["module.", "model.clip.", "_orig_mod."])
+def test_a_base_under_a_wrapper_s_names_is_the_same_clip(folder, tmp_path, lead):
+    shutil.copytree(folder, tmp_path / "wrapped")
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {lead + name: each for name, each in weights.items()}, tmp_path / "wrapped" / "model.safetensors"
+    )
+    got, want = (load_clip(each).model.state_dict() for each in (tmp_path / "wrapped", folder))
+    assert_same(got, want)
+
+
+def test_a_head_is_left_out_where_the_recipe_says_so(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    tower = {name: each for name, each in weights.items() if name.startswith("vision_model.")}
+    save_file(tower | {"classifier.weight": torch.ones(3, 16)}, tmp_path / "a.safetensors")
+    source = parse_source(str(tmp_path / "a.safetensors"), Path())
+    with (
+        open_source(source) as opened,
+        pytest.raises(InputError, match=r'hint: `leave_out = \["classifier."\]` in the recipe'),
+    ):
+        check_tower(load_clip(folder), opened)
+    with open_source(replace(source, leave_out=("classifier.",))) as opened:
+        check_tower(load_clip(folder), opened)

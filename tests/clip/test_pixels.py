@@ -20,9 +20,10 @@ from mergecli.data.decoding import (
 from mergecli.data.images import Images, load_images
 from mergecli.data.tasks import TaskTable, find
 from mergecli.recipe.schema import Recipe
-from mergecli.runtime.errors import InputError
+from mergecli.runtime.errors import InputError, MergecliWarning
 from mergecli.storage import cache as caching
 from mergecli.storage.sources import parse_source
+from tests.support.kept_files import flip
 from tests.support.processor import configured, pixel_values
 from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
@@ -199,8 +200,26 @@ def test_a_damaged_file_of_the_cache_is_made_anew(clip, data, home, damage):
     want = cached_pixels(clip, images_of(data), ROOM).batch(0, 12).clone()
     (file,) = files(home)
     file.write_bytes(file.read_bytes()[:-10] if damage is None else damage)
-    assert stored_pixels(clip, images_of(data), ROOM) is None
+    with pytest.warns(MergecliWarning, match="; its images are decoded again$"):
+        assert stored_pixels(clip, images_of(data), ROOM) is None
     assert torch.equal(cached_pixels(clip, images_of(data), ROOM).batch(0, 12), want)
+
+
+def test_images_that_are_damaged_in_the_cache_are_decoded_again_when_they_are_used(clip, data, home):
+    images = images_of(data)
+    want = cached_pixels(clip, images, ROOM).batch(0, 12).clone()
+    (file,) = files(home)
+    start = len(file.read_bytes()) - want.numel()
+    flip(file, 8 * (start + want[0].numel() * 5 + 3))
+    found = cached_pixels(clip, images, ROOM)
+    with pytest.warns(MergecliWarning) as notes:
+        assert torch.equal(torch.cat([batch for batch, _ in found.batches(5)]), want)
+    assert [str(each.message) for each in notes] == [
+        f"{file}: is damaged: `pixels` is not what was written; its images are decoded again"
+    ]
+    assert files(home) == []
+    assert torch.equal(cached_pixels(clip, images, ROOM).batch(0, 12), want)
+    assert files(home) == [file]
 
 
 def test_what_was_used_longest_ago_goes_first(clip, data, home):

@@ -6,24 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
-import pytest
-
-from mergecli import methods
-from tests.conftest import Run
-
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"^\s*mergecli ([a-z-]+)", README, re.MULTILINE)))
-
-
-def test_the_readme_shows_every_command() -> None:
-    from mergecli.cli import COMMANDS as known
-
-    assert set(known) <= set(COMMANDS)
-
-
-def test_the_readme_names_every_method() -> None:
-    assert [name for name in methods.names() if f"`{name}`" not in README] == []
 
 
 def test_the_readme_names_every_target_of_the_makefile_it_uses() -> None:
@@ -38,16 +22,6 @@ def test_make_lists_its_targets() -> None:
     )
     assert "demo" in done.stdout
     assert "test" in done.stdout
-
-
-@pytest.mark.parametrize(
-    "line", sorted(set(re.findall(r"^\s*(mergecli [a-z][^\n#]*)", README, re.MULTILINE)))
-)
-def test_every_option_in_the_readme_exists(line: str, run: Run) -> None:
-    command = line.split()[1]
-    shown = run(command, "--help").out
-    for option in re.findall(r"(?<=\s)--[a-z-]+", line):
-        assert option in shown, f"`{option}` is no option of `{command}`"
 
 
 def test_the_changelog_has_an_unreleased_part_on_top() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from types import ModuleType
 
 import pytest
 
 from mergecli import methods
+from mergecli.methods import PerTensor
+from mergecli.runtime.errors import UsageError
 
 REQUIRED: dict[str, dict[str, object]] = {"weighted_average": {"weights": [1.0]}}
 NUMBERS = [
@@ -23,7 +27,7 @@ def test_a_method_says_what_it_is_where_it_comes_from_and_what_each_setting_mean
     assert "theta" in (method.__doc__ or ""), "the docstring is the equation"
     assert method.title[0].islower()
     assert not method.title.endswith(".")
-    assert "arXiv" in method.paper
+    assert method.paper == "none" or "arXiv" in method.paper
     for setting in methods.settings(name).values():
         assert setting.documentation, f"`{setting.name}` has no documentation"
         assert setting.required or setting.default is None or not setting.problem(setting.default), (
@@ -52,3 +56,16 @@ def test_a_whole_number_for_a_setting_that_may_be_another_is_held_as_a_float(nam
     held = getattr(method, key) if several else [getattr(method, key)]
     assert [type(each) for each in held] == [float] * len(held)
     assert list(held) == (given if several else [given])
+
+
+def test_a_method_file_that_is_not_complete_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = ModuleType("mergecli.methods.half")
+    monkeypatch.setitem(sys.modules, file.__name__, file)
+    monkeypatch.setattr(methods, "names", lambda: ["half"])
+    with pytest.raises(UsageError) as none:
+        methods.find("half")
+    assert none.value.message == "mergecli/methods/half.py: expected one class that is a method, got 0"
+    file.Half = type("Half", (PerTensor,), {"__module__": file.__name__})  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(UsageError) as lacking:
+        methods.find("half")
+    assert lacking.value.message == "mergecli/methods/half.py: `Half` lacks `title` and `paper`"

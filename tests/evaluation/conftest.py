@@ -42,21 +42,18 @@ def quiet_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 @pytest.fixture(scope="package")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two CLIPs (`base` and `other`), the second's tower, its task vector, two tasks, and a recipe that merges
+    """A folder with two CLIPs (`base` and `other`) of one text tower, the second's vision tower, its task vector, two tasks, and a recipe that merges
     two fine-tuned towers, one for each task."""
     folder = tmp_path_factory.mktemp("evaluation")
     make_tiny_clip(folder / "base")
     make_tiny_clip(folder / "other", seed=1)
     make_image_task(folder / "tints")
     make_image_task(folder / "more", test=20, seed=1)
+    whole = {name: load_file(folder / name / "model.safetensors") for name in ("base", "other")}
     base, other = (
-        {
-            k: v
-            for k, v in load_file(folder / name / "model.safetensors").items()
-            if k.startswith("vision_model.")
-        }
-        for name in ("base", "other")
+        {k: v for k, v in each.items() if k.startswith("vision_model.")} for each in whole.values()
     )
+    save_file(whole["base"] | other, folder / "other" / "model.safetensors", {"format": "pt"})
     save_file(other, folder / "tower.safetensors", {"kind": "checkpoint", "method": "ties"})
     vector = {name: other[name] - base[name] for name in base}
     save_file(vector, folder / "vector.safetensors", {"kind": TASK_VECTOR})

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mergecli.merging.merge import merge
 from mergecli.runtime.errors import InputError, UsageError
-from tests.conftest import Run, World
+from tests.conftest import Run, World, assert_same
 
 
 def test_missing_extra_and_reshaped_tensors_are_all_listed(world: World, run: Run) -> None:
@@ -92,3 +92,49 @@ def test_nothing_to_merge_and_no_base_are_said(world: World) -> None:
         merge(world.files, method="ties", output=world.folder / "m.safetensors")
     with pytest.raises(UsageError, match="no method is named"):
         merge(world.files, base=world.base_file, output=world.folder / "m.safetensors")
+
+
+def test_a_head_that_every_model_has_is_named_once_and_left_out_when_asked_for(
+    world: World, run: Run
+) -> None:
+    plain = run("merge", "--base", "base.safetensors", "t1.safetensors", "t2.safetensors",
+                "--method", "task_arithmetic", "-o", "plain.safetensors")  # fmt: skip
+    for number, name in enumerate(("t1", "t2")):
+        head = {"classifier.weight": torch.ones(3 + number, 5), "classifier.bias": torch.ones(3 + number)}
+        save_file(world.tuned[name] | head, world.files[name])
+    command = ["merge", "--base", "base.safetensors", "t1.safetensors", "t2.safetensors", "--method",
+               "task_arithmetic", "-o", "m.safetensors"]  # fmt: skip
+    ended = run(*command)
+    assert (plain.status, ended.status) == (0, 3)
+    assert ended.err.splitlines() == [
+        "error: the checkpoints do not fit together:",
+        "  every model has what the base has not, such as a head of its own: `classifier.bias`, `classifier.weight`",
+        'hint: `leave_out = ["classifier."]` in the recipe, or with `--set`, reads the models without them',
+    ]
+    assert run(*command, "--set", 'leave_out=["classifier."]').status == 0
+    assert_same(load_file(world.folder / "m.safetensors"), load_file(world.folder / "plain.safetensors"))
+
+
+def test_batches_that_normalization_has_seen_are_the_base_s(world: World) -> None:
+    counter = "bn.num_batches_tracked"
+    save_file(world.base | {counter: torch.tensor(7)}, world.base_file)
+    save_file(world.tuned["t1"] | {counter: torch.tensor(900)}, world.files["t1"])
+    save_file(world.tuned["t2"] | {counter: torch.tensor([8], dtype=torch.int32)}, world.files["t2"])
+    merge(world.files, base=world.base_file, method="average", output=world.folder / "m.safetensors")
+    assert load_file(world.folder / "m.safetensors")[counter].equal(torch.tensor(7))
+
+
+@pytest.mark.parametrize("lead", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_of_torch_in_every_name_are_read_through(world: World, lead: str) -> None:
+    merge(world.files, base=world.base_file, method="ties", output=world.folder / "plain.safetensors")
+    save_file({lead + name: each for name, each in world.tuned["t2"].items()}, world.files["t2"])
+    merge(world.files, base=world.base_file, method="ties", output=world.folder / "m.safetensors")
+    assert_same(load_file(world.folder / "m.safetensors"), load_file(world.folder / "plain.safetensors"))
+
+
+def test_names_after_a_beginning_of_their_own_are_said(world: World) -> None:
+    save_file({f"net.{name}": each for name, each in world.tuned["t2"].items()}, world.files["t2"])
+    with pytest.raises(
+        InputError, match=r"hint: .*t2.safetensors has the names of the others after `net.`: save its tensors"
+    ):
+        merge(world.files, base=world.base_file, method="average", output=world.folder / "m.safetensors")

@@ -124,7 +124,10 @@ def test_an_index_that_names_no_files_is_refused(tmp_path: Path, run: Run, weigh
 
 def test_a_named_pipe_is_no_checkpoint(tmp_path: Path, run: Run) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert run("info", "pipe").err == "error: pipe: is not a file\n"
+    assert run("info", "pipe").err == (
+        "error: pipe: is a pipe, a file was expected\n"
+        "hint: tensors are read from many places of a file: copy them to a file, and name that\n"
+    )
 
 
 def test_a_report_never_replaces_a_result_and_writes_all_or_nothing(tmp_path: Path, run: Run) -> None:

@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from mergecli.formats.convert import convert, is_pickled, needs_conversion
 from mergecli.runtime.errors import InputError, UsageError
-from tests.conftest import Weights, assert_same
+from tests.conftest import Run, Weights, assert_same
 from tests.support.tiny_clip import make_tiny_clip
 
 BLOCK = {
@@ -326,7 +328,7 @@ def test_code_in_a_pickle_never_runs(
     file = saved(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     error = refused(file)
     assert f"`{os.mkdir.__module__}.mkdir`" in error.message
-    assert "state_dict()" in error.hint
+    assert "if isinstance(each, torch.Tensor)}, NEW)`" in error.hint
     assert not (tmp_path / "evil").exists()
     torch.load(file, weights_only=False)  # noqa: TID251
     assert (tmp_path / "evil").exists()  # so the file is what it is meant to be
@@ -426,3 +428,103 @@ def test_a_missing_file_and_a_folder_of_several_are_told(tmp_path: Path) -> None
     for name in ("a.pt", "b.pt"):
         saved({"a": torch.ones(1)}, tmp_path / name)
     assert "has 2 pickled files: `a.pt`, `b.pt`" in refused(tmp_path).message
+
+
+MODULE = nn.Linear(2, 2)
+LOAD = "torch.load(OLD, weights_only=False)"
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("content", "saves"),
+    [
+        (MODULE, ""),
+        ({"model": MODULE.state_dict(), "args": Namespace(lr=1)}, '["model"]'),
+        ({"epoch": 1, "state_dict": MODULE}, '["state_dict"]'),
+        ({"w": torch.ones(2), "args": Namespace(lr=1)}, "isinstance(each, torch.Tensor)"),
+        (OrderedDict(w=torch.ones(2), args=Namespace(lr=1)), "isinstance(each, torch.Tensor)"),
+        ({"w": np.ones(3)}, "torch.as_tensor(each)"),
+    ],
+    ids=["module", "state dict inside", "module inside", "dictionary", "ordered", "numpy"],
+)
+def test_the_hint_saves_what_the_pickle_holds(
+    tmp_path: Path, content: object, saves: str, zipped: bool
+) -> None:
+    """The hint's own code, run by hand, makes a file that is read."""
+    file = saved(content, tmp_path / "old.pt", _use_new_zipfile_serialization=zipped)
+    hint = refused(file).hint
+    assert saves in hint
+    code = hint.partition("`")[2].partition("`")[0]
+    if "is a module" in hint and not isinstance(next(iter(content.values())), dict):  # type: ignore[attr-defined]
+        code = code.replace('"]', '"].state_dict()')
+    new = tmp_path / "new.pt"
+    exec(code, {"torch": torch, "OLD": file, "NEW": new})
+    assert converted(new)
+
+
+@pytest.mark.parametrize(
+    ("content", "path"),
+    [
+        ({"net": {"w": torch.ones(2)}}, '["net"]'),
+        ({"state_dict": {"model": {"w": torch.ones(2)}}, "epoch": 3}, '["state_dict"]["model"]'),
+        ({"runs": {3: {"w": torch.ones(2)}}}, '["runs"][3]'),
+    ],
+)
+def test_a_dictionary_further_inside_is_pointed_at(tmp_path: Path, content: object, path: str) -> None:
+    file = saved(content, tmp_path / "old.pt")
+    assert (
+        refused(file).hint
+        == f"`torch.save(torch.load(OLD){path}, NEW)` saves those that it has further inside"
+    )
+    exec(f"torch.save(torch.load(OLD){path}, NEW)", {"torch": torch, "OLD": file, "NEW": tmp_path / "new.pt"})
+    assert_same(converted(tmp_path / "new.pt"), {"w": torch.ones(2)})
+
+
+@pytest.mark.parametrize("prefix", ["", "model.clip."])
+def test_safetensors_with_names_of_open_clip_are_read_as_their_conversion_once_there_is_one(
+    tmp_path: Path, clip: Path, run: Run, prefix: str
+) -> None:
+    ours = load_file(clip / "model.safetensors")
+    save_file(
+        {name: each.contiguous() for name, each in as_open_clip(ours, prefix).items()},
+        tmp_path / "a.safetensors",
+    )
+    command = ["merge", "--base", clip, "a.safetensors", "--method", "task_arithmetic", "-o", "m.safetensors"]
+    before = run(*command)
+    assert before.status == 3
+    assert before.err.splitlines()[-1] == (
+        "hint: a.safetensors has open_clip's names: `mergecli fetch a.safetensors` rewrites it once, and from then on "
+        "that is read in its place"
+    )
+    assert run("fetch", "a.safetensors").status == 0
+    assert run(*command).status == 0
+    tower = {name: each for name, each in ours.items() if name.startswith("vision_model.")}
+    assert_same(load_file(tmp_path / "m.safetensors"), tower)
+    assert "whole CLIP" in run("info", "a.safetensors").out
+
+
+@pytest.mark.parametrize(
+    "lead", ["module.", "model.", "_orig_mod.", "backbone.", "clip.", "module.model.clip."]
+)
+def test_a_wrapped_clip_is_read_as_it_is(tmp_path: Path, clip: Path, run: Run, lead: str) -> None:
+    ours = load_file(clip / "model.safetensors")
+    save_file({lead + name: each for name, each in ours.items()}, tmp_path / "a.safetensors")
+    ended = run(
+        "merge", "--base", clip, "a.safetensors", "--method", "task_arithmetic", "-o", "m.safetensors"
+    )
+    assert (ended.status, ended.err) == (0, "")
+    tower = {name: each for name, each in ours.items() if name.startswith("vision_model.")}
+    assert_same(load_file(tmp_path / "m.safetensors"), tower)
+
+
+def test_two_towers_in_one_file_are_named(tmp_path: Path, clip: Path, run: Run) -> None:
+    ours = load_file(clip / "model.safetensors")
+    twice = {lead + name: each.clone() for lead in ("ema.", "model.") for name, each in ours.items()}
+    save_file(twice, tmp_path / "a.safetensors")
+    ended = run(
+        "merge", "--base", clip, "a.safetensors", "--method", "task_arithmetic", "-o", "m.safetensors"
+    )
+    assert ended.status == 3
+    assert ended.err.splitlines()[-1] == (
+        "hint: a.safetensors holds 2 vision towers, under `ema.`, `model.`: save the one that is meant alone"
+    )

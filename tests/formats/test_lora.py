@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from mergecli.formats import info as inspection
+from mergecli.formats import lora_config
 from mergecli.formats.lora_files import is_adapter
 from mergecli.formats.opening import open_source
 from mergecli.merging import merge as engine
@@ -551,3 +553,53 @@ def test_a_number_that_is_not_finite_is_told_with_the_tensor(
     with pytest.raises(InputError, match=r"adapter: a: `vision_model.encoder.layers.0.*` has NaN"):
         merge({"a": adapter}, base=base, method="average", output=tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "(.|..)+[!?]"},
+        {"target_modules": ["q_proj"], "exclude_modules": "(.|..)+[!?]"},
+        {"target_modules": ["q_proj"], "modules_to_save": ["(.|..)+[!?]"]},
+        {"target_modules": ["q_proj"], "rank_pattern": {"(.|..)+[!?]": 4}},
+        {"target_modules": ["q_proj"], "alpha_pattern": {"(.|..)+[!?]": 4}},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["(.|..)+[!?]"]},
+    ],
+    ids=lambda settings: next(reversed(settings)),
+)
+def test_an_expression_that_never_ends_is_refused_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    folder = write_adapter(tmp_path / "a", **{**PLAIN, "target_modules": ["q_proj"]})
+    monkeypatch.setattr(lora_config, "SECONDS", 0.2)
+    configure(folder, **settings)
+    if "target_modules" in settings and len(settings) == 1:
+        rewrite(
+            folder, lambda old: {name.replace("q_proj", "a" * 60 + "b"): each for name, each in old.items()}
+        )
+    begun = time.monotonic()
+    with pytest.raises(
+        InputError, match=r"a regular expression takes too long: `.*` on `.*`\nhint: write the names"
+    ):
+        read(write_tower(tmp_path / "base.safetensors"), folder)
+    assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": "(" * 3000}, {"exclude_modules": "a{99999999999999}"}]
+)
+def test_an_expression_that_is_none_is_named(tmp_path: Path, settings: dict[str, Any]) -> None:
+    folder = write_adapter(tmp_path / "a", **{**PLAIN, "target_modules": ["q_proj"]})
+    configure(folder, **settings)
+    with pytest.raises(InputError, match=r"is damaged:\n  `\w+`: expected a regular expression \("):
+        read(write_tower(tmp_path / "base.safetensors"), folder)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [r"(?i).*Layers\.1.*\.K_PROJ", r"^(?!.*layers\.0).*k_proj$", r"(?:.*\.)+1\.self_attn\.(?P<which>k_proj)"],
+)
+def test_expressions_of_every_kind_mean_what_they_mean_to_peft(tmp_path: Path, expression: str) -> None:
+    folder = write_adapter(tmp_path / "a", **{**PLAIN, "target_modules": expression})
+    got = read(write_tower(tmp_path / "base.safetensors"), folder)
+    assert_same(got, merged_by_peft(folder), atol=1e-5)

@@ -57,8 +57,8 @@ def test_programs_get_both_ends_of_an_interval_in_columns_of_their_own() -> None
 
 
 def test_no_number_is_minus_nothing() -> None:
-    assert Column("x", "points").shown(-0.0001) == "+0.0"
-    assert Column("x", "percent").shown(-0.0001) == "0.0"
+    assert Column("x", "points").text(-0.0001) == "+0.0"
+    assert Column("x", "percent").text(-0.0001) == "0.0"
 
 
 def test_transposed_columns_become_rows_and_cells_keep_their_units() -> None:

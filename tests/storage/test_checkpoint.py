@@ -86,6 +86,53 @@ def test_keys_of_a_flat_vision_tower_get_their_prefix_and_position_ids_are_left_
     assert set(canonical_names([*prefixed, "vision_model.embeddings.position_ids"]).values()) == prefixed
 
 
+@pytest.mark.parametrize(
+    "lead",
+    [
+        "module.",
+        "model.",
+        "wrapper._orig_mod.",
+        "backbone.",
+        "clip.",
+        "module.model.clip.",
+        "image_encoder.model.",
+        "net.0.",
+    ],
+)
+@pytest.mark.parametrize("inner", ["", "vision_model."])
+def test_a_tower_inside_of_any_module_gets_its_own_names(lead: str, inner: str) -> None:
+    other = f"{lead}text_model.x" if inner else "classifier.weight"
+    got = canonical_names([*(lead + inner + name for name in TOWER), other])
+    assert list(got.values()) == [
+        *(f"vision_model.{name}" for name in TOWER), "text_model.x" if inner else "classifier.weight",
+    ]  # fmt: skip
+
+
+def test_wrappers_of_torch_are_taken_out_wherever_they_stand() -> None:
+    names = [
+        "layers.0._orig_mod.fc.weight",
+        "_fsdp_wrapped_module.layers.1._checkpoint_wrapped_module.fc.weight",
+    ]
+    assert list(canonical_names(names).values()) == ["layers.0.fc.weight", "layers.1.fc.weight"]
+    assert list(canonical_names(["a_orig_mod.x", "module.y"]).values()) == ["a_orig_mod.x", "module.y"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [
+            *(f"student.vision_model.{name}" for name in TOWER),
+            *(f"teacher.vision_model.{name}" for name in TOWER),
+        ],
+        ["x.weight", "_orig_mod.x.weight"],
+        [*(f"model.vision_model.{name}" for name in TOWER), "logit_scale", "model.logit_scale"],
+    ],
+    ids=["two towers", "two of one name", "two scales"],
+)
+def test_names_stay_where_two_tensors_would_become_one(names: list[str]) -> None:
+    assert canonical_names(names) == {name: name for name in names}
+
+
 def test_keys_of_any_other_architecture_stay_as_they_are() -> None:
     names = ["model.embed_tokens.weight", "encoder.layers.0.weight"]
     assert canonical_names(names) == {name: name for name in names}
@@ -111,3 +158,11 @@ def test_two_shards_with_one_tensor_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="`x` stand in more than one shard"):
         open_checkpoint(tmp_path)
+
+
+def test_what_was_learned_of_a_tower_keeps_its_names(tmp_path: Path) -> None:
+    names = [f"logits.vision_model.{name}" for name in TOWER]
+    for metadata, want in (({"mergecli": "1"}, "logits.vision_model."), ({}, "vision_model.")):
+        save_file({name: torch.ones(2) for name in names}, tmp_path / "x.safetensors", metadata)
+        with open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
+            assert all(name.startswith(want) for name in checkpoint.entries)

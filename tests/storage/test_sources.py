@@ -67,3 +67,38 @@ def test_two_models_of_one_name_are_refused() -> None:
         match=r"two models are called `a`: x/a.safetensors and y/a.safetensors\nhint: write `NAME=PATH`",
     ):
         named_sources(["x/a.safetensors", "y/a.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "source"),
+    [
+        ("epoch=3-step=1000.safetensors", "epoch=3-step=1000", "epoch=3-step=1000.safetensors"),
+        ("runs/epoch=3-step=1000.safetensors", "epoch=3-step=1000", "runs/epoch=3-step=1000.safetensors"),
+        ("last=epoch=3-step=1000.safetensors", "last", "epoch=3-step=1000.safetensors"),
+        ("epoch=4.safetensors", "epoch", "4.safetensors"),
+        ("lr=0.1", "lr=0.1", "lr=0.1"),
+        ("mix=1.safetensors#sun", "mix=1-sun", "mix=1.safetensors#sun"),
+    ],
+    ids=["a file", "in a folder", "named", "no such file", "a folder", "of a task"],
+)
+def test_an_equals_sign_in_the_name_of_a_file_that_is_there_gives_no_name(
+    tmp_path: Path, argument: str, name: str, source: str
+) -> None:
+    for file in ("epoch=3-step=1000.safetensors", "mix=1.safetensors"):
+        (tmp_path / file).touch()
+    (tmp_path / "lr=0.1").mkdir()
+    assert named_sources([argument]) == {name: source}
+
+
+def test_an_argument_that_is_a_file_and_names_another_one_is_refused(tmp_path: Path) -> None:
+    for file in ("a=b.safetensors", "b.safetensors"):
+        (tmp_path / file).touch()
+    with pytest.raises(UsageError) as caught:
+        named_sources(["a=b.safetensors"])
+    assert str(caught.value) == (
+        "`a=b.safetensors`: is a file, and so is b.safetensors\n"
+        "hint: write `./a=b.safetensors` for the first, `a=./b.safetensors` for the second"
+    )
+    assert named_sources(["./a=b.safetensors", "a=./b.safetensors"]) == {
+        "a=b": "./a=b.safetensors", "a": "./b.safetensors",
+    }  # fmt: skip

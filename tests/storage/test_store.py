@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -57,9 +58,8 @@ def test_the_manifest_says_what_is_there_and_damage_is_an_error(tmp_path: Path) 
     manifest = {"files": files, "listing": [{"path": "a.bin", "size": 3}], "converted_from": None}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     assert store.manifest(source, commit).files == {"a.bin": StoredFile("a.bin", 3, "f" * 64)}
-    assert store.has(source, commit, RemoteFile("a.bin", 3))
-    assert not store.has(source, commit, RemoteFile("a.bin", 3, "e" * 64))
-    assert not store.has(source, commit, RemoteFile("a.bin", 4))
+    others = [RemoteFile("a.bin", 3, "e" * 64), RemoteFile("a.bin", 4), RemoteFile("b.bin", 3)]
+    assert list(store.missing(source, commit, [RemoteFile("a.bin", 3), *others])) == others
     (folder / MANIFEST).write_text("{}")
     with pytest.raises(InputError, match=r"\.mergecli\.json: is damaged"):
         store.manifest(source, commit)
@@ -81,3 +81,53 @@ def test_a_commit_that_is_not_as_it_was_fetched_is_refused_and_one_put_there_by_
         locate(source)
     (folder / MANIFEST).write_text('{"of": "another version"}')
     assert locate(source) == folder
+
+
+def fetched(home: Path, files: dict[str, bytes], made_from: dict[str, str] | None = None) -> Path:
+    """A commit in the store with these files, `hf:org/x`."""
+    source, commit = parse_source("hf:org/x", Path()), "0" * 40
+    folder = Store(home).folder(source, commit)
+    folder.mkdir(parents=True)
+    Store(home).reference_file(source).parent.mkdir()
+    Store(home).reference_file(source).write_text(commit)
+    facts: dict[str, dict[str, object]] = {}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        facts[name] = {"size": len(content), "sha256": digest, "made_from": (made_from or {}).get(name)}
+    (folder / MANIFEST).write_text(json.dumps({"files": facts, "listing": None, "converted_from": None}))
+    return folder
+
+
+def test_a_pickle_is_never_taken_for_another_file_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.pt").write_bytes(b"pickle")
+    (tmp_path / "m.safetensors").write_bytes(b"another model")
+    assert locate(parse_source("m.pt", tmp_path)) == tmp_path / "m.pt"
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "home"))
+    folder = fetched(tmp_path / "home", {"m.pt": b"pickle", "m.safetensors": b"another model"})
+    assert locate(parse_source("hf:org/x#m.pt", Path())) == folder / "m.pt"
+
+
+def test_a_fetched_pickle_is_read_as_what_was_made_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path))
+    files = {"m.pt": b"pickle", "m.safetensors": b"another model", "m.pt.safetensors": b"weights"}
+    folder = fetched(tmp_path, files, {"m.pt.safetensors": "m.pt"})
+    assert locate(parse_source("hf:org/x#m.pt", Path())) == folder / "m.pt.safetensors"
+
+
+def test_a_fetched_configuration_that_has_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path))
+    folder = fetched(tmp_path, {"config.json": b'{"hidden_act": "gelu"}', "model.safetensors": b"weights"})
+    assert locate(parse_source("hf:org/x", Path())) == folder
+    (folder / "config.json").write_bytes(b'{"hidden_act": "relu"}')
+    with pytest.raises(InputError) as caught:
+        locate(parse_source("hf:org/x", Path()))
+    assert str(caught.value) == (
+        f"hf:org/x: `config.json` in {folder} is damaged\nhint: delete that folder and fetch again"
+    )

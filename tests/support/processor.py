@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from mergecli.clip.model import Clip, load_clip
+from mergecli.clip.model import Clip
+from mergecli.clip.processor import read_processor
 
 
 def pixel_values(clip: Clip, images: Sequence[Image]) -> Tensor:
@@ -24,4 +26,4 @@ def configured(clip: Clip, folder: Path, **given: object) -> Clip:
     shutil.copytree(clip.path, folder)
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | given))
-    return load_clip(folder)
+    return replace(clip, path=folder, processor=read_processor(folder))

@@ -247,7 +247,7 @@ def test_adapters_that_cannot_be_are_refused(recipe: Recipe, tmp_path: Path) -> 
         train(recipe, tmp_path / "a.safetensors")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "model.safetensors").touch()
-    with pytest.raises(UsageError, match=r"has a `model\.safetensors`, which would be read in its place"):
+    with pytest.raises(UsageError, match=r"has a `model\.safetensors`, which would be read instead"):
         train(recipe, tmp_path / "full")
     assert not (tmp_path / "a").exists()
 

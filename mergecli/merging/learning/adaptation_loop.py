@@ -16,11 +16,13 @@ from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import Ranks, is_first
 from mergecli.runtime.errors import InputError
 from mergecli.runtime.progress import Progress
-from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.storage.cache import kept
 from mergecli.storage.metadata import about
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mergecli.storage.checkpoint import Checkpoint
 
 SAVE_EVERY = 60.0
 """Seconds, at least, between two states that are saved: a run that is killed does about so many again."""
@@ -97,7 +99,7 @@ class LoopState:
             return
         tensors = {f"state.{name}": each for name, each in self.state.items() if not name.startswith(UNSAVED)}
         tensors = {name: each.cpu().contiguous() for name, each in {**tensors, **self.trace(1)}.items()}
-        save_tensors(tensors, self.path, about("adaptation state", key=self.key))
+        save_tensors(tensors, self.path, about("adaptation state", key=self.key), checked=True)
         self._saved = self.step
 
     def load(self, ranks: Ranks, tasks: int, traced: int) -> None:
@@ -133,13 +135,13 @@ class LoopState:
     def _stored(self) -> State | None:
         """The tensors of the file; None if no file is there that is whole and of the same work."""
         wanted = {f"state.{name}" for name in self.state} | self.trace(1).keys()
-        try:
-            with open_checkpoint(self.path) as stored:
-                if stored.metadata.get("key") != self.key or set(stored.entries) != wanted:
-                    return None
-                return {name: stored.read(name) for name in stored.entries}
-        except InputError:
-            return None
+
+        def read(stored: Checkpoint) -> State | None:
+            if stored.metadata.get("key") != self.key or set(stored.entries) != wanted:
+                return None
+            return {name: stored.read(name) for name in stored.entries}
+
+        return kept(self.path, "the adaptation starts", read)
 
 
 def adapt(

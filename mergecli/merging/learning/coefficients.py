@@ -69,6 +69,8 @@ def coefficients(
     tower = None if merged is None else _reader(merged, models)
     learned, _ = _checked(stored, used, models, tower)
     if is_first():
+        if files.save_coefficients is not None:
+            stored.digest()  # which looks at all of it: a damaged file is not copied
         share(path, trace_table(learned, used, json_field(stored, "adapted_on")), files)
     kept = {TITLES["merged_tower"]: merged} if merged else {}
     facts = {"adapted_on": stored.metadata["adapted_on"]}
@@ -126,12 +128,12 @@ def _write(path: Path, work: LearningWork, tensors: State) -> None:
         tasks=json.dumps(list(models.tuned)), settings_table=json.dumps(settings), seed=str(recipe.seed),
         adapted_on=json.dumps(work.looked_at), **({"tensors": json.dumps(models.floats)} if method.lists_tensors else {}),
     )  # fmt: skip
-    save_tensors({key: each.contiguous() for key, each in tensors.items()}, path, metadata)
+    save_tensors({key: each.contiguous() for key, each in tensors.items()}, path, metadata, checked=True)
 
 
 def _like(path: Path, method: Learner, models: Models) -> State:
     """What the method would learn, taken from a file that differs only in settings that the learning does not read."""
-    with open_checkpoint(path) as stored:
+    with open_checkpoint(path, checked=True) as stored:
         _, renewed = _checked(stored, method, models)
         return {key: stored.read(key) for key in stored.entries} | renewed
 

@@ -17,7 +17,7 @@ from mergecli.methods._learned import Learner
 from mergecli.methods._settings import frozen
 from mergecli.recipe.schema import Recipe
 from mergecli.results.tables import Table
-from mergecli.runtime.errors import InputError, UsageError, listed, quoted, shown
+from mergecli.runtime.errors import InputError, UsageError, listed, quoted, toml_text
 from mergecli.storage.atomic import check_target, check_targets, refuse_inputs, whole_file, write_text
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences
@@ -105,6 +105,7 @@ class LearningFiles:
 
 KIND = "coefficients"
 """The `kind` in the metadata of the files."""
+CURE = "learn it again: merge without this file, with `--save-coefficients`"
 
 
 def read_learned(
@@ -126,10 +127,11 @@ def read_learned(
         UsageError: the file is of another method, or of other settings than the recipe's.
         InputError: it is of other tasks, is damaged, or is no such file.
     """
-    stored = stack.enter_context(open_checkpoint(path))
+    stored = stack.enter_context(open_checkpoint(path, cure=CURE))
     name, metadata = methods.name_of(method), stored.metadata
     if metadata.get("kind") != KIND:
         raise InputError(f"{path}: holds no coefficients", "expected a file that `--save-coefficients` wrote")
+    stored.expect_checksums(CURE)
     if metadata.get("method") != name:
         raise UsageError(
             f"{path}: was learned by `{metadata.get('method')}`, the recipe's method is `{name}`"
@@ -146,8 +148,8 @@ def read_learned(
     free = {*ours, *from_file, *method.not_recorded}
     given = {key: frozen(value) for key, value in recipe.settings.items() if key not in free}
     if differing := [key for key, value in given.items() if frozen(settings.get(key)) != value]:
-        learned = ", ".join(f"`{key} = {shown(settings.get(key))}`" for key in differing)
-        wanted = ", ".join(f"`{shown(given[key])}`" for key in differing)
+        learned = ", ".join(f"`{key} = {toml_text(settings.get(key))}`" for key in differing)
+        wanted = ", ".join(f"`{toml_text(given[key])}`" for key in differing)
         raise UsageError(
             f"{path}: was learned with {learned}, the recipe says {wanted}",
             "leave the setting out, or learn again without `--coefficients`",

@@ -10,7 +10,7 @@ from pathlib import Path
 from mergecli import methods
 from mergecli.formats.mixture import mixture_of
 from mergecli.formats.opening import open_source
-from mergecli.merging.learning.files import KIND, expect, finite, json_field
+from mergecli.merging.learning.files import CURE, KIND, expect, finite, json_field
 from mergecli.merging.models import Models, check_fit
 from mergecli.methods._concrete_masks import logits_key, mask_shapes
 from mergecli.methods._learned import Learner, Need
@@ -73,7 +73,7 @@ def _merged_tower(name: str, models: Models, recipe: Recipe, stack: ExitStack) -
 
 
 def _masks(name: str, models: Models, stack: ExitStack) -> Checkpoint:
-    stored = stack.enter_context(open_checkpoint(locate(parse_source(name, Path()))))
+    stored = stack.enter_context(open_checkpoint(locate(parse_source(name, Path())), cure=CURE))
     path, learned_by = stored.path, stored.metadata.get("method", "")
     if stored.metadata.get("kind") != KIND or not _gives_masks(learned_by):
         able = [each for each in methods.names() if _gives_masks(each)]
@@ -81,6 +81,7 @@ def _masks(name: str, models: Models, stack: ExitStack) -> Checkpoint:
             f"{path}: holds no masks",
             f"expected what {quoted(able)} learned, as `--save-coefficients` writes it",
         )
+    stored.expect_checksums(CURE)
     if json_field(stored, "tasks") != list(models.tuned):
         raise InputError(f"{path}: holds masks for other models", f"these are {quoted(models.tuned)}")
     origin = inputs_of(stored.metadata)

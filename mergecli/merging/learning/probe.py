@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from mergecli.clip.pixels import batches
+from mergecli.formats.opening import model_path
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError
 from mergecli.storage.atomic import write_errors
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.safetensors_format import bytes_of
 from mergecli.storage.safetensors_writer import SafetensorsWriter
-from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
@@ -42,7 +42,7 @@ class StatisticsRun:
 
         assert recipe.base is not None
         self._method, self._models, self._seed = method, models, recipe.seed
-        self._clip: Clip = load_clip(locate(recipe.base))
+        self._clip: Clip = load_clip(model_path(recipe.base))
         for each in models.tuned.values():
             check_tower(self._clip, each)
         self._clip.model.to(models.device)
@@ -73,7 +73,7 @@ class StatisticsRun:
                 progress(f"{title}: measuring", done, total)
 
         with ExitStack() as stack:
-            writer = stack.enter_context(SafetensorsWriter(path, layout, metadata))
+            writer = stack.enter_context(SafetensorsWriter(path, layout, metadata, checked=True))
             measured = stack.enter_context(closing(self._measured(tasks, path.parent, report)))
             for name, value in measured:
                 if not bool(value.isfinite().all()):

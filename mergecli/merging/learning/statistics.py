@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
+from mergecli.formats.opening import model_path
 from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
 from mergecli.merging.learning.files import Learned, LearningFiles
 from mergecli.merging.merge_target import MergeTarget
@@ -19,11 +20,11 @@ from mergecli.merging.models import Models
 from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.distributed import is_first, join, wait
-from mergecli.runtime.errors import InputError, listed, shown
+from mergecli.runtime.errors import InputError, listed, toml_text
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences
 from mergecli.storage.metadata import about, table_differences
-from mergecli.storage.store import home, locate
+from mergecli.storage.store import home
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 KIND = "statistics"
 """The `kind` in the metadata of the files."""
+_CURE = "delete it, then it is measured again"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class StoredStatistics:
         if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
             raise InputError(
                 f"{stored.path}: is damaged: `{name}` has NaN or infinity",
-                "delete it, then it is measured again",
+                _CURE,
             )
         return values.to(self.device)
 
@@ -115,7 +117,7 @@ def files_for(
     if method.shuffle:
         settings["seed"] = recipe.seed
     common: dict[str, Any] = {"method": name, "settings": settings}
-    common["clip"] = surroundings(locate(recipe.base), head=method.needs_head)
+    common["clip"] = surroundings(model_path(recipe.base), head=method.needs_head)
     found: list[StatisticsFile] = []
     for tasks in [tuple(models.tuned)] if method.joint else [(task,) for task in models.tuned]:
         title = name if method.joint else tasks[0]
@@ -169,7 +171,7 @@ def measure_missing(
 
 def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpoint:
     """The file, known to be whole and measured on these models and images with these settings."""
-    stored = open_checkpoint(file.path)
+    stored = open_checkpoint(file.path, cure=_CURE)
     try:
         _check(stored, file, models, method)
     except BaseException:
@@ -181,13 +183,14 @@ def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpo
 def _check(stored: Checkpoint, file: StatisticsFile, models: Models, method: Calibrated) -> None:
     if stored.metadata.get("kind") != KIND:
         raise InputError(f"{file.path}: are no statistics", "name a folder of its own for statistics")
+    stored.expect_checksums(_CURE)
     try:
         found = {key: json.loads(stored.metadata[key]) for key in ("inputs", "measured")}
     except (KeyError, ValueError, RecursionError) as error:
         raise InputError(f"{file.path}: does not say what it was measured on", "delete it") from error
     wanted = json.loads(json.dumps({"inputs": file.inputs, "measured": file.measured}))
     wrong = [
-        f"`{key}`: it was measured on {'nothing' if before is None else shown(before)}, wanted is {shown(after)}"
+        f"`{key}`: it was measured on {'nothing' if before is None else toml_text(before)}, wanted is {toml_text(after)}"
         for key, before, after in table_differences(found, wanted, only_new=True)
     ]
     layout = {name: Form(shape, dtype) for name, (dtype, shape) in method.layout(models.shapes).items()}

@@ -12,7 +12,8 @@ from mergecli.methods._learned import State
 from mergecli.methods._task_learner import TaskLearner
 from mergecli.runtime.errors import InputError
 from mergecli.runtime.progress import Progress
-from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
+from mergecli.storage.cache import kept
+from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.metadata import about
 
 if TYPE_CHECKING:
@@ -42,12 +43,13 @@ def learn_tasks(work: LearningWork, folder: Path, progress: Progress | None) -> 
     clip: Clip | None = None
     for task in work.tasks:
         path = folder / f"{work.task_key(task)}.safetensors"
-        if not path.exists():
+        part = kept(path, "it is learned", lambda stored: {key: stored.read(key) for key in stored.entries})
+        if part is None:
             clip = clip or _clip(work, method)
             part = method.learn_task(_probe(work, clip, task, progress))
-            save_tensors(part, path, about(f"{what} of one task", task=task, what=f"{what} of {task}"))
-        with open_checkpoint(path) as stored:
-            found.append({key: stored.read(key) for key in stored.entries})
+            facts = about(f"{what} of one task", task=task, what=f"{what} of {task}")
+            save_tensors(part, path, facts, checked=True)
+        found.append(part)
     return method.joined(found)
 
 

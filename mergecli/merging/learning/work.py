@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from mergecli import methods
+from mergecli.formats.opening import model_path
 from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
 from mergecli.merging.learning.needed_files import SETTINGS, TITLES
 from mergecli.merging.models import Models
@@ -20,7 +21,6 @@ from mergecli.methods._task_learner import TaskLearner
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import UsageError, quoted
 from mergecli.storage.checkpoint import Checkpoint
-from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from mergecli.clip.heads import ClipDigests
@@ -68,7 +68,7 @@ class LearningWork:
     def clip_folder(self) -> Path:
         """Where the whole CLIP is."""
         assert self.recipe.base is not None
-        return locate(self.recipe.base)
+        return model_path(self.recipe.base)
 
     def load_clip(self) -> Clip:
         """The CLIP, on the CPU."""

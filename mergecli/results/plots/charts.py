@@ -51,13 +51,13 @@ def bars(chart: Chart) -> Figure:
     width = min(15.0, max(6.4, len(groups) * (0.3 + (0.24 if numbered else 0.13) * count)))
     figure, axes = canvas(width, 4.0)
     thick = 0.84 / count
-    places = [*range(len(chart.tasks)), len(chart.tasks) + 0.35]
-    axes.axvspan(places[-1] - 0.58, places[-1] + 0.58, color=INK, alpha=0.06, linewidth=0, zorder=0)
+    positions = [*range(len(chart.tasks)), len(chart.tasks) + 0.35]
+    axes.axvspan(positions[-1] - 0.58, positions[-1] + 0.58, color=INK, alpha=0.06, linewidth=0, zorder=0)
     for number, (values, average) in enumerate(zip(chart.values, chart.averages, strict=True)):
-        sides = chart.sides[number] if chart.sides else [None] * len(places)
+        sides = chart.sides[number] if chart.sides else [None] * len(positions)
         shown = [
-            (place - 0.42 + (number + 0.5) * thick, value, side)
-            for place, value, side in zip(places, [*values, average], sides, strict=True)
+            (position - 0.42 + (number + 0.5) * thick, value, side)
+            for position, value, side in zip(positions, [*values, average], sides, strict=True)
             if value is not None
         ]
         axes.bar(
@@ -73,10 +73,10 @@ def bars(chart: Chart) -> Figure:
                 axes.annotate(text, (x, value), (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
     level = max(map(len, groups)) * 0.085 < width / len(groups)
     axes.set_xticks(
-        places, groups, rotation=0 if level else 25, ha="center" if level else "right",
+        positions, groups, rotation=0 if level else 25, ha="center" if level else "right",
         rotation_mode="default" if level else "anchor",
     )  # fmt: skip
-    axes.set_xlim(-0.6, places[-1] + 0.58)
+    axes.set_xlim(-0.6, positions[-1] + 0.58)
     axes.tick_params(axis="x", length=0, pad=5)
     axes.set_ylabel(chart.label)
     axes.set_ylim(0, chart.top)
@@ -98,7 +98,7 @@ def radar(chart: Chart) -> Figure:
         raise UsageError("a radar needs three tasks or more", "`--plot-kind bars` draws any number")
     figure, axes = canvas(6.2, 5.4, projection="polar")
     polar: Any = axes
-    angles = [2 * pi * place / len(chart.tasks) for place in range(len(chart.tasks))]
+    angles = [2 * pi * position / len(chart.tasks) for position in range(len(chart.tasks))]
     polar.set_theta_offset(pi / 2)
     polar.set_theta_direction(-1)
     for number, values in enumerate(chart.values):

@@ -32,14 +32,14 @@ def curves(
         average: the bold line, which `bold` names.
         best: the index in `x` of the point to mark with `best_label`.
     """
-    order = sorted(range(len(x)), key=lambda place: x[place])
+    order = sorted(range(len(x)), key=lambda index: x[index])
     figure, axes = canvas(6.4, 4.2)
     axes.set_xlabel(labels([x_label], 48)[0])
     axes.set_ylabel(y_label)
     axes.grid(axis="y", color="#b0b0b0", alpha=0.5, linewidth=0.6)
     ends: list[tuple[float, str, bool]] = []
     for name, values in (*tasks.items(), (bold, average)):
-        points = [(x[place], value) for place in order if (value := values[place]) is not None]
+        points = [(x[index], value) for index in order if (value := values[index]) is not None]
         if not points:
             continue
         thick = values is average
@@ -71,14 +71,14 @@ def curves(
     return figure
 
 
-def spread(places: Sequence[float], room: float, low: float, high: float) -> list[float]:
+def spread(positions: Sequence[float], room: float, low: float, high: float) -> list[float]:
     """Positions near the given ones and at least `room` apart, between `low` and `high` if they fit."""
-    order = sorted(range(len(places)), key=lambda each: places[each])
-    found = list(places)
+    order = sorted(range(len(positions)), key=lambda each: positions[each])
+    found = list(positions)
     for before, after in pairwise(order):
         found[after] = max(found[after], found[before] + room)
-    limit = max(high, low + room * (len(places) - 1))
-    for place in reversed(order):
-        found[place] = min(found[place], limit)
-        limit = found[place] - room
+    limit = max(high, low + room * (len(positions) - 1))
+    for index in reversed(order):
+        found[index] = min(found[index], limit)
+        limit = found[index] - room
     return found

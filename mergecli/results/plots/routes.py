@@ -32,8 +32,8 @@ def route_maps(
     layers = list(next(iter(tasks.values())))
     columns = min(len(tasks), 4)
     rows = ceil(len(tasks) / columns)
-    names, titles, places = labels(experts, 14), labels(list(tasks)), _places(layers)
-    longest = max(len(layers[place]) for place in places)
+    names, titles, named = labels(experts, 14), labels(list(tasks)), _named_layers(layers)
+    longest = max(len(layers[index]) for index in named)
     panel = (max(0.9, 0.2 * len(names)), max(0.7, min(0.13 * len(layers), 3.6)))
     figure = Figure(
         figsize=(columns * (panel[0] + 0.15) + 0.068 * longest + 1.1, rows * (panel[1] + 0.35) + 0.085 * max(map(len, names)) + 0.4),
@@ -49,7 +49,7 @@ def route_maps(
             interpolation="nearest",
         )  # fmt: skip
         axes.set_title(title, fontsize=9)
-        axes.set_yticks(places, [layers[place] for place in places], fontsize=6.5)
+        axes.set_yticks(named, [layers[index] for index in named], fontsize=6.5)
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7.5)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -64,10 +64,10 @@ def route_maps(
     save(figure, path)
 
 
-def _places(layers: Sequence[str]) -> list[int]:
+def _named_layers(layers: Sequence[str]) -> list[int]:
     """Indices of the layers whose names are written: all, or the first of each block."""
     if len(layers) <= LETTERED:
         return list(range(len(layers)))
     blocks = [found[0] if (found := re.search(r"\d+", layer)) else layer for layer in layers]
-    firsts = [place for place, block in enumerate(blocks) if place == 0 or block != blocks[place - 1]]
+    firsts = [index for index, block in enumerate(blocks) if index == 0 or block != blocks[index - 1]]
     return firsts[:: ceil(len(firsts) / LETTERED)]

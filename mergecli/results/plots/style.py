@@ -90,8 +90,8 @@ def labels(names: Sequence[str], limit: int = 24) -> list[str]:
     ]
     if len(set(shown)) < len(set(names)):
         shown = [
-            f"{short[: limit - 4]} ({place})" if shown.count(short) > 1 else short
-            for place, short in enumerate(shown, 1)
+            f"{short[: limit - 4]} ({number})" if shown.count(short) > 1 else short
+            for number, short in enumerate(shown, 1)
         ]
     return ["".join(c if c.isprintable() else " " for c in name).replace("$", r"\$") for name in shown]
 

@@ -26,15 +26,15 @@ def traces(table: Table, path: Path) -> None:
     from matplotlib.lines import Line2D
 
     rows: list[list[Any]] = [list(row) for row in table.rows]
-    values = {column.name: [row[place] for row in rows] for place, column in enumerate(table.columns)}
+    values = {column.name: [row[index] for row in rows] for index, column in enumerate(table.columns)}
     parts = {
         kind: {name.removeprefix(kind): each for name, each in values.items() if name.startswith(kind)}
         for kind in ("entropy ", table.columns[-1].name.partition(" ")[0] + " ")
     }
     names = list(dict.fromkeys(name for each in parts.values() for name in each))
     styles: dict[str, Any] = {
-        name: {"color": COLORS[place % 8], "linestyle": LINES[place // 8 % 4]}
-        for place, name in enumerate(names)
+        name: {"color": COLORS[index % 8], "linestyle": LINES[index // 8 % 4]}
+        for index, name in enumerate(names)
     }
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     axes: Any = figure.subplots(2, 1, sharex=True)

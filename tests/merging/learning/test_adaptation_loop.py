@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mergecli.merging.learning import adaptation_loop as adaptation_run
+from mergecli.runtime.errors import MergecliWarning
 from tests.support.adapted_world import CASES, AdaptedWorld, learn, make_adapted_world, stopping
 
 pytestmark = pytest.mark.usefixtures("own_store")
@@ -94,7 +95,8 @@ def test_a_damaged_state_is_begun_anew(
         learn(world, tmp_path, progress=stopping(3))
     (partial,) = (tmp_path / "home").rglob("*.partial.safetensors")
     partial.write_bytes(partial.read_bytes()[:-7] if damage is None else damage)
-    again = learn(world, tmp_path)
+    with pytest.warns(MergecliWarning, match="; the adaptation starts again$"):
+        again = learn(world, tmp_path)
     monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
     assert learn(world, tmp_path) == again
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mergecli.merging.merge import merge
 from mergecli.runtime.errors import InputError, MergecliError, UsageError
 from tests.support.adapted_world import CASES, SHORT, AdaptedWorld, learn, make_adapted_world
+from tests.support.kept_files import save_checked
 from tests.support.tiny_clip import make_image_task
 
 pytestmark = pytest.mark.usefixtures("own_store")
@@ -126,7 +127,7 @@ def changed(file: Path, **tensors: Any) -> None:
         metadata = {**stored.metadata(), **tensors.pop("metadata", {})}
     every = {**load_file(file), **tensors}
     kept = {name: value for name, value in every.items() if value is not None}
-    save_file(kept, file, {key: value for key, value in metadata.items() if value is not None})
+    save_checked(kept, file, {key: value for key, value in metadata.items() if value is not None})
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -18,6 +18,7 @@ from mergecli.merging.merge import merge
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError, UsageError
 from tests.support.image_zoo import Zoo, make_zoo
+from tests.support.kept_files import save_checked
 
 pytestmark = pytest.mark.usefixtures("own_store")
 
@@ -211,12 +212,14 @@ def test_damaged_and_foreign_files_are_refused(zoo: Zoo) -> None:
     shutil.copy(zoo.folder / "a.safetensors", file)
     refused(zoo, "are no statistics", method="reg_mean")
     save_file(tensors, file, {"kind": "statistics"})
+    refused(zoo, "has no checksums", method="reg_mean")
+    save_checked(tensors, file, {"kind": "statistics"})
     refused(zoo, "does not say what it was measured on", method="reg_mean")
     name = sorted(tensors)[0]
-    save_file({key: value for key, value in tensors.items() if key != name}, file, about)
+    save_checked({key: value for key, value in tensors.items() if key != name}, file, about)
     refused(zoo, f"`{name}`", method="reg_mean")
     tensors[name][0, 0] = torch.nan
-    save_file(tensors, file, about)
+    save_checked(tensors, file, about)
     refused(zoo, "has NaN or infinity", method="reg_mean")
     assert not list(zoo.folder.glob(".merged*"))
 

@@ -19,6 +19,7 @@ from mergecli.methods.representation_surgery import DOWN, UP
 from mergecli.runtime.errors import InputError, MergecliError, UsageError
 from mergecli.storage.checkpoint import open_checkpoint
 from tests.support.image_zoo import CLASSES, Zoo, make_zoo
+from tests.support.kept_files import save_checked
 
 pytestmark = pytest.mark.usefixtures("own_store")
 
@@ -178,7 +179,7 @@ def changed(file: Path, **tensors: Any) -> None:
     """Replaces tensors of a file (None removes), and keeps its metadata; `metadata` changes that."""
     about = {**metadata(file), **tensors.pop("metadata", {})}
     kept = {name: value for name, value in {**load_file(file), **tensors}.items() if value is not None}
-    save_file(kept, file, {key: value for key, value in about.items() if value is not None})
+    save_checked(kept, file, {key: value for key, value in about.items() if value is not None})
 
 
 @pytest.mark.parametrize(
