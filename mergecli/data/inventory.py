@@ -105,8 +105,8 @@ class _File:
     @property
     def left_out(self) -> LeftOut:
         readable = self.is_image
-        what = f"{self.suffix or 'unreadable'}" if not readable else "images"
-        return LeftOut("/".join(self.parts), what if self.is_file else "not files", readable)
+        what = "image" if readable else self.suffix if self.is_file and self.suffix else "unreadable"
+        return LeftOut("/".join(self.parts), what, readable)
 
 
 def take_inventory(
@@ -176,7 +176,10 @@ def one_spelling(wanted: str, known: Collection[str], where: str) -> None:
 def counted(left_out: Sequence[LeftOut]) -> str:
     """`14 files: 12 .svg, 2 unreadable`."""
     kinds = Counter(each.what for each in left_out)
-    shown = [f"{count:,} {what}" for what, count in kinds.most_common(5)]
+    shown = [
+        f"{count:,} {what}{'s' if what == 'image' and count != 1 else ''}"
+        for what, count in kinds.most_common(5)
+    ]
     if (rest := len(left_out) - sum(count for _, count in kinds.most_common(5))) > 0:
         shown.append(f"{rest:,} others")
     return f"{len(left_out):,} file{'s' if len(left_out) != 1 else ''}: {', '.join(shown)}"

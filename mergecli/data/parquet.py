@@ -75,8 +75,7 @@ def parquet_rows(files: Sequence[Path], where: str) -> Rows:
 
     opened: list[Any] = []
     try:
-        for file in files:
-            opened.append(parquet.ParquetFile(file, memory_map=True))
+        opened.extend(parquet.ParquetFile(file, memory_map=True) for file in files)
         count = sum(file.metadata.num_rows for file in opened)
         schema = opened[0].schema_arrow
         features = _features(schema.metadata)

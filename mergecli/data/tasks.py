@@ -59,11 +59,16 @@ class TaskTable:
     templates: tuple[str, ...] | None = None
     split: str | None = None
     train_split: str | None = None
-    mapping: tuple[tuple[str, str], ...] | None = None
     match: str | None = None
+    """`name` matches the names of the data and of the prompts, whatever their order; `position` takes both in their order."""
     names: str | None = None
+    """`published`: those of the published models, in their order."""
     image: str | None = None
+    """The column of the images, or of their paths."""
     label: str | None = None
+    """The column of the labels."""
+    mapping: tuple[tuple[str, str], ...] | None = None
+    """Made of `classes` where it is a table: (name in the data, name in the prompts)."""
 
 
 class TasksOfRecipe(Protocol):

@@ -107,7 +107,7 @@ def test_images_beside_class_folders_and_below_them_are_left_out_with_a_warning(
     put(tmp_path, "test/robin/0.png", "test/wren/0.png", place)
     images = load_images(task(tmp_path))
     assert count(images) == {"robin": 1, "wren": 1}
-    with pytest.warns(MergecliWarning, match=r"used 2 images in 2 classes .*; left out 1 file: 1 images"):
+    with pytest.warns(MergecliWarning, match=r"used 2 images in 2 classes .*; left out 1 file: 1 image"):
         images.warn()
 
 
@@ -180,7 +180,7 @@ def test_images_without_class_folders_and_deeper_ones_are_said(tmp_path: Path) -
     with pytest.raises(InputError, match="2 images lie in it without a folder for each class"):
         load_images(task(tmp_path / "flat"))
     put(tmp_path / "deep", "data/test/robin/0.png")
-    with pytest.raises(InputError, match="1 images lie deeper, such as `data/test/robin/0.png`"):
+    with pytest.raises(InputError, match=r"1 images lie deeper, such as `data/test/robin/0.png`"):
         load_images(task(tmp_path / "deep"))
 
 
@@ -193,14 +193,14 @@ def test_links_to_class_folders_are_followed_and_circles_are_not(tmp_path: Path)
     (tmp_path / "store" / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
     images = load_images(task(tmp_path / "data"))
     assert count(images) == {"robin": 1, "wren": 2}
-    assert [each.what for each in images.left_out if each.path == "test/robin/gone.png"] == ["not files"]
+    assert [each.what for each in images.left_out if each.path == "test/robin/gone.png"] == ["unreadable"]
 
 
 def test_a_pipe_among_the_images_is_left_out_and_not_waited_for(tmp_path: Path) -> None:
     put(tmp_path, "test/robin/0.png", "test/wren/0.png")
     os.mkfifo(tmp_path / "test/robin/pipe.png")
     images = load_images(task(tmp_path))
-    assert images.summary.endswith("left out 1 file: 1 not files")
+    assert images.summary.endswith("left out 1 file: 1 unreadable")
 
 
 def test_an_empty_image_file_is_an_error_and_not_left_out(tmp_path: Path) -> None:

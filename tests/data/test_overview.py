@@ -37,7 +37,7 @@ def test_each_split_has_its_classes_by_both_names_and_what_was_left_out(tmp_path
     )
     assert (test.split, test.images, test.matched) == ("test", 3, "as the recipe maps them")
     assert (train.split, train.images, other.split) == ("train", 1, "val")
-    assert test.left_out == "1 file: 1 images"
+    assert test.left_out == "1 file: 1 image"
 
 
 def test_a_split_that_cannot_be_used_says_why_and_the_evaluated_one_is_an_error(tmp_path: Path) -> None:
