@@ -55,7 +55,7 @@ class TableRows:
 
 def is_table(name: str) -> bool:
     """Whether a file may name images, by its own name."""
-    return PurePath(name).suffix.lower() in SUFFIXES or name == "metadata.parquet"
+    return name.lower().endswith(SUFFIXES) or name == "metadata.parquet"
 
 
 def names_images(path: Path, columns: Columns) -> bool:
