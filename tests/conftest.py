@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -133,6 +134,16 @@ class Ended:
     status: int
     out: str
     err: str
+
+    @property
+    def rest(self) -> str:
+        """stderr without the lines in which an evaluation says what it counts."""
+        return without_counts(self.err)
+
+
+def without_counts(text: str) -> str:
+    """What was printed, without the lines in which an evaluation says what it counts."""
+    return re.sub(r"note: .*: used [\d,]+ images? in .*\n", "", text)
 
 
 Run = Callable[..., Ended]

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
+from mergecli.runtime import notes
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import MergecliWarning, UsageError, did_you_mean
 from mergecli.runtime.visible import visible, visible_message
@@ -90,7 +91,7 @@ def _print(text: str) -> None:
 
 @contextmanager
 def warnings_of_ours() -> Generator[None]:
-    """Prints the package's own Python warnings as `warning:` lines, each text once."""
+    """Prints the package's own Python warnings as `warning:` lines and its notes as `note:` lines, each text once."""
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int,
@@ -105,7 +106,7 @@ def warnings_of_ours() -> Generator[None]:
             others(message, category, filename, lineno, file, line)
 
     _clean_logs()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), notes.heard_by(note):
         warnings.simplefilter("default", MergecliWarning)
         others, warnings.showwarning = warnings.showwarning, show
         yield
