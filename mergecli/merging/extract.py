@@ -15,7 +15,7 @@ from mergecli.formats.linear_layers import chosen_layers, expect_room, is_end, m
 from mergecli.formats.lora_config import CONFIG
 from mergecli.formats.lora_files import PLAIN, base_name, check_adapter_folder
 from mergecli.merging.models import open_models
-from mergecli.methods._base import Group
+from mergecli.methods._base import Group, Unit
 from mergecli.methods._svd import decompose
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
@@ -106,7 +106,7 @@ def extract(
             return group.name, _factored(delta, rank, energy, dtype) if keep else _dropped(delta)
 
         changes: dict[str, _Change] = {}
-        for name, change in models.map(work, blocks=False):
+        for name, change in models.map(work, unit=Unit.TENSOR):
             changes[name] = change
             if progress:
                 progress("extracting", len(changes), len(models.floats))

@@ -17,7 +17,7 @@ from mergecli.clip.other_parts import Candidate, warn_of_other_parts
 from mergecli.formats.convert import why_foreign
 from mergecli.formats.mixture import one_tower
 from mergecli.formats.opening import open_source
-from mergecli.methods._base import Group
+from mergecli.methods._base import Group, Unit
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import usable_device
@@ -98,10 +98,10 @@ class Models:
         return {name: each.digest() for name, each in self.read.items()}
 
     def map(
-        self, work: Callable[[int, Group], Result], sample: int = 1, *, blocks: bool = True
+        self, work: Callable[[int, Group], Result], sample: int = 1, *, unit: Unit = Unit.ENTRY
     ) -> Iterator[Result]:
-        """`work(first entry, group)` of every block of every merged tensor, in order; of every whole tensor without
-        `blocks`.
+        """`work(first entry, group)` of every block of every merged tensor, in order: of its entries, of whole rows, or of
+        the whole tensor. Blocks of entries are flat.
 
         Blocks are read and worked on in several threads. `work` may overwrite the group's tensors, and must return none
         of them: a thread reads its next block into the same memory.
@@ -109,7 +109,7 @@ class Models:
         import torch
 
         width = len(self.tuned) + 1
-        pieces = list(self._pieces(sample, blocks=blocks))
+        pieces = list(self._pieces(sample, unit))
         widest = max((stop - start for _, start, stop in pieces), default=0)
         # As many threads as all buffers have room for, so that memory does not grow with the number of processors.
         workers = max(1, min(os.cpu_count() or 1, BUFFERS // (4 * width * widest + 1)))
@@ -127,8 +127,10 @@ class Models:
             rows = self._read(name, start, stop, local.buffer)
             if self.device != "cpu":
                 rows = rows.to(self.device)
-            if not blocks:
-                rows = rows.view(width, *self.reference.entries[name].shape)
+            if unit is not Unit.ENTRY:
+                entry = self.reference.entries[name]
+                whole = stop - start == entry.size
+                rows = rows.view(width, *entry.shape) if whole else rows.view(width, -1, *entry.shape[1:])
             base = rows[0] if "base" in self.read else None
             return work(start, Group(name, base, rows[1:], are_deltas, tuple(self.tuned), self.seed, start))
 
@@ -152,7 +154,7 @@ class Models:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
 
-    def _pieces(self, sample: int, *, blocks: bool) -> Iterator[tuple[str, int, int]]:
+    def _pieces(self, sample: int, unit: Unit) -> Iterator[tuple[str, int, int]]:
         """(tensor, first entry, end) of what is read at a time.
 
         A sample takes a short run of entries out of each stretch, because single entries would cost a read each; the
@@ -160,7 +162,7 @@ class Models:
         """
         for name in self.floats:
             count = self.reference.entries[name].size
-            step = (BLOCK if blocks else max(count, 1)) if sample == 1 else 1024 * sample
+            step = _step(self.reference.entries[name].shape, unit) if sample == 1 else 1024 * sample
             for number, start in enumerate(range(0, count, step) if count else [0]):
                 stop = min(start + step, count)
                 if sample > 1:
@@ -182,6 +184,18 @@ class Models:
                 bad = "NaN" if bool(row.isnan().any()) else "infinity"
                 raise InputError(f"{each.path}: {task}: `{name}` has {bad}", "such a model cannot be merged")
         return rows
+
+
+def _step(shape: tuple[int, ...], unit: Unit) -> int:
+    """How many entries of a tensor are read at a time."""
+    if unit is Unit.ENTRY:
+        return BLOCK
+    row = max(1, math.prod(shape[1:]))
+    if unit is Unit.TENSOR or len(shape) < 2:
+        return max(1, math.prod(shape))
+    # Blocks that end where chunks of the digest do are hashed as they are read, and not read again for it.
+    aligned = math.lcm(row, BLOCK)
+    return aligned if aligned <= 4 * BLOCK else max(1, BLOCK // row) * row
 
 
 def open_models(
@@ -283,7 +297,7 @@ class ModelPasses:
     """Repeated passes over the models; reports progress."""
 
     models: Models
-    by_blocks: bool
+    unit: Unit
     progress: Progress | None
 
     @property
@@ -303,7 +317,7 @@ class ModelPasses:
             return group.shape.numel() * sample, work(start, group)
 
         done = 0
-        for count, result in self.models.map(counted, sample, blocks=self.by_blocks or sample > 1):
+        for count, result in self.models.map(counted, sample, unit=self.unit if sample == 1 else Unit.ENTRY):
             yield result
             done += count
             if self.progress:

@@ -21,9 +21,11 @@ __all__ = [
 ]  # fmt: skip
 
 
-def names() -> list[str]:
+@functools.cache
+def names() -> tuple[str, ...]:
     """Every method's name, sorted."""
-    return sorted(file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_"))
+    files = Path(__file__).parent.glob("*.py")
+    return tuple(sorted(file.stem for file in files if not file.stem.startswith("_")))
 
 
 def find(name: str) -> type[Method]:
@@ -57,7 +59,7 @@ def key_prefixes() -> tuple[str, ...]:
     return tuple(sorted({each for kind in kinds if issubclass(kind, Mixture) for each in kind.prefixes}))
 
 
-def settings(name: str) -> dict[str, Setting]:
+def settings(name: str) -> Mapping[str, Setting]:
     """The settings of the method called `name`, with types, defaults and documentation."""
     return settings_of(find(name))
 

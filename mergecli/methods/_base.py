@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -18,8 +19,17 @@ RUN = 1 << 16
 """Random numbers are drawn for this many consecutive entries at a time, whatever the size of the blocks."""
 
 
+class Unit(IntEnum):
+    """What of a tensor must be merged together; the smaller it is, the less memory is needed."""
+
+    ENTRY = 0
+    ROW = 1
+    """What belongs to one index of the first dimension; a vector is one row."""
+    TENSOR = 2
+
+
 class Group:
-    """One named tensor, or a block of its entries, across all models, in float32 and in the recipe's order.
+    """One named tensor, or a block of its entries or rows, across all models, in float32 and in the recipe's order.
 
     The rows belong to whoever receives the group: methods may overwrite them; the base is only read.
     """
@@ -165,9 +175,9 @@ class Method:
     """Settings that no number depends on; results do not record them."""
 
     @property
-    def by_blocks(self) -> bool:
-        """Whether the method may be given blocks of a tensor's entries in place of the tensor."""
-        return self.elementwise
+    def unit(self) -> Unit:
+        """What the method must be given together: it may get blocks of entries or of rows in place of the tensor."""
+        return Unit.ENTRY if self.elementwise else Unit.TENSOR
 
     @property
     def reads(self) -> int:

@@ -21,7 +21,8 @@ def inner_products(rows: Tensor) -> Tensor:
 
 
 def cosines(products: Tensor) -> Tensor:
-    """(T, T) cosines from inner products; 0 where a vector is 0, and exactly 1 with itself otherwise."""
+    """(T, T) cosines from inner products; 0 where a vector is 0, and with itself 1 but for
+    rounding otherwise."""
     norms = products.diagonal().sqrt()
     inverse = norms.reciprocal().masked_fill_(norms == 0, 0)
     return (products * inverse * inverse[:, None]).clamp_(-1, 1)

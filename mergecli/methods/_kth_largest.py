@@ -1,35 +1,31 @@
-"""The exact k-th largest magnitude of every task vector, found in one streaming pass."""
+"""The exact k-th largest value of every task's entries, found in streaming passes.
+
+To sort all entries, all task vectors would have to be in memory. Instead, a bracket is put around each value that is
+sought, and a pass counts what lies above it and keeps what lies inside. Of values that equal an end of the bracket only
+the number is kept: the entries of half-precision models are so coarse that a fifth of them may be equal.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergecli.methods._base import Group, Groups
 
 if TYPE_CHECKING:
+    from numpy import float32, int32
+    from numpy.typing import NDArray
     from torch import Tensor
 
 SAMPLE = 128
 """One entry in so many is looked at to bracket the threshold."""
 MARGIN = 0.004
 """Half the width of the bracket, as a fraction of all entries: what falls inside is kept in memory."""
-
-
-def magnitude_thresholds(
-    groups: Groups, density: float, *, each_tensor: bool = False, one_more: bool = False
-) -> dict[str, Tensor]:
-    """Name -> (T,) smallest magnitude that belongs to the largest `density` of each task vector's entries.
-
-    With `each_tensor` the entries of each tensor are ranked by themselves and the names are theirs; otherwise the
-    whole task vectors are ranked and the only name is "". k = int(density * entries) entries are kept (`one_more`:
-    k + 1), and all that tie with the last of them; infinity where k is 0.
-    """
-    if each_tensor:
-        return _each_tensor(groups, density, one_more)
-    rank = Rank(density, lambda entries: _kept(entries, density, one_more))
-    return {"": kth_largest(groups, [rank], lambda group: group.deltas.abs_())[0]}
+BITS = 15
+"""The last bits of a magnitude, which all magnitudes of a bin may have: the bins' bounds are 1/256 apart."""
 
 
 @dataclass(frozen=True)
@@ -42,49 +38,83 @@ class Rank:
     """Of n entries, the k-th largest; 0 for infinity."""
 
 
+class Bracket(NamedTuple):
+    """The values from `low` to `high`, both included."""
+
+    low: float
+    high: float
+
+
+def magnitude_thresholds(
+    groups: Groups, density: float, *, each_tensor: bool = False, one_more: bool = False
+) -> dict[str, Tensor]:
+    """Name -> (T,) smallest magnitude that belongs to the largest `density` of each task vector's entries.
+
+    With `each_tensor` the entries of each tensor are ranked by themselves and the names are theirs; otherwise the
+    whole task vectors are ranked and the only name is "". k = int(density * entries) entries are kept (`one_more`:
+    k + 1), and all that tie with the last of them; infinity where k is 0.
+    """
+    rank = Rank(density, lambda entries: min(entries, int(entries * density) + one_more))
+    if each_tensor:
+        return kth_largest_by_tensor(groups, [rank.kept])[0]
+    return {"": kth_largest(groups, [rank], _magnitudes)[0]}
+
+
 def kth_largest(groups: Groups, ranks: Sequence[Rank], values: Callable[[Group], Tensor]) -> list[Tensor]:
     """(T,) k-th largest value of each task's entries over the whole model, for each of the ranks, in one pass.
 
     Args:
         values: a group's (T, ...) values; may overwrite the group.
 
-    To sort all entries, all task vectors would have to be in memory. Instead, a small sample brackets the k-th value;
-    one pass over all models counts the entries above the bracket and keeps those inside, under a hundredth of all; the
-    exact k-th value is selected among those. The counts show whether the bracket missed; then a wider one is tried.
+    The brackets come from a small sample, and hold under a hundredth of all entries between their ends. The counts show
+    whether one missed; then wider ones are tried.
     """
     import torch
 
     margin = MARGIN
     while True:
-        brackets = _sampled_quantiles(groups, ranks, values, margin)
-        above, inside, entries = _count(groups, brackets, values)
-        # Of `keep` wanted entries, `more` lie above the bracket: the (keep - more)-th largest inside is the threshold. A
-        # task is left out of `found` where that is not inside.
-        found = [
-            [
-                torch.inf if keep == 0 else _kth_largest(torch.cat(near), keep - more)
-                for near, more in zip(inside[index], above[index], strict=True)
-                if keep == 0 or more < keep <= more + sum(map(len, near))
+        brackets = _sampled_brackets(groups, ranks, values, margin)
+        found: list[list[float | None]] = []
+        for _, entries, counted in _counted(groups, {"": brackets}, values):
+            found = [
+                [near.largest(min(entries, rank.kept(entries))) for near in tasks]
+                for rank, tasks in zip(ranks, counted, strict=True)
             ]
-            for index, keep in enumerate(min(entries, rank.kept(entries)) for rank in ranks)
-        ]
-        if all(len(each) == len(low) for each, (low, _) in zip(found, brackets, strict=True)):
-            return [torch.tensor(each) for each in found]
+        if all(each is not None for tasks in found for each in tasks):
+            return [torch.tensor(tasks) for tasks in found]
         margin *= 8  # three times are enough for a bracket of all entries
 
 
-def _kept(entries: int, density: float, one_more: bool) -> int:
-    return min(entries, int(entries * density) + one_more)
+def kth_largest_by_tensor(groups: Groups, kept: Sequence[Callable[[int], int]]) -> list[dict[str, Tensor]]:
+    """Name -> (T,) k-th largest magnitude of each task's entries of a tensor, for each of the k, in two passes.
+
+    Args:
+        kept: of n entries, the k-th largest; 0 for infinity.
+
+    A sample of a tensor is too small to rely on: the brackets come from counts of all its magnitudes by their leading
+    bits, which cannot miss.
+    """
+    import torch
+
+    brackets = {
+        name: [[_bin_of(each, k(int(each.sum()))) for each in bins] for k in kept]
+        for name, bins in _binned(groups)
+    }
+    found: list[dict[str, Tensor]] = [{} for _ in kept]
+    for name, entries, counted in _counted(groups, brackets, _magnitudes):
+        for thresholds, k, tasks in zip(found, kept, counted, strict=True):
+            thresholds[name] = torch.tensor([near.largest(k(entries)) for near in tasks])
+    return found
 
 
-def _kth_largest(values: Tensor, k: int) -> float:
-    return float(values.kthvalue(len(values) - k + 1).values)
+def _magnitudes(group: Group) -> Tensor:
+    return group.deltas.abs_()
 
 
-def _sampled_quantiles(
+def _sampled_brackets(
     groups: Groups, ranks: Sequence[Rank], values: Callable[[Group], Tensor], margin: float
-) -> list[tuple[Tensor, Tensor]]:
-    """(T,) and (T,): values a little below and a little above each task's, for each rank, from a sample."""
+) -> list[list[Bracket]]:
+    """For each rank and task, from a value a little below the one sought to one a little above it, from a sample."""
     import numpy as np
     import torch
 
@@ -100,52 +130,120 @@ def _sampled_quantiles(
     if known := sorted({index for index in indices if 0 <= index < size}):
         sample.partition(known, axis=1)
 
-    def at(index: int) -> Tensor:
+    def at(index: int) -> list[float]:
         if 0 <= index < size:
-            return torch.from_numpy(sample[:, index].copy())
-        return torch.full((len(sample),), -np.inf if index < 0 else np.inf)
+            return sample[:, index].tolist()
+        return [-np.inf if index < 0 else np.inf] * len(sample)
 
-    return [(at(low), at(high)) for low, high in zip(indices[::2], indices[1::2], strict=True)]
+    return [
+        [Bracket(*ends) for ends in zip(at(low), at(high), strict=True)]
+        for low, high in zip(indices[::2], indices[1::2], strict=True)
+    ]
 
 
-def _count(
-    groups: Groups, brackets: Sequence[tuple[Tensor, Tensor]], values: Callable[[Group], Tensor]
-) -> tuple[list[list[int]], list[list[list[Tensor]]], int]:
-    """For each rank and task: how many values lie above the bracket, and those inside; and the number of entries."""
-    limits = [list(zip(low.tolist(), high.tolist(), strict=True)) for low, high in brackets]
+def _binned(groups: Groups) -> Iterator[tuple[str, NDArray[int32]]]:
+    """For each tensor: (T, bins) how many magnitudes have the same leading bits, the smallest magnitudes first."""
+    import numpy as np
 
-    def look(group: Group) -> tuple[int, list[list[tuple[int, Tensor]]]]:
+    bins = 1 << (31 - BITS)
+
+    def look(group: Group) -> tuple[str, NDArray[int32]]:
+        rows = _magnitudes(group).reshape(group.tasks, -1).cpu().numpy().view(np.int32)
+        rows >>= BITS  # the bits of floats that are not negative order as the floats do
+        return group.name, np.stack([np.bincount(row, minlength=bins) for row in rows]).astype(np.int32)
+
+    for name, parts in groupby(groups.map(look), key=lambda part: part[0]):
+        yield name, reduce(np.add, (counts for _, counts in parts))
+
+
+def _bin_of(counts: NDArray[int32], k: int) -> Bracket:
+    """The bin with the k-th largest magnitude, of (bins,) counts."""
+    import numpy as np
+
+    if k == 0:
+        return Bracket(np.inf, np.inf)
+    number = len(counts) - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), k))
+    ends = np.array([number << BITS, (number + 1 << BITS) - 1], dtype=np.int32).view(np.float32)
+    return Bracket(*ends.tolist())
+
+
+@dataclass
+class Near:
+    """What is known of a task's values about a bracket."""
+
+    bracket: Bracket
+    above: int = 0
+    at_high: int = 0
+    at_low: int = 0
+    """0 where the bracket is one value."""
+    between: bytearray = field(default_factory=bytearray)
+    """The values between its ends, float32. Many small arrays in place of one would keep the allocator from using again
+    the memory that lies between them."""
+
+    def add(self, above: int, at_high: int, at_low: int, between: NDArray[float32]) -> None:
+        self.above += above
+        self.at_high += at_high
+        self.at_low += at_low
+        self.between += between.tobytes()
+
+    def largest(self, k: int) -> float | None:
+        """The k-th largest value, None if it does not lie in the bracket; infinity where k is 0."""
+        import numpy as np
+
+        between = np.frombuffer(self.between, dtype=np.float32)
+        below_high = k - self.above - self.at_high
+        if k == 0:
+            return np.inf
+        if below_high <= 0:
+            return self.bracket.high if k > self.above else None
+        if below_high <= len(between):
+            place = len(between) - below_high
+            return float(np.partition(between, place)[place])
+        return self.bracket.low if below_high <= len(between) + self.at_low else None
+
+
+def _counted(
+    groups: Groups, brackets: Mapping[str, list[list[Bracket]]], values: Callable[[Group], Tensor]
+) -> Iterator[tuple[str, int, list[list[Near]]]]:
+    """For each tensor that has brackets of its own, or "" for the whole model: its number of entries, and what lies
+    about the bracket of each rank and task."""
+
+    def look(group: Group) -> tuple[str, int, list[list[tuple[int, int, int, NDArray[float32]]]]]:
         rows = values(group).reshape(group.tasks, -1)
-        counted = [
-            [_above_and_inside(row, *limit) for row, limit in zip(rows, each, strict=True)] for each in limits
-        ]
-        return rows.shape[1], counted
+        name = group.name if group.name in brackets else ""
+        return (
+            name,
+            rows.shape[1],
+            [[_near(*pair) for pair in zip(rows, tasks, strict=True)] for tasks in brackets[name]],
+        )
 
-    above = [[0] * len(each) for each in limits]
-    inside: list[list[list[Tensor]]] = [[[] for _ in each] for each in limits]
-    entries = 0
-    for count, counted in groups.map(look):
-        entries += count
-        for index, tasks in enumerate(counted):
-            for task, (more, near) in enumerate(tasks):
-                above[index][task] += more
-                inside[index][task].append(near)
-    return above, inside, entries
+    for name, parts in groupby(groups.map(look), key=lambda part: part[0]):
+        result = [[Near(bracket) for bracket in tasks] for tasks in brackets[name]]
+        entries = 0
+        for _, count, counted in parts:
+            entries += count
+            for tasks, found in zip(result, counted, strict=True):
+                for near, more in zip(tasks, found, strict=True):
+                    near.add(*more)
+        yield name, entries, result
 
 
-def _above_and_inside(row: Tensor, low: float, high: float) -> tuple[int, Tensor]:
-    """How many (n,) values lie above `high`, and those in [low, high].
+def _near(row: Tensor, bracket: Bracket) -> tuple[int, int, int, NDArray[float32]]:
+    """How many (n,) values lie above a bracket, equal its high end and its low end, and those between.
 
     By NumPy, whose comparisons and counts of booleans are several times as fast as torch's on a CPU.
     """
     import numpy as np
-    import torch
 
-    values = row.cpu().numpy()
-    not_below = values >= np.float32(low)
-    over = values > np.float32(high)
-    more = int(np.count_nonzero(over))
-    return more, torch.from_numpy(values[np.flatnonzero(not_below ^ over)])
+    low, high = map(np.float32, bracket)
+    values: NDArray[float32] = row.cpu().numpy()
+    not_below = values >= low
+    over = values > high
+    near = values[np.flatnonzero(not_below ^ over)]
+    at_high = near == high
+    at_low = (near == low) & ~at_high
+    between = near[~(at_high | at_low)]
+    return (*map(int, map(np.count_nonzero, (over, at_high, at_low))), between)
 
 
 def keep_largest(deltas: Tensor, thresholds: Tensor) -> Tensor:
@@ -157,29 +255,3 @@ def keep_largest(deltas: Tensor, thresholds: Tensor) -> Tensor:
     for row, largest_dropped in zip(deltas, below, strict=True):
         torch.ops.aten.hardshrink.out(row, largest_dropped, out=row)
     return deltas
-
-
-def _each_tensor(groups: Groups, density: float, one_more: bool) -> dict[str, Tensor]:
-    import torch
-
-    thresholds: dict[str, Tensor] = {}
-    name = ""
-    parts: list[Tensor] = []
-
-    def finish(rank: Callable[[Tensor, int], float] = _kth_largest) -> None:
-        rows = torch.cat(parts, dim=1)
-        keep = _kept(rows.shape[1], density, one_more)
-        thresholds[name] = torch.tensor([rank(row, keep) if keep else torch.inf for row in rows])
-
-    def look(group: Group) -> tuple[str, Tensor]:
-        return group.name, group.deltas.abs().reshape(group.tasks, -1)
-
-    for tensor, magnitudes in groups.map(look):
-        if tensor != name and parts:
-            finish()
-            parts = []
-        name = tensor
-        parts.append(magnitudes)
-    if parts:
-        finish()
-    return thresholds

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from mergecli.methods._base import Group, Groups, Method, TwoPass, merge_group
+from mergecli.methods._base import Group, Groups, Method, TwoPass, Unit, merge_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +25,8 @@ class Modifier(TwoPass):
     of: Method
 
     @property
-    def by_blocks(self) -> bool:
-        return self.elementwise and self.of.by_blocks
+    def unit(self) -> Unit:
+        return max(super().unit, self.of.unit)
 
     @property
     def reads(self) -> int:

@@ -71,7 +71,8 @@ class Setting:
         return "" if _fits(value, self.kind) else f"expected {self.expected}, got {toml_text(value)}"
 
 
-def settings_of(method: type) -> dict[str, Setting]:
+@functools.cache
+def settings_of(method: type) -> Mapping[str, Setting]:
     """The settings of a method class, in the order of its source."""
     hints = get_type_hints(method, include_extras=True)
     documents = _field_documents(method)

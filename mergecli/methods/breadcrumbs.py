@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
-from mergecli.methods._base import Group, PerTensor, total
+from mergecli.methods._base import Group, Groups, TwoPass, total
+from mergecli.methods._kth_largest import kth_largest_by_tensor
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Surveyed(NamedTuple):
+    """Tensor's name -> (T,) the magnitudes that are kept."""
+
+    smallest: dict[str, Tensor]
+    """Infinity where none is."""
+    largest: dict[str, Tensor]
+
+
 @dataclass(frozen=True)
-class Breadcrumbs(PerTensor):
+class Breadcrumbs(TwoPass):
     """theta = theta_0 + lambda sum_i t_i,  t_i = tau_i without its smallest and its largest entries, tensor by tensor
 
     Of n entries the int(drop_smallest n) of smallest and the int(drop_largest n) of largest magnitude are dropped;
@@ -23,7 +32,7 @@ class Breadcrumbs(PerTensor):
 
     title: ClassVar[str] = "the smallest and the largest entries of each tensor dropped, the rest added"
     paper: ClassVar[str] = "Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, arXiv 2312.06795"
-    elementwise: ClassVar[bool] = False
+    passes: ClassVar[int] = 3
 
     scaling_factor: Annotated[float, Range()] = 0.3
     """lambda; 0 gives the base back."""
@@ -41,21 +50,21 @@ class Breadcrumbs(PerTensor):
             return [("drop_largest", f"more than everything is dropped: {small:g} and {large:g}")]
         return []
 
-    def merge(self, group: Group, /) -> Tensor:
-        for row in group.deltas:
-            self._thin(row.view(-1))
+    def survey(self, groups: Groups, /) -> Surveyed:
+        def above(entries: int) -> int:
+            return int(self.drop_largest * entries)
+
+        def kept(entries: int) -> int:
+            below = int(self.drop_smallest * entries)
+            return entries - below if below + above(entries) < entries else 0
+
+        return Surveyed(
+            *kth_largest_by_tensor(groups, [kept, lambda entries: min(entries, above(entries) + 1)])
+        )
+
+    def merge(self, group: Group, surveyed: Surveyed, /) -> Tensor:
+        limits = zip(*(each[group.name].tolist() for each in surveyed), strict=True)
+        for row, (smallest, largest) in zip(group.deltas, limits, strict=True):
+            magnitudes = row.abs()
+            row.masked_fill_((magnitudes < smallest) | (magnitudes > largest), 0)
         return total(group.deltas).mul_(self.scaling_factor).add_(group.base)
-
-    def _thin(self, entries: Tensor) -> None:
-        """Sets the smallest and the largest of (n,) entries to 0."""
-        import numpy as np
-
-        below, above = int(self.drop_smallest * len(entries)), int(self.drop_largest * len(entries))
-        if below + above >= len(entries):
-            entries.zero_()
-            return
-        magnitudes = entries.abs()
-        last = len(entries) - above - 1
-        ordered = np.partition(magnitudes.cpu().numpy(), (below, last))
-        outside = (magnitudes < float(ordered[below])) | (magnitudes > float(ordered[last]))
-        entries.masked_fill_(outside, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from mergecli.methods._base import Group, PerTensor, total
+from mergecli.methods._base import Group, PerTensor, Unit, total
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ class Della(PerTensor):
     elect: bool = True
     """Whether a sign is elected; otherwise all entries that were not dropped are fused."""
 
+    @property
+    def unit(self) -> Unit:
+        return Unit.ROW
+
     @classmethod
     def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
         del tasks
@@ -54,18 +58,23 @@ class Della(PerTensor):
         return []
 
     def merge(self, group: Group, /) -> Tensor:
+        import torch
+
         deltas = group.deltas
         for task, row in enumerate(deltas):
             if row.numel() and (self.drop_rate or self.window):
                 drop = self._probabilities(row)
                 row.div_(1 - drop).masked_fill_(group.uniform(task) < drop, 0)
-        kept = deltas
         if self.elect:
             sign = total(deltas).sign_()
-            kept = deltas.masked_fill_(deltas * sign <= 0, 0)
-        merged = total(kept)
+            for row in deltas:
+                row.masked_fill_(row * sign <= 0, 0)
+        merged = total(deltas)
         if self.aggregate == "mean":
-            merged /= (kept != 0).sum(0).clamp_(min=1)
+            count = torch.zeros_like(merged)  # `sum` would make whole numbers of all tasks' booleans at once
+            for row in deltas:
+                count += row != 0
+            merged /= count.clamp_(min=1)
         return merged.mul_(self.scaling_factor).add_(group.base)
 
     def _probabilities(self, delta: Tensor) -> Tensor:

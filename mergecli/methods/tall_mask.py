@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from mergecli.methods._base import Group, PerTensor, total
+from mergecli.methods._base import Group, PerTensor, Unit, total
 from mergecli.methods._bitmasks import pack, packed_size, unpack
 from mergecli.methods._mixture import SAME, Conditioned, Part, Read
 from mergecli.methods._settings import Range
@@ -39,8 +39,8 @@ class TallMask(Conditioned, PerTensor):
         return self.task is None
 
     @property
-    def by_blocks(self) -> bool:
-        return not self.is_mixture
+    def unit(self) -> Unit:
+        return Unit.TENSOR if self.is_mixture else Unit.ENTRY
 
     @classmethod
     def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:

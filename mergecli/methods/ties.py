@@ -48,7 +48,7 @@ class Ties(TwoPass):
     the paper) or the one of largest magnitude."""
     trim: Literal["model", "tensor", "fusion_bench"] = "model"
     """Over what the largest entries are taken: the whole task vector (as in the paper), each tensor by itself (as
-    mergekit and PEFT do), or the whole task vector with the one entry more that FusionBench keeps."""
+    mergekit and PEFT do; reads the models once more), or the whole task vector with the one entry more that FusionBench keeps."""
     zero_sign: Literal["zero", "majority"] = "zero"
     """What becomes of an entry whose kept values cancel exactly: 0 (the paper's formula), or those values that have
     the sign elected by most other entries (the authors' code and FusionBench; reads the models once more)."""

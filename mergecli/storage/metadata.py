@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ _COPIED_WHOLE = (
 )  # fmt: skip
 
 
+@functools.cache
 def version() -> str:
     """The version of the installed package."""
     from importlib.metadata import version as installed

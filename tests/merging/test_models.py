@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mergecli.merging import models as reading
 from mergecli.merging.merge import merge
 from mergecli.merging.models import open_models
+from mergecli.methods._base import Group, Unit
 from mergecli.recipe.reading import recipe_of
 from mergecli.storage.checkpoint import open_checkpoint
 from tests.conftest import World, assert_same
@@ -40,7 +42,7 @@ def test_blocks_cover_every_entry_once_and_in_order(
 
 def test_whole_tensors_have_their_shape(world: World) -> None:
     with ExitStack() as stack:
-        shapes = dict(opened(world, stack).map(lambda _, group: (group.name, group.shape), blocks=False))
+        shapes = dict(opened(world, stack).map(lambda _, group: (group.name, group.shape), unit=Unit.TENSOR))
     assert shapes == {name: value.shape for name, value in world.base.items() if value.is_floating_point()}
 
 
@@ -124,3 +126,34 @@ def test_inputs_of_several_dtypes_are_merged_in_float32(world: World) -> None:
 def test_a_base_that_the_method_does_not_need_is_not_read(world: World) -> None:
     merged = merge(world.files, base=world.base_file, method="average", output=world.folder / "m.safetensors")
     assert list(merged.inputs) == ["t1", "t2", "t3"]
+
+
+@pytest.mark.parametrize("block", [1, 7, 96, 1 << 18])
+def test_blocks_of_rows_are_whole_rows_in_order(
+    world: World, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(reading, "BLOCK", block)
+
+    def look(start: int, group: Group) -> tuple[str, int, Tensor]:
+        return group.name, start, group.tuned.clone()
+
+    with ExitStack() as stack:
+        parts = list(opened(world, stack).map(look, unit=Unit.ROW))
+    for name, want in world.base.items():
+        if want.is_floating_point():
+            mine = [(start, rows) for part, start, rows in parts if part == name]
+            row = want[0].numel() if want.dim() > 1 and len(want) else 1
+            assert all(start % row == 0 for start, _ in mine)
+            assert len(mine) == 1 or want.dim() > 1  # a vector is one row
+            got = torch.cat([rows for _, rows in mine], dim=1) if want.dim() else mine[0][1]
+            assert got.equal(torch.stack([model[name] for model in world.tuned.values()]))
+
+
+def test_blocks_of_rows_change_no_byte_of_a_merge(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents: set[bytes] = set()
+    for block in (1, 96, 1 << 18):
+        monkeypatch.setattr(reading, "BLOCK", block)
+        output = world.folder / "m.safetensors"
+        merge(world.files, base=world.base_file, method="della", output=output)
+        contents.add(output.read_bytes())
+    assert len(contents) == 1

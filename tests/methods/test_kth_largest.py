@@ -2,13 +2,155 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from mergecli.methods._kth_largest import keep_largest
+from mergecli.merging.merge import merge
+from mergecli.methods import _kth_largest
+from mergecli.methods._base import Group
+from mergecli.methods._kth_largest import Rank, keep_largest, kth_largest, kth_largest_by_tensor
 from tests.conftest import World, assert_same
+from tests.methods.reference._weights import Weights
+from tests.methods.reference.pcb import pcb
 from tests.methods.reference.ties import ties
 from tests.support.merging import merged, with_integers, with_models
+
+Result = TypeVar("Result")
+HALF = [torch.bfloat16, torch.float16]
+
+
+@dataclass
+class InBlocks:
+    """Passes over task vectors in memory, a block of entries at a time."""
+
+    deltas: dict[str, Tensor]
+    block: int = 1000
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        return list(self.deltas)
+
+    def __call__(self, sample: int = 1) -> Iterator[Group]:
+        for name, rows in self.deltas.items():
+            for start in range(0, rows.shape[1], self.block):
+                part = rows[:, start : start + self.block : sample].clone()
+                names = tuple(f"t{task}" for task in range(len(rows)))
+                yield Group(name, None, part, (True,) * len(rows), names, 0, start)
+
+    def map(self, look: Callable[[Group], Result], sample: int = 1) -> Iterator[Result]:
+        return map(look, self(sample))
+
+
+def coarse(world: World, dtype: torch.dtype) -> tuple[World, Weights, list[Weights]]:
+    """The world in half precision, so near to its base that many entries tie, and its models as float32."""
+
+    def rounded(weights: Weights) -> Weights:
+        return {name: each.to(dtype) if each.is_floating_point() else each for name, each in weights.items()}
+
+    def near(model: Weights) -> Weights:
+        return {
+            name: world.base[name] + (each - world.base[name]) * 0.05 if each.is_floating_point() else each
+            for name, each in model.items()
+        }
+
+    base, *tuned = (rounded(each) for each in (world.base, *map(near, world.tuned.values())))
+    plain = [
+        {k: v.float() if v.is_floating_point() else v for k, v in each.items()} for each in (base, *tuned)
+    ]
+    return with_models(world, base, *tuned), plain[0], plain[1:]
+
+
+def merged_as_float32(world: World, method: str, **settings: object) -> Weights:
+    output = world.folder / "merged.safetensors"
+    changes = ["dtype=float32"]
+    merge(world.files, base=world.base_file, method=method, settings=settings, changes=changes, output=output)
+    return load_file(output)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("trim", ["model", "tensor", "fusion_bench"])
+@pytest.mark.parametrize("density", [0.03, 0.2, 0.9])
+def test_ties_of_half_precision_keeps_all_entries_that_tie(
+    world: World, dtype: torch.dtype, trim: str, density: float
+) -> None:
+    other, base, tuned = coarse(world, dtype)
+    magnitudes = (tuned[0]["zz.long"] - base["zz.long"]).abs()
+    assert len(magnitudes.unique()) < len(magnitudes) / 10  # many tie
+    want = ties(base, tuned, 0.3, density, "sum", trim)
+    got = merged_as_float32(other, "ties", density=density, trim=trim)
+    assert_same(got, with_integers(want, world), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_pcb_of_half_precision_is_that_of_the_authors_program(
+    world: World, dtype: torch.dtype, density: float
+) -> None:
+    other, base, tuned = coarse(world, dtype)
+    want = pcb(base, tuned, 1.2, density)
+    assert_same(merged_as_float32(other, "pcb", density=density), with_integers(want, world), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_breadcrumbs_of_half_precision_keep_the_entries_that_tie_with_a_kept_one(
+    world: World, dtype: torch.dtype
+) -> None:
+    other, base, tuned = coarse(world, dtype)
+    got = merged_as_float32(other, "breadcrumbs", scaling_factor=1, drop_smallest=0.6, drop_largest=0.1)
+    for name in ("layer.0.weight", "zz.long"):
+        want = base[name].clone()
+        for model in tuned:
+            delta = model[name] - base[name]
+            ordered = delta.abs().reshape(-1).sort().values
+            smallest = ordered[int(0.6 * len(ordered))]
+            largest = ordered[len(ordered) - int(0.1 * len(ordered)) - 1]
+            want += torch.where((delta.abs() >= smallest) & (delta.abs() <= largest), delta, 0)
+        assert_same({name: got[name]}, {name: want}, atol=1e-6)
+
+
+def tied(entries: int) -> Tensor:
+    """(2, entries) of which nearly all have one of three magnitudes, in any order."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(-2, 3, (2, entries), generator=generator) * 2.0**-13
+    odd = torch.rand(2, entries, generator=generator)
+    return torch.where(odd < 0.01, odd * 2.0**-6, steps)
+
+
+@pytest.mark.parametrize("k", [1, 500, 20_000, 39_500, 60_000, 99_999, 100_000])
+def test_the_k_th_largest_of_many_that_tie_is_exact(k: int) -> None:
+    deltas = tied(100_000)
+    want = deltas.abs().sort(dim=1, descending=True).values[:, k - 1]
+    groups = InBlocks({"a": deltas[:, :70_000], "b": deltas[:, 70_000:]})
+    (found,) = kth_largest(groups, [Rank(k / 100_000, lambda _: k)], lambda group: group.deltas.abs_())
+    assert found.equal(want)
+    (of_tensor,) = kth_largest_by_tensor(InBlocks({"all": deltas}), [lambda _: k])
+    assert of_tensor["all"].equal(want)
+
+
+def test_of_many_that_tie_only_the_number_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    add = _kth_largest.Near.add
+
+    def counted(near: _kth_largest.Near, *found: object) -> None:
+        add(near, *found)  # pyright: ignore[reportArgumentType]
+        kept.append(len(found[-1]))  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(_kth_largest.Near, "add", counted)
+    deltas = tied(100_000)
+    for share in (0.1, 0.2, 0.395, 0.6, 0.9):
+        kept.clear()
+        rank = Rank(share, lambda entries, share=share: int(entries * share))
+        kth_largest(InBlocks({"all": deltas}), [rank], lambda group: group.deltas.abs_())
+        assert sum(kept[-2 * 100 :]) < 0.02 * deltas.numel()  # of the last pass over 100 blocks of 2 tasks
+        kept.clear()
+        kth_largest_by_tensor(InBlocks({"all": deltas}), [rank.kept])
+        assert sum(kept) < 0.02 * deltas.numel()
 
 
 def test_the_threshold_is_exact_although_the_sample_misleads(

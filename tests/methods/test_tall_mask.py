@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mergecli import methods
+from mergecli.methods._base import Unit
 from mergecli.methods._mixture import Mixture, outcomes
 from mergecli.runtime.errors import UsageError
 from tests.conftest import Weights, World, assert_same
@@ -33,7 +34,7 @@ def test_tall_masks_of_all_tasks_are_those_of_each(threshold: float) -> None:
         one = methods.create("tall_mask", {"task": f"t{place + 1}", "mask_threshold": threshold})
         assert isinstance(one, Mixture)
         assert not one.is_mixture
-        assert one.by_blocks
+        assert one.unit is Unit.ENTRY
         plain: Weights = {}
         for group in InMemory(BASE, TUNED)():
             plain |= outcomes(one, group, None)

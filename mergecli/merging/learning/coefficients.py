@@ -102,7 +102,7 @@ def _adapted_file(work: LearningWork, method: Adapted, progress: Progress | None
         if ranks.all(like is not None, device):
             kept = _like(like, method, models) if like and is_first_here() else {}
         else:
-            surveyed = method.survey(ModelPasses(models, method.by_blocks, progress if is_first() else None))
+            surveyed = method.survey(ModelPasses(models, method.unit, progress if is_first() else None))
             state, trace = adapt(work, method, surveyed, partial, progress, ranks, device)
             kept = {**surveyed, **state, **trace}
         if is_first_here() and not path.exists():

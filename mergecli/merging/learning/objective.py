@@ -11,7 +11,7 @@ from mergecli.clip.preprocessing import Normalization
 from mergecli.merging.learning.work import LearningWork
 from mergecli.merging.models import Models
 from mergecli.methods._adapted import Adapted, entropy
-from mergecli.methods._base import Group, uniform
+from mergecli.methods._base import Group, Unit, uniform
 from mergecli.methods._learned import State
 from mergecli.methods._mixture import Installed, Routed
 from mergecli.runtime import interrupts
@@ -212,7 +212,7 @@ def _prepared(
         vectors = method.prepared(group, surveyed)
         return group.name, group.base.to(device, copy=True), vectors.to(where, dtype, copy=True)
 
-    for name, own, vectors in models.map(look, blocks=False):
+    for name, own, vectors in models.map(look, unit=Unit.TENSOR):
         pin = where == "cpu" and device.startswith("cuda")  # else copies would wait for each other
         base[name], deltas[name] = own, vectors.pin_memory() if pin else vectors
     return base, OffloadedTensors(deltas, device)
@@ -227,7 +227,7 @@ def _installed(models: Models, method: Routed, clip: Clip, device: str) -> Insta
     def look(_: int, group: Group) -> dict[str, Tensor]:
         return {key: each.to(device, copy=True) for key, each in method.expand(group, None).items()}
 
-    for found in models.map(look, blocks=False):
+    for found in models.map(look, unit=Unit.TENSOR):
         parts |= found
     for key, part in method.extras(models.shapes, len(models.tuned)).items():
         parts[key] = torch.zeros(part.shape, device=device)
