@@ -19,7 +19,7 @@ _PARTS = {
     "visual_projection.": "visual projection",
     "logit_scale": "logit scale",
 }
-_RUN = 1 << 14
+_RUN = 1 << 12
 """Entries at the beginning, in the middle and at the end of a tensor that are compared. Training moves nearly all of
 them; the last rows of a token embedding are those that stand in every prompt."""
 _UNSEEN = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12}
