@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from mergecli.runtime import interrupts
 
 Weights = dict[str, Tensor]
 
@@ -132,6 +135,16 @@ class Ended:
     out: str
     err: str
 
+    @property
+    def rest(self) -> str:
+        """stderr without the lines in which an evaluation says what it counts."""
+        return without_counts(self.err)
+
+
+def without_counts(text: str) -> str:
+    """What was printed, without the lines in which an evaluation says what it counts."""
+    return re.sub(r"note: .*: used [\d,]+ images? in .*\n", "", text)
+
 
 Run = Callable[..., Ended]
 
@@ -146,7 +159,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     def run(*arguments: object, **environment: object) -> Ended:
         from mergecli import cli
 
-        out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+        out, err = io.StringIO(), io.StringIO()
+        handlers = {number: signal.getsignal(number) for number in interrupts.ENDING}
         with monkeypatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.chdir(tmp_path)
             for name, value in environment.items():
@@ -154,7 +168,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
             try:
                 status = cli.run([str(each) for each in arguments])
             finally:
-                signal.signal(signal.SIGTERM, handler)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
         return Ended(int(status), out.getvalue(), err.getvalue())
 
     return run

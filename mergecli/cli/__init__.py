@@ -70,7 +70,9 @@ def main(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in interrupts.ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
+            signal.signal(number, _terminated)
     with console.warnings_of_ours():
         return _run(arguments)
 
@@ -103,9 +105,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             return ExitStatus.INPUT
         if interrupts.pressed:
             return ExitStatus.INTERRUPTED
-        import traceback
-
-        traceback.print_exc()
+        console.traceback()
         console.error(
             "this is a bug in mergecli",
             "please report it with the command, the recipe and everything above",
@@ -126,5 +126,6 @@ def _wrong_usage(error: Exception) -> int:
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     del frame
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in interrupts.ENDING:
+        signal.signal(each, signal.SIG_IGN)
     raise SystemExit(128 + number)

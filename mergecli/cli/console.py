@@ -9,29 +9,60 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
+from mergecli.runtime import notes
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import MergecliWarning, UsageError, did_you_mean
+from mergecli.runtime.visible import visible, visible_message
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mergecli.results.tables import Table
     from mergecli.runtime.progress import Progress
 
 
 def line(text: str) -> None:
-    """One line of data on stdout."""
-    print(text)
+    """A line of data on stdout, or several."""
+    print(visible(text, keep="\n\t"))
+
+
+def path(written: Path) -> None:
+    """A path on stdout: as it is for programs, even if it is no Unicode, and without control characters on a terminal."""
+    if sys.stdout.isatty():
+        line(str(written))
+        return
+    sys.stdout.flush()
+    try:
+        sys.stdout.buffer.write(os.fsencode(written) + b"\n")
+    except AttributeError:  # a stream of text only, in place of stdout
+        print(written)
+
+
+def json(content: object) -> None:
+    """Data on stdout as JSON, in which control characters are escapes."""
+    import json as library
+
+    def safe(each: str) -> str:
+        return each if each == "\n" or visible(each) == each else library.dumps(each)[1:-1]
+
+    print("".join(map(safe, library.dumps(content, indent=2, ensure_ascii=False))))
+
+
+def plain(text: str) -> None:
+    """A message without any word before it, on stderr."""
+    _print(visible_message(text))
 
 
 def warning(text: str) -> None:
     """Something the user should know, on stderr; of several processes only the first says it."""
     if is_first():
-        _print(f"{_painted('warning:', '33', sys.stderr)} {text}")
+        _print(f"{_painted('warning:', '33', sys.stderr)} {visible_message(text)}")
 
 
 def note(text: str) -> None:
     """A remark on the results, on stderr; of several processes only the first says it."""
     if is_first():
-        _print(f"note: {text}")
+        _print(f"note: {visible_message(text)}")
 
 
 def error(message: str, hint: str = "") -> None:
@@ -40,11 +71,18 @@ def error(message: str, hint: str = "") -> None:
     Each of several processes says its own, since only one of them may have failed; all but the first say who they are.
     """
     who = "" if is_first() else f"process {os.environ['RANK']}: "
-    lines = [f"{who}{_painted('error:', '31', sys.stderr)} {message}"]
+    lines = [f"{who}{_painted('error:', '31', sys.stderr)} {visible_message(message)}"]
     if hint:
-        lines.append(f"{who}{_painted('hint:', '36', sys.stderr)} {hint}")
+        lines.append(f"{who}{_painted('hint:', '36', sys.stderr)} {visible_message(hint)}")
     with suppress(OSError):  # nobody reads stderr any more
         _print("\n".join(lines))
+
+
+def traceback() -> None:
+    """The traceback of the exception that is being handled, on stderr."""
+    import traceback as library
+
+    _print(visible(library.format_exc(), keep="\n\t").rstrip("\n"))
 
 
 def _print(text: str) -> None:
@@ -53,7 +91,7 @@ def _print(text: str) -> None:
 
 @contextmanager
 def warnings_of_ours() -> Generator[None]:
-    """Prints the package's own Python warnings as `warning:` lines, each text once."""
+    """Prints the package's own Python warnings as `warning:` lines and its notes as `note:` lines, each text once."""
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int,
@@ -61,13 +99,29 @@ def warnings_of_ours() -> Generator[None]:
     ) -> None:  # fmt: skip
         if issubclass(category, MergecliWarning):
             warning(str(message))
+        elif file is None:
+            text = warnings.formatwarning(message, category, filename, lineno, line)
+            _print(visible(text, keep="\n\t").rstrip("\n"))
         else:
             others(message, category, filename, lineno, file, line)
 
-    with warnings.catch_warnings():
+    _clean_logs()
+    with warnings.catch_warnings(), notes.heard_by(note):
         warnings.simplefilter("default", MergecliWarning)
         others, warnings.showwarning = warnings.showwarning, show
         yield
+
+
+def _clean_logs() -> None:
+    """What libraries log, and nobody handles, goes to stderr without control characters."""
+    import logging
+
+    class Visible(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return visible(super().format(record), keep="\n\t")
+
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(Visible())
 
 
 def drop_output() -> None:
@@ -101,12 +155,20 @@ def _drawn(content: Table) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
+    from rich.text import Text
 
-    drawn = RichTable(title=content.title or None, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    def written(text: str) -> Text:
+        return Text(visible(text))  # a string would be read as markup, which `ties[b]` and `:x:` are not
+
+    title = written(content.title) if content.title else None
+    drawn = RichTable(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     for column in content.columns:
-        drawn.add_column(column.name, justify="left" if column.unit == "text" else "right", no_wrap=True)
+        drawn.add_column(
+            written(column.name), justify="left" if column.unit == "text" else "right", no_wrap=True
+        )
     for row in content.rows:
-        drawn.add_row(*(column.text(value) for column, value in zip(content.columns, row, strict=True)))
+        cells = zip(content.columns, row, strict=True)
+        drawn.add_row(*(written(column.text(value)) for column, value in cells))
     console = Console(highlight=False)
     needed = console.measure(drawn, options=console.options.update(width=10_000)).maximum
     # a narrow terminal wraps a line, but cut numbers would be lost; without a height rich takes a dumb one for 80 wide
@@ -124,13 +186,14 @@ def progress() -> Generator[Progress | None]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), transient=True,
     )  # fmt: skip
     with bars:
         bars_of: dict[str, Any] = {}
 
         def update(description: str, done: int, total: int) -> None:
+            description = visible(description)
             word = description.split(":")[0]
             if word not in bars_of:
                 bars_of[word] = bars.add_task(description, total=total)

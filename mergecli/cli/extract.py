@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -63,6 +62,7 @@ def extract(
         console.note(f"every tensor that changed is in the adapter: {lost}")
     larger = ", which is less: take a lower rank or energy" if found.size > found.tower_size else ""
     console.note(f"the adapter has {found.size:,} bytes, the tower {found.tower_size:,}{larger}")
-    console.line(
-        json.dumps(asdict(found) | {"path": str(found.path)}, indent=2) if as_json else str(found.path)
-    )
+    if as_json:
+        console.json(asdict(found) | {"path": str(found.path)})
+    else:
+        console.path(found.path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -73,17 +72,17 @@ def fetch(
             )  # fmt: skip
         except LockNotWrittenError as error:
             for path in error.done.paths:
-                console.line(str(path))
+                console.path(path)
             raise
     if dry_run:
         _show_plan(done)
         return
     if done.downloads:
-        print(f"fetched {_sum(done)}", file=sys.stderr)
+        console.plain(f"fetched {_sum(done)}")
     for lock in done.locks:
-        print(f"wrote {lock}", file=sys.stderr)
+        console.plain(f"wrote {lock}")
     for path in done.paths:
-        console.line(str(path))
+        console.path(path)
 
 
 def _show_plan(done: Fetched) -> None:
@@ -93,7 +92,7 @@ def _show_plan(done: Fetched) -> None:
     columns = (Column("source"), Column("file"), Column("bytes", "count"), Column("host"))
     rows = tuple((each.source, each.path, each.size, each.host) for each in done.downloads)
     console.table(Table(columns, rows), None)
-    print(f"would fetch {_sum(done)}" if rows else "nothing is missing", file=sys.stderr)
+    console.plain(f"would fetch {_sum(done)}" if rows else "nothing is missing")
 
 
 def _sum(done: Fetched) -> str:

@@ -90,7 +90,7 @@ def finetune(
             device=device, dtype=dtype, save_every=save_every, fresh=fresh, progress=progress,
         )  # fmt: skip
     if is_first():
-        console.line(str(done.path))
+        console.path(done.path)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +39,7 @@ def info(
     console.check_format(form)
     found = info(checkpoint)
     if as_json:
-        console.line(json.dumps(asdict(found), indent=2))
+        console.json(asdict(found))
         return
     if recipe:
         if "recipe" not in found.metadata:

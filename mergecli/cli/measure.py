@@ -46,4 +46,4 @@ def measure(
     if not is_first():
         return
     for path in done.paths.values():
-        console.line(str(path))
+        console.path(path)

@@ -110,9 +110,7 @@ def merge(
         for each in written
     ]  # fmt: skip
     if as_json:
-        import json
-
-        console.line(json.dumps(described if sweep else described[0], indent=2))
+        console.json(described if sweep else described[0])
         return
     for each in written:
-        console.line(str(each.path))
+        console.path(each.path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from typing import Annotated, Any
 
 import typer
@@ -37,7 +36,7 @@ def methods(
         return
     described = _described(name)
     if as_json or form == "json":
-        console.line(json.dumps(described, indent=2))
+        console.json(described)
         return
     console.line(f"{name}: {described['title']}\n")
     console.line(f"{described['equation']}\n")

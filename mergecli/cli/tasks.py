@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergecli.cli import console, options
+from mergecli.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mergecli.data.overview import SplitFound
+    from mergecli.data.tasks import Task
 
 
 def tasks(
@@ -15,19 +23,43 @@ def tasks(
         str | None,
         typer.Argument(metavar="[NAME]", autocompletion=options.complete_tasks, help="One task or set."),
     ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe", help="Look at the data that this recipe names, and show what is found in them."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            help="With --recipe: draw some images of each class under its name, a .png or .pdf file.",
+        ),
+    ] = None,
     form: options.Format = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
 ) -> None:
     """List the built-in tasks, or show one: its data, class names and prompts. A set's name lists its tasks.
 
+    With --recipe, the data are looked at: images of each split and class, the name in the data beside the name in the
+    prompts, and what is left out.
+
     mergecli tasks eurosat
+
+    mergecli tasks birds --recipe recipe.toml --plot birds.png
     """
     from mergecli.data import tasks as registry
     from mergecli.results.cells import Column
     from mergecli.results.tables import Table
 
     console.check_format(form)
-    known = registry.sets()
+    if recipe is None and plot is not None:
+        raise UsageError("--plot: there are no images to draw", "name a recipe with `--recipe`")
+    if recipe is not None and name is None:
+        raise UsageError(
+            "--recipe: of which task?", "`mergecli tasks NAME --recipe RECIPE` looks at the data of one"
+        )
+    known = {} if recipe is not None else registry.sets()
     if name is None or name in known:
         chosen = [registry.find(each) for each in (registry.names() if name is None else known[name])]
         columns = (Column("task"), Column("classes", "count"), Column("prompts", "count"), Column("data"),
@@ -38,19 +70,60 @@ def tasks(
         )
         console.table(Table(columns, rows), "json" if as_json else form)
         return
-    task = registry.find(name)
-    described = {
+    from mergecli.recipe.reading import recipe_of
+
+    task = registry.find(name, recipe_of(recipe) if recipe is not None else None)
+    found: Sequence[SplitFound] = ()
+    if recipe is not None:
+        from mergecli.data import overview
+
+        found = overview.found_for(task)
+        if plot is not None:
+            overview.contact_sheet(task, plot)
+    described: dict[str, object] = {
         "name": task.name, "description": task.description, "data": str(task.data), "config": task.config,
         "split": task.split, "train_split": task.train_split, "classes": task.classes, "templates": task.templates,
     }  # fmt: skip
+    note = registry.published_note(task.name) if task.match != "position" else ""
+    if note:
+        described["note"] = note
+    if recipe is not None:
+        described["found"] = [asdict(each) for each in found]
     if as_json or form == "json":
-        console.line(json.dumps(described, indent=2, ensure_ascii=False))
+        console.json(described)
         return
+    _show(task, note, with_classes=recipe is None)
+    for each in found:
+        _show_split(each)
+
+
+def _show(task: Task, note: str, *, with_classes: bool) -> None:
     console.line(f"{task.name}: {task.description}\n")
     console.line(f"data     {task.data}" + (f" ({task.config})" if task.config else ""))
     console.line(f"splits   {task.split} (evaluated), {task.train_split} (training)")
     console.line(f"prompts  {task.templates[0]}")
     for template in task.templates[1:]:
         console.line(f"         {template}")
-    for number, each in enumerate(task.classes or ()):
+    for number, each in enumerate((task.classes or ()) if with_classes else ()):
         console.line(f"{'classes' if number == 0 else '':8} {number:>3}  {each}")
+    if note:
+        console.line(f"names    {note}")
+
+
+def _show_split(found: SplitFound) -> None:
+    if found.problem:
+        console.line(f"\nsplit `{found.split}`: cannot be used: {found.problem}")
+        return
+    console.line(
+        f"\nsplit `{found.split}`: {found.images:,} images, {len(found.classes):,} classes ({found.matched})"
+    )
+    if found.left_out:
+        console.line(f"left out {found.left_out}")
+    rows = [("label", "images", "in the data", "in the prompts")]
+    rows += [
+        (str(each.label), f"{each.images:,}", " + ".join(each.data_names) or "-", each.name)
+        for each in found.classes
+    ]
+    wide = [max(len(row[column]) for row in rows) for column in range(3)]
+    for label, images, own, name in rows:
+        console.line(f"  {label:>{wide[0]}}  {images:>{wide[1]}}  {own:{wide[2]}}  {name}".rstrip())

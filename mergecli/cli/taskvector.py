@@ -32,4 +32,4 @@ def taskvector(
         for path in taskvector(
             tuned, output=output, base=base, dtype=dtype, changes=changes or [], progress=progress
         ):
-            console.line(str(path))
+            console.path(path)

@@ -23,6 +23,10 @@ FEW = 512
 """Up to so many images are decoded by this process alone: to start others would take longer."""
 
 
+MOST_PIXELS = 1 << 26
+"""An image that would be resized to more pixels is refused: a few bytes of a thin one can ask for gigabytes."""
+
+
 class EncodedImage(NamedTuple):
     """An image that is not decoded yet, and can be sent to another process."""
 
@@ -70,44 +74,98 @@ class Unreadable(NamedTuple):
     reason: str
 
 
+class UnreadableImageError(Exception):
+    """An image that cannot be decoded, or whose pixels have no known range; the text is the reason."""
+
+
 def decoded(encoded: EncodedImage) -> Image:
-    """The image as RGB, turned as its EXIF orientation says.
+    """The image as 8-bit RGB, turned as its EXIF orientation says.
 
     Raises:
-        OSError, ValueError, ...: one of PIL's many; `UNREADABLE` is all of them.
+        UnreadableImageError: it is damaged, is not there, or has pixels of an unknown range.
     """
-    import PIL.Image
-    from PIL import ExifTags, ImageOps
-
     content = encoded.content
     if isinstance(content, tuple):
         from mergecli.data.toy.drawing import draw
 
         return draw(*content)[0]
     if content is None or (isinstance(content, str) and not Path(content).is_file()):
-        raise OSError("there is none")
+        raise UnreadableImageError("there is none" + (f" at {content}" if content else ""))
+    try:
+        return _opened(content, encoded.mode)
+    except UnreadableImageError:
+        raise
+    except MemoryError as error:
+        raise UnreadableImageError("it needs more memory than there is") from error
+    except Exception as error:  # a damaged file makes the decoders of Pillow raise errors of any kind
+        raise UnreadableImageError(str(error) or type(error).__name__) from error
+
+
+def _opened(content: bytes | str, mode: str | None) -> Image:
+    import PIL.Image
+
     # a cut file fails here and not later: `open` reads the header only
     image: Image = PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
     image.load()
-    if image.getexif().get(ExifTags.Base.Orientation) is not None:
-        image = ImageOps.exif_transpose(image)
-    if encoded.mode and encoded.mode != image.mode:
-        image = image.convert(encoded.mode)
+    turn = _turn(image)
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
+    if turn is not None:
+        image = image.transpose(turn)
+    if mode and mode != image.mode:
+        image = image.convert(mode)
     return image.convert("RGB")
 
 
-def unreadable() -> tuple[type[Exception], ...]:
-    """Every kind of error that a damaged image may raise."""
-    from PIL import Image, UnidentifiedImageError
+def _turn(image: Image) -> Any:
+    """How the image is turned or mirrored to be upright; None where it is, or its EXIF cannot be read.
 
-    return (
-        UnidentifiedImageError,
-        OSError,
-        TypeError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    )
+    Why not `ImageOps.exif_transpose`: it writes the rest of the EXIF anew, which fails for tags that any viewer skips.
+    """
+    from PIL import ExifTags
+    from PIL.Image import Transpose as How
+
+    try:
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+        ways = {
+            2: How.FLIP_LEFT_RIGHT, 3: How.ROTATE_180, 4: How.FLIP_TOP_BOTTOM, 5: How.TRANSPOSE,
+            6: How.ROTATE_270, 7: How.TRANSVERSE, 8: How.ROTATE_90,
+        }  # fmt: skip
+        return ways.get(orientation)
+    except Exception:  # noqa: BLE001  the pixels are whole, and a viewer shows them
+        return None
+
+
+def _eight_bits(image: Image) -> Image:
+    """An image of more than 8 bits a pixel, scaled by the range of its type: Pillow would cut it off at 255.
+
+    Raises:
+        UnreadableImageError: the range is unknown.
+    """
+    import numpy as np
+    import PIL.Image
+
+    pixels = np.asarray(image)
+    tags: Any = getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+            raise UnreadableImageError(
+                f"its pixels are floating-point numbers from {pixels.min():g} to {pixels.max():g}, "
+                "of which only those from 0 to 1 have a known range: save it with 8 or 16 bits a pixel"
+            )
+        scaled = pixels.astype(np.float64)
+    elif image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
+        bits = tags.get(258)  # of a TIFF: 12 bits are stored as 16, too
+        most = (1 << int(bits[0] if isinstance(bits, tuple) else bits)) - 1 if bits else 65535
+        scaled = np.clip(pixels.astype(np.float64) / most, 0, 1)
+        if tags.get(262) == 0:  # white is zero
+            scaled = 1 - scaled
+    else:
+        raise UnreadableImageError(
+            "its pixels are whole numbers of 32 bits or with a sign, whose range is unknown: "
+            "save it with 8 or 16 bits a pixel"
+        )
+    return PIL.Image.fromarray((scaled * 255 + 0.5).astype(np.uint8))
 
 
 def resized_and_cropped(image: Image, how: ResizeAndCrop) -> ndarray[Any, Any]:
@@ -123,6 +181,10 @@ def resized_and_cropped(image: Image, how: ResizeAndCrop) -> ndarray[Any, Any]:
     if how.shortest_edge is not None:
         edge = how.shortest_edge
         size = (edge, edge * height // width) if width <= height else (edge * width // height, edge)
+        if size[0] * size[1] > MOST_PIXELS:
+            raise UnreadableImageError(
+                f"it is too thin: {width:,} x {height:,} pixels would be resized to {size[0]:,} x {size[1]:,}"
+            )
         image = image.resize(size, how.resample)
     elif how.size is not None:
         image = image.resize((how.size[1], how.size[0]), how.resample)
@@ -152,12 +214,13 @@ def decode_block(block: Block) -> ndarray[Any, Any] | Unreadable:
     import numpy as np
 
     found: list[Any] = []
-    errors = unreadable()
     for number, encoded in enumerate(block.images):
         try:
             array = resized_and_cropped(decoded(encoded), block.resize_and_crop)
-        except errors as error:
+        except UnreadableImageError as error:
             return Unreadable(number, str(error))
+        except MemoryError:
+            return Unreadable(number, "it needs more memory than there is")
         if block.corruption is not None:
             array = _corrupted(array, block.corruption, block.seeds[number])
         found.append(array)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mergecli.data.decoding import EncodedImage, decoded, unreadable
-from mergecli.data.parquet import Rows, folder_rows, parquet_rows
-from mergecli.data.splits import VALIDATION_NAMES, fingerprint, folder_splits, parquet_splits, sha256_digest
-from mergecli.runtime.errors import InputError, UsageError, quoted
+from mergecli.data.decoding import EncodedImage, UnreadableImageError, decoded
+from mergecli.data.inventory import Inventory, LeftOut, counted, one_spelling, take_inventory
+from mergecli.data.names import is_number, match_names, sorted_names
+from mergecli.data.parquet import Rows, folder_rows, parquet_rows, table_rows
+from mergecli.data.splits import VALIDATION_NAMES, check_shards, fingerprint, sha256_digest
+from mergecli.data.tables import TableRows, check_files, read_tables
+from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, quoted
 from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
@@ -31,7 +36,9 @@ class Images:
 
     split: str
     classes: tuple[str, ...] | None
-    """The class names that the data itself gives, or None."""
+    """The class names that the data itself gives, in the order of its own labels; or None."""
+    names: tuple[str, ...]
+    """The class names that the images are scored under, in the order of `labels`: the task's, else the data's own."""
     fingerprint: str
     """`xxh3:` and 32 hex digits of the content; the same wherever the data lie."""
     where: str
@@ -44,6 +51,12 @@ class Images:
     """The image of a row, not decoded."""
     rows: Sequence[int] | None = field(default=None, repr=False)
     """The chosen rows; None is all, in order."""
+    matched: str = ""
+    """How the names of the data were found among the task's."""
+    own_names: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+    """Each name of the data, and the label of its images."""
+    left_out: tuple[LeftOut, ...] = field(default=(), repr=False)
+    """Files that lie among the images and are not used."""
 
     def __len__(self) -> int:
         return len(self.every_label if self.rows is None else self.rows)
@@ -52,7 +65,7 @@ class Images:
         row = self.row(index)
         try:
             return decoded(self.encoded(row)), self.every_label[row]
-        except unreadable() as error:
+        except UnreadableImageError as error:
             raise self.cannot_read(row, str(error)) from error
 
     def __iter__(self) -> Iterator[tuple[Image, int]]:
@@ -63,6 +76,40 @@ class Images:
         """The label of each image."""
         rows = range(len(self.every_label)) if self.rows is None else self.rows
         return [self.every_label[row] for row in rows]
+
+    @property
+    def summary(self) -> str:
+        """What is used and what is left out, in one line."""
+        used, total = len(set(self.labels)), len(self.names)
+        classes = (
+            f"{used:,} of {total:,} classes"
+            if used < total
+            else f"{total:,} class{'es' if total != 1 else ''}"
+        )
+        rest = f"; left out {counted(self.left_out)}" if self.left_out else ""
+        return f"{self.where}: used {len(self):,} image{'s' if len(self) != 1 else ''} in {classes} ({self.matched}){rest}"
+
+    @property
+    def lacks_images(self) -> bool:
+        """Whether what was left out should not go unnoticed: it is images, or lies in the folders of classes."""
+        return any(each.is_image or "/" in each.path for each in self.left_out)
+
+    @property
+    def names_by_label(self) -> tuple[str, ...]:
+        """The names that images are scored under, in the order of the data's own labels."""
+        ordered = tuple(self.names[label] for _, label in self.own_names)
+        return ordered if self.classes is not None and set(ordered) == set(self.names) else self.names
+
+    def warn(self) -> None:
+        """Warns where not all images are used, or the number that comes out means nothing."""
+        if self.lacks_images:
+            warnings.warn(self.summary, MergecliWarning, stacklevel=2)
+        if len(self.names) == 1:
+            warnings.warn(
+                f"{self.where}: there is one class alone, `{self.names[0]}`, and every answer is right",
+                MergecliWarning,
+                stacklevel=2,
+            )
 
     def row(self, index: int) -> int:
         """The row in the data of the image number `index`."""
@@ -94,14 +141,16 @@ def load_images(task: Task, split: str | None = None, *, remember: bool = True) 
     if task.data.kind == "toy":
         load, known = _toy(task)
     else:
-        load, known = _on_disk(task, remember)
+        load, known = _on_disk(task, wanted, remember)
     own = VALIDATION_NAMES if wanted == VALIDATION else (wanted,)
     if wanted == REMAINDER and any(name in known for name in VALIDATION_NAMES):
         own = (task.train_split,)
     named = next((name for name in own if name in known), None)
     if named is not None:
+        one_spelling(task.train_split if wanted == REMAINDER else wanted, known, _where(task))
         return load(named)
     if wanted in (VALIDATION, REMAINDER) and task.train_split in known:
+        one_spelling(task.train_split, known, _where(task))
         whole = load(task.train_split)
         order = _shuffled(len(whole), 0)
         kept = len(order) - int(0.1 * len(order))
@@ -111,6 +160,15 @@ def load_images(task: Task, split: str | None = None, *, remember: bool = True) 
         return replace(whole, split=wanted, rows=rows)
     missing = task.train_split if wanted == REMAINDER else wanted
     raise UsageError(f"{_where(task)}: has no split `{missing}`", f"it has {quoted(known)}")
+
+
+def splits_of(task: Task) -> tuple[str, ...]:
+    """The splits that the task's data have.
+
+    Raises:
+        InputError: the data are missing or cannot be read.
+    """
+    return (_toy(task) if task.data.kind == "toy" else _on_disk(task, task.split, remember=True))[1]
 
 
 def _where(task: Task) -> str:
@@ -133,7 +191,7 @@ def task_images(
 ) -> TaskImages:
     """The task with its images, or with at most `limit` of them; the rest is as `load_images` says."""
     images = load_images(task, split, remember=remember)
-    classes = task.classes or images.classes or ()
+    classes = images.names
     if limit is None or limit >= len(images):
         return TaskImages(task, images, None, classes)
     numbers = balanced(images.labels, limit)
@@ -182,96 +240,169 @@ def _toy(task: Task) -> Loader:
     def load(split: str) -> Images:
         train, test = zip((toy.train, toy.test), toy.fingerprints, strict=True)
         count, content = train if split == "train" else test
-        found = Images(
-            split=split,
-            classes=tuple(toy.classes),
-            fingerprint=content,
-            where=f"{_where(task)}: split `{split}`",
-            columns=("image", "label"),
-            every_label=[index % len(toy.classes) for index in range(count)],
-            encoded=lambda row: EncodedImage((name, split, row)),
+        return _matched(
+            task,
+            Images(
+                split=split,
+                classes=tuple(toy.classes),
+                names=(),
+                fingerprint=content,
+                where=f"{_where(task)}: split `{split}`",
+                columns=("image", "label"),
+                every_label=[index % len(toy.classes) for index in range(count)],
+                encoded=lambda row: EncodedImage((name, split, row)),
+            ),
         )
-        return _checked(task, found)
 
     return load, ("train", "test")
 
 
-def _on_disk(task: Task, remember: bool) -> Loader:
-    """A function that reads a split of a folder or of Parquet files, and the names of the splits."""
-    root = locate(task.data)
+def _on_disk(task: Task, wanted: str, remember: bool) -> Loader:
+    """A function that reads a split of a folder, of tables or of Parquet files, and the names of the splits."""
+    root, where = locate(task.data), _where(task)
     if not root.exists():
-        raise InputError(f"{_where(task)}: no such folder")
-    tables = parquet_splits(root, task.config, _where(task))
-    folders = {} if tables else folder_splits(root)
-    if not tables and not folders:
+        raise InputError(f"{where}: no such folder")
+    named = [*(task.classes or ()), *(name for name, _ in task.mapping or ())]
+    known = take_inventory(
+        root, where, config=task.config, columns=task.columns, named=named,
+        splits=(task.split, task.train_split, wanted),
+    )  # fmt: skip
+    if known.kind == "table":
+        tables = read_tables(known.tables, root, task.columns, where)
+        return lambda split: _of_tables(task, split, tables, known, remember), tuple(tables)
+    if not known.kind:
         raise InputError(
-            f"{_where(task)}: holds neither Parquet files nor a folder of images for each class",
-            "expected `test-00000-of-00001.parquet` or `test/<class>/<image>.png`",
+            f"{where}: holds neither Parquet files nor a folder of images for each class"
+            + (f": {known.nothing}" if known.nothing else ""),
+            "expected `test-00000-of-00001.parquet` or `test/<class>/<image>.png`, or a table (`metadata.csv`) with the "
+            "path and the label of each image",
         )
-    files: Mapping[str, list[Path]] = tables or folders
-    classes = sorted({file.parent.name for found in folders.values() for file in found})
+    classes = known.class_folders(wanted) if known.kind == "folder" else []
 
     def load(split: str) -> Images:
-        content = fingerprint(files[split], with_names=not tables, remember=remember)
-        where = f"{_where(task)}: split `{split}`"
-        rows = parquet_rows(files[split], where) if tables else folder_rows(files[split], classes)
-        return _images(task, split, rows, content, remember)
+        files, place = known.splits[split], f"{where}: split `{split}`"
+        is_folder = known.kind == "folder"
+        if not is_folder:
+            check_shards(files, place)
+        content = fingerprint(files, with_names=is_folder, remember=remember)
+        rows = folder_rows(files, classes) if is_folder else parquet_rows(files, place)
 
-    return load, tuple(files)
+        def other_labels(column: str) -> set[str]:
+            others = [each for name, each in known.splits.items() if name != split]
+            return {str(label) for each in others for label in parquet_rows(each, place).labels(column)}
+
+        found, outside = _images(task, split, rows, content, remember, other_labels)
+        left_out = known.left_out.get(split if is_folder else "", ())
+        return replace(found, left_out=() if outside else tuple(left_out))
+
+    return load, tuple(known.splits)
 
 
-def _images(task: Task, split: str, data: Rows, content: str, remember: bool) -> Images:
-    """The rows as images; checks that columns and labels fit the task."""
-    columns = {
-        use: next((name for name in (own, use) if name in data.columns), None)
-        for use, own in (("image", task.image_column), ("label", task.label_column))
-    }
-    image, label = columns["image"], columns["label"]
+def _of_tables(
+    task: Task, split: str, tables: dict[str, TableRows], known: Inventory, remember: bool
+) -> Images:
+    """The images that the rows of a split name. Their digest is of the images and the labels, wherever the table lies."""
+    rows = tables[split]
+    check_files(rows, f"{_where(task)}: split `{split}`")
+    content = sha256_digest(*(f"{label}\n" for label in rows.labels))
+
+    def other_labels(_: str) -> set[str]:
+        return {str(label) for name, each in tables.items() if name != split for label in each.labels}
+
+    found, _ = _images(task, split, table_rows(rows), content, remember, other_labels)
+    used = {os.path.normpath(path) for each in tables.values() for path in each.paths}
+    root = locate(task.data)
+    left_out = [each for each in known.left_out.get("", ()) if os.path.normpath(root / each.path) not in used]
+    return replace(found, left_out=tuple(left_out))
+
+
+def _images(
+    task: Task,
+    split: str,
+    data: Rows,
+    content: str,
+    remember: bool,
+    other_labels: Callable[[str], set[str]],
+) -> tuple[Images, bool]:
+    """The rows as images, and whether files outside of the table hold some; checks that columns and labels fit the task.
+
+    Args:
+        other_labels: the labels of the other splits in a column: a class of which this one has no image is a class, too.
+    """
+    found_columns = (
+        data.columns
+        if data.are_found
+        else [task.columns.find(use, data.columns) for use in ("image", "label")]
+    )
+    image, label = found_columns
     where = f"{_where(task)}: split `{split}`"
     if image is None or label is None:
-        lacking = quoted(use for use, name in columns.items() if name is None)
-        raise InputError(f"{where} has no column {lacking}", f"it has {quoted(data.columns)}")
+        names = {"image": task.image_column, "label": task.label_column}
+        wanted = {use: name if use in task.columns.given else use for use, name in names.items()}
+        lacking = quoted(wanted[use] for use, name in (("image", image), ("label", label)) if name is None)
+        raise InputError(
+            f"{where} has no column {lacking}",
+            f"it has {quoted(data.columns)}; `image` and `label` under `[tasks.{task.name}]` name others",
+        )
     try:
         encoded = data.images(image)
     except TypeError as error:
         raise InputError(f"{where}: column `{image}` does not hold images, but {error}") from error
-    elsewhere = [file for path in dict.fromkeys(data.paths(image)) if (file := Path(path)).is_file()]
+    paths = dict.fromkeys(data.paths(image))
+    elsewhere = [file for path in paths if (file := Path(path)).is_file()]
     if elsewhere:
         content = sha256_digest(content, fingerprint(elsewhere, with_names=False, remember=remember))
     values: Sequence[Any] = data.labels(label)
+    classes = data.classes(label)
+    if values and all(isinstance(value, str) for value in values):
+        texts = {*values, *other_labels(label)}
+        if classes is None and all(map(is_number, texts)):
+            values = [int(value) for value in values]
+        else:
+            classes = tuple(sorted_names(texts))
+            number = {name: place for place, name in enumerate(classes)}
+            values = [number[value] for value in values]
     for row, value in enumerate(values):
         if not isinstance(value, int):
-            raise InputError(f"{where}, row {row}: expected a whole number as label, got {value!r}")
+            raise InputError(
+                f"{where}, row {row}: expected a whole number as label, or a name, got {value!r}"
+            )
     found = Images(
         split=split,
-        classes=data.classes(label),
+        classes=classes,
+        names=(),
         fingerprint=content,
         where=where,
         columns=(image, label),
         every_label=[int(value) for value in values],
         encoded=encoded,
     )
-    return _checked(task, found)
+    return _matched(task, found), bool(paths)
 
 
-def _checked(task: Task, images: Images) -> Images:
-    """The images; checks that there are some and that their labels fit the task's classes."""
-    where, labels = images.where, images.every_label
+def _matched(task: Task, images: Images) -> Images:
+    """The images under the task's names; checks that there are some and that their labels fit."""
+    where, labels, own = images.where, images.every_label, images.classes
     if not labels:
         raise InputError(f"{where}: has no images")
-    classes = task.classes or images.classes
-    if classes is None:
+    used = sorted(set(labels))
+    if own is not None and not 0 <= used[0] <= used[-1] < len(own):
         raise InputError(
-            f"{where}: has no class names of its own", f"give `classes` under `[tasks.{task.name}]`"
+            f"{where}: labels go from {used[0]} to {used[-1]}, but the data name {len(own)} classes",
+            "the data are damaged, or their labels are of another list of names",
         )
-    if min(labels) < 0 or max(labels) >= len(classes):
+    found = match_names(own, used, task, where)
+    if found.labels is not None:
+        labels = [found.labels[label] for label in labels]
+    if min(labels) < 0 or max(labels) >= len(found.names):
         raise InputError(
-            f"{where}: labels go from {min(labels)} to {max(labels)}, but the task has {len(classes)} classes",
+            f"{where}: labels go from {min(labels)} to {max(labels)}, but the task has {len(found.names)} classes",
             f"`classes` under `[tasks.{task.name}]` names all of them, in the order of the labels",
         )
-    if images.classes is not None and len(images.classes) < len(classes):
-        raise InputError(
-            f"{where}: the data have {len(images.classes)} classes, the task has {len(classes)}",
-            f"`classes` under `[tasks.{task.name}]` names those of the data, in the order of the labels",
-        )
-    return images
+    every = own if own is not None else [str(label) for label in used]
+    places = range(len(every)) if own is not None else used
+    pairs = [
+        (name, found.labels[label] if found.labels else label)
+        for label, name in zip(places, every, strict=True)
+    ]
+    return replace(images, every_label=labels, names=found.names, matched=found.how, own_names=tuple(pairs))

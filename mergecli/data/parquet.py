@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 import json
+import os
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mergecli.data.decoding import EncodedImage
-from mergecli.runtime.errors import InputError
+from mergecli.data.pixel_lists import png_of
+from mergecli.data.tables import TableRows
+from mergecli.runtime.errors import InputError, quoted
 
 HELD = 512 << 20
 """Bytes of encoded images that are held in memory, of all data sets together; those used last stay."""
@@ -33,17 +35,33 @@ class Rows:
     """A function that gives a column's image in a row; TypeError says that the column holds something else."""
     paths: Callable[[str], Sequence[str]]
     """Files outside the table that a column's images are in. The digest of the table does not cover them."""
+    are_found: bool = False
+    """Whether `columns` are the column of images and that of labels, found already by the task's names."""
 
 
 def folder_rows(files: Sequence[Path], names: Sequence[str]) -> Rows:
     """Image files: the name of each one's folder is its class."""
+    number = {name: label for label, name in enumerate(names)}
     return Rows(
         columns=("image", "label"),
         count=len(files),
         classes=lambda _: tuple(names),
-        labels=lambda _: [names.index(file.parent.name) for file in files],
+        labels=lambda _: [number[file.parent.name] for file in files],
         images=lambda _: lambda row: EncodedImage(str(files[row])),
         paths=lambda _: (),
+    )
+
+
+def table_rows(rows: TableRows) -> Rows:
+    """The rows of a table that names image files."""
+    return Rows(
+        columns=("image", "label"),
+        count=len(rows.paths),
+        classes=lambda _: None,
+        labels=lambda _: rows.labels,
+        images=lambda _: rows.encoded,
+        paths=lambda _: rows.paths,
+        are_found=True,
     )
 
 
@@ -51,25 +69,27 @@ def parquet_rows(files: Sequence[Path], where: str) -> Rows:
     """Parquet files one after another, as if they were one; only the row groups and columns that are used are read.
 
     Raises:
-        InputError: one is damaged, or there are no rows.
+        InputError: one is damaged, or there are no rows; or the files differ in their columns or class names.
     """
     from pyarrow import parquet
 
+    opened: list[Any] = []
     try:
-        opened = [parquet.ParquetFile(file, memory_map=True) for file in files]
+        opened.extend(parquet.ParquetFile(file, memory_map=True) for file in files)
         count = sum(file.metadata.num_rows for file in opened)
         schema = opened[0].schema_arrow
         features = _features(schema.metadata)
     except (OSError, ValueError) as error:
-        raise _damaged(where, error) from error
+        raise _damaged(
+            f"{where}: {files[len(opened)].name}" if len(files) > len(opened) > 0 else where, error
+        ) from error
+    _check_schemas(files, [file.schema_arrow for file in opened], where)
     if not count:
         raise InputError(f"{where}: has no images")
     columns: tuple[str, ...] = tuple(map(str, schema.names))
 
     def classes(column: str) -> tuple[str, ...] | None:
-        feature = features.get(column, {})
-        names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
-        return tuple(map(str, names)) if isinstance(names, list) else None
+        return _class_names(features, column)
 
     def labels(column: str) -> list[Any]:
         try:
@@ -81,16 +101,54 @@ def parquet_rows(files: Sequence[Path], where: str) -> Rows:
         kind = schema.field(column).type
         _check_images(kind)
         mode = features.get(column, {}).get("mode")
-        return _ParquetImages(opened, column, where, mode if isinstance(mode, str) else None)
+        folders = [file.parent for file in files]
+        return _ParquetImages(opened, folders, column, where, mode if isinstance(mode, str) else None)
 
     def paths(column: str) -> list[str]:
         kind = schema.field(column).type
         try:
-            return [each for file in opened for each in _paths(file, column, kind)]
+            return [
+                os.path.join(path.parent, each)  # noqa: PTH118  a Path for each row takes longer
+                for path, file in zip(files, opened, strict=True)
+                for each in _paths(file, column, kind)
+            ]
         except (OSError, ValueError, KeyError) as error:
             raise _damaged(where, error) from error
 
     return Rows(columns, count, classes, labels, images, paths)
+
+
+def _check_schemas(files: Sequence[Path], schemas: Sequence[Any], where: str) -> None:
+    """Raises InputError if the files do not have the same columns, types and class names."""
+    first, names = schemas[0], _features(schemas[0].metadata)
+    for file, schema in zip(files[1:], schemas[1:], strict=True):
+        both = f"{files[0].name} and {file.name}"
+        for column in dict.fromkeys([*first.names, *schema.names]):
+            types = [
+                str(each.field(column).type) if column in each.names else "missing"
+                for each in (first, schema)
+            ]
+            if types[0] != types[1]:
+                raise InputError(
+                    f"{where}: {both} differ in column `{column}`: {types[0]} and {types[1]}",
+                    "keep the files of one version of the data",
+                )
+        other = _features(schema.metadata)
+        for column in dict.fromkeys([*names, *other]):
+            mine, theirs = (_class_names(each, column) for each in (names, other))
+            if mine != theirs:
+                raise InputError(
+                    f"{where}: {both} differ in the class names of column `{column}`: "
+                    f"{quoted(mine or ['none'])} and {quoted(theirs or ['none'])}",
+                    "their labels mean different classes: write the files anew with one list of names",
+                )
+
+
+def _class_names(features: Mapping[str, dict[str, Any]], column: str) -> tuple[str, ...] | None:
+    """The names of a ClassLabel."""
+    feature = features.get(column, {})
+    names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
+    return tuple(map(str, names)) if isinstance(names, list) else None
 
 
 def _paths(file: Any, column: str, kind: Any) -> list[str]:
@@ -134,7 +192,10 @@ def _check_images(kind: Any) -> None:
     """Raises TypeError unless an Arrow type may hold images."""
     from pyarrow import types
 
-    plain = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_list)
+    plain = (
+        types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_list,
+        types.is_large_list, types.is_fixed_size_list,
+    )  # fmt: skip
     if any(test(kind) for test in plain):
         return
     if types.is_struct(kind) and {kind.field(number).name for number in range(kind.num_fields)} & {
@@ -151,9 +212,16 @@ class _ParquetImages:
     A row group is read as a whole, since Parquet compresses it as a whole; the last ones stay in memory for their other rows.
     """
 
-    def __init__(self, files: Sequence[Any], column: str, where: str, mode: str | None) -> None:
-        self._files, self._column, self._where, self._mode = files, column, where, mode
+    def __init__(
+        self, files: Sequence[Any], folders: Sequence[Path], column: str, where: str, mode: str | None
+    ) -> None:
+        self._column, self._where, self._mode = column, where, mode
         self._groups = [(file, group) for file in files for group in range(file.metadata.num_row_groups)]
+        self._folders = [
+            folder
+            for file, folder in zip(files, folders, strict=True)
+            for _ in range(file.metadata.num_row_groups)
+        ]
         self._own = object()
         self._starts = [0]
         for file, group in self._groups:
@@ -164,6 +232,16 @@ class _ParquetImages:
         value: Any = self._group(number)[row - self._starts[number]].as_py()
         if isinstance(value, dict):
             value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, str):
+            value = os.path.join(self._folders[number], value)  # noqa: PTH118  a Path for each row takes longer
+        elif isinstance(value, list):
+            try:
+                value = png_of(value)
+            except ValueError as error:
+                raise InputError(
+                    f"{self._where}: column `{self._column}`, row {row}: the pixels {error}",
+                    "expected height x width x 3 or height x width numbers from 0 to 255, or image files",
+                ) from error
         return EncodedImage(value, self._mode)
 
     def _group(self, number: int) -> Any:
@@ -176,7 +254,7 @@ class _ParquetImages:
                     values: Any = file.read_row_group(group, [self._column])[self._column].combine_chunks()
                 except (OSError, ValueError, KeyError) as error:
                     raise _damaged(self._where, error) from error
-                _held.add(key, _as_files(values))
+                _held.add(key, values)
             _held.groups.move_to_end(key)
             return _held.groups[key]
 
@@ -198,19 +276,6 @@ class _Held:
 
 
 _held = _Held()
-
-
-def _as_files(values: Any) -> Any:
-    """The images as files, where the column has their pixels as lists of numbers."""
-    from pyarrow import types
-
-    if not types.is_list(values.type):
-        return values
-    import datasets
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of pixels that are stored in more than one byte
-        return datasets.Image().cast_storage(values)
 
 
 def _damaged(where: str, error: Exception) -> InputError:

@@ -34,50 +34,48 @@ LARGE = 16 << 20
 _SETTLED = 5.0
 """Seconds after a change of a file from which on another change is sure to give it another time of change."""
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_OF = re.compile(r"[-_](\d+)-of-(\d+)(-[0-9a-f]{16})?$")
 
 
-def parquet_splits(root: Path, config: str | None, where: str) -> dict[str, list[Path]]:
-    """Split -> its Parquet files, from names as `test-00000-of-00002.parquet`, `test.parquet` or `test/0.parquet`.
-
-    They may lie at any depth; where there is a folder called `config`, only those in it count.
-
-    Raises:
-        InputError: files of one split lie in several folders, which are different configurations.
-    """
-    every = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
-    paths = {file: file.relative_to(root if root.is_dir() else root.parent) for file in every}
-    paths = {
-        file: path for file, path in paths.items() if not any(part.startswith(".") for part in path.parts)
-    }
-    chosen = {file: path for file, path in paths.items() if config in path.parts}
-    found: dict[str, list[Path]] = {}
-    homes: dict[str, set[PurePath]] = {}
-    for file, path in (chosen or paths).items():
-        split, folder = split_of(path)
-        found.setdefault(split, []).append(file)
-        homes.setdefault(split, set()).add(folder)
-    for split, folders in homes.items():
-        if len(folders) > 1:
-            names = [folder.as_posix() for folder in sorted(folders)]
+def check_shards(files: Sequence[Path], where: str) -> None:
+    """Raises InputError if shards of a split are missing, are there twice, or have several totals."""
+    numbers: dict[Path, tuple[int, int]] = {}
+    for file in files:
+        if found := _OF.search(file.stem):
+            numbers[file] = (int(found[1]), int(found[2]))
+    if not numbers:
+        return
+    if other := [file.name for file in files if file not in numbers]:
+        raise InputError(
+            f"{where}: has {quoted(file.name for file in numbers)}, and beside these shards {quoted(other)}",
+            "take away what is not of the split",
+        )
+    if len(totals := {total for _, total in numbers.values()}) > 1:
+        named = [
+            next(file.name for file, (_, each) in numbers.items() if each == total)
+            for total in sorted(totals)
+        ]
+        raise InputError(
+            f"{where}: its shards are of {len(totals)} totals: {quoted(named)}",
+            "they are from different versions of the data: keep the files of one",
+        )
+    (total,) = totals
+    held: dict[int, str] = {}
+    for file, (number, _) in numbers.items():
+        if number in held:
             raise InputError(
-                f"{where}: has split `{split}` in several folders: {quoted(names)}",
-                "give one of them as the task's `data`",
+                f"{where}: shard {number} is there twice: {quoted([held[number], file.name])}",
+                "keep one of them",
             )
-    return found
-
-
-def folder_splits(root: Path) -> dict[str, list[Path]]:
-    """Split -> its images, which lie in `<split>/<class>/`, or in `<class>/` for data of one split, called `test`."""
-    if not root.is_dir():
-        return {}
-    top = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
-    splits = {folder.name: found for folder in top if (found := _pictures(folder))}
-    return splits or ({"test": found} if (found := _pictures(root)) else {})
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*/*") if file.suffix.lower() in _SUFFIXES)
+        held[number] = file.name
+    first = 1 if 0 not in held and total in held else 0
+    if missing := [number for number in range(first, first + total) if number not in held]:
+        width = max(len(found[1]) for file in files if (found := _OF.search(file.stem)))
+        names = [f"-{number:0{width}}-of-{total:0{width}}" for number in missing]
+        raise InputError(
+            f"{where}: has {len(held)} of {total} shards; {quoted(names)} {'is' if len(names) == 1 else 'are'} missing",
+            f"put {'it' if len(names) == 1 else 'them'} beside `{next(iter(held.values()))}`, or fetch the data again",
+        )
 
 
 def fingerprint(files: Sequence[Path], with_names: bool, remember: bool = True) -> str:

@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
+from mergecli.data.tables import Columns
 from mergecli.runtime.errors import UsageError, did_you_mean
 from mergecli.storage.sources import Source, parse_source
 
@@ -35,6 +36,18 @@ class Task:
     """In the order of the labels; None takes the names that the data's ClassLabel gives."""
     templates: tuple[str, ...]
     """Prompts in which `{}` stands for the class name."""
+    mapping: tuple[tuple[str, str], ...] | None = None
+    """(name in the data, name in the prompts), where the recipe says which is which."""
+    match: str = "name"
+    """How names of the data are found among `classes`: `name`; `position`; or `own data`, for a built-in task's own data set,
+    whose names may be written otherwise as long as none stands at another position."""
+    given_columns: tuple[str, ...] = ()
+    """Which of `image` and `label` the recipe names: the data must have these columns."""
+
+    @property
+    def columns(self) -> Columns:
+        """What the columns are called."""
+        return Columns(self.image_column, self.label_column, self.given_columns)
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,16 @@ class TaskTable:
     templates: tuple[str, ...] | None = None
     split: str | None = None
     train_split: str | None = None
+    match: str | None = None
+    """`name` matches the names of the data and of the prompts, whatever their order; `position` takes both in their order."""
+    names: str | None = None
+    """`published`: those of the published models, in their order."""
+    image: str | None = None
+    """The column of the images, or of their paths."""
+    label: str | None = None
+    """The column of the labels."""
+    mapping: tuple[tuple[str, str], ...] | None = None
+    """Made of `classes` where it is a table: (name in the data, name in the prompts)."""
 
 
 class TasksOfRecipe(Protocol):
@@ -109,10 +132,30 @@ def find(name: str, recipe: TasksOfRecipe | None = None) -> Task:
         config=None,
         split=table.split or "test",
         train_split=table.train_split or "train",
-        image_column="image",
-        label_column="label",
+        image_column=table.image or "image",
+        label_column=table.label or "label",
         classes=table.classes,
         templates=table.templates,
+        mapping=table.mapping,
+        match=table.match or "name",
+        given_columns=_given_columns(table),
+    )
+
+
+def _given_columns(table: TaskTable) -> tuple[str, ...]:
+    return tuple(name for name in ("image", "label") if getattr(table, name) is not None)
+
+
+def published_note(task: str) -> str:
+    """Where published models were trained with other names than the data's: which, and what to do; else empty."""
+    data_names = _data_names(task)
+    if not data_names:
+        return ""
+    classes = _built_in(task).classes or ()
+    others = ", ".join(f"`{name}` as `{classes[label]}`" for label, name in data_names.items())
+    return (
+        f"published models were trained with {others}. Images are scored by the data's names; "
+        f'`names = "published"` under `[tasks.{task}]` scores them as those models were trained.'
     )
 
 
@@ -159,6 +202,18 @@ def _table_problems(task: str, table: TaskTable, written: str | None = None) -> 
     for template in table.templates or ():
         if template.count("{}") != 1:
             found.append((f"{key}.templates", f"expected `{{}}` once, for the class name, got `{template}`"))
+    if table.match not in (None, "name", "position"):
+        found.append((f"{key}.match", f"expected `name` or `position`, got `{table.match}`"))
+    if table.match is not None and table.mapping is not None:
+        found.append((f"{key}.match", "`classes` says already which name is which"))
+    if table.names is not None:
+        if table.names != "published":
+            found.append((f"{key}.names", f"expected `published`, got `{table.names}`"))
+        elif task not in names():
+            found.append((f"{key}.names", "only built-in tasks have published names"))
+        elif table.classes is not None or table.match is not None:
+            other = "classes" if table.classes is not None else "match"
+            found.append((f"{key}.names", f"does not go with `{other}`: each says which names are used"))
     if table.classes is not None and not table.classes:
         found.append((f"{key}.classes", "is empty"))
     seen: set[str] = set()
@@ -186,9 +241,21 @@ def _changed(task: Task, table: TaskTable) -> Task:
         config=None if table.data else task.config,
         split=table.split or task.split,
         train_split=table.train_split or task.train_split,
+        image_column=table.image or task.image_column,
+        label_column=table.label or task.label_column,
         classes=table.classes or task.classes,
         templates=table.templates or task.templates,
+        mapping=table.mapping,
+        match="position" if table.names and _data_names(task.name) else _match(task, table),
+        given_columns=_given_columns(table),
     )
+
+
+def _match(task: Task, table: TaskTable) -> str:
+    """A built-in task's names may be written otherwise than its own data's; those of other data are matched by name."""
+    if table.match is not None:
+        return table.match
+    return task.match if table.data is None and table.classes is None else "name"
 
 
 def _table(task: str, recipe: TasksOfRecipe | None) -> TaskTable | None:
@@ -254,7 +321,16 @@ def _built_in(name: str) -> Task:
         label_column=row.get("label", "label"),
         classes=_strings(row["classes"]),
         templates=_strings(row["templates"]),
+        match="own data",
     )
+
+
+@cache
+def _data_names(task: str) -> dict[int, str]:
+    """Label -> name in the data of a built-in task, where published models were trained with another."""
+    file = _PROMPTS / f"{task}.toml"
+    row: dict[str, Any] = tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return {int(label): str(name) for label, name in row.get("data_names", {}).items()}
 
 
 def _strings(values: Iterable[str]) -> tuple[str, ...]:

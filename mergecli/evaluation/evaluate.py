@@ -19,7 +19,7 @@ from mergecli.formats.opening import model_path, open_source
 from mergecli.results import plots
 from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
 from mergecli.runtime.errors import InputError, UsageError
-from mergecli.storage.atomic import check_target, check_targets, write_text
+from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.metadata import looked_at, made_of
 from mergecli.storage.sources import Source, parse_source
 
@@ -167,7 +167,8 @@ def _evaluate_open(
 ) -> tuple[Evaluation, ...]:
     """`evaluate` of towers that are open: checks the outputs, counts, and writes them."""
     targets = result_files([FINE_TUNED] if individual else [model.name for model in models], output)
-    _check_files(models, tasks, settings, targets, predictions, individual)
+    folder = Path(output) if output is not None and Path(output).suffix != ".json" else None
+    _check_files(models, tasks, settings, targets, folder, predictions, individual)
 
     scores = score(
         models,
@@ -201,10 +202,12 @@ def _check_files(
     tasks: Sequence[Task],
     settings: Settings,
     results: Sequence[Path],
+    folder: Path | None,
     predictions: str | Path | None,
     individual: bool,
 ) -> None:
-    """Before any work: raises UsageError if an output cannot be written, or would replace an input."""
+    """Before any work: raises UsageError if an output cannot be written, or would replace an input; warns of what else is
+    in a folder that outputs go to, of which the `results` have one."""
     targets: list[tuple[Path, Sequence[str]]] = [(each, ()) for each in results]
     if predictions is not None:
         targets.append((Path(predictions), (".parquet",)))
@@ -217,10 +220,13 @@ def _check_files(
     if settings.routes is not None:
         named = [model.name for model in models if model.checkpoint.is_mixture]
         targets += [(file, ()) for name in named for file in route_files(settings.routes, name)]
-    check_targets(targets, {model.name: file for model in models for file in model.checkpoint.files})
-    for folder in (settings.features, settings.routes):
-        if folder is not None:
-            check_target(folder, folder=True)
+    inputs = [(model.name, file) for model in models for file in model.checkpoint.files]
+    check_targets(targets, dict(inputs))
+    for each in (settings.features, settings.routes, folder):
+        if each is not None:
+            check_target(each, folder=True)
+            own = {file.relative_to(each).parts[0] for file, _ in targets if file.is_relative_to(each)}
+            warn_of_others(each, own, [file for _, file in inputs])
     for task in tasks:
         for target, _ in targets:
             if task.data.path and target.absolute().is_relative_to(task.data.path.absolute()):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergecli.results.tables import csv_text
 from mergecli.storage.atomic import write_text
 
 if TYPE_CHECKING:
@@ -49,12 +48,12 @@ class Routes:
 
     def to_csv(self) -> str:
         """A row for each task and layer: task, layer, and a column for each expert; numbers in full."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["task", "layer", *self.experts])
-        for task, layers in self.tasks.items():
-            writer.writerows([task, layer, *map(repr, weights)] for layer, weights in layers.items())
-        return text.getvalue()
+        rows = [
+            [task, layer, *weights]
+            for task, layers in self.tasks.items()
+            for layer, weights in layers.items()
+        ]
+        return csv_text([["task", "layer", *self.experts], *rows], repr)
 
 
 def route_files(folder: Path, name: str) -> tuple[Path, Path]:

@@ -17,12 +17,13 @@ from mergecli.evaluation.settings import Scores, Settings, Tower
 from mergecli.formats.mixture import mixture_of
 from mergecli.results.result import TaskScore
 from mergecli.runtime.errors import UsageError
+from mergecli.runtime.notes import note
 from mergecli.storage.cache import cache_path
 
 if TYPE_CHECKING:
     from mergecli.clip.heads import ClipDigests
     from mergecli.clip.model import Clip
-    from mergecli.data.images import TaskImages
+    from mergecli.data.images import Images, TaskImages
     from mergecli.data.tasks import Task
     from mergecli.evaluation.routes import Weights
     from mergecli.runtime.progress import Progress
@@ -79,6 +80,8 @@ def score(
         )
     remember = settings.max_size > 0
     every = [task_images(task, settings.split, settings.limit, remember=remember) for task in tasks]
+    for each in every:
+        _tell(each.images)
     clip.model.to(device)
     clip.tower.to(getattr(torch, settings.dtype))
     clip.model.visual_projection.to(getattr(torch, settings.dtype))
@@ -105,6 +108,13 @@ def score(
         if each
     ]
     return scores
+
+
+def _tell(images: Images) -> None:
+    """Says in one line what of the data is counted; a warning where images were left out."""
+    images.warn()
+    if not images.lacks_images:
+        note(images.summary)
 
 
 def _check(clip: Clip, tower: Tower, tasks: Sequence[Task]) -> tuple[str, ...]:
@@ -193,11 +203,13 @@ def _key(clip: Clip, tower: Tower, of_task: TaskImages, settings: Settings, dige
     from mergecli.storage.metadata import version
 
     images = of_task.images
+    by_label = list(images.names_by_label)
     about = {
         "program": [version(), torch.__version__, clip.device.type, settings.dtype],
         "tower": [tower.checkpoint.digest(), _use_of(tower.checkpoint, of_task, settings)],
         "clip": digests,
         "head": [list(of_task.classes), list(of_task.task.templates)],
+        **({} if by_label == list(of_task.classes) else {"labels": by_label}),
         "data": [
             images.fingerprint,
             images.split,
@@ -231,7 +243,7 @@ def _score(of_task: TaskImages, counts: Counts, settings: Settings) -> TaskScore
         images=total,
         split=of_task.images.split,
         data={"source": of_task.task.data.label, "fingerprint": of_task.images.fingerprint},
-        classes=digest(of_task.classes),
+        classes=digest(of_task.images.names_by_label),
         templates=digest(of_task.task.templates),
         limit=settings.limit if of_task.numbers is not None else None,
         corruption=settings.corruption.name if settings.corruption else None,

@@ -9,14 +9,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mergecli.evaluation.evaluate import evaluate, forget
-from mergecli.merging.sweep_points import Point, merge_sweep, points_of
+from mergecli.merging.sweep_points import Point, merge_batch, point_files, points_of
 from mergecli.results.cells import Cell, Column
 from mergecli.results.result import Evaluation
 from mergecli.results.statistics import Count, difference_interval
 from mergecli.results.tables import Table
 from mergecli.runtime.errors import UsageError, toml_text
 from mergecli.runtime.progress import Progress
-from mergecli.storage.atomic import check_targets, write_text
+from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.store import locate
 
 ROOM = 4 << 30
@@ -128,7 +128,12 @@ def sweep(
 
         require_matplotlib(Path(plot))
     check_targets([(each, ()) for each in [*targets, *([Path(plot)] if plot else [])]], {})
+    if target:
+        warn_of_others(target, {each.name for each in targets})
     kept = Path(keep) if keep is not None else None
+    if kept:
+        check_target(kept, folder=True)
+        warn_of_others(kept, {path.name for path in point_files(points, kept)})
     split = evaluation.pop("split", None)
     shared: dict[str, Any] = {**evaluation, "device": device, "progress": progress}
     results: list[Evaluation] = []
@@ -139,7 +144,7 @@ def sweep(
         for following, batch in _batches(points, kept):
             files = {
                 each.path.stem: each.path
-                for each in merge_sweep(batch, kept or folder, device=device, progress=progress)
+                for each in merge_batch(batch, kept or folder, device=device, progress=progress)
             }
             found = evaluate(files, recipe=points[0].recipe, split=select or split, **shared)
             results += [_labeled(result, point) for result, point in zip(found, batch, strict=True)]
@@ -151,7 +156,7 @@ def sweep(
         if select is not None:
             path = (kept or folder) / f"{points[best].name}.safetensors"
             if not path.exists():
-                merge_sweep([points[best]], folder, device=device)
+                merge_batch([points[best]], folder, device=device)
             (own,) = evaluate({points[best].name: path}, recipe=points[0].recipe, split=split, **shared)
             confirmed = _labeled(own, points[best])
     splits = {score.split for score in results[0].tasks.values()}

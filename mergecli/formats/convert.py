@@ -45,7 +45,9 @@ def needs_conversion(path: Path) -> bool:
     if is_pickled(path):
         return True
     with open_checkpoint(path) as stored:
-        return renaming(path, {name: entry.shape for name, entry in stored.entries.items()}).changes
+        return renaming(
+            path, {name: entry.shape for name, entry in stored.entries.items()}, opened=True
+        ).changes
 
 
 def convert(
@@ -95,7 +97,7 @@ def convert(
             forms, others = read_state(files)
             shapes = {name: tuple(tensor.shape) for name, tensor in forms.items()}
             read = forms.__getitem__
-        plan = renaming(source, shapes)
+        plan = renaming(source, shapes, opened=stored is not None)
         if stored and not plan.changes:
             raise UsageError(f"{source}: is safetensors with names that mergecli knows: nothing to convert")
         layout = {name: _form(origin.taken_from(forms[origin.name])) for name, origin in plan.origins.items()}
@@ -134,7 +136,9 @@ def why_foreign(stored: Checkpoint) -> str:
     if len(towers := [found[1] or "(none)" for name in stored.entries if (found := own.fullmatch(name))]) > 1:
         return f"{stored.path} holds {len(towers)} vision towers, under {quoted(towers)}: save the one that is meant alone"
     try:
-        plan = renaming(stored.path, {name: entry.shape for name, entry in stored.entries.items()})
+        plan = renaming(
+            stored.path, {name: entry.shape for name, entry in stored.entries.items()}, opened=True
+        )
     except InputError as error:
         return error.message
     if not plan.changes:

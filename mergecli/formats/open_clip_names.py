@@ -69,17 +69,20 @@ class Renaming:
         return bool(self.left_out) or any(name != origin.name for name, origin in self.origins.items())
 
 
-def renaming(path: Path, shapes: Mapping[str, Shape]) -> Renaming:
+def renaming(path: Path, shapes: Mapping[str, Shape], *, opened: bool) -> Renaming:
     """Our names for the tensors of a file.
 
     Names of an open_clip vision transformer, under whatever prefix, become those of Hugging Face's CLIPModel if the
     text tower is there too, else those of its CLIPVisionModel: the projection and what is left of a text tower, which
     the fine-tuned encoders of task arithmetic carry along, then have no place. Other names are read as in any file.
 
+    Args:
+        opened: whether the names are those of an open checkpoint, which are without wrappers already.
+
     Raises:
         InputError: there are two towers, or a tower lacks tensors or has more or others than a CLIP's.
     """
-    theirs = {ours: name for name, ours in canonical_names(shapes).items()}
+    theirs = {ours: name for name, ours in canonical_names(shapes, ours=opened).items()}
     known = {ours: shapes[name] for ours, name in theirs.items()}
     roots = [
         name.removesuffix(_MARKS[0])

@@ -5,7 +5,8 @@ certificate variables mean what they mean to that library, whose client makes ev
 `hub.retry` and not by the library's `http_backoff`, which sleeps as long as a server says, however long that is, and
 takes 23 s to tell that a connection is refused. Xet is never used, with whatever endpoint: all files come by HTTP, which
 is what can be resumed. Pages of a list are followed here, since the library's own paging waits for a silent server
-for ever.
+for ever. Bodies are read here too, as `hub.limits` allows, and the token goes to the endpoint alone: to no other host
+that a page or a redirect names.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urljoin
 
+from mergecli.hub import limits
 from mergecli.hub.client import Body, TransientError
 from mergecli.hub.environment import check_variables, host_of, reason_of, wait_of, without_password
+from mergecli.hub.limits import LimitError, ListBudget, same_origin, unpacked, whole, within
 from mergecli.hub.requirements import named
 from mergecli.hub.retry import RetryPolicy, retried
 from mergecli.runtime.errors import HubError, did_you_mean, quoted
@@ -31,6 +34,7 @@ OWN = ("https://huggingface.co", "https://hf.co", "https://hub-ci.huggingface.co
 """The hub's own endpoints, which the token is for."""
 CONVERTED = "refs/convert/parquet"
 """The branch in which the hub keeps a data set's images as Parquet files."""
+_REDIRECTS = 10
 
 
 class HuggingFace:
@@ -84,11 +88,17 @@ class HuggingFace:
     def files(self, source: Source, commit: str) -> tuple[RemoteFile, ...]:
         found: list[RemoteFile] = []
         url: str | None = f"{self._api(source)}/tree/{commit}?recursive=true&expand=false"
+        budget, asked = ListBudget(), set[str]()
         while url:
             response = self._get(source, url)
+            asked.add(url)
             with self._in_our_words(source, None):
+                budget.add(len(response.content))
                 found += [_remote(each) for each in response.json() if each["type"] == "file"]
-            url = response.links.get("next", {}).get("url")
+                following = response.links.get("next", {}).get("url")
+                url = urljoin(url, following) if following else None
+                if url in asked:
+                    raise ValueError("the pages of its list of files begin again")
         return tuple(found)
 
     def open(self, source: Source, commit: str, path: str, start: int) -> AbstractContextManager[Body]:
@@ -97,18 +107,15 @@ class HuggingFace:
     @contextmanager
     def _opened(self, source: Source, commit: str, path: str, start: int) -> Generator[Body]:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import get_session, hf_raise_for_status
 
         kind = "dataset" if source.is_data else "model"
         url = hf_hub_url(source.name, path, repo_type=kind, revision=commit, endpoint=self._endpoint)
-        headers = {**self._headers, "Accept-Encoding": "identity"}
-        if start:
-            headers["Range"] = f"bytes={start}-"
-        with (
-            self._in_our_words(source, path),
-            get_session().stream("GET", url, headers=headers, timeout=self._timeouts[1]) as response,
-        ):
-            hf_raise_for_status(response)
+        part = {"Range": f"bytes={start}-"} if start else {}
+        with self._in_our_words(source, path):
+            response = within(
+                limits.ANSWER_SECONDS, lambda: self._begun(url, self._timeouts[1], **part), self._stop
+            )
+        with self._in_our_words(source, path), contextlib.closing(response):
             begins = start if response.status_code == 206 else 0
             if begins and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 raise TransientError(f"`{path}`: the hub sent another part of it than was asked for")
@@ -116,22 +123,59 @@ class HuggingFace:
 
     def _blocks(self, source: Source, path: str, response: Any) -> Iterator[bytes]:
         with self._in_our_words(source, path):
-            yield from response.iter_bytes()
+            yield from unpacked(response.iter_raw(), response.headers.get("Content-Encoding", ""))
+
+    def _begun(self, url: str, timeout: float, **headers: str) -> Any:
+        """The answer to a request, of which nothing is read yet; raises what the library has for one that refuses.
+
+        The library would read the body of each redirect and of each error, however large.
+        """
+        from huggingface_hub.utils import get_session, hf_raise_for_status
+
+        client, own = get_session(), self._headers
+        if not same_origin(url, self._endpoint):
+            own = {name: value for name, value in own.items() if name != "authorization"}
+        every = {**own, "Accept-Encoding": "identity", **headers}
+        request: Any = client.build_request("GET", url, headers=every, timeout=timeout)
+        for _ in range(_REDIRECTS):
+            response: Any = client.send(request, stream=True, follow_redirects=False)
+            if not response.has_redirect_location:
+                break
+            response.close()
+            # the library leaves out the token where the redirect goes to another host
+            request = response.next_request
+            if request is None:
+                raise ValueError("it redirects to nowhere")
+        else:
+            raise ValueError(f"it redirects more than {_REDIRECTS} times")
+        if response.status_code >= 400:
+            with contextlib.closing(response):
+                hf_raise_for_status(self._read(response))
+        return response
+
+    def _read(self, response: Any) -> Any:
+        """The response with its whole body."""
+        http: Any = importlib.import_module(type(response).__module__.partition(".")[0])
+        packed = ("content-encoding", "content-length", "transfer-encoding")
+        content = whole(response.iter_raw(), response.headers.get("Content-Encoding", ""))
+        headers = [(name, value) for name, value in response.headers.multi_items() if name not in packed]
+        return http.Response(response.status_code, headers=headers, content=content, request=response.request)
 
     def _api(self, source: Source) -> str:
         return f"{self._endpoint}/api/{'datasets' if source.is_data else 'models'}/{source.name}"
 
     def _get(self, source: Source, url: str, first: bool = False) -> Any:
-        from huggingface_hub.utils import get_session, hf_raise_for_status
-
         def get() -> Any:
             with self._in_our_words(source, None, first):
-                response = get_session().get(url, headers=self._headers, timeout=self._timeouts[0])
-                hf_raise_for_status(response)
+                response = within(limits.ANSWER_SECONDS, lambda: self._answer(url), self._stop)
                 response.json()
                 return response
 
         return retried(get, self._stop, self._policy)
+
+    def _answer(self, url: str) -> Any:
+        with contextlib.closing(self._begun(url, self._timeouts[0])) as response:
+            return self._read(response)
 
     @contextmanager
     def _in_our_words(self, source: Source, path: str | None, first: bool = False) -> Generator[None]:
@@ -144,6 +188,10 @@ class HuggingFace:
             yield
         except HfHubHTTPError as error:
             raise self._refused(source, where, path, error) from error
+        except LimitError as error:
+            raise HubError(
+                f"{where}: {self.host} {error}", "try again later, or check HF_ENDPOINT"
+            ) from error
         except (http.ConnectError, http.ConnectTimeout, http.ProxyError) as error:
             reason = f"cannot reach {self.host}: {reason_of(error)}"
             if first:
@@ -213,11 +261,8 @@ class HuggingFace:
 
     def _plain(self, url: str) -> Any:
         """What a URL answers; None if it does not."""
-        from huggingface_hub.utils import get_session
-
         try:
-            response = get_session().get(url, headers=self._headers, timeout=self._timeouts[0])
-            return response.json() if response.status_code == 200 else None
+            return within(limits.ANSWER_SECONDS, lambda: self._answer(url), self._stop).json()
         except Exception:  # noqa: BLE001  only a suggestion is lost
             return None
 

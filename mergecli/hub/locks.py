@@ -8,7 +8,7 @@ from pathlib import Path
 from mergecli.hub.requirements import KINDS, Requests, of_recipe
 from mergecli.hub.resolve import Resolved
 from mergecli.recipe.lock import Key, Lock, LockedSource, lock_path, write_lock
-from mergecli.storage.atomic import check_target, writing
+from mergecli.storage.atomic import check_name, writing
 from mergecli.storage.store import Store
 
 
@@ -16,7 +16,7 @@ def check_locks(requests: Requests) -> None:
     """Raises UsageError if a lock cannot have the name that it should get."""
     for each in requests.each:
         if each.recipe and each.recipe.path:
-            check_target(lock_path(each.recipe.path))
+            check_name(lock_path(each.recipe.path))
 
 
 def write_locks(requests: Requests, resolved: Mapping[Key, Resolved], store: Store) -> tuple[Path, ...]:

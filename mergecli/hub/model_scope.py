@@ -3,22 +3,27 @@
 `MODELSCOPE_ENDPOINT`, its predecessor `MODELSCOPE_DOMAIN`, `MODELSCOPE_API_TOKEN` (and `modelscope login`),
 `MODELSCOPE_DOWNLOAD_TIMEOUT`, the proxy and the certificate variables mean what they mean to that library, whose
 sessions make every request here. Its own repeated tries are turned off, since they would multiply with those of
-`hub.retry`; its downloader is not used: `hub.transfer` says why.
+`hub.retry`; its downloader is not used: `hub.transfer` says why. Each of its requests passes through `_Guard`: bodies are
+read as `hub.limits` allows, and no host but the endpoint gets the token.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import threading
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
+from mergecli.hub import limits
 from mergecli.hub.client import Body, TransientError
 from mergecli.hub.environment import check_variables, host_of, reason_of, was_broken_off, without_password
+from mergecli.hub.limits import LimitError, ListBudget, same_origin, unpacked, whole, within
 from mergecli.hub.requirements import named
 from mergecli.hub.retry import RetryPolicy, retried
 from mergecli.runtime.errors import HubError, did_you_mean, quoted
@@ -57,6 +62,7 @@ class ModelScope:
                 config if self._trusted else HubConfig(endpoint=self._endpoint, token="")
             ).legacy
         _turn_off_retries(self._api)
+        self._guard = _Guard(self._endpoint, self._api)
         if not os.environ.get("MODELSCOPE_LOG_LEVEL"):
             logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
         self._stop, self._policy = stop, policy
@@ -110,10 +116,14 @@ class ModelScope:
     @contextmanager
     def _opened(self, source: Source, commit: str, path: str, start: int) -> Generator[Body]:
         headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
-        with (
-            self._in_our_words(source, path),
-            self._api.download_stream(source.name, _kind(source), path, commit, headers=headers) as response,
-        ):
+
+        def begin() -> Any:
+            with self._guard.leaves_bodies():
+                return self._api.download_stream(source.name, _kind(source), path, commit, headers=headers)
+
+        with self._in_our_words(source, path):
+            response = within(limits.ANSWER_SECONDS, begin, self._stop)
+        with self._in_our_words(source, path), response:
             begins = start if response.status_code == 206 else 0
             if begins and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 raise TransientError(f"`{path}`: the hub sent another part of it than was asked for")
@@ -121,12 +131,15 @@ class ModelScope:
 
     def _blocks(self, source: Source, path: str, response: Any) -> Iterator[bytes]:
         with self._in_our_words(source, path):
-            yield from response.iter_content(_BLOCK)
+            yield from unpacked(_raw(response), response.headers.get("Content-Encoding", ""))
 
     def _list(self, source: Source, revision: str) -> list[dict[str, Any]]:
         def ask() -> list[dict[str, Any]]:
-            with self._in_our_words(source, None):
-                found = self._api.list_repo_files(source.name, _kind(source), revision)
+            with self._in_our_words(source, None), self._guard.one_list(source.name):
+                list_files: Callable[[], list[dict[str, Any]]] = partial(
+                    self._api.list_repo_files, source.name, _kind(source), revision
+                )
+                found = within(limits.LIST_SECONDS, list_files, self._stop)
                 return [each for each in found if each.get("Type") != "tree"]
 
         return retried(ask, self._stop, self._policy)
@@ -134,7 +147,10 @@ class ModelScope:
     def _revisions(self, source: Source) -> list[dict[str, Any]]:
         def ask() -> list[dict[str, Any]]:
             with self._in_our_words(source, None):
-                return self._api.list_revisions(source.name, _kind(source))
+                list_revisions: Callable[[], list[dict[str, Any]]] = partial(
+                    self._api.list_revisions, source.name, _kind(source)
+                )
+                return within(limits.ANSWER_SECONDS, list_revisions, self._stop)
 
         return retried(ask, self._stop, self._policy)
 
@@ -151,6 +167,9 @@ class ModelScope:
             token = f"set MODELSCOPE_API_TOKEN, and `--token-to-endpoint` so that {self.host} gets it"
         try:
             yield
+        except LimitError as error:
+            hint = "try again later, or check MODELSCOPE_ENDPOINT"
+            raise HubError(f"{where}: {self.host} {error}", hint) from error
         except errors.RateLimitError as error:
             raise TransientError(f"{self.host} asks for fewer requests", error.retry_after) from error
         except errors.ServerError as error:
@@ -208,6 +227,79 @@ def _remote(entry: Any) -> RemoteFile:
     if (size := int(entry["Size"])) < 0:
         raise ValueError(f"a size of {size} bytes")
     return RemoteFile(str(entry["Path"]), size, str(entry.get("Sha256") or "") or None)
+
+
+def _raw(response: Any) -> Iterator[bytes]:
+    """The bytes of a body as the server has sent them, as soon as they are here."""
+    read = getattr(response.raw, "read1", None)
+    if read is None:  # urllib3 1 waits for whole blocks
+        yield from response.raw.stream(_BLOCK, decode_content=False)
+        return
+    while block := read(_BLOCK, decode_content=False):
+        yield block
+
+
+class _Guard:
+    """What stands between the library's sessions and the network."""
+
+    def __init__(self, endpoint: str, client: Any) -> None:
+        self._endpoint = endpoint
+        self._left = threading.local()
+        self._lists: dict[str, ListBudget] = {}
+        for session in (client._session, client._read_session):
+            for adapter in session.adapters.values():
+                adapter.send = partial(self._send, adapter.send)
+
+    @contextmanager
+    def leaves_bodies(self) -> Generator[None]:
+        """Requests of this thread are for a file, whose body the caller reads."""
+        self._left.bodies = True
+        try:
+            yield
+        finally:
+            self._left.bodies = False
+
+    @contextmanager
+    def one_list(self, name: str) -> Generator[None]:
+        """Answers about a repository are pages of one list, which the library asks for in threads of its own."""
+        self._lists[name] = ListBudget()
+        try:
+            yield
+        finally:
+            self._lists.pop(name, None)
+
+    def _send(self, send: Any, request: Any, *given: Any, **named: Any) -> Any:
+        if not same_origin(request.url, self._endpoint):
+            # requests takes another port of a host, and `http:` in place of `https:`, for the same where cookies go
+            for header in ("Authorization", "Cookie"):
+                request.headers.pop(header, None)
+        response = send(request, *given, **named)
+        if getattr(self._left, "bodies", False) and response.status_code < 300:
+            return response
+        with _requests_errors(), contextlib.closing(response.raw):
+            content = whole(_raw(response), response.headers.get("Content-Encoding", ""))
+        for name, budget in list(self._lists.items()):
+            if f"/{name}/repo/" in request.url:
+                budget.add(len(content))
+        from urllib3 import HTTPResponse
+
+        response.headers.pop("Content-Encoding", None)
+        response.raw = HTTPResponse(io.BytesIO(content), status=response.status_code, preload_content=False)
+        return response
+
+
+@contextmanager
+def _requests_errors() -> Generator[None]:
+    """Errors while a body is read, as requests has them."""
+    import requests
+    from urllib3 import exceptions
+
+    try:
+        yield
+    except exceptions.ReadTimeoutError as error:
+        raise requests.Timeout(error) from error
+    except exceptions.ProtocolError as error:
+        raise requests.exceptions.ChunkedEncodingError(error) from error
 
 
 def _turn_off_retries(client: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -43,18 +41,22 @@ class Similarities:
 
     def to_csv(self) -> str:
         """Names as header row, after an empty cell, and as first column; numbers in full."""
-        rows = [[name, *map(repr, row)] for name, row in zip(self.names, self.cosines, strict=True)]
-        return _csv([["", *self.names], *rows])
+        rows = [[name, *row] for name, row in zip(self.names, self.cosines, strict=True)]
+        from mergecli.results.tables import csv_text
+
+        return csv_text([["", *self.names], *rows], repr)
 
     def layers_to_csv(self) -> str:
         """One row for each layer and pair of names: layer, first, second, cosine."""
         rows = [
-            [layer, self.names[i], self.names[j], repr(cosines[i][j])]
+            [layer, self.names[i], self.names[j], cosines[i][j]]
             for layer, cosines in self.layers.items()
             for i in range(len(self.names))
             for j in range(i + 1, len(self.names))
         ]
-        return _csv([["layer", "first", "second", "cosine"], *rows])
+        from mergecli.results.tables import csv_text
+
+        return csv_text([["layer", "first", "second", "cosine"], *rows], repr)
 
     def table(self) -> Table:
         """The cosines as a table."""
@@ -152,9 +154,3 @@ def _cosines(products: Tensor) -> Matrix:
     norms = products.diagonal().sqrt()  # (T,)
     cosines = (products / norms / norms[:, None]).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).clamp_(-1, 1)
     return tuple(map(tuple, cosines.fill_diagonal_(1.0).tolist()))
-
-
-def _csv(rows: Sequence[Sequence[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()

@@ -27,6 +27,7 @@ from mergecli.recipe.schema import Recipe
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.progress import Progress
+from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import made_again
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.sizes import parse_size
@@ -136,6 +137,7 @@ def _merge_points(
         for each in targets:
             files.refuse_inputs(each, models.paths)
             each.check(models)
+        check_space({each.path: each.size(models) for each in targets})
         found: dict[str, Learned] = {}
         for each in targets:
             if _key(each.method) not in found:

@@ -20,7 +20,7 @@ from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.atomic import check_target, whole_folder
 from mergecli.storage.checkpoint import MIXTURE
 from mergecli.storage.metadata import UNKNOWN_DIGEST, about, model_folder_files
-from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, TORCH_NAMES
+from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES, TORCH_NAMES, entry_count
 from mergecli.storage.safetensors_writer import SafetensorsWriter, ShardedWriter
 
 if TYPE_CHECKING:
@@ -63,6 +63,10 @@ class MergeTarget:
         for key, part in self.method.extras(shapes, tasks).items():
             found[key] = (part.dtype, part.shape)
         return found
+
+    def size(self, models: Models) -> int:
+        """Bytes of what is written."""
+        return sum(entry_count(shape) * DTYPE_BYTES[dtype] for dtype, shape in self.layout(models).values())
 
     def check(self, models: Models) -> None:
         """Raises InputError if the method writes more than one tower, and cannot from tensors of these names."""

@@ -230,4 +230,6 @@ class ModelPool:
         from mergecli.data.tasks import find
 
         found = find(task, self._recipe)
-        return load_images(found, found.train_split if train else None)
+        images = load_images(found, found.train_split if train else None)
+        images.warn()
+        return images

@@ -18,7 +18,7 @@ from mergecli.recipe.schema import Recipe
 from mergecli.recipe.toml import Override, parse_value
 from mergecli.runtime.errors import UsageError
 from mergecli.runtime.progress import Progress
-from mergecli.storage.atomic import check_target
+from mergecli.storage.atomic import check_target, warn_of_others
 
 MOST = 1000
 """The most points of one sweep; more is taken for a typing error."""
@@ -118,13 +118,30 @@ def merge_sweep(
 ) -> tuple[Merged, ...]:
     """Writes one checkpoint a point into the folder `output`, each called after its point."""
     target = Path(output)
-    check_target(target, folder=True)
     if target.suffix == ".safetensors":
         raise UsageError(f"{target}: a sweep writes several files, so the output is a folder")
-    paths = {target / f"{point.name}.safetensors": point.recipe for point in points}
-    return merge_points(
-        paths, device=device, files=LearningFiles(statistics, coefficients), progress=progress
+    check_target(target, folder=True)
+    warn_of_others(target, {path.name for path in point_files(points, target)})
+    return merge_batch(
+        points, target, device=device, files=LearningFiles(statistics, coefficients), progress=progress
     )
+
+
+def merge_batch(
+    points: Sequence[Point],
+    folder: Path,
+    *,
+    device: str = "cpu",
+    files: LearningFiles | None = None,
+    progress: Progress | None = None,
+) -> tuple[Merged, ...]:
+    """Some of a sweep's points, merged in one pass, whose folder has been checked."""
+    return merge_points(point_files(points, folder), device=device, files=files, progress=progress)
+
+
+def point_files(points: Sequence[Point], folder: Path) -> dict[Path, Recipe]:
+    """The checkpoint of each point in the folder, and the recipe that makes it."""
+    return {folder / f"{point.name}.safetensors": point.recipe for point in points}
 
 
 def _range(written: str, text: str) -> tuple[Any, ...]:

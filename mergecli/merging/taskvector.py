@@ -12,10 +12,10 @@ from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.runtime.progress import Progress
-from mergecli.storage.atomic import refuse_inputs
+from mergecli.storage.atomic import check_space, check_target, check_targets, refuse_inputs, warn_of_others
 from mergecli.storage.checkpoint import TASK_VECTOR
 from mergecli.storage.metadata import UNKNOWN_DIGEST, about
-from mergecli.storage.safetensors_format import SAFETENSORS_NAMES
+from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES
 from mergecli.storage.safetensors_writer import SafetensorsWriter
 from mergecli.storage.sources import named_sources
 
@@ -42,12 +42,15 @@ def taskvector(
         recipe = recipe_of(tuned, base=base, changes=changes)
         if target.suffix == ".safetensors":
             raise UsageError(f"{target}: a recipe has several models, so the output is a folder")
+        check_target(target, folder=True)
         targets = {name: target / f"{name}.safetensors" for name in recipe.tuned}
+        check_targets([(path, ()) for path in targets.values()], {})
     else:
         if base is None:
             raise UsageError("there is no base to subtract", "name it with `--base`")
         if target.suffix != ".safetensors":
             raise UsageError(f"{target}: expected the name of a `.safetensors` file")
+        check_target(target)
         recipe = recipe_of(named_sources([str(tuned)]), base=base, changes=changes)
         targets = dict.fromkeys(recipe.tuned, target)
     with ExitStack() as stack:
@@ -56,6 +59,11 @@ def taskvector(
             if each.is_task_vector:
                 raise InputError(f"{each.path}: `{name}` is a task vector already")
             refuse_inputs(targets[name], models.paths)
+        assert models.base is not None
+        count = sum(models.base.entries[key].size for key in models.floats)
+        check_space(dict.fromkeys(targets.values(), count * DTYPE_BYTES[SAFETENSORS_NAMES[dtype]]))
+        if target.suffix != ".safetensors":
+            warn_of_others(target, {path.name for path in targets.values()}, models.paths.values())
         for number, (name, path) in enumerate(targets.items()):
             one = replace(recipe, tuned={name: recipe.tuned[name]}, dtype=dtype)
             _subtract(Models(models.base, {name: models.tuned[name]}), one, path)

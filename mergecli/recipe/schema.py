@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mergecli import methods
 from mergecli.data.tasks import TaskTable
@@ -112,15 +112,33 @@ def _method(value: object, read: TableReader) -> tuple[str | None, dict[str, Any
 
 def _task(value: object, key: str, reader: RecipeReader) -> TaskTable:
     read = reader.values
-    table = read.table(value, key, ("data", "classes", "templates", "split", "train_split"))
+    texts = ("split", "train_split", "match", "names", "image", "label")
+    table = read.table(value, key, ("data", "classes", "templates", *texts))
     data = reader.source(table["data"], f"{key}.data") if "data" in table else None
+    classes = table.get("classes")
+    mapping = (
+        _mapping(cast("dict[str, Any]", classes), f"{key}.classes", read)
+        if isinstance(classes, dict)
+        else None
+    )
     return TaskTable(
         data=replace(data, is_data=True) if data else None,
-        classes=read.texts(table["classes"], f"{key}.classes") if "classes" in table else None,
+        classes=tuple(dict.fromkeys(name for _, name in mapping))
+        if mapping is not None
+        else read.texts(table["classes"], f"{key}.classes")
+        if "classes" in table
+        else None,
         templates=read.texts(table["templates"], f"{key}.templates") if "templates" in table else None,
-        split=read.text(table["split"], f"{key}.split") if "split" in table else None,
-        train_split=read.text(table["train_split"], f"{key}.train_split") if "train_split" in table else None,
+        mapping=mapping,
+        **{name: read.text(table[name], f"{key}.{name}") for name in texts if name in table},
     )
+
+
+def _mapping(value: dict[str, Any], key: str, read: TableReader) -> tuple[tuple[str, str], ...]:
+    """`{ "name in the data" = "name in the prompts" }`."""
+    if not value:
+        read.expected(key, "a list of names, or a table of the data's names and the prompts'", value)
+    return tuple((name, read.text(other, f"{key}.{name}")) for name, other in value.items())
 
 
 def recipe_text(recipe: Recipe, method: str | None = None, settings: Mapping[str, Any] | None = None) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html import escape
+from html import escape as html_escape
 from pathlib import Path
 from string import Template
 
 from mergecli.results.cells import Cell, Column, Estimate, Quantity
+from mergecli.runtime.visible import visible
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -41,6 +42,11 @@ def page(
         origins=f"<h2>How each number was made</h2>{''.join(origins)}" if origins else "",
         version=escape(version()),
     )
+
+
+def escape(text: str) -> str:
+    """A text as it stands in a page: no HTML, and no control characters."""
+    return html_escape(visible(text))
 
 
 def figure(svg: str, caption: str) -> str:

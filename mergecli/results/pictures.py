@@ -6,12 +6,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli.results import plots
-from mergecli.results.html import figure
+from mergecli.results.html import escape, figure
 from mergecli.results.result import Evaluation
 from mergecli.results.rows import Metric, Row
 from mergecli.results.statistics import Interval, mean_interval, wilson

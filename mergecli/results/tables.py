@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from mergecli.results.cells import Cell, Column, Estimate, Plain, Quantity
 from mergecli.runtime.errors import UsageError
+from mergecli.runtime.visible import visible
 
 Format = Literal["table", "tsv", "csv", "json", "md", "latex", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -54,23 +56,21 @@ class Table:
             heads, *rows = self._plain()
             if form == "json":
                 return json.dumps([dict(zip(heads, row, strict=True)) for row in rows], indent=2) + "\n"
-            text = io.StringIO()
-            writer = csv.writer(text, delimiter="\t" if form == "tsv" else ",", lineterminator="\n")
-            writer.writerows([heads, *([_digits(value) for value in row] for row in rows)])
-            return text.getvalue()
-        heads = [column.name for column in self.columns]
-        shown = [[c.text(v) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
+            return csv_text([heads, *rows]) if form == "csv" else _tsv_text([heads, *rows])
+        heads = [visible(column.name) for column in self.columns]
+        shown = [[visible(c.text(v)) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
         right = [column.unit != "text" for column in self.columns]
         if form == "md":
             rule = ["--:" if each else ":--" for each in right]
-            cells = [[_one_line(cell).replace("|", "\\|") for cell in row] for row in [heads, rule, *shown]]
-            return "".join(f"| {' | '.join(row)} |\n" for row in cells) + self._footnotes("- ")
+            heads, *shown = [[_markdown(cell) for cell in row] for row in [heads, *shown]]
+            rows = "".join(f"| {' | '.join(row)} |\n" for row in [heads, rule, *shown])
+            return rows + self._footnotes("- ", _html_free)
         if form == "latex":
             lines = [f"{' & '.join(map(_latex, row))} \\\\" for row in [heads, *shown]]
             lines.insert(1, "\\midrule")
             align = "".join("r" if each else "l" for each in right)
             inner = "\n".join(["\\toprule", *lines, "\\bottomrule"])
-            return f"\\begin{{tabular}}{{{align}}}\n{inner}\n\\end{{tabular}}\n{self._footnotes('% ')}"
+            return f"\\begin{{tabular}}{{{align}}}\n{inner}\n\\end{{tabular}}\n{self._footnotes('% ', str)}"
         raise UsageError(f"format: expected one of {', '.join(FORMATS)}, got `{form}`")
 
     def transposed(self) -> Table:
@@ -106,9 +106,9 @@ class Table:
                 plain += [getattr(value, part, None) for part in extra]
             yield plain
 
-    def _footnotes(self, bullet: str) -> str:
+    def _footnotes(self, bullet: str, safe: Callable[[str], str]) -> str:
         lines = [*(f"warning: {each}" for each in self.warnings), *self.notes]
-        return "\n" * bool(lines) + "".join(f"{bullet}{_one_line(line)}\n" for line in lines)
+        return "\n" * bool(lines) + "".join(f"{bullet}{safe(visible(line))}\n" for line in lines)
 
 
 def _bare(value: Cell) -> str | float | Estimate | None:
@@ -123,15 +123,46 @@ def _extras(cells: Sequence[str | float | Estimate | None]) -> tuple[str, ...]:
     return ("low", "high") if estimates else ()
 
 
-def _digits(value: Plain) -> str:
-    """A value in a text file; empty for None."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+def csv_text(rows: Iterable[Sequence[Plain]], number: Callable[[float], str] = "{:.6g}".format) -> str:
+    """Rows as CSV. A text that a spreadsheet would compute gets an apostrophe before it, which is how one says that it
+    is a text."""
+    return _separated(rows, ",", lambda text: f"'{text}" if _is_formula(text) else text, number)
 
 
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)
+def _tsv_text(rows: Iterable[Sequence[Plain]]) -> str:
+    return _separated(rows, "\t", str, "{:.6g}".format)
+
+
+def _separated(
+    rows: Iterable[Sequence[Plain]], mark: str, safe: Callable[[str], str], number: Callable[[float], str]
+) -> str:
+    def written(value: Plain) -> str:
+        """A value in a text file; empty for None."""
+        if isinstance(value, str):
+            return safe(visible(value, keep="\t"))
+        if isinstance(value, bool):
+            return str(value).lower()
+        return number(value) if isinstance(value, float) else "" if value is None else str(value)
+
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=mark, lineterminator="\n")
+    writer.writerows([written(value) for value in row] for row in rows)
+    return text.getvalue()
+
+
+def _is_formula(text: str) -> bool:
+    """Whether spreadsheets take the text for more than a text; the wide characters are those of Asian keyboards."""
+    return len(text) > 1 and text[0] in "=+-@\t\uff1d\uff0b\uff0d\uff20"
+
+
+def _html_free(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _markdown(text: str) -> str:
+    """A name as Markdown shows it: no HTML, no link, no emphasis, and one cell."""
+    plain = _html_free(re.sub(r"[\\`*\[\]|~]", r"\\\g<0>", text))
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", plain)  # inside a word it is no emphasis
 
 
 _LATEX = {
@@ -141,4 +172,6 @@ _LATEX = {
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in _one_line(text))
+    found = "".join(_LATEX.get(character, character) for character in text)
+    # the end of the row before would take it for an argument of its own
+    return f"{{}}{found}" if found[:1] in ("[", "*") else found

@@ -10,6 +10,8 @@ from types import FrameType
 from typing import NoReturn
 
 pressed = False
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that ask a program to end: by `kill` or a batch system, and by a terminal that has gone."""
 
 
 def watch() -> None:
@@ -37,12 +39,14 @@ def check() -> None:
 
 @contextmanager
 def deferred() -> Generator[None]:
-    """Delays Ctrl-C and SIGTERM until the block has ended."""
+    """Delays Ctrl-C, SIGTERM and SIGHUP until the block has ended."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [
+        each for each in (signal.SIGINT, *ENDING) if signal.getsignal(each) != signal.SIG_IGN
+    ]  # as `nohup` has it
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield

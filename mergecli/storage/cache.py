@@ -20,6 +20,7 @@ from mergecli.storage.checksums import DamagedFileError
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.sizes import parse_size
 from mergecli.storage.store import home
+from mergecli.storage.unfinished import is_leftover
 
 PASSING = ("pixels", "heads", "results", "digests")
 """Images; heads; what unfinished evaluations have so far; digests of large data files."""
@@ -186,7 +187,8 @@ def make_room(size: int, max_size: int) -> bool:
     """Whether a new file of so many bytes may be written; what was used longest ago is removed for it."""
     if size > max_size:
         return False
-    left = [file for file in _files() if file.path.suffix == ".part" and time.time() - file.used > _STALE]
+    parts = [file for file in _files() if file.path.suffix == ".part"]
+    left = [file for file in parts if is_leftover(file.path) or time.time() - file.used > _STALE]
     for file in left + _oldest(max_size - size, left):
         with contextlib.suppress(InputError):
             _remove(file.path)

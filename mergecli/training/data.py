@@ -46,11 +46,14 @@ class TrainingTask:
         from mergecli.data.images import REMAINDER, VALIDATION, load_images
 
         if not validates:
-            return cls(task, load_images(task, task.train_split), None)
+            images = load_images(task, task.train_split)
+            images.warn()
+            return cls(task, images, None)
         wanted = split or VALIDATION
         held = load_images(task, wanted)
         images = load_images(task, REMAINDER if wanted == VALIDATION else task.train_split)
-        if task.classes is None and held.classes != images.classes:
+        images.warn()
+        if held.names != images.names:
             raise InputError(
                 f"{held.where}: its classes are not those of split `{images.split}`",
                 f"`classes` under `[tasks.{task.name}]` names those of both",
@@ -60,7 +63,7 @@ class TrainingTask:
     @property
     def classes(self) -> tuple[str, ...]:
         """In the order of the labels."""
-        return self.task.classes or self.images.classes or ()
+        return self.images.names
 
     @property
     def as_metadata(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.errors import UsageError
-from mergecli.storage.atomic import refuse_inputs
+from mergecli.storage.atomic import check_space, refuse_inputs
 from mergecli.storage.sources import Source, parse_source
 from mergecli.training.output import TrainedModel
 from mergecli.training.settings import LowRank, Settings, check_output, last_good_path, parse_modules
@@ -134,6 +134,8 @@ def finetune(
         )
     records = TraceFiles(Path(trace) if trace else None, Path(tensorboard) if tensorboard else None)
     records.check(target)
+    import torch
+
     from mergecli.clip.heads import clip_digests
     from mergecli.clip.model import load_clip
     from mergecli.formats.opening import model_path, open_source
@@ -155,10 +157,12 @@ def finetune(
     if adapter is None:
         clip.tower.requires_grad_(True)
     clip.model.to(usable_device(own_device))
+    trained = {name: each for name, each in clip.tower.named_parameters() if each.requires_grad}
+    entries = sum(each.numel() for each in trained.values())
+    check_space({target: entries * getattr(torch, dtype).itemsize})
     digests = clip_digests(model_path(source))
     trained_on = {"base": base_digest, **tasks_metadata(tasks)}
     rest = {"clip": digests._asdict(), "processing": json.loads(clip.processor.to_json_string())}
-    trained = {name: each for name, each in clip.tower.named_parameters() if each.requires_grad}
     state = TrainingState(
         target, trained, {**asdict(settings), **trained_on, **rest}, len(tasks), ranks, fresh=fresh
     )

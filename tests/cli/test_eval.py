@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import Run
+from tests.conftest import Run, without_counts
 from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 
@@ -45,7 +45,7 @@ def place(original: Path, tmp_path: Path) -> Path:
 
 def test_a_result_is_a_table_on_stdout_and_json_on_disk(place: Path, run: Run) -> None:
     ended = run("eval", "warm.safetensors", "--recipe", "r.toml", "-o", "out/warm.json")
-    assert (ended.status, ended.err) == (0, "")
+    assert (ended.status, ended.rest) == (0, "")
     header, row = (line.split("\t") for line in ended.out.splitlines())
     assert header == ["model", "method", "warm", "cold", "average"]
     written = json.loads((place / "out/warm.json").read_text())
@@ -67,13 +67,13 @@ def test_only_chooses_among_the_recipes_models(place: Path, run: Run) -> None:
     ended = run("eval", "--only", "base,cold", "--recipe", "r.toml")
     assert [line.split("\t")[0] for line in ended.out.splitlines()] == ["model", "base", "cold"]
     ended = run("eval", "--only", "clod", "--recipe", "r.toml")
-    assert (ended.status, ended.err) == (2, "error: the recipe has no model `clod` (did you mean `cold`?)\n")
+    assert (ended.status, ended.rest) == (2, "error: the recipe has no model `clod` (did you mean `cold`?)\n")
 
 
 def test_individual_takes_each_model_on_its_own_task_into_one_result(place: Path, run: Run) -> None:
     run("eval", "--recipe", "r.toml", "-o", "out/")
     ended = run("eval", "--individual", "--recipe", "r.toml", "-o", "own.json")
-    assert (ended.status, ended.err) == (0, "")
+    assert (ended.status, ended.rest) == (0, "")
     own = json.loads((place / "own.json").read_text())
     assert own["checkpoint"]["name"] == "fine-tuned"
     for task in ("warm", "cold"):
@@ -93,7 +93,7 @@ def test_a_threshold_that_is_not_met_has_status_5_and_the_result_is_written(plac
     assert run(*arguments, "--min-average", "0").status == 0
     ended = run(*arguments, "--min-average", "1")
     assert ended.status == 5
-    assert ended.err.startswith("error: average accuracy below 1: warm.safetensors: 0.")
+    assert ended.rest.startswith("error: average accuracy below 1: warm.safetensors: 0.")
     assert (place / "r.json").exists()
 
 
@@ -102,10 +102,10 @@ def test_a_task_below_its_threshold_is_named(place: Path, run: Run) -> None:
     assert run(*arguments, "--min", "warm=0", "--min", "cold=0").status == 0
     ended = run(*arguments, "--min", "warm=0", "--min", "cold=1")
     assert ended.status == 5
-    assert re.fullmatch(r"error: warm\.safetensors: cold: 0\.\d{4}, below 1\n", ended.err)
+    assert re.fullmatch(r"error: warm\.safetensors: cold: 0\.\d{4}, below 1\n", ended.rest)
     ended = run("eval", "--recipe", "r.toml", "--min", "warm=1", "--min", "cold=1", "--min-average", "1")
     assert ended.status == 5
-    lines = ended.err.splitlines()
+    lines = ended.rest.splitlines()
     assert lines[0] == "error: accuracies too low:"
     assert [line.split()[1] for line in lines[1:]] == ["warm:"] * 3 + ["cold:"] * 3 + ["accuracy"]
     assert len(ended.out.splitlines()) == 4
@@ -114,12 +114,12 @@ def test_a_task_below_its_threshold_is_named(place: Path, run: Run) -> None:
 def test_a_floor_for_a_task_that_was_not_evaluated_is_not_met(place: Path, run: Run) -> None:
     ended = run("eval", "warm.safetensors", "--individual", "--recipe", "r.toml", "--min", "cold=0")
     assert ended.status == 5
-    assert ended.err == "error: fine-tuned: cold: not evaluated, so not known to be 0\n"
+    assert ended.rest == "error: fine-tuned: cold: not evaluated, so not known to be 0\n"
 
 
 def test_features_of_models_each_on_its_own_task_have_one_file_each(place: Path, run: Run) -> None:
     ended = run("eval", "--individual", "--recipe", "r.toml", "--features", "f")
-    assert (ended.status, ended.err) == (0, "")
+    assert (ended.status, ended.rest) == (0, "")
     assert sorted(file.name for file in (place / "f").iterdir()) == ["cold.safetensors", "warm.safetensors"]
 
 
@@ -153,15 +153,15 @@ def killed_in_the_middle(place: Path, number: int) -> tuple[int, str]:
         assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.01)
     process.send_signal(number)
-    _, text = process.communicate(timeout=60)
-    return process.returncode, text
+    _, text = process.communicate(timeout=150)
+    return process.returncode, without_counts(text)
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
 def test_an_evaluation_that_was_stopped_does_only_what_is_left_and_ends_with_the_same_file(
     place: Path, run: Run, number: int
 ) -> None:
-    make_image_task(place / "data" / "cold", test=3000)
+    make_image_task(place / "data" / "cold", test=1000)
     home = {"MERGECLI_HOME": str(place / "home")}
     status, text = killed_in_the_middle(place, number)
     assert (status, text) == ((130, "") if number == signal.SIGINT else (-number, ""))
@@ -184,7 +184,7 @@ def test_options_of_an_evaluation_stand_in_its_result(place: Path, run: Run) -> 
         "--corruption", "jpeg_compression", "--severity", 3, "--workers", 2, "--cache-size", "1MB", "--fresh",
         "--features", "features", MERGECLI_HOME=place / "home",
     )  # fmt: skip
-    assert (ended.status, ended.err) == (0, "")
+    assert (ended.status, ended.rest) == (0, "")
     result = json.loads((place / "r.json").read_text())
     score = result["tasks"]["cold"]
     assert (result["dtype"], score["images"], score["limit"]) == ("bfloat16", 6, 6)
@@ -198,7 +198,7 @@ def test_options_of_an_evaluation_stand_in_its_result(place: Path, run: Run) -> 
 def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
     run("eval", "--recipe", "r.toml", "-o", "out/")
     ended = run("report", "out/base.json", "out/warm.json", "--format", "md", "--plot", "bars.png")
-    assert (ended.status, ended.err) == (0, "")
+    assert (ended.status, ended.rest) == (0, "")
     assert ended.out.splitlines()[0] == "| model | method | warm | cold | average |"
     assert ended.out.splitlines()[2].startswith("| base | pretrained |")
     assert (place / "bars.png").read_bytes().startswith(b"\x89PNG")
@@ -213,7 +213,7 @@ def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
         (["x.safetensors", "--recipe", "r.toml"], 3, "error: x.safetensors: no such file or folder"),
         (["warm.safetensors", "--recipe", "r.toml", "--tasks", "mnist"], 3, "error: hf:ylecun/mnist: has not been fetched"),
         (["warm.safetensors", "--recipe", "r.toml", "--split", "tset"], 2, "error: "),
-        (["warm.safetensors", "--recipe", "r.toml", "--set", "tasks.warm.classes=[\"a\",\"b\"]"], 3, "error: data/warm (task `warm`): split `test`: labels go from 0 to 2, but the task has 2 classes"),
+        (["warm.safetensors", "--recipe", "r.toml", "--set", "tasks.warm.classes=[\"a\",\"b\"]"], 3, "error: data/warm (task `warm`): split `test`: the data have 3 classes, the task has 2"),
         (["warm.safetensors", "--recipe", "r.toml", "--min-average", "70"], 2, "error: --min-average: expected a fraction"),
         (["warm.safetensors", "--recipe", "r.toml", "--min", "warm"], 2, "error: --min warm: expected `TASK=X`"),
         (["warm.safetensors", "--recipe", "r.toml", "--min", "warm=7"], 2, "error: --min warm=7: expected `TASK=X`"),
@@ -233,15 +233,15 @@ def test_what_cannot_be_evaluated_is_said(
     place: Path, run: Run, arguments: list[str], status: int, message: str
 ) -> None:
     ended = run("eval", *arguments)
-    assert (ended.status, ended.out) == (status, ""), ended.err
-    assert ended.err.startswith(message), ended.err
+    assert (ended.status, ended.out) == (status, ""), ended.rest
+    assert ended.rest.startswith(message), ended.rest
 
 
 def test_finetune_prints_a_path_that_every_other_command_accepts(place: Path, run: Run) -> None:
     ended = run(
         "finetune", "r.toml", "--task", "warm", "--steps", "3", "--batch-size", "4", "-o", "tuned.safetensors"
     )
-    assert (ended.status, ended.out, ended.err) == (0, "tuned.safetensors\n", "")
+    assert (ended.status, ended.out, ended.rest) == (0, "tuned.safetensors\n", "")
     assert run("eval", "tuned.safetensors", "--recipe", "r.toml").status == 0
     ended = run(
         "merge",
@@ -254,7 +254,7 @@ def test_finetune_prints_a_path_that_every_other_command_accepts(place: Path, ru
         "-o",
         "m.safetensors",
     )
-    assert (ended.status, ended.err) == (0, "")
+    assert (ended.status, ended.rest) == (0, "")
 
 
 def test_a_sweep_prints_a_row_a_point_and_names_the_best(tmp_path: Path, run: Run) -> None:
@@ -267,12 +267,12 @@ def test_a_sweep_prints_a_row_a_point_and_names_the_best(tmp_path: Path, run: Ru
     assert ended.status == 0
     assert lines[0] == "method.scaling_factor\tdigits\taverage\ton validation"
     assert [line.split("\t")[0] for line in lines[1:]] == ["0", "0.3"]
-    assert ended.err.startswith("note: ties,scaling_factor-")
-    assert "is the best on validation; on the tasks' own split it has" in ended.err
+    assert ended.rest.startswith("note: ties,scaling_factor-")
+    assert "is the best on validation; on the tasks' own split it has" in ended.rest
     ended = run("report", "swept/best.json", *sorted((tmp_path / "swept").glob("ties*.json")), "--plot", "again.png", "--plot-kind", "sweep")  # fmt: skip
-    assert ended.status == 0, ended.err
+    assert ended.status == 0, ended.rest
     ended = run("eval", "--recipe", recipe, "--method", "smile", "--set", "method.gate_rank=2", "--sweep", "method.rank=4", "--tasks", "digits", "--limit", 3)  # fmt: skip
-    assert ended.status == 0, ended.err
+    assert ended.status == 0, ended.rest
 
 
 @pytest.mark.parametrize(
@@ -287,4 +287,4 @@ def test_options_of_a_sweep_are_refused_elsewhere(run: Run, arguments: list[str]
     recipe = Path(__file__).parents[2] / "recipes" / "toy.toml"
     ended = run("eval", *arguments, "--recipe", recipe)
     assert (ended.status, ended.out) == (2, "")
-    assert message in ended.err
+    assert message in ended.rest

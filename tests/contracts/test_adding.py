@@ -141,7 +141,7 @@ def test_a_method_is_one_file(added: tuple[Path, dict[str, Ended]]) -> None:
 def test_a_task_is_one_file(added: tuple[Path, dict[str, Ended]]) -> None:
     folder, ended = added
     assert ended["task"].out.startswith("tints: Tinted noise\n")
-    assert (ended["eval"].status, ended["eval"].err) == (0, "")
+    assert (ended["eval"].status, ended["eval"].rest) == (0, "")
     assert json.loads((folder / "r.json").read_text())["tasks"]["tints"]["images"] == 6
 
 

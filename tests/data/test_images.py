@@ -251,7 +251,7 @@ def test_columns_of_other_names_are_found(tmp_path):
     assert len(load_images(task(folder, image_column="jpg", label_column="cls", classes=("a",)))) == 1
     with pytest.raises(InputError, match="has no column `image`, `label`") as caught:
         load_images(task(folder, classes=("a",)))
-    assert caught.value.hint == "it has `jpg`, `cls`"
+    assert caught.value.hint == "it has `jpg`, `cls`; `image` and `label` under `[tasks.tints]` name others"
 
 
 def test_toy_images_are_drawn():
@@ -281,9 +281,10 @@ def test_an_unknown_split_is_refused_and_the_others_listed(data):
     assert "`train`" in caught.value.hint
 
 
-def test_labels_beyond_the_classes_are_refused(data):
+def test_labels_beyond_the_classes_are_refused(tmp_path):
+    folder = parquet(tmp_path / "d", image=[png(tinted(0, (1,)), tmp_path / "a.png")] * 2, label=[0, 2])
     with pytest.raises(InputError, match="labels go from 0 to 2, but the task has 2 classes"):
-        load_images(task(data, classes=("a", "b")))
+        load_images(task(folder, classes=("a", "b")))
 
 
 def test_more_classes_than_the_data_have_are_refused(data):
@@ -297,7 +298,7 @@ def test_data_without_class_names_need_them_from_the_recipe(tmp_path):
         load_images(task(folder))
 
 
-@pytest.mark.parametrize("label", ["cat", None, 0.5])
+@pytest.mark.parametrize("label", [None, 0.5])
 def test_labels_that_are_no_whole_numbers_are_refused(tmp_path, label):
     folder = parquet(tmp_path / "d", image=[png(tinted(0, (1,)), tmp_path / "a.png")], label=[label])
     with pytest.raises(InputError, match="row 0: expected a whole number as label"):
@@ -337,7 +338,8 @@ def test_real_images_fit_their_built_in_tasks():
     from dataclasses import replace
 
     for name, count in (("mnist", 1000), ("gtsrb", 1462), ("fashion_mnist", 1000)):
-        images = load_images(replace(find(name), data=parse_source(str(REAL / name), Path()), config=None))
+        known = replace(find(name), config=None, match="position")
+        images = load_images(replace(known, data=parse_source(str(REAL / name), Path())))
         assert len(images) == count
         assert images[count - 1][0].mode == "RGB"
     with pytest.raises(InputError, match="the data have 10 classes, the task has 47"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,7 +76,9 @@ def test_a_folder_as_file_and_an_input_as_output_are_refused(world: World, run: 
     assert world.files["t1"].read_bytes() == content
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_an_interrupted_merge_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, number: int, status: int
 ) -> None:
@@ -112,3 +115,109 @@ def test_two_merges_to_one_target_leave_one_whole_file(world: World, run: Run) -
         process.communicate()
     assert run("info", "m.safetensors").status == 0
     assert not list(world.folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*MERGE, "-o", "-"],
+        [*MERGE, "--sweep", "method.density=0.1,0.2", "-o", "-"],
+        [*MERGE, "-o", "m.safetensors", "--plot", "-"],
+        ["taskvector", "t1.safetensors", "--base", "base.safetensors", "-o", "-"],
+        ["cos-sim", "--base", "base.safetensors", "t1.safetensors", "t2.safetensors", "-o", "-"],
+        ["extract", "t1.safetensors", "--base", "base.safetensors", "--rank", "1", "-o", "-"],
+        ["eval", "toy:base", "--clip", "toy:base", "--tasks", "digits", "--limit", "1", "-o", "-"],
+        ["finetune", "--base", "toy:base", "--task", "digits", "--steps", "1", "-o", "-"],
+        ["report", "r.json", "-o", "-"],
+    ],
+    ids=lambda command: " ".join([command[0], *command[-2:]]),
+)
+def test_stdout_is_no_file_for_any_command(world: World, run: Run, command: list[str]) -> None:
+    before = sorted(world.folder.iterdir())
+    ended = run(*command)
+    assert (ended.status, ended.out) == (2, "")
+    assert "-" in ended.err.splitlines()[0]
+    assert sorted(world.folder.iterdir()) == before
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="there is no null device")
+def test_no_device_is_replaced_by_a_file(world: World, run: Run) -> None:
+    ended = run(*MERGE, "-o", "/dev/null")
+    assert (ended.status, ended.out) == (2, "")
+    ended = run(
+        "cos-sim", "--base", "base.safetensors", "t1.safetensors", "t2.safetensors", "-o", "/dev/null"
+    )
+    assert ended.status == 2
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_disk_without_room_is_told_before_anything_is_computed(
+    world: World, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(world.folder)._replace(free=50_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr("mergecli.merging.merge.learn", None)
+    monkeypatch.setattr("mergecli.merging.taskvector._subtract", None)
+    size = sum(each.numel() * each.element_size() for each in world.base.values())
+    (world.folder / "r.toml").write_text(
+        'base = "base.safetensors"\n[tuned]\na = "t1.safetensors"\nb = "t2.safetensors"\nc = "t3.safetensors"\n'
+    )
+    points = "method.density=0.1,0.2,0.3"
+    for command, needed in (
+        (["merge", "r.toml", "--method", "ties", "--sweep", points, "-o", "swept"], 3 * size),
+        (["taskvector", "r.toml", "-o", "vectors"], 3 * (size - 32)),
+    ):
+        ended = run(*command)
+        assert ended.status == 3
+        assert f": {needed:,} bytes are to be written, and the disk has room for 50,000\n" in ended.err
+    assert not (world.folder / "swept").exists()
+
+
+def test_a_folder_with_other_files_is_told(world: World, run: Run) -> None:
+    (world.folder / "config.json").write_text("{}")
+    (world.folder / "r.toml").write_text(
+        'base = "base.safetensors"\n[tuned]\na = "t1.safetensors"\nb = "t2.safetensors"\n'
+    )
+    (world.folder / "out").mkdir()
+    (world.folder / "out" / "old.safetensors").write_text("x")
+    told = "warning: out: has other files, which stay: `old.safetensors`\n"
+    for command in (
+        ["taskvector", "r.toml", "-o", "out"],
+        ["taskvector", "r.toml", "-o", "out"],
+    ):
+        ended = run(*command)
+        assert (ended.status, ended.err) == (0, told)
+    ended = run("merge", "r.toml", "--method", "ties", "--sweep", "method.density=0.1,0.2", "-o", "out")
+    assert (
+        ended.err
+        == "warning: out: has other files, which stay: `a.safetensors`, `b.safetensors`, `old.safetensors`\n"
+    )
+    ended = run("merge", "r.toml", "--method", "ties", "--sweep", "method.density=0.1,0.2", "-o", "new")
+    assert (ended.status, ended.err) == (0, "")
+    ended = run("merge", "r.toml", "--method", "ties", "--sweep", "method.density=0.1,0.2", "-o", "new")
+    assert (ended.status, ended.err) == (0, "")
+
+
+def test_what_a_killed_merge_left_is_removed_by_the_next_one(world: World, run: Run) -> None:
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    script = f"import sys\nimport mergecli.merging.merge as m\nfrom mergecli.cli import run\ndef cast(*_):\n    {kill}\nm.cast = cast\nrun(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *MERGE, "-o", "m.safetensors"], cwd=world.folder, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(world.folder.glob(".m.safetensors.*.part"))) == 1
+    assert run(*MERGE, "-o", "other.safetensors").status == 0
+    assert not list(world.folder.glob(".*"))
+
+
+def test_a_terminal_that_goes_does_not_end_what_nohup_runs(world: World) -> None:
+    command = [sys.executable, "-m", "mergecli", *MERGE, "-o", "m.safetensors"]
+    process = subprocess.Popen(
+        command, cwd=world.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    for _ in range(20):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.05)
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, b"m.safetensors\n")

@@ -197,7 +197,7 @@ def test_a_folder_with_a_model_is_not_made_an_adapters(tmp_path: Path, base: Pat
     folder = tmp_path / "model"
     folder.mkdir()
     write_tower(folder / "model.safetensors")
-    with pytest.raises(UsageError, match=r"has a `model\.safetensors`, which would be read in its place"):
+    with pytest.raises(UsageError, match=r"has a `model\.safetensors`, which would be read instead"):
         extract(tuned, base=base, rank=1, output=folder)
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -96,8 +98,68 @@ def test_a_tsv_cell_with_a_tab_is_quoted_and_read_back() -> None:
     assert list(csv.reader(table.text("tsv").splitlines(), delimiter="\t"))[1] == ["a\tb"]
 
 
-def test_a_markdown_cell_is_one_line_and_keeps_its_bars() -> None:
-    assert Table((Column("model"),), (("a\nb|c",),)).text("md").splitlines()[2] == "| a b\\|c |"
+def in_a_cell(name: str, form: str) -> str:
+    """How a name is written in a table of that form."""
+    text = Table((Column("model"), Column("x", "percent")), ((name, 0.5),)).text(form)
+    if form == "csv":
+        return list(csv.reader(io.StringIO(text)))[1][0]
+    if form == "md":
+        return text.splitlines()[2].removeprefix("| ").removesuffix(" | 50.0 |")
+    return text.splitlines()[4].partition(" & 50.0")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("a\nb|c", r"a\\nb\|c"),
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("a&amp;b", "a&amp;amp;b"),
+        ("![x](http://a.example/b)", r"!\[x\](http://a.example/b)"),
+        ("`code`", r"\`code\`"),
+        ("**bold** ~~no~~", r"\*\*bold\*\* \~\~no\~\~"),
+        ("__init__", r"\_\_init\_\_"),
+        ("task_arithmetic", "task_arithmetic"),
+        ("ties[b]", r"ties\[b\]"),
+        ("back\\slash", r"back\\slash"),
+    ],
+)
+def test_a_markdown_cell_is_one_line_of_the_names_own_characters(name: str, written: str) -> None:
+    assert in_a_cell(name, "md") == written
+
+
+def test_markdown_footnotes_are_lines_without_html() -> None:
+    table = replace(ESTIMATES, notes=("`a<b>` & more\n# x",), warnings=())
+    assert table.text("md").splitlines()[-1] == r"- `a&lt;b&gt;` &amp; more\n# x"
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("=HYPERLINK(A1)", "'=HYPERLINK(A1)"), ("+1", "'+1"), ("-1+2", "'-1+2"), ("@SUM(A1)", "'@SUM(A1)"),
+        ("\t=1", "'\t=1"), ("\uff1d1", "'\uff1d1"), ("-", "-"), ("a=1", "a=1"), ("'=1", "'=1"), ("a\r\nb", r"a\r\nb"),
+    ],
+)  # fmt: skip
+def test_a_csv_cell_from_a_name_is_a_text_to_a_spreadsheet(name: str, written: str) -> None:
+    assert in_a_cell(name, "csv") == written
+
+
+def test_numbers_of_csv_files_keep_their_signs() -> None:
+    table = Table((Column("=model"), Column("x", "points")), (("a", -0.5), ("b", Estimate(-1.0, -2.0, 3.0))))
+    assert table.text("csv") == "'=model,x,x low,x high\na,-0.5,,\nb,-1,-2,3\n"
+
+
+def test_a_latex_row_may_begin_with_a_bracket_or_a_star() -> None:
+    assert in_a_cell("[b]", "latex") == "{}[b]"
+    assert in_a_cell("*", "latex") == "{}*"
+    assert in_a_cell("a\nb", "latex") == r"a\textbackslash nb"
+
+
+@pytest.mark.parametrize("form", [each for each in FORMATS if each != "table"])
+def test_no_control_character_of_a_name_is_in_any_format(form: str) -> None:
+    name = "a\x1b[31m\r\x07\x7f\x9b\u202e\u2028\udcff"
+    text = Table((Column(name), Column(name, "percent")), ((name, 0.5),), name, (name,), (name,)).text(form)
+    assert [each for each in text if not each.isprintable() and each not in "\n\t"] == []
+    assert "31m" in text
 
 
 def test_an_unknown_format_is_refused() -> None:

@@ -41,3 +41,26 @@ def test_an_interrupt_after_the_work_does_nothing() -> None:
     interrupts.ignore()
     signal.raise_signal(signal.SIGINT)
     assert not interrupts.pressed
+
+
+@pytest.mark.parametrize("number", interrupts.ENDING)
+def test_signals_that_end_a_program_wait_too(number: signal.Signals) -> None:
+    received: list[int] = []
+    before = signal.signal(number, lambda number, _: received.append(number))
+    try:
+        with interrupts.deferred():
+            signal.raise_signal(number)
+            assert received == []
+        assert received == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupts.deferred():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

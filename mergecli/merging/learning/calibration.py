@@ -26,8 +26,9 @@ class CalibrationTask:
     @property
     def classes(self) -> Sequence[str]:
         """The names of the classes."""
-        own = self.task.classes if self.task else None
-        return own or (self.images.classes if self.images else None) or ()
+        if self.images is not None:
+            return self.images.names
+        return (self.task.classes if self.task else None) or ()
 
     @property
     def templates(self) -> Sequence[str]:
@@ -81,4 +82,6 @@ def calibration_task(
             return CalibrationTask(name)
         raise
     own = {"train": task.train_split, "test": task.split}
-    return CalibrationTask(name, task, load_images(task, own.get(split, split)))
+    images = load_images(task, own.get(split, split))
+    images.warn()
+    return CalibrationTask(name, task, images)

@@ -15,7 +15,7 @@ from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import UsageError, did_you_mean, quoted
-from mergecli.storage.atomic import check_target
+from mergecli.storage.atomic import check_name, check_target, warn_of_others
 
 if TYPE_CHECKING:
     from mergecli.runtime.progress import Progress
@@ -66,7 +66,7 @@ def measure(
         what = f"`{recipe.method}` measures nothing" if recipe.method else "no method is named"
         raise UsageError(what, f"name one with `--method`: {quoted(known)}")
     target = Path(output)
-    check_target(target, folder=True)
+    check_name(target, folder=True)
     for name in only:
         if name not in recipe.tuned:
             raise UsageError(f"the recipe has no model `{name}`{did_you_mean(name, recipe.tuned)}")
@@ -82,5 +82,8 @@ def measure(
     with ExitStack() as stack:
         models = open_models(recipe, stack, needs="base", device=device)
         files = files_for(models, chosen, recipe, target)
+        if not all(each.path.exists() for each in files):  # a folder that has them all may be read-only
+            check_target(target, folder=True)
+        warn_of_others(target, {each.path.name for each in files}, models.paths.values())
         new = measure_missing(files, models, chosen, recipe, progress)
     return Measured({each.name: each.path for each in files}, new)
