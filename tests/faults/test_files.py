@@ -45,6 +45,7 @@ def test_an_index_and_a_shard_that_are_pipes_are_refused(tmp_path: Path, run: Ru
     os.mkfifo(tmp_path / "a.safetensors")
     assert run("info", "two.safetensors.index.json").err == (
         "error: two.safetensors.index.json: shards are missing:\n  a.safetensors\n"
+        "hint: copy, fetch or make the model again\n"
     )
 
 
@@ -62,7 +63,7 @@ def test_an_index_reaches_no_file_outside_of_its_folder(
     assert ended.status == 3
     assert ended.err == (
         f"error: m/{index}: is not an index of shards: `weight_map` names `{outside}`, which does not lie beside the "
-        "index\n"
+        "index\nhint: copy, fetch or make the model again\n"
     )
 
 
