@@ -46,6 +46,7 @@ class Counts:
     batch_losses: list[float] = field(default_factory=list[float])
     """Sum of the losses of each batch."""
     batch_means: list[float] = field(default_factory=list[float])
+    """Mean loss of each batch."""
 
     @property
     def correct(self) -> int:
@@ -63,7 +64,8 @@ class Counts:
         return sum(self.batch_means) / len(self.batch_means)
 
     def add(self, logits: Tensor, labels: Tensor) -> bool:
-        """Adds the (B, C) logits and (B,) labels of one batch; False if a loss is NaN or infinite."""
+        """Adds one batch of (B, C) logits and (B,) labels: the prediction of an image is the class of its highest logit, of equal
+        ones the first. False if a loss is NaN or infinite."""
         import torch
 
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()

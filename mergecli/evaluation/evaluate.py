@@ -220,17 +220,18 @@ def _check_files(
     if settings.routes is not None:
         named = [model.name for model in models if model.checkpoint.is_mixture]
         targets += [(file, ()) for name in named for file in route_files(settings.routes, name)]
+    folders = [each for each in (settings.features, settings.routes, folder) if each is not None]
+    for each in folders:
+        check_target(each, folder=True)
     inputs = [(model.name, file) for model in models for file in model.checkpoint.files]
     check_targets(targets, dict(inputs))
-    for each in (settings.features, settings.routes, folder):
-        if each is not None:
-            check_target(each, folder=True)
-            own = {file.relative_to(each).parts[0] for file, _ in targets if file.is_relative_to(each)}
-            warn_of_others(each, own, [file for _, file in inputs])
     for task in tasks:
         for target, _ in targets:
             if task.data.path and target.absolute().is_relative_to(task.data.path.absolute()):
                 raise UsageError(f"{target}: lies in the data of `{task.name}`, which is never written to")
+    for each in folders:
+        own = {file.relative_to(each).parts[0] for file, _ in targets if file.is_relative_to(each)}
+        warn_of_others(each, own, [file for _, file in inputs])
 
 
 def _evaluations(

@@ -243,7 +243,8 @@ def _near(row: Tensor, bracket: Bracket) -> tuple[int, int, int, NDArray[float32
     at_high = near == high
     at_low = (near == low) & ~at_high
     between = near[~(at_high | at_low)]
-    return (*map(int, map(np.count_nonzero, (over, at_high, at_low))), between)
+    above, high_ones, low_ones = (int(np.count_nonzero(each)) for each in (over, at_high, at_low))
+    return above, high_ones, low_ones, between
 
 
 def keep_largest(deltas: Tensor, thresholds: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def write_tensorboard(folder: Path, table: Table) -> None:
     if table.columns[0].name != "step":
         raise ValueError(f"expected `step` as the first column, got `{table.columns[0].name}`")
     before = list(folder.glob(f"events.out.tfevents.*{_SUFFIX}"))
-    with whole_folder(folder) as written:
+    with whole_folder(folder, [file.name for file in before]) as written:
         with SummaryWriter(str(written), filename_suffix=_SUFFIX) as writer:
             for step, *cells in table.rows:
                 for column, cell in zip(table.columns[1:], cells, strict=True):

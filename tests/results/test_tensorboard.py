@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mergecli.results.cells import Column, Estimate, Quantity
 from mergecli.results.tables import Table
 from mergecli.results.tensorboard import require_tensorboard, write_tensorboard
-from mergecli.runtime.errors import UsageError
+from mergecli.runtime.errors import MergecliWarning, UsageError
 from mergecli.training.finetune import finetune
 
 
@@ -51,7 +51,8 @@ def test_every_number_is_a_scalar_at_its_step(tmp_path: Path) -> None:
 def test_a_run_is_replaced_and_what_others_wrote_stays(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for loss in (1.0, 2.0):
-        write_tensorboard(tmp_path, table((1, loss, None, "")))
+        with pytest.warns(MergecliWarning, match=r"has other files, which stay: `notes\.txt`$"):
+            write_tensorboard(tmp_path, table((1, loss, None, "")))
     assert scalars(tmp_path) == {"loss/my task": [(1, 2.0)]}
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
