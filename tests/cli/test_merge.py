@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -155,7 +156,9 @@ def test_a_folder_can_be_sharded_and_holds_the_same(world: World, run: Run) -> N
     ):
         ended = run(*models, "-o", output, *more)
         assert (ended.status, ended.out, ended.err) == (0, f"{output}\n", "")
-    names = sorted(file.name for file in (world.folder / "parts").iterdir())
+    names = sorted(
+        re.sub("model-[0-9a-f]{12}-", "model-", file.name) for file in (world.folder / "parts").iterdir()
+    )
     assert names == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)] + ["model.safetensors.index.json"]
     digests = [json.loads(run("info", output, "--json").out)["digest"] for output in ("whole", "parts")]
     assert digests[0] == digests[1]
