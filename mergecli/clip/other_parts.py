@@ -114,9 +114,15 @@ def _unseen(opened: Checkpoint) -> dict[str, Any] | None:
         return None
     if isinstance(table, dict) and "vision_config" in table:
         table = cast("dict[str, Any]", table)["vision_config"]
-    if not isinstance(table, dict):
-        return None
+    if not isinstance(table, dict) or cast("dict[str, Any]", table).get("hidden_size", 768) != _width(opened):
+        return None  # of another tower, or a stub: what it leaves out is not what is usual
     return {key: cast("dict[str, Any]", table).get(key, usual) for key, usual in _UNSEEN.items()}
+
+
+def _width(opened: Checkpoint) -> int | None:
+    """The width of the vision tower; None if there is none."""
+    entry = opened.entries.get("vision_model.embeddings.class_embedding")
+    return entry.shape[0] if entry else None
 
 
 def _use(source: Source, opened: Checkpoint, *, merged: bool) -> str:

@@ -9,6 +9,7 @@ import pytest
 from mergecli.clip import model
 from mergecli.evaluation import counting
 from mergecli.evaluation.evaluate import evaluate
+from mergecli.runtime.errors import MergecliWarning
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, stop_at: str | None = None) -> list[str]:
@@ -83,7 +84,8 @@ def test_a_damaged_count_of_an_interrupted_evaluation_is_made_anew(place, recipe
     (file,) = (tmp_path / "home" / "cache" / "results").iterdir()
     file.write_bytes(file.read_bytes()[:-5])
     seen = counted(monkeypatch)
-    evaluate(place / "other", recipe=recipe)
+    with pytest.warns(MergecliWarning, match=r"is cut short: .*; its images are counted again$"):
+        evaluate(place / "other", recipe=recipe)
     assert seen == ["tints 1", "more 1"]
 
 
