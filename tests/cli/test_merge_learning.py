@@ -64,7 +64,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("more", "status", "message"), ERRORS)
-def test_what_cannot_be_learnt_is_told_in_one_message(
+def test_what_cannot_be_learned_is_told_in_one_message(
     world: AdaptedWorld, run: Run, tmp_path: Path, more: list[str], status: int, message: str
 ) -> None:
     ended = run("merge", world.recipe, *more, "-o", "m.safetensors")

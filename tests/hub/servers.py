@@ -235,7 +235,7 @@ class _Server:
     """What the hub was asked."""
     cdn_requests: list[Request] = field(default_factory=list[Request])
     """What its CDN was asked."""
-    honours_ranges: bool = True
+    honors_ranges: bool = True
 
     def __post_init__(self) -> None:
         self.ended, self.stalled = threading.Event(), threading.Event()
@@ -314,7 +314,7 @@ class _Server:
         if data is None:
             handler.answer(404)
         elif not self._act(handler, unquote(path), data):
-            if not self.honours_ranges:
+            if not self.honors_ranges:
                 del handler.headers["Range"]
             handler.file(data)
 

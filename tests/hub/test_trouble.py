@@ -59,7 +59,7 @@ def test_a_killed_connection_is_taken_up_where_it_broke(hubs: Hubs, prefix: str,
 def test_a_server_that_ignores_ranges_is_read_from_the_start(hubs: Hubs, prefix: str) -> None:
     make_big(hubs)
     hub = server(hubs, prefix)
-    hub.honours_ranges = False
+    hub.honors_ranges = False
     hub.misbehave("model.safetensors", cut(300_000))
     (path,) = fetch(f"{prefix}:org/tuned").paths
     assert (path / "model.safetensors").read_bytes() == BIG

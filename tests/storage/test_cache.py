@@ -118,7 +118,7 @@ def test_what_is_no_size_is_refused(monkeypatch, text):
         allowed_size()
 
 
-def test_what_merges_measured_and_learnt_is_shown_and_goes_only_by_name(folder, tmp_path):
+def test_what_merges_measured_and_learned_is_shown_and_goes_only_by_name(folder, tmp_path):
     put("pixels", "a", 10)
     for number, (kind, about) in enumerate((("statistics", "fisher"), ("coefficients", "ada_merging"))):
         path = tmp_path / kind / about / "x.safetensors"

@@ -75,7 +75,7 @@ def learn(world: AdaptedWorld, folder: Path, method: str = "ada_merging", **more
     """The bytes of the file of what was learned."""
     known = ("progress", "coefficients", "trace", "plot", "tensorboard", "changes")
     given = {key: more.pop(key) for key in known if key in more}
-    file = folder / "learnt.safetensors"
+    file = folder / "learned.safetensors"
     merge(
         world.recipe, method=method, settings={**SHORT, **more}, output=folder / "merged.safetensors",
         save_coefficients=file, **given,

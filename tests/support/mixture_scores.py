@@ -12,9 +12,9 @@ import mergecli
 TASKS = ("one", "two", "three")
 TOLD = ("emr", "tall_mask", "tsv_c")
 """Mixtures that must be told the task."""
-LEARNT = ("weight_ensembling_moe", "efficient_weight_ensembling_moe")
+LEARNED = ("weight_ensembling_moe", "efficient_weight_ensembling_moe")
 """Mixtures with routers."""
-ROUTED = ("smile", *LEARNT)
+ROUTED = ("smile", *LEARNED)
 WEIGHT = "vision_model.encoder.layers.0.mlp.fc1.weight"
 
 

@@ -103,7 +103,7 @@ def test_losses_are_written_up_to_the_last_one_that_is_a_number(
     assert len(list(events.iterdir())) == 1
 
 
-def test_of_a_training_that_learnt_nothing_there_is_nothing_to_keep(
+def test_of_a_training_that_learned_nothing_there_is_nothing_to_keep(
     recipe: Recipe, tmp_path: Path, leap: Callable[[int], None]
 ) -> None:
     leap(0)

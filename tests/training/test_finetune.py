@@ -106,7 +106,7 @@ def test_training_is_adam_with_a_cosine_on_the_cross_entropy(recipe, tmp_path):
     )
 
 
-def test_the_loss_falls_and_the_task_is_learnt(recipe, tmp_path):
+def test_the_loss_falls_and_the_task_is_learned(recipe, tmp_path):
     told: list[str] = []
     done = finetune(
         recipe, task="tints", output=tmp_path / "t.safetensors", steps=60, learning_rate=3e-3, batch_size=10,

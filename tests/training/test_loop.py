@@ -99,7 +99,7 @@ def stopping(after: int) -> Callable[[str, int, int], None]:
     return progress
 
 
-def test_several_tasks_are_learnt_with_the_sum_of_their_losses(recipe: Recipe, tmp_path: Path) -> None:
+def test_several_tasks_are_learned_with_the_sum_of_their_losses(recipe: Recipe, tmp_path: Path) -> None:
     done = finetune(recipe, task=BOTH, output=tmp_path / "t.safetensors", trace=tmp_path / "t.csv", **SHORT)
     assert recipe.base is not None
     clip = load_clip(recipe.base.path or Path())

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergecli
-from tests.support.mixture_scores import LEARNT, ROUTED, TASKS, TOLD
+from tests.support.mixture_scores import LEARNED, ROUTED, TASKS, TOLD
 from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 
@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MERGECLI_HOME", str(folder / "home"))
         for method in (*TOLD, *ROUTED):
-            settings = {"steps": 0, "router_spread": 1.0} if method in LEARNT else {}
+            settings = {"steps": 0, "router_spread": 1.0} if method in LEARNED else {}
             output = folder / f"{method}.safetensors"
             mergecli.merge(folder / "r.toml", method=method, settings=settings, output=output)
     return folder

@@ -16,7 +16,7 @@ from mergecli.formats.mixture import mixture_of
 from mergecli.results.result import read_result
 from mergecli.runtime.errors import InputError
 from mergecli.storage.checkpoint import open_checkpoint
-from tests.support.mixture_scores import LEARNT, ROUTED, TASKS, TOLD, counts, refuse, scores
+from tests.support.mixture_scores import LEARNED, ROUTED, TASKS, TOLD, counts, refuse, scores
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_towers_that_route_do_not_look_at_the_rest_of_the_batch(place: Path, met
     assert scores(place, f"{file}#one")["one"][1] != pytest.approx(want["one"][1], abs=1e-5)
 
 
-@pytest.mark.parametrize("method", LEARNT)
+@pytest.mark.parametrize("method", LEARNED)
 def test_a_batch_that_shares_its_weights_is_not_cut_into_pieces(
     place: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,21 +149,21 @@ def test_a_batch_that_shares_its_weights_is_not_cut_into_pieces(
 def test_results_say_how_the_task_was_told_and_how_large_the_checkpoint_is(
     place: Path, tmp_path: Path
 ) -> None:
-    files = {name: place / f"{name}.safetensors" for name in ("smile", *LEARNT, "emr", "one")}
+    files = {name: place / f"{name}.safetensors" for name in ("smile", *LEARNED, "emr", "one")}
     mergecli.evaluate(files, recipe=place / "r.toml", routing="batch", limit=3, output=tmp_path / "out")
     read = {name: read_result(tmp_path / "out" / f"{name}.json") for name in files}
     told = {name: each.checkpoint.get("routing") for name, each in read.items()}
-    assert told == {"smile": "sample", **dict.fromkeys(LEARNT, "batch"), "emr": "task", "one": None}
+    assert told == {"smile": "sample", **dict.fromkeys(LEARNED, "batch"), "emr": "task", "one": None}
     one = sum(each.nbytes for each in load_file(files["one"]).values())
     for name, file in files.items():
         size = sum(each.nbytes for each in load_file(file).values())
         assert (read[name].bytes, read[name].relative_size) == (size, size / one)
-    table = mergecli.report([read[LEARNT[0]], read["one"]])
+    table = mergecli.report([read[LEARNED[0]], read["one"]])
     assert [column.name for column in table.columns[:4]] == ["model", "method", "size", "routing"]
     assert [row[3] for row in table.rows] == ["batch", None]
-    assert f"| {read[LEARNT[0]].relative_size:.2f} | batch |" in table.text("md")
+    assert f"| {read[LEARNED[0]].relative_size:.2f} | batch |" in table.text("md")
     assert "| 1.00 | - |" in table.text("md")
-    assert f">{read[LEARNT[0]].relative_size:.2f}</td>" in table.text("html")
+    assert f">{read[LEARNED[0]].relative_size:.2f}</td>" in table.text("html")
     assert "the task leaks" in table.text("md")
     assert "leaks" not in mergecli.report([read["smile"], read["one"]]).text("md")
     plain = mergecli.report([read["one"]])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mergecli
 from mergecli.runtime.errors import InputError
-from tests.support.mixture_scores import LEARNT, WEIGHT, counts
+from tests.support.mixture_scores import LEARNED, WEIGHT, counts
 
 Tensors = dict[str, Tensor]
 Lie = Callable[[dict[str, str], Tensors], object]
@@ -105,7 +105,7 @@ OWN_LIES: dict[str, tuple[str, str, Lie]] = {
         ("smile", ("a factor is missing", f"lacks tensor `right.{WEIGHT}`", f"right.{WEIGHT}")),
         *(
             (each, ("an expert is missing", f"lacks tensor `experts.{WEIGHT}`", f"experts.{WEIGHT}"))
-            for each in LEARNT
+            for each in LEARNED
         ),
     )
     for lie, what, gone in lies
@@ -144,7 +144,7 @@ def test_masks_that_are_not_those_of_the_values_are_refused_by_name(
     place: Path, tmp_path: Path, lie: str
 ) -> None:
     what, change = CONTRADICTIONS[lie]
-    file = changed(place, tmp_path, LEARNT[1], lambda _, tensors: change(tensors))
+    file = changed(place, tmp_path, LEARNED[1], lambda _, tensors: change(tensors))
     pool = mergecli.ModelPool({"base": place / "clip", "m": file})
     for attempt in (
         lambda: counts(place, file, limit=3),

@@ -15,7 +15,7 @@ import mergecli
 from mergecli.formats.mixture import mixture_of
 from mergecli.runtime.errors import InputError
 from mergecli.storage.checkpoint import open_checkpoint
-from tests.support.mixture_scores import LEARNT, TASKS, WEIGHT, counts, refuse, scores
+from tests.support.mixture_scores import LEARNED, TASKS, WEIGHT, counts, refuse, scores
 
 
 @pytest.mark.parametrize("name", ["masks.a.weight", "unified.layer.weight", "rescalers.a", "router.a"])
@@ -55,12 +55,12 @@ def test_experts_of_full_rank_take_no_more_room_than_models(place: Path, tmp_pat
         assert_near(tower.read(WEIGHT), load_file(place / "two.safetensors")[WEIGHT])
 
 
-@pytest.mark.parametrize("method", LEARNT)
+@pytest.mark.parametrize("method", LEARNED)
 def test_one_task_with_all_of_its_entries_and_a_factor_of_one_is_that_tasks_model(
     place: Path, tmp_path: Path, method: str
 ) -> None:
     settings: dict[str, Any] = {"start": 1.0, "steps": 0, "router_spread": 0.0}
-    settings |= {"density": 1.0} if method == LEARNT[1] else {}
+    settings |= {"density": 1.0} if method == LEARNED[1] else {}
     recipe, output = tmp_path / "r.toml", tmp_path / "m.safetensors"
     text = f'base = "{place}/clip"\n[tuned]\none = "{place}/one.safetensors"\n[tasks.one]\n'
     recipe.write_text(f'{text}data = "{place}/images/one"\ntemplates = ["a {{}} picture"]\n')
@@ -82,14 +82,14 @@ def assert_near(got: Tensor, want: Tensor) -> None:
     ("method", "tower"),
     [
         ("emr", None),
-        (LEARNT[0], "that task's MLPs; the rest is shared by all tasks"),
-        (LEARNT[1], "that task's MLPs, pruned; the rest is shared by all tasks"),
+        (LEARNED[0], "that task's MLPs; the rest is shared by all tasks"),
+        (LEARNED[1], "that task's MLPs, pruned; the rest is shared by all tasks"),
     ],
 )
 def test_info_of_a_task_says_what_its_tower_is_and_what_its_file_would_take(
     place: Path, tmp_path: Path, method: str, tower: str | None
 ) -> None:
-    settings = {"steps": 0} if method in LEARNT else {}
+    settings = {"steps": 0} if method in LEARNED else {}
     output = tmp_path / "m.safetensors"
     mergecli.merge(
         place / "r.toml", method=method, settings=settings, changes=["dtype=float16"], output=output

@@ -103,14 +103,14 @@ def test_a_damaged_state_is_begun_anew(
 
 def test_early_stopping_ends_when_the_entropy_stands_still(world: AdaptedWorld, tmp_path: Path) -> None:
     learn(world, tmp_path, steps=400, learning_rate=0.0, patience=10)
-    trace = load_file(tmp_path / "learnt.safetensors")["trace.entropies"]
+    trace = load_file(tmp_path / "learned.safetensors")["trace.entropies"]
     assert 20 <= len(trace) < 400
     before, after = trace[-20:-10].double().sum(), trace[-10:].double().sum()
     assert after >= before
 
 
 def entropies_of(folder: Path) -> torch.Tensor:
-    return load_file(folder / "learnt.safetensors")["trace.entropies"]
+    return load_file(folder / "learned.safetensors")["trace.entropies"]
 
 
 STILL: dict[str, Any] = {"mask_steps": 40, "steps": 30, "mask_rate": 0.0, "inner_rate": 0.0, "patience": 4}
@@ -129,8 +129,8 @@ def test_a_mask_that_stands_still_is_followed_by_the_coefficients(
     assert jump + 1 < 40, "the mask's steps end early"
     assert told[jump + 1 : -1] == [*range(41, 41 + len(told) - jump - 2)]
     assert len(entropies_of(tmp_path)) == len(told)
-    learnt = load_file(tmp_path / "learnt.safetensors")
-    assert (learnt["coefficients"] - 0.3).abs().max() > 1e-2
+    learned = load_file(tmp_path / "learned.safetensors")
+    assert (learned["coefficients"] - 0.3).abs().max() > 1e-2
 
 
 def test_steps_are_not_compared_with_those_of_another_phase(world: AdaptedWorld, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_run_stopped_near_the_end_of_a_phase_goes_on_to_the_same_bytes(
 ) -> None:
     whole = learn(world, tmp_path, "concrete_ada_merging", **STILL)
     masks = sum(
-        bool((row == 0.3).all()) for row in load_file(tmp_path / "learnt.safetensors")["trace.coefficients"].double().round(decimals=6)
+        bool((row == 0.3).all()) for row in load_file(tmp_path / "learned.safetensors")["trace.coefficients"].double().round(decimals=6)
     )  # fmt: skip
     monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
     seen = 0

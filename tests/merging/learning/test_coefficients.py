@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mergecli.merging.merge import merge
-from mergecli.runtime.errors import InputError, MergecliError, UsageError
+from mergecli.runtime.errors import InputError, MergecliError, MergecliWarning, UsageError
 from tests.support.adapted_world import CASES, SHORT, AdaptedWorld, learn, make_adapted_world
 from tests.support.kept_files import save_checked
 from tests.support.tiny_clip import make_image_task
@@ -28,13 +28,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> AdaptedWorld:
 
 
 def test_a_whole_number_is_as_good_as_one_with_a_point(world: AdaptedWorld, tmp_path: Path) -> None:
-    learnt = learn(world, tmp_path, steps=2, start=1)
-    assert learn(world, tmp_path, steps=2, start=1.0) == learnt
+    learned = learn(world, tmp_path, steps=2, start=1)
+    assert learn(world, tmp_path, steps=2, start=1.0) == learned
     masks = {"mask_steps": 1, "steps": 1, "inner_rate": 1, "initial_logits": 3, "temperature": 1}
     learn(world, tmp_path, "concrete_ada_merging", start=1, **masks)
 
 
-def test_what_was_learnt_before_is_found_again_by_content(world: AdaptedWorld, tmp_path: Path) -> None:
+def test_what_was_learned_before_is_found_again_by_content(world: AdaptedWorld, tmp_path: Path) -> None:
     first, told = learn(world, tmp_path), list[str]()
     assert learn(world, tmp_path, progress=lambda text, *_: told.append(text)) == first
     assert not [text for text in told if text.startswith("adapting")]
@@ -57,20 +57,20 @@ def test_a_file_is_applied_without_images_or_text_tower_to_the_same_bytes(
     (bare / "recipe.toml").write_text(text)
     merge(
         bare / "recipe.toml", method=method, output=bare / "merged.safetensors",
-        coefficients=tmp_path / "learnt.safetensors",
+        coefficients=tmp_path / "learned.safetensors",
     )  # fmt: skip
     got, want = load_file(bare / "merged.safetensors"), load_file(tmp_path / "merged.safetensors")
     assert all(got[name].equal(value) for name, value in want.items())
     merge(
         world.recipe, method=method, settings={**SHORT, **settings}, output=bare / "merged.safetensors",
-        coefficients=tmp_path / "learnt.safetensors",
+        coefficients=tmp_path / "learned.safetensors",
     )  # fmt: skip
     assert (bare / "merged.safetensors").read_bytes() == (tmp_path / "merged.safetensors").read_bytes()
 
 
 def test_the_file_says_which_images_were_looked_at(world: AdaptedWorld, tmp_path: Path) -> None:
     learn(world, tmp_path, split="validation", adapt_on=["two"])
-    with safe_open(tmp_path / "learnt.safetensors", "pt") as file:
+    with safe_open(tmp_path / "learned.safetensors", "pt") as file:
         looked = json.loads(file.metadata()["adapted_on"])
     assert list(looked) == ["two"]
     assert (looked["two"]["split"], looked["two"]["images"]) == ("validation", 2)
@@ -79,7 +79,8 @@ def test_the_file_says_which_images_were_looked_at(world: AdaptedWorld, tmp_path
 def test_a_task_of_one_class_stands_in_the_trace(tmp_path: Path) -> None:
     own = make_adapted_world(tmp_path / "world")
     make_image_task(tmp_path / "world" / "data-two", ("cat",))
-    learn(own, tmp_path, trace=tmp_path / "t.csv")
+    with pytest.warns(MergecliWarning, match="there is one class alone, `cat`, and every answer is right"):
+        learn(own, tmp_path, trace=tmp_path / "t.csv")
     head, *rows = (tmp_path / "t.csv").read_text().splitlines()
     assert head.startswith("step,entropy,entropy one,entropy two,entropy three,")
     values = [float(value) for value in rows[0].split(",")]
@@ -152,12 +153,12 @@ def test_a_file_that_does_not_fit_is_refused(
     world: AdaptedWorld, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     learn(world, tmp_path, steps=1)
-    changed(tmp_path / "learnt.safetensors", **change)
+    changed(tmp_path / "learned.safetensors", **change)
     (tmp_path / "merged.safetensors").unlink()
     with pytest.raises(MergecliError, match=message):
         merge(
             world.recipe, method="ada_merging", output=tmp_path / "merged.safetensors",
-            coefficients=tmp_path / "learnt.safetensors",
+            coefficients=tmp_path / "learned.safetensors",
         )  # fmt: skip
     assert not (tmp_path / "merged.safetensors").exists()
 
@@ -178,23 +179,23 @@ def test_a_damaged_mask_is_refused_and_nothing_written(
     world: AdaptedWorld, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     learn(world, tmp_path, "concrete_task_arithmetic", steps=1)
-    changed(tmp_path / "learnt.safetensors", **change)
+    changed(tmp_path / "learned.safetensors", **change)
     with pytest.raises(InputError, match=message):
         merge(
             world.recipe, method="concrete_task_arithmetic", output=tmp_path / "other.safetensors",
-            coefficients=tmp_path / "learnt.safetensors",
+            coefficients=tmp_path / "learned.safetensors",
         )  # fmt: skip
     assert not (tmp_path / "other.safetensors").exists()
 
 
-def test_settings_that_differ_from_those_it_was_learnt_with_are_refused(
+def test_settings_that_differ_from_those_it_was_learned_with_are_refused(
     world: AdaptedWorld, tmp_path: Path
 ) -> None:
     learn(world, tmp_path, steps=1)
     with pytest.raises(UsageError, match=r"was learned with `steps = 1`, the recipe says `2`"):
         merge(
             world.recipe, method="ada_merging", settings={"steps": 2}, output=tmp_path / "m.safetensors",
-            coefficients=tmp_path / "learnt.safetensors",
+            coefficients=tmp_path / "learned.safetensors",
         )  # fmt: skip
 
 
@@ -224,7 +225,7 @@ def test_a_task_without_images_or_without_a_name_is_told(world: AdaptedWorld, tm
         merge(world.folder / "unknown.toml", method="ada_merging", output=tmp_path / "m.safetensors")
 
 
-def test_a_base_without_a_text_tower_cannot_be_learnt_with(world: AdaptedWorld, tmp_path: Path) -> None:
+def test_a_base_without_a_text_tower_cannot_be_learned_with(world: AdaptedWorld, tmp_path: Path) -> None:
     save_file(world.base, world.folder / "vision.safetensors")
     text = world.recipe.read_text().replace('base = "base"', 'base = "vision.safetensors"')
     (world.folder / "vision.toml").write_text(text)
@@ -247,7 +248,7 @@ def test_vectors_in_the_machines_memory_change_no_number(
     assert (tmp_path / "merged.safetensors").read_bytes() == merged
     merge(
         world.recipe, method=method, settings={"vectors_on": "cpu"}, output=tmp_path / "merged.safetensors",
-        coefficients=tmp_path / "learnt.safetensors",
+        coefficients=tmp_path / "learned.safetensors",
     )  # fmt: skip
     assert (tmp_path / "merged.safetensors").read_bytes() == merged
 

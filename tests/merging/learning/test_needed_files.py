@@ -1,4 +1,4 @@
-"""Masks that were learnt: applied in another way, and taken over by another learning."""
+"""Masks that were learned: applied in another way, and taken over by another learning."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> AdaptedWorld:
 
 
 def applied(world: AdaptedWorld, folder: Path, method: str, **settings: Any) -> dict[str, torch.Tensor]:
-    """The tower that `learnt.safetensors` in the folder gives with these settings."""
+    """The tower that `learned.safetensors` in the folder gives with these settings."""
     merge(
         world.recipe, method=method, settings=settings, output=folder / "applied.safetensors",
-        coefficients=folder / "learnt.safetensors",
+        coefficients=folder / "learned.safetensors",
     )  # fmt: skip
     return load_file(folder / "applied.safetensors")
 
@@ -59,17 +59,17 @@ def test_coefficients_are_applied_under_another_mask_than_their_own(
     world: AdaptedWorld, tmp_path: Path
 ) -> None:
     learn(world, tmp_path, ADA, mask_steps=3, steps=3, mask_rate=0.1)
-    got, learnt = applied(world, tmp_path, ADA, mask="expected"), load_file(tmp_path / "learnt.safetensors")
+    got, learned = applied(world, tmp_path, ADA, mask="expected"), load_file(tmp_path / "learned.safetensors")
     want = dict(world.base)
     for column, (name, base) in enumerate(world.base.items()):
-        mask = learnt[f"logits.{name}"].double().sigmoid()
+        mask = learned[f"logits.{name}"].double().sigmoid()
         vectors = [tower[name].double() - base.double() for tower in world.tuned]
-        added = sum(c * v for c, v in zip(learnt["coefficients"][:, column].tolist(), vectors, strict=True))
+        added = sum(c * v for c, v in zip(learned["coefficients"][:, column].tolist(), vectors, strict=True))
         want[name] = base.double() + mask / mask.mean() * added
     assert_same({name: value.double() for name, value in got.items()}, want, 1e-6)
 
 
-def test_what_was_learnt_once_serves_every_mask(
+def test_what_was_learned_once_serves_every_mask(
     world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learn(world, tmp_path, TASK_ARITHMETIC)
@@ -99,7 +99,7 @@ def test_a_sweep_over_masks_learns_once_or_not_at_all(
     )
     steps = list[int]()
     merge_sweep(
-        points, tmp_path / "swept", coefficients=tmp_path / "learnt.safetensors" if given else None,
+        points, tmp_path / "swept", coefficients=tmp_path / "learned.safetensors" if given else None,
         progress=lambda text, step, _: steps.append(step) if text.startswith("adapting") else None,
     )  # fmt: skip
     assert steps == ([] if given else [1, 2, 3, 4, 5, 6])
@@ -110,17 +110,17 @@ def test_a_sweep_over_masks_learns_once_or_not_at_all(
 
 
 @pytest.mark.parametrize("mask", ["sample", "expected"])
-def test_coefficients_are_learnt_under_masks_of_a_file(
+def test_coefficients_are_learned_under_masks_of_a_file(
     world: AdaptedWorld, tmp_path: Path, mask: str
 ) -> None:
     whole = {**FULL, "mask_steps": 4, "mask": mask}
     learn(world, tmp_path, ADA, **{**whole, "steps": 3})
-    both = load_file(tmp_path / "learnt.safetensors")
+    both = load_file(tmp_path / "learned.safetensors")
     learn(world, tmp_path / "first", ADA, **{**whole, "steps": 0})
-    file = tmp_path / "first" / "learnt.safetensors"
+    file = tmp_path / "first" / "learned.safetensors"
     before = file.read_bytes()
     learn(world, tmp_path / "then", ADA, **{**FULL, "steps": 3, "mask": mask, "masks": str(file)})
-    found = load_file(tmp_path / "then" / "learnt.safetensors")
+    found = load_file(tmp_path / "then" / "learned.safetensors")
     assert len(found["trace.entropies"]) == 3
     names = [name for name in both if name.startswith("logits.") or name == "mask_means"]
     assert all(found[name].equal(both[name]) for name in names)
@@ -139,17 +139,17 @@ def test_masks_of_task_arithmetic_serve_too_and_an_interrupted_run_goes_on(
     world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learn(world, tmp_path / "first", TASK_ARITHMETIC)
-    file = tmp_path / "first" / "learnt.safetensors"
+    file = tmp_path / "first" / "learned.safetensors"
     with pytest.raises(KeyboardInterrupt):
         learn(world, tmp_path, ADA, masks=str(file), progress=stopping(3))
     resumed = learn(world, tmp_path, ADA, masks=str(file))
     monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
-    moved = tmp_path / "elsewhere" / "learnt.safetensors"
+    moved = tmp_path / "elsewhere" / "learned.safetensors"
     moved.parent.mkdir()
     moved.write_bytes(file.read_bytes())
     assert learn(world, tmp_path, ADA, masks=str(moved)) == resumed
-    learnt, masks = load_file(tmp_path / "learnt.safetensors"), load_file(file)
-    assert all(learnt[name].equal(value) for name, value in masks.items() if name.startswith("logits."))
+    learned, masks = load_file(tmp_path / "learned.safetensors"), load_file(file)
+    assert all(learned[name].equal(value) for name, value in masks.items() if name.startswith("logits."))
     shown = applied(world, tmp_path, ADA)
     assert_same(shown, load_file(tmp_path / "merged.safetensors"))
 
@@ -162,9 +162,9 @@ def test_masks_that_do_not_fit_are_refused_before_any_work(world: AdaptedWorld, 
 
     learn(world, tmp_path / "ada", steps=1)
     learn(world, tmp_path / "ours", TASK_ARITHMETIC, steps=1)
-    good = tmp_path / "ours" / "learnt.safetensors"
+    good = tmp_path / "ours" / "learned.safetensors"
     refused("no such file", tmp_path / "gone.safetensors")
-    refused("holds no masks", tmp_path / "ada" / "learnt.safetensors")
+    refused("holds no masks", tmp_path / "ada" / "learned.safetensors")
     refused("holds no masks", world.folder / "one.safetensors")
     less = make_adapted_world(tmp_path / "less")
     less.recipe.write_text(less.recipe.read_text().replace('two = "two.safetensors"\n', ""))

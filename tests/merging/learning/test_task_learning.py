@@ -1,4 +1,4 @@
-"""Representation surgery on a tiny CLIP: learnt, kept, found again, applied, refused; and what the result counts."""
+"""Representation surgery on a tiny CLIP: learned, kept, found again, applied, refused; and what the result counts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_trace_tells_a_loss_that_falls(zoo: Zoo, tmp_path: Path) -> None:
     assert (losses[-30:].mean(0) < losses[:30].mean(0)).all()
 
 
-def test_what_was_learnt_is_applied_without_images_to_the_same_bytes(zoo: Zoo, tmp_path: Path) -> None:
+def test_what_was_learned_is_applied_without_images_to_the_same_bytes(zoo: Zoo, tmp_path: Path) -> None:
     operate(zoo, tmp_path / "s.safetensors", save_coefficients=tmp_path / "c.safetensors")
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -96,7 +96,7 @@ def test_what_was_learnt_is_applied_without_images_to_the_same_bytes(zoo: Zoo, t
     assert (bare / "again.safetensors").read_bytes() == (tmp_path / "s.safetensors").read_bytes()
 
 
-def test_it_is_found_again_by_content_and_the_same_bytes_are_learnt_anew(
+def test_it_is_found_again_by_content_and_the_same_bytes_are_learned_anew(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
@@ -218,7 +218,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED)
-def test_a_file_of_what_was_learnt_that_does_not_fit_is_refused(
+def test_a_file_of_what_was_learned_that_does_not_fit_is_refused(
     zoo: Zoo, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     file, output = tmp_path / "c.safetensors", tmp_path / "s.safetensors"
