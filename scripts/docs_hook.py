@@ -86,8 +86,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def filled(markdown: str) -> str:
-    """The text with a table in the place of each line `@fields CLASS`."""
-    return re.sub(r"^@fields (\w+)$", lambda found: _fields(found[1]), markdown, flags=re.MULTILINE)
+    """The text with a table in the place of each line `@fields CLASS` or `@fields CLASS without FIELD`."""
+    directive = r"^@fields (\w+)(?: without (\w+))?$"
+    return re.sub(directive, lambda found: _fields(found[1], found[2]), markdown, flags=re.MULTILINE)
 
 
 def _start() -> str:
@@ -299,11 +300,12 @@ def _api() -> str:
 # dataclasses
 
 
-def _fields(name: str) -> str:
-    """The table of a dataclass's fields: name, type and the string under it."""
-    file = _home(name)
+def _fields(name: str, without: str | None = None) -> str:
+    """The table of a dataclass's fields but one: name, type and the string under it."""
     rows = [
-        (f"`{field}`", _words(kind), _prose(text)) for field, (kind, text) in _documents(file, name).items()
+        (f"`{field}`", _words(kind), _prose(text))
+        for field, (kind, text) in _documents(_home(name), name).items()
+        if field != without
     ]
     if not rows:
         raise ValueError(f"{name}: has no fields")

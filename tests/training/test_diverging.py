@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mergecli.data.tasks import TaskTable
 from mergecli.formats.info import info
 from mergecli.recipe.schema import Recipe
-from mergecli.runtime.errors import InputError, UsageError
+from mergecli.runtime.errors import InputError, MergecliWarning, UsageError
 from mergecli.storage.sources import parse_source
 from mergecli.training.finetune import finetune
 from mergecli.training.settings import Settings
@@ -194,7 +194,8 @@ def test_a_folder_is_written_whole_and_old_shards_go(recipe: Recipe, tmp_path: P
     folder.mkdir()
     for name in ("model-00001-of-00001.safetensors", "model.safetensors.index.json", "notes.txt"):
         (folder / name).write_text("{}")
-    finetune(recipe, output=folder, **SHORT)
+    with pytest.warns(MergecliWarning, match="has other files, which stay: `notes.txt`"):
+        finetune(recipe, output=folder, **SHORT)
     names = sorted(file.name for file in folder.iterdir())
     assert names == ["config.json", "model.safetensors", "notes.txt", "preprocessor_config.json"]
 

@@ -236,7 +236,7 @@ def test_a_task_of_several_whose_loss_is_no_number_is_named(recipe: Recipe, tmp_
 def test_data_that_do_not_fit_are_refused(recipe: Recipe, tmp_path: Path) -> None:
     few = Recipe(base=recipe.base, tasks={"tints": TaskTable(
         data=recipe.tasks["tints"].data, templates=("a {}",), classes=("red", "green"))})  # fmt: skip
-    with pytest.raises(InputError, match="labels go from 0 to 2, but the task has 2 classes"):
+    with pytest.raises(InputError, match="the data have 3 classes, the task has 2"):
         finetune(few, task="tints", output=tmp_path / "t", steps=1)
     with pytest.raises(UsageError, match="has no split `dev`"):
         finetune(recipe, task="tints", output=tmp_path / "t", validate_every=1, validation_split="dev")
