@@ -17,6 +17,9 @@ from mergecli.storage.sources import Source, parse_source
 _PROMPTS = Path(__file__).parent / "prompts"
 """One TOML file for each task; the folder is the registry."""
 
+_REQUIRED_KEYS = ("description", "data", "split", "train_split", "templates", "classes")
+_OPTIONAL_KEYS = ("config", "image", "label", "data_names")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -308,12 +311,11 @@ def _built_in(name: str) -> Task:
             classes=_strings(toy.classes),
             templates=_strings(toy.templates),
         )
-    file = _PROMPTS / f"{name}.toml"
-    row: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
+    row = _row(name)
     return Task(
         name=name,
         description=row["description"],
-        data=replace(parse_source(row["data"], file.parent), is_data=True),
+        data=replace(parse_source(row["data"], _PROMPTS), is_data=True),
         config=row.get("config"),
         split=row["split"],
         train_split=row["train_split"],
@@ -325,11 +327,32 @@ def _built_in(name: str) -> Task:
     )
 
 
+def _row(name: str) -> dict[str, Any]:
+    """What the file of a built-in task says.
+
+    Raises:
+        UsageError: everything that is wrong with it.
+    """
+    file = f"mergecli/data/prompts/{name}.toml"
+    try:
+        row: dict[str, Any] = tomllib.loads((_PROMPTS / f"{name}.toml").read_text("utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{file}: not TOML: {str(error).lower()}") from error
+    known = (*_REQUIRED_KEYS, *_OPTIONAL_KEYS)
+    found = [f"`{key}`: unknown key{did_you_mean(key, known)}" for key in row if key not in known]
+    found += [f"lacks `{key}`" for key in _REQUIRED_KEYS if key not in row]
+    if not found:
+        table = TaskTable(classes=_strings(row["classes"]), templates=_strings(row["templates"]))
+        found = [f"`{key.rpartition('.')[2]}`: {what}" for key, what in _table_problems(name, table)]
+    if found:
+        raise UsageError("\n".join(f"{file}: {what}" for what in found))
+    return row
+
+
 @cache
 def _data_names(task: str) -> dict[int, str]:
     """Label -> name in the data of a built-in task, where published models were trained with another."""
-    file = _PROMPTS / f"{task}.toml"
-    row: dict[str, Any] = tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
+    row = {} if task in _toy_names() else _row(task)
     return {int(label): str(name) for label, name in row.get("data_names", {}).items()}
 
 

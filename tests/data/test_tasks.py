@@ -166,3 +166,34 @@ def test_looking_up_a_task_imports_neither_torch_nor_numpy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not {"torch", "numpy", "PIL", "transformers", "datasets"} & set(loaded)
+
+
+TASK = """description = "x"
+data = "hf:org/x"
+split = "test"
+train_split = "train"
+templates = ["a {}."]
+classes = ["a", "b"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"x"', "x", "not TOML: "),
+        ("classes", "clases", "`clases`: unknown key (did you mean `classes`?)"),
+        ("classes", "clases", "lacks `classes`"),
+        ('split = "test"\n', "", "lacks `split`"),
+        ("a {}.", "a.", "`templates`: expected `{}` once, for the class name, got `a.`"),
+        ('"b"', '"a"', "`classes`: `a` stands there twice"),
+    ],
+)
+def test_a_file_of_a_task_that_is_wrong_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, said: str
+) -> None:
+    (tmp_path / "mine.toml").write_text(TASK.replace(old, new, 1))
+    monkeypatch.setattr(tasks, "_PROMPTS", tmp_path)
+    monkeypatch.setattr(tasks, "names", lambda: ("mine",))
+    with pytest.raises(UsageError) as caught:
+        tasks.find("mine")
+    assert f"mergecli/data/prompts/mine.toml: {said}" in caught.value.message
