@@ -352,7 +352,7 @@ def _row(name: str) -> dict[str, Any]:
 @cache
 def _data_names(task: str) -> dict[int, str]:
     """Label -> name in the data of a built-in task, where published models were trained with another."""
-    row = {} if task in _toy_names() else _row(task)
+    row = _row(task) if (_PROMPTS / f"{task}.toml").is_file() else {}
     return {int(label): str(name) for label, name in row.get("data_names", {}).items()}
 
 
