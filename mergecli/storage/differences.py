@@ -53,7 +53,7 @@ def leave_out_hint(extra: Iterable[str]) -> str:
         tower = VISION if name.startswith(VISION) else ""
         first, dot, _ = name.removeprefix(tower).partition(".")
         starts[tower + first + dot] = None
-    return f"`leave_out = {toml_text(list(starts)[:8])}` in the recipe, or with `--set`, reads the models without them"
+    return f"`leave_out = {toml_text(list(starts)[:8])}` in the recipe, or with `merge --set`, reads the models without them"
 
 
 def lead_hint(have: Checkpoint, want: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,13 +30,8 @@ more = {data = "more", templates = ["a photo of something {}.", "{}"]}
 
 
 @pytest.fixture(autouse=True)
-def quiet_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread: for so small a model a second one only waits."""
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "home"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def quiet_machine(own_store: None) -> None:
+    """An empty store and one thread: for so small a model a second one only waits."""
 
 
 @pytest.fixture(scope="package")

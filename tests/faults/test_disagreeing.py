@@ -109,7 +109,7 @@ def test_a_head_that_every_model_has_is_named_once_and_left_out_when_asked_for(
     assert ended.err.splitlines() == [
         "error: the checkpoints do not fit together:",
         "  every model has what the base has not, such as a head of its own: `classifier.bias`, `classifier.weight`",
-        'hint: `leave_out = ["classifier."]` in the recipe, or with `--set`, reads the models without them',
+        'hint: `leave_out = ["classifier."]` in the recipe, or with `merge --set`, reads the models without them',
     ]
     assert run(*command, "--set", 'leave_out=["classifier."]').status == 0
     assert_same(load_file(world.folder / "m.safetensors"), load_file(world.folder / "plain.safetensors"))
