@@ -17,6 +17,7 @@ from mergecli.runtime.visible import visible, visible_message
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mergecli.results.plan import Plan
     from mergecli.results.tables import Table
     from mergecli.runtime.progress import Progress
 
@@ -138,6 +139,15 @@ def table(content: Table, form: str | None) -> None:
         _drawn(content)
     else:
         sys.stdout.write(content.text(form))
+
+
+def plan(found: Plan, form: str | None = None, *, as_json: bool = False) -> None:
+    """What a dry run found: the plan on stdout, and its totals on stderr."""
+    if as_json:
+        json(found.to_json())
+    else:
+        table(found.table, form)
+    plain(found.summary)
 
 
 def check_format(form: str | None) -> str | None:

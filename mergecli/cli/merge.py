@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,7 @@ def merge(
     tensorboard: Annotated[
         Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write the same for TensorBoard.")
     ] = None,
+    dry_run: options.DryRun = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written and its digests as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Merge fine-tuned models into one checkpoint; prints its path.
@@ -62,6 +64,7 @@ def merge(
     mergecli merge recipe.toml --method ties --sweep method.scaling_factor=0.1:0.5:0.1 -o swept/
     """
     from mergecli.merging.merge import merge
+    from mergecli.results.plan import plan as plan_of
     from mergecli.runtime.distributed import is_first
     from mergecli.storage.sources import named_sources
 
@@ -84,22 +87,22 @@ def merge(
             if save_coefficients or trace or plot or tensorboard:
                 raise UsageError("a sweep has no single file of coefficients to save, trace or plot")
             points = points_of(what, sweep, base=base, method=method, changes=changes or [])
-            written = merge_sweep(
-                points,
-                output,
-                device=device,
-                statistics=statistics,
-                coefficients=coefficients,
+            work = partial(
+                merge_sweep, points, output, device=device, statistics=statistics, coefficients=coefficients,
                 progress=progress,
-            )
+            )  # fmt: skip
         else:
-            written = [
-                merge(
-                    what, output=output, base=base, method=method, changes=changes or [], device=device,
-                    shard_size=shard_size, statistics=statistics, coefficients=coefficients,
-                    save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
-                )
-            ]  # fmt: skip
+            work = partial(
+                merge, what, output=output, base=base, method=method, changes=changes or [], device=device,
+                shard_size=shard_size, statistics=statistics, coefficients=coefficients,
+                save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
+            )  # fmt: skip
+        planned = plan_of(work) if dry_run else None
+        done = work() if planned is None else ()
+    if planned is not None:
+        console.plan(planned, as_json=as_json)
+        return
+    written = done if isinstance(done, tuple) else (done,)
     for text in dict.fromkeys(text for each in written for text in each.warnings):
         console.warning(text)
     if not is_first():

@@ -99,7 +99,7 @@ def cached_pixels(clip: Clip, images: Images, processing: Processing | None = No
         for _ in decoded_batches(clip, images, how, 8 * BLOCK):
             interrupts.check()
         found = stored_pixels(clip, images, how)
-    return found or _decoded_each_time(clip, images, how)
+    return found or decoded_alone(clip, images, how)
 
 
 def chunks(clip: Clip, images: Images, how: Processing, size: int, room: int) -> Generator[Pixels]:
@@ -204,7 +204,8 @@ def _readable(images: Images, numbers: range, found: Any) -> Any:
     return found
 
 
-def _decoded_each_time(clip: Clip, images: Images, how: Processing) -> Pixels:
+def decoded_alone(clip: Clip, images: Images, how: Processing) -> Pixels:
+    """The images without the cache: each is decoded by this process whenever it is used."""
     import torch
 
     def read(numbers: Sequence[int]) -> Tensor:
@@ -295,7 +296,7 @@ def _opened(clip: Clip, images: Images, how: Processing, shape: tuple[int, ...])
     if mapped is None:
         return None
     touch(path)
-    return _StoredImages(mapped, _decoded_each_time(clip, images, how).read)
+    return _StoredImages(mapped, decoded_alone(clip, images, how).read)
 
 
 class _Store:

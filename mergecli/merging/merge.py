@@ -8,29 +8,34 @@ so that the same inputs and recipe give the same bytes. Of a whole CLIP only the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
-from mergecli.merging.learning.files import Learned, LearningFiles
-from mergecli.merging.learning.learn import learn
+from mergecli.merging.learning.files import Learned, Learning, LearningFiles
+from mergecli.merging.learning.learn import learning
+from mergecli.merging.merge_plan import merge_plan
 from mergecli.merging.merge_target import MergeTarget, cast
 from mergecli.merging.models import ModelPasses, Models, open_models
-from mergecli.methods._base import Group, Method, TwoPass
+from mergecli.methods._base import DataDriven, Group, Method, TwoPass, Unit
 from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.distributed import is_first
+from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import made_again
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.sizes import parse_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -138,11 +143,22 @@ def _merge_points(
             files.refuse_inputs(each, models.paths)
             each.check(models)
         check_space({each.path: each.size(models) for each in targets})
-        found: dict[str, Learned] = {}
+        found: dict[str, Learning] = {}
         for each in targets:
             if _key(each.method) not in found:
-                found[_key(each.method)] = learn(models, each, files, stack, progress)
-        learned = [_learned_for(each, found[_key(each.method)]) for each in targets]
+                found[_key(each.method)] = learning(models, each, files, stack)
+        merges = [(each, found[_key(each.method)]) for each in targets]
+        expected = [_learned_for(each, learning.expected) for each, learning in merges]
+        work_begins(
+            lambda: merge_plan(
+                models,
+                [(each, learning) for each, (_, learning) in zip(expected, merges, strict=True)],
+                size,
+                partial(_rehearse, expected),
+            )
+        )
+        done = {key: each.learn(progress) for key, each in found.items()}
+        learned = [_learned_for(each, done[_key(each.method)]) for each in targets]
         return _stream(models, learned, size, progress)
 
 
@@ -160,25 +176,16 @@ def _stream(
     if not is_first():  # the first of several processes writes
         return tuple(_merged(models, each, {}) for each in targets)
     passes = ModelPasses(models, max(each.method.unit for each in targets), progress)
-    surveys = _surveys([each.method for each in targets], passes)
-    known = [each.value if found is None else found for each, found in zip(learned, surveys, strict=True)]
+    known = _known(learned, passes)
     with ExitStack() as stack:
         writers = [
             each.target.open(models, size, stack, [*models.read, *each.files], each.about) for each in learned
         ]
-        dtypes = [{name: dtype for name, (dtype, _) in each.layout(models).items()} for each in targets]
-
-        def work(start: int, group: Group) -> None:
-            for number, target in enumerate(targets):
-                own = group.copy() if number + 1 < len(targets) else group
-                for key, result in outcomes(target.method, own, known[number]).items():
-                    writers[number].write(key, cast(result, dtypes[number][key], key), start)
-
-        for _ in passes.run("merging", work):
-            pass
+        _merge_blocks(passes, targets, known, [each.write for each in writers])
         for number, target in enumerate(targets):
+            dtypes = {name: dtype for name, (dtype, _) in target.layout(models).items()}
             for key, result in extra_values(target.method, known[number]).items():
-                writers[number].write(key, cast(result, dtypes[number][key], key))
+                writers[number].write(key, cast(result, dtypes[key], key))
         digests = models.digests()
         merged: list[Merged] = []
         for each, writer in zip(learned, writers, strict=True):
@@ -187,6 +194,42 @@ def _stream(
             done = _merged(models, each.target, inputs)
             merged.append(replace(done, warnings=(*done.warnings, *_foreign_files(each, inputs))))
     return tuple(merged)
+
+
+def _known(learned: Sequence[Learned], passes: ModelPasses) -> list[Any]:
+    """What each method knows before it merges: what it learned, or what its survey finds."""
+    surveys = _surveys([each.target.method for each in learned], passes)
+    return [each.value if found is None else found for each, found in zip(learned, surveys, strict=True)]
+
+
+def _merge_blocks(
+    passes: ModelPasses, targets: Sequence[MergeTarget], known: Sequence[Any], writes: Sequence[Write]
+) -> None:
+    """The last pass: every block is merged once for each target, and written."""
+    dtypes = [{name: dtype for name, (dtype, _) in each.layout(passes.models).items()} for each in targets]
+
+    def work(start: int, group: Group) -> None:
+        for number, target in enumerate(targets):
+            own = group.copy() if number + 1 < len(targets) else group
+            for key, result in outcomes(target.method, own, known[number]).items():
+                writes[number](key, cast(result, dtypes[number][key], key), start)
+
+    for _ in passes.run("merging", work):
+        pass
+
+
+def _rehearse(learned: Sequence[Learned], sample: Models) -> None:
+    """What a merge computes, of some of the tensors, for a dry run; what is not learned yet is left out."""
+    able = [
+        each for each in learned if each.value is not None or not isinstance(each.target.method, DataDriven)
+    ]
+    targets = [each.target for each in able]
+    passes = ModelPasses(sample, max((each.method.unit for each in targets), default=Unit.ENTRY), None)
+    _merge_blocks(passes, targets, _known(able, passes), [lambda *_: None] * len(able))
+
+
+Write = Callable[[str, "Tensor", int], None]
+"""Takes the name of a tensor, entries of it, and the number of the first."""
 
 
 def _merged(models: Models, target: MergeTarget, inputs: Mapping[str, str]) -> Merged:
