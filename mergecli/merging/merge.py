@@ -218,14 +218,16 @@ def _merge_blocks(
         pass
 
 
-def _rehearse(learned: Sequence[Learned], sample: Models) -> None:
-    """What a merge computes, of some of the tensors, for a dry run; what is not learned yet is left out."""
+def _rehearse(learned: Sequence[Learned], sample: Models, merges: bool) -> None:
+    """What a merge computes, or only its surveys, of some of the tensors; what is not learned yet is left out."""
     able = [
         each for each in learned if each.value is not None or not isinstance(each.target.method, DataDriven)
     ]
     targets = [each.target for each in able]
     passes = ModelPasses(sample, max((each.method.unit for each in targets), default=Unit.ENTRY), None)
-    _merge_blocks(passes, targets, _known(able, passes), [lambda *_: None] * len(able))
+    known = _known(able, passes)
+    if merges:
+        _merge_blocks(passes, targets, known, [lambda *_: None] * len(able))
 
 
 Write = Callable[[str, "Tensor", int], None]

@@ -26,8 +26,8 @@ LONG_ENOUGH = 3.0
 WRITES = 500e6
 """Bytes that a disk is taken to write in a second: a dry run writes nothing, and cannot measure it."""
 
-Rehearse = Callable[[Models], None]
-"""Computes all that the merge would, on models that have only some of the tensors."""
+Rehearse = Callable[[Models, bool], None]
+"""Computes all that the merge would, or only the surveys before it, on models that have only some of the tensors."""
 
 
 def merge_plan(
@@ -80,18 +80,19 @@ def _rehearsed(models: Models, unit: Unit, rehearse: Rehearse) -> _Rehearsal:
         return _Rehearsal(passes, seconds * models.size / max(1, entries))
     counts = Counter(shapes.values())
     together = os.cpu_count() or 1
-    passes, seconds, spent, done, left = 0, 0.0, 0.0, 0.0, 0.0
+    passes, _ = _one(_of_tensors(models, _some_of_each_shape(shapes)), rehearse, merges=False)
+    seconds, spent, done, left = 0.0, 0.0, 0.0, 0.0
     for shape in sorted(counts, key=lambda each: (-prod(each), each)):
         cost = counts[shape] * prod(shape) * (min(shape) if len(shape) > 1 else 1)
         if spent > LONG_ENOUGH:
             left += cost
             continue
         names = [name for name, each in shapes.items() if each == shape][:together]
-        counted, took = _one(_of_tensors(models, names), rehearse)
-        passes, spent = max(passes, counted), spent + took
+        _, took = _one(_of_tensors(models, names), rehearse)
+        spent += took
         seconds += took * counts[shape] / len(names)
         done += cost
-    return _Rehearsal(passes, seconds * (1 + left / max(done, 1.0)))
+    return _Rehearsal(passes + 1, seconds * (1 + left / max(done, 1.0)))
 
 
 def _some_of_each_shape(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -125,12 +126,12 @@ class _CountedModels(Models):
         return super().map(work, sample, unit=unit)
 
 
-def _one(sample: _CountedModels, rehearse: Rehearse) -> tuple[int, float]:
+def _one(sample: _CountedModels, rehearse: Rehearse, *, merges: bool = True) -> tuple[int, float]:
     """How many passes there are, and how long they take; what the disk adds to the first counts once."""
     cold = _read_seconds(sample)
     warm = _read_seconds(sample)
     began = time.perf_counter()
-    rehearse(sample)
+    rehearse(sample, merges)
     return len(sample.whole), time.perf_counter() - began + max(cold - warm, 0.0)
 
 
