@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -59,6 +60,8 @@ def finetune(
     save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between saved resume files.")] = 500,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming an interrupted training.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="Of the output: float32, float16 or bfloat16.")] = "float32",
+    dry_run: options.DryRun = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan of a dry run as JSON.")] = False,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write losses and accuracies of each step (.csv).")] = None,
     tensorboard: Annotated[
         Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write them for TensorBoard.")
@@ -77,19 +80,24 @@ def finetune(
     if recipe is None and base is None:
         raise UsageError("there is no base to start from", "name a recipe, or the base with `--base`")
     from mergecli.recipe.reading import recipe_of
+    from mergecli.results.plan import plan as plan_of
     from mergecli.runtime.distributed import is_first
     from mergecli.training.finetune import finetune
 
     known = recipe_of(recipe, changes=changes or []) if recipe else None
     with console.progress() as progress, _note_at_interrupt(output):
-        done = finetune(
-            known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
+        work = partial(
+            finetune, known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
             weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
             lora=lora, l_lora=l_lora, rank=rank, alpha=alpha, target_modules=target_modules, lora_dropout=lora_dropout,
             validate_every=validate_every, validation_split=validation_split, trace=trace, tensorboard=tensorboard,
             device=device, dtype=dtype, save_every=save_every, fresh=fresh, progress=progress,
         )  # fmt: skip
-    if is_first():
+        planned = plan_of(work) if dry_run else None
+        done = work() if planned is None else None
+    if planned is not None:
+        console.plan(planned, as_json=as_json)
+    elif done and is_first():
         console.path(done.path)
 
 

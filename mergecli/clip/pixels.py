@@ -127,7 +127,7 @@ def chunks(clip: Clip, images: Images, how: Processing, size: int, room: int) ->
             for batch in islice(batches, -(-(count - filled) // size)):
                 chunk[filled : filled + len(batch)] = batch
                 filled += len(batch)
-            yield _in_memory(chunk, labels[done : done + count])
+            yield in_memory(chunk, labels[done : done + count])
             done += count
 
 
@@ -216,7 +216,8 @@ def decoded_alone(clip: Clip, images: Images, how: Processing) -> Pixels:
     return Pixels(torch.tensor(images.labels), None, read)
 
 
-def _in_memory(stored: Tensor, labels: Tensor) -> Pixels:
+def in_memory(stored: Tensor, labels: Tensor) -> Pixels:
+    """(N, 3, H, W) uint8 images and their (N,) labels."""
     import torch
 
     return Pixels(labels, stored, lambda numbers: stored[torch.tensor(numbers)])

@@ -107,11 +107,11 @@ class Plan:
     def summary(self) -> str:
         """The totals, in one sentence."""
         parts = [
-            f"would read {size_text(self.reads)}" + (f" in {self.passes} passes" if self.passes > 1 else "")
-        ]
-        parts += [f"write {size_text(self.writes)}"] if self.writes else ["write nothing"]
+            f"read {size_text(self.reads)}" + (f" in {self.passes} passes" if self.passes > 1 else "")
+        ] * bool(self.reads)
+        parts += [f"write {size_text(self.writes)}"] if self.writes else []
         return (
-            f"{' and '.join(parts)}: about {seconds_text(self.seconds)}, {size_text(self.memory)} of memory "
+            f"would {' and '.join(parts) or 'write nothing'}: about {seconds_text(self.seconds)}, {size_text(self.memory)} of memory "
             f"(estimates, measured for {seconds_text(self.measured)})"
         )
 
