@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -48,14 +49,17 @@ class Command(TyperCommand):
 
     def __init__(self, name: str | None, **more: Any) -> None:
         super().__init__(name, **more)
-        for names, callback, text in (
-            (["-q", "--quiet"], _be_quiet, _QUIET),
-            (["-v", "--verbose"], _be_verbose, _VERBOSE),
-            (["--debug"], _debug, _DEBUG),
-        ):
-            self.params.append(
-                TyperOption(
-                    param_decls=names, is_flag=True, expose_value=False, is_eager=True, help=text,
-                    callback=lambda _context, _option, value, callback=callback: callback(bool(value)),
-                )
-            )  # fmt: skip
+        self.params += [
+            _option(["-q", "--quiet"], _be_quiet, _QUIET),
+            _option(["-v", "--verbose"], _be_verbose, _VERBOSE),
+            _option(["--debug"], _debug, _DEBUG),
+        ]
+
+
+def _option(names: list[str], hear: Callable[[bool], None], text: str) -> TyperOption:
+    def callback(_context: object, _parameter: object, value: bool) -> None:
+        hear(value)
+
+    return TyperOption(
+        param_decls=names, is_flag=True, expose_value=False, is_eager=True, help=text, callback=callback
+    )
