@@ -6,12 +6,16 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
+from mergecli.cli.dry_run import show_plan
 from mergecli.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from mergecli.training.finetune import Finetuned
 
 
 def finetune(
@@ -80,7 +84,6 @@ def finetune(
     if recipe is None and base is None:
         raise UsageError("there is no base to start from", "name a recipe, or the base with `--base`")
     from mergecli.recipe.reading import recipe_of
-    from mergecli.results.plan import plan as plan_of
     from mergecli.runtime.distributed import is_first
     from mergecli.training.finetune import finetune
 
@@ -93,12 +96,23 @@ def finetune(
             validate_every=validate_every, validation_split=validation_split, trace=trace, tensorboard=tensorboard,
             device=device, dtype=dtype, save_every=save_every, fresh=fresh, progress=progress,
         )  # fmt: skip
-        planned = plan_of(work) if dry_run else None
-        done = work() if planned is None else None
-    if planned is not None:
-        console.plan(planned, as_json=as_json)
-    elif done and is_first():
+        if dry_run:
+            show_plan(work, as_json=as_json)
+            return
+        done = work()
+    if is_first():
+        ending.did(f"trained {ending.count(done.steps - done.resumed_from, 'step')}{_best(done)}")
+        ending.wrote(done.path)
+        ending.wrote_beside(trace, tensorboard)
         console.path(done.path)
+
+
+def _best(done: Finetuned) -> str:
+    """Which step won, if there were validations."""
+    if done.best_step not in done.validation:
+        return ""
+    accuracies = done.validation[done.best_step].values()
+    return f", of which step {done.best_step} validated best ({sum(accuracies) / len(accuracies):.1%}) and is written"
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
+from mergecli.cli.dry_run import show_plan
 from mergecli.runtime.errors import UsageError
 
 
@@ -64,7 +65,6 @@ def merge(
     mergecli merge recipe.toml --method ties --sweep method.scaling_factor=0.1:0.5:0.1 -o swept/
     """
     from mergecli.merging.merge import merge
-    from mergecli.results.plan import plan as plan_of
     from mergecli.runtime.distributed import is_first
     from mergecli.storage.sources import named_sources
 
@@ -97,19 +97,21 @@ def merge(
                 shard_size=shard_size, statistics=statistics, coefficients=coefficients,
                 save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
             )  # fmt: skip
-        planned = plan_of(work) if dry_run else None
-        done = work() if planned is None else ()
-    if planned is not None:
-        console.plan(planned, as_json=as_json)
-        return
+        if dry_run:
+            show_plan(work, as_json=as_json)
+            return
+        done = work()
     written = done if isinstance(done, tuple) else (done,)
     for text in dict.fromkeys(text for each in written for text in each.warnings):
         console.warning(text)
     if not is_first():
         return
+    for each in written:
+        ending.wrote(each.path, digest=each.digest)
+    ending.wrote_beside(save_coefficients, trace, plot, tensorboard)
     described = [
         {"path": str(each.path), "method": each.method, "tasks": each.tasks, "tensors": each.tensors,
-         "parameters": each.parameters, "inputs": each.inputs}
+         "parameters": each.parameters, "digest": each.digest, "inputs": each.inputs}
         for each in written
     ]  # fmt: skip
     if as_json:

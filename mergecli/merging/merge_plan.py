@@ -13,8 +13,9 @@ from mergecli import methods
 from mergecli.merging.learning.files import Learned, Learning
 from mergecli.merging.models import BLOCK, Models, Result
 from mergecli.methods._base import Group, Unit
-from mergecli.results.plan import Plan, Work, peak_memory
+from mergecli.results.plan import Plan, Work
 from mergecli.runtime import interrupts
+from mergecli.runtime.memory import peak_memory
 from mergecli.storage.checkpoint import Checkpoint
 
 ENOUGH = 1 << 24

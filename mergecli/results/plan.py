@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -103,18 +102,6 @@ class Plan:
         columns = tuple(Column(name, _UNITS.get(name, "count")) for name in used)
         return Table(columns, tuple(tuple(_cell(getattr(each, name)) for name in used) for each in self.work))
 
-    @property
-    def summary(self) -> str:
-        """The totals, in one sentence."""
-        parts = [
-            f"read {size_text(self.reads)}" + (f" in {self.passes} passes" if self.passes > 1 else "")
-        ] * bool(self.reads)
-        parts += [f"write {size_text(self.writes)}"] if self.writes else []
-        return (
-            f"would {' and '.join(parts) or 'write nothing'}: about {seconds_text(self.seconds)}, {size_text(self.memory)} of memory "
-            f"(estimates, measured for {seconds_text(self.measured)})"
-        )
-
 
 _NAMES = [each.name for each in fields(Work)]
 _UNITS: dict[str, Any] = {
@@ -155,35 +142,6 @@ def check(
     """Makes the checks of `verb(...)`, and nothing else; raises what it raises."""
     with dry(measures=False), suppress(Planned):
         verb(*arguments, **named)
-
-
-def peak_memory() -> int:
-    """The max RSS of this process so far, in bytes; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found if sys.platform == "darwin" else found << 10
-
-
-def size_text(size: int) -> str:
-    """Bytes as people read them: `421 MB`."""
-    value, unit = float(size), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if value >= 10 or unit == "bytes" else f"{value:.1f} {unit}"
-
-
-def seconds_text(seconds: float) -> str:
-    """A time as people read it: `12 s`, `5 min`, `3.2 h`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _cell(value: Any) -> Cell:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from mergecli.clip.pixels import Processing, in_memory, stored_pixels
 from mergecli.clip.timing import decode_seconds, forward_seconds, noise, repeated
-from mergecli.results.plan import Plan, Work, peak_memory
+from mergecli.results.plan import Plan, Work
 from mergecli.runtime.distributed import Ranks
+from mergecli.runtime.memory import peak_memory
 from mergecli.storage.cache import allowed_size
 from mergecli.training.data import PreparedTask, TrainingTask, is_kept
 from mergecli.training.loop import Training
