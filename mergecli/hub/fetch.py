@@ -11,6 +11,7 @@ from pathlib import Path
 from mergecli.formats.convert import convert_once, converted_path
 from mergecli.hub.download import CommitKey, commit_key, damaged, download_all
 from mergecli.hub.locks import check_locks, write_locks
+from mergecli.hub.missing_checksums import add_missing_checksums
 from mergecli.hub.requirements import KINDS, Requests, gather, named, on_platform, platform_of
 from mergecli.hub.resolve import Resolved, resolve, resolve_locked, resolve_offline
 from mergecli.hub.retry import RetryPolicy
@@ -84,7 +85,8 @@ def fetch(
         only: `models`, `data` or both.
         locked: fetch exactly the commits and files of the recipes' locks.
         offline: open no socket; also if the environment has `HF_HUB_OFFLINE=1`.
-        verify: only read every file again, and compare it with the lock or else with the store's own record.
+        verify: only read every file again, and compare it with the lock or else with the store's own record. Weights that
+            were fetched before the store had checksums get them, here and whenever they are fetched again.
         dry_run: only find out what would be fetched; nothing is written.
         platform: `hf` or `ms`: where `hf:` sources are looked for.
         jobs: files at a time.
@@ -118,6 +120,9 @@ def fetch(
         for key, each in resolved.items():
             if key not in failures and not each.locked:
                 write_reference(store, each.source, each.commit)
+    if how.downloads or verify:
+        whole = {key: each for key, each in resolved.items() if key not in failures}
+        failures |= add_missing_checksums(whole, session)
     _raise_failures(failures, requests, how)
     done = Fetched(_paths(requests, resolved, local, store, how), tuple(files.values()))
     if not how.writes_locks:

@@ -62,7 +62,7 @@ class Manifest:
     converted_from: str | None = None
     """The commit whose data the hub converted to these Parquet files."""
     checksums: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Path -> checksums of the weights in it, as `mergecli.storage.checksums` has them."""
+    """Path -> checksums of the weights in it, as `mergecli.storage.checksums` has them; empty where it can have none."""
 
 
 def home() -> Path:
