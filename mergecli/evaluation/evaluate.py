@@ -16,6 +16,7 @@ from mergecli.evaluation.scoring import score
 from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import LEFT_OUT, mixture_of
 from mergecli.formats.opening import model_path, open_source
+from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
 from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
 from mergecli.runtime.errors import InputError, UsageError
@@ -117,10 +118,12 @@ def evaluate(
         features=Path(features) if features is not None else None,
         routes=Path(routes) if routes is not None else None,
     )
+    named = named_models(checkpoints, known, only, with_base=not individual)
+    used = [task for task in chosen if not individual or task.name in dict(named)]
+    expect_all([base, *dict(named).values(), *(task.data for task in used)], known)
     with contextlib.ExitStack() as files:
         opened = [
-            Candidate(name, source, files.enter_context(open_source(source, base)))
-            for name, source in named_models(checkpoints, known, only, with_base=not individual)
+            Candidate(name, source, files.enter_context(open_source(source, base))) for name, source in named
         ]
         with open_source(base) as whole:
             warn_of_other_parts(opened, whole, str(base), merged=False)

@@ -17,6 +17,7 @@ from mergecli.clip.other_parts import Candidate, warn_of_other_parts
 from mergecli.formats.convert import why_foreign
 from mergecli.formats.mixture import one_tower
 from mergecli.formats.opening import open_source
+from mergecli.hub.fetched import expect_all
 from mergecli.methods._base import Group, Unit
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime import interrupts
@@ -25,7 +26,6 @@ from mergecli.runtime.errors import InputError, UsageError, listed, quoted
 from mergecli.runtime.progress import Progress
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.differences import Form, differences, lead_hint, leave_out_hint
-from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -217,8 +217,7 @@ def open_models(
     """
     if not recipe.tuned:
         raise UsageError("there are no fine-tuned models to merge", "name them in `[tuned]` or as arguments")
-    for source in (*recipe.tuned.values(), *([recipe.base] if recipe.base else [])):
-        locate(source)
+    expect_all([recipe.base, *recipe.tuned.values()], recipe)
     whole = stack.enter_context(open_source(recipe.base)) if recipe.base else None
     opened = [
         Candidate(name, source, stack.enter_context(open_source(source, recipe.base)))

@@ -5,7 +5,7 @@ Letters in shapes: T tasks, n entries of a block, `...` the tensor's own shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
@@ -171,6 +171,8 @@ class Method:
     """The method's row in the published tables; `{setting}` stands for what a setting says, capitalized."""
     merge_time: ClassVar[frozenset[str]] = frozenset({"scaling_factor"})
     """Settings that only `merge` reads: methods that differ in nothing else share one survey, or what was learned."""
+    also_called: ClassVar[Mapping[str, str]] = {}
+    """Name in papers or other tools -> the setting, `key=value`, that gives that version; empty where the defaults do."""
     not_recorded: ClassVar[frozenset[str]] = frozenset()
     """Settings that no number depends on; results do not record them."""
 

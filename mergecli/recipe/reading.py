@@ -102,7 +102,7 @@ def _problems(recipe: Recipe) -> Iterator[Problem]:
         try:
             _ = recipe.built
         except methods.SettingsError as error:
-            yield from (Problem(f"method.{key}", what) for key, what in error.problems)
+            yield from (Problem(f"method.{key}", what, error.hint) for key, what in error.problems)
     for key, what in tasks.problems(recipe):
         yield Problem(key, what)
 

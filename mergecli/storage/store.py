@@ -199,6 +199,18 @@ def size_of(path: Path) -> int | None:
         return None
 
 
+class NotFetchedError(InputError):
+    """A hub's source that is not in the store."""
+
+    def __init__(self, source: Source) -> None:
+        name = str(source).replace(":", ":datasets/", 1) if source.is_data else str(source)
+        locked = source.pinned and (source.pinned.revision or "")[:12]
+        which = f"commit {locked}, which its lock names, " if locked else ""
+        hint = f"`mergecli fetch {name}` brings what is missing; it needs a network"
+        super().__init__(f"{name}: {which}has not been fetched", hint)
+        self.source = source
+
+
 def locate(source: Source) -> Path:
     """The file or folder on disk that holds the source.
 
@@ -249,13 +261,7 @@ def _fetched(source: Source) -> Path:
     store, pinned = Store(home()), source.pinned or source
     commit = store.reference(pinned)
     if commit is None or not (folder := store.folder(pinned, commit)).is_dir():
-        name = str(source).replace(":", ":datasets/", 1) if source.is_data else str(source)
-        locked = source.pinned and (source.pinned.revision or "")[:12]
-        which = f"commit {locked}, which its lock names, " if locked else ""
-        raise InputError(
-            f"{source}: {which}has not been fetched",
-            f"run `mergecli fetch {name}`, or with the recipe, where there is a network",
-        )
+        raise NotFetchedError(source)
     try:
         files = store.manifest(pinned, commit).files
     except InputError:
