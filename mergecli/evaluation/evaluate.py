@@ -19,7 +19,7 @@ from mergecli.formats.opening import model_path, open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
 from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
-from mergecli.runtime.errors import InputError, UsageError
+from mergecli.runtime.errors import InputError, UsageError, quoted
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.metadata import looked_at, made_of
 from mergecli.storage.sources import Source, parse_source
@@ -102,7 +102,10 @@ def evaluate(
     known = recipe_of(recipe) if recipe is not None else None
     base = parse_source(str(clip), Path()) if clip is not None else known.base if known else None
     if base is None:
-        raise UsageError("no CLIP to evaluate with", "name a recipe that has a `base`, or the base itself")
+        raise UsageError(
+            "there is no CLIP to evaluate with",
+            "name it with `--clip`, or a recipe that has a `base` with `--recipe`",
+        )
     chosen = tasks_of(tasks, known)
     settings = Settings(
         batch_size=batch_size if batch_size is not None else known.batch_size if known else 128,
@@ -132,7 +135,10 @@ def evaluate(
             own = {model.name for model in models}
             chosen = [task for task in chosen if task.name in own]
             if not chosen:
-                raise UsageError("no model is named after one of the tasks", "name them: `TASK=PATH`")
+                raise UsageError(
+                    f"--individual: no model is named after a task: the models are {quoted(sorted(own))}",
+                    f"write `TASK=SOURCE` for each, such as `{tasks_of(tasks, known)[0].name}=tuned.safetensors`",
+                )
         return _evaluate_open(
             models, base, chosen, settings, individual=individual, output=output, predictions=predictions,
             progress=progress, unfinished=unfinished,
@@ -151,7 +157,8 @@ def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[T
     wanted = named or ((recipe.eval_tasks or tuple(recipe.tuned)) if recipe else ())
     if not wanted:
         raise UsageError(
-            "no tasks to evaluate on", "name tasks or a set such as `ta8`; `mergecli tasks` lists them"
+            "there are no tasks to evaluate on",
+            "name tasks or a set such as `ta8` with `--tasks`; `mergecli tasks` lists them",
         )
     return [registry.find(name, recipe) for name in registry.expand(wanted, recipe)]
 

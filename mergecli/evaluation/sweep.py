@@ -120,7 +120,10 @@ def sweep(
     axis = _axis(points) if plot else None
     target = Path(output) if output is not None else None
     if target and target.suffix:
-        raise UsageError(f"{target}: a sweep has several results, so the output is a folder")
+        raise UsageError(
+            f"{target}: a sweep has several results, so the output is a folder",
+            f"write `-o {target.with_suffix('')}/`",
+        )
     targets = (
         [target / f"{name}.json" for name in [*(point.name for point in points), "best"]] if target else []
     )

@@ -221,7 +221,10 @@ def _resolve_all(requests: Requests, session: Session, how: _How) -> tuple[dict[
         else:
             raise result
         session.report("asking what there is", count, len(keys))
-    return {key: results[key] for key in keys if key in results}, failures
+    return (
+        {key: results[key] for key in keys if key in results},
+        {key: failures[key] for key in keys if key in failures},
+    )
 
 
 def _resolve(requests: Requests, key: Key, session: Session, how: _How) -> Resolved:

@@ -105,7 +105,8 @@ def create(name: str, values: Mapping[str, Any], tasks: tuple[str, ...] | None =
     except UsageError as error:
         raise SettingsError([("name", error.message)], error.hint) from error
     wrong = setting_problems(method, values)
-    hint = ""
+    missing = [key for key, what in wrong if what.startswith("is missing")]
+    hint = f"give it with `--set method.{missing[0]}=...`" if missing else ""
     inner: dict[str, Method] = {}
     for key, table in _inner(method, values).items():
         try:

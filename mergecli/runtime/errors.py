@@ -68,11 +68,15 @@ class ThresholdError(MergecliError):
     status = ExitStatus.THRESHOLD
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The known name that is most like this one, or an empty string; case, `-` and `_` make no difference."""
     plain = {_plain(each): each for each in known}
-    near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.6)
+    name = _SHORT_FORMS.get(name, name)
+    near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
     return plain[near[0]] if near else ""
+
+
+_SHORT_FORMS = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -30,7 +30,7 @@ def models_of(recipe: Recipe) -> list[Source | None]:
 
 
 def test_all_that_is_missing_of_a_recipe_is_named_and_fetched_with_the_recipe(recipe: Path) -> None:
-    read = recipe_of(recipe)
+    read = recipe_of(recipe.name)
     assert message_of(read, *models_of(read), source("toy:base")) == (
         "2 of 3 sources have not been fetched:\n  hf:org/base\n  hf:org/tuned\n"
         f"hint: `mergecli fetch {recipe.name}` brings what is missing; it needs a network"
@@ -38,7 +38,7 @@ def test_all_that_is_missing_of_a_recipe_is_named_and_fetched_with_the_recipe(re
 
 
 def test_what_the_recipes_file_does_not_name_is_fetched_by_its_own_name(recipe: Path) -> None:
-    read = recipe_of(recipe, changes=["tuned.more=hf:org/more"])
+    read = recipe_of(recipe.name, changes=["tuned.more=hf:org/more"])
     command = message_of(read, *models_of(read)).rpartition("hint: ")[2]
     assert command == f"`mergecli fetch {recipe.name} hf:org/more` brings what is missing; it needs a network"
     assert message_of(None, source("hf:org/more")) == (
@@ -49,7 +49,7 @@ def test_what_the_recipes_file_does_not_name_is_fetched_by_its_own_name(recipe: 
 
 def test_what_a_lock_names_is_fetched_as_the_lock_says(hubs: Hubs, recipe: Path, tmp_path: Path) -> None:
     fetch(recipe, into=tmp_path / "elsewhere")
-    read = recipe_of(recipe)
+    read = recipe_of(recipe.name)
     command = message_of(read, *models_of(read)).rpartition("hint: ")[2]
     assert command == f"`mergecli fetch --locked {recipe.name}` brings what is missing; it needs a network"
     assert "commit " in message_of(read, read.base)
