@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
+from mergecli.runtime.errors import UsageError
+
 if TYPE_CHECKING:
     from torch import Size, Tensor
 
@@ -235,11 +237,29 @@ class DataDriven(Method):
 
 
 def merge_group(method: Method, group: Group, surveyed: Any) -> Tensor:
-    """(...) the merged weights of one group by a method of any kind."""
+    """(...) the merged weights of one group by a method of any kind.
+
+    Raises:
+        UsageError: they do not have the group's shape.
+    """
     if isinstance(method, TwoPass | DataDriven):
-        return method.merge(group, surveyed)
-    assert isinstance(method, PerTensor)
-    return method.merge(group)
+        result = method.merge(group, surveyed)
+    else:
+        assert isinstance(method, PerTensor)
+        result = method.merge(group)
+    expect_shape(method, "merge", group.name, result, group.shape)
+    return result
+
+
+def expect_shape(method: Method, function: str, name: str, result: Any, shape: Sequence[int]) -> None:
+    """Raises UsageError unless what a method's function gave for a tensor has the shape that it must have."""
+    found = getattr(result, "shape", None)
+    if found != tuple(shape):
+        got = "nothing" if result is None else f"a {type(result).__name__}" if found is None else tuple(found)
+        raise UsageError(
+            f"{type(method).__module__.replace('.', '/')}.py: `{function}` of `{name}`: "
+            f"expected a tensor of shape {tuple(shape)}, got {got}"
+        )
 
 
 def total(rows: Tensor) -> Tensor:
