@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -29,6 +29,7 @@ class RegMean(Calibrated):
     title: ClassVar[str] = "linear layers by least squares on each task's own inputs, else the mean"
     published = "RegMean"
     paper: ClassVar[str] = "Jin et al., ICLR 2023, arXiv 2212.09849"
+    also_called: ClassVar[Mapping[str, str]] = {"clip_regmean": ""}
     elementwise: ClassVar[bool] = False
     merge_time: ClassVar[frozenset[str]] = Calibrated.merge_time | {"reduce_non_diagonal_ratio", "ridge"}
 
