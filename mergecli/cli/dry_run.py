@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from mergecli.results.plan import Plan
 
 
-def show_plan(work: Callable[[], object], form: str | None = None, *, as_json: bool = False) -> None:
+def show_plan(work: Callable[[], object], form: str | None = None) -> None:
     """Prints what the work would do: the plan on stdout, and its totals on stderr."""
     from mergecli.results.plan import plan
 
     found = plan(work)
-    if as_json:
+    if form == "json":
         console.json(found.to_json())
     else:
         console.table(found.table, form)

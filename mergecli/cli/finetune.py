@@ -65,7 +65,7 @@ def finetune(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming an interrupted training.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="Of the output: float32, float16 or bfloat16.")] = "float32",
     dry_run: options.DryRun = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan of a dry run as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written, or the plan, as JSON.")] = False,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write losses and accuracies of each step (.csv).")] = None,
     tensorboard: Annotated[
         Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write them for TensorBoard.")
@@ -83,6 +83,8 @@ def finetune(
         raise UsageError(f"--schedule: expected cosine or constant, got `{schedule}`")
     if recipe is None and base is None:
         raise UsageError("there is no base to start from", "name a recipe, or the base with `--base`")
+    from dataclasses import asdict
+
     from mergecli.recipe.reading import recipe_of
     from mergecli.runtime.distributed import is_first
     from mergecli.training.finetune import finetune
@@ -97,14 +99,17 @@ def finetune(
             device=device, dtype=dtype, save_every=save_every, fresh=fresh, progress=progress,
         )  # fmt: skip
         if dry_run:
-            show_plan(work, as_json=as_json)
+            show_plan(work, "json" if as_json else None)
             return
         done = work()
     if is_first():
         ending.did(f"trained {ending.count(done.steps - done.resumed_from, 'step')}{_best(done)}")
         ending.wrote(done.path)
         ending.wrote_beside(trace, tensorboard)
-        console.path(done.path)
+        if as_json:
+            console.json({**asdict(done), "path": str(done.path)})
+        else:
+            console.path(done.path)
 
 
 def _best(done: Finetuned) -> str:

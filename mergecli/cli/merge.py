@@ -54,7 +54,7 @@ def merge(
         Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write the same for TensorBoard.")
     ] = None,
     dry_run: options.DryRun = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was written and its digests as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written and its digests, or the plan, as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Merge fine-tuned models into one checkpoint; prints its path.
 
@@ -102,7 +102,7 @@ def merge(
                 save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
             )  # fmt: skip
         if dry_run:
-            show_plan(work, as_json=as_json)
+            show_plan(work, "json" if as_json else None)
             return
         done = work()
     written = done if isinstance(done, tuple) else (done,)

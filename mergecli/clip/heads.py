@@ -97,6 +97,11 @@ def head_key(clip: Clip, text: str, classes: Sequence[str], templates: Sequence[
     return sha256(json.dumps(about).encode()).hexdigest()[:32]
 
 
+def has_head(clip: Clip, text: str, classes: Sequence[str], templates: Sequence[str], max_size: int) -> bool:
+    """Whether `cached_head` finds the head in the cache."""
+    return bool(max_size) and cache_path("heads", head_key(clip, text, classes, templates)).exists()
+
+
 def cached_head(
     clip: Clip, classes: Sequence[str], templates: Sequence[str], text: str, max_size: int
 ) -> Tensor:
