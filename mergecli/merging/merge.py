@@ -229,7 +229,11 @@ def _rehearse(learned: Sequence[Learned], sample: Models, merges: bool) -> None:
     passes = ModelPasses(sample, max((each.method.unit for each in targets), default=Unit.ENTRY), None)
     known = _known(able, passes)
     if merges:
-        _merge_blocks(passes, targets, known, [lambda *_: None] * len(able))
+        _merge_blocks(passes, targets, known, [_write_nothing] * len(able))
+
+
+def _write_nothing(name: str, data: Tensor, start: int) -> None:
+    del name, data, start
 
 
 Write = Callable[[str, "Tensor", int], None]

@@ -13,7 +13,7 @@ from mergecli.cli import COMMANDS
 FUNCTIONS = {module.rpartition(".")[2]: module for module in COMMANDS.values()}
 LISTS = {"methods", "tasks"}
 """Commands without a function: Python has the rooms `mergecli.methods` and `mergecli.data.tasks`."""
-ONLY_IN_THE_PROGRAM = {"as_json", "form", "min_average", "min_task", "sweep"}
+ONLY_IN_THE_PROGRAM = {"as_json", "dry_run", "form", "min_average", "min_task", "sweep"}
 ONLY_IN_PYTHON = {"progress", "note", "settings", "format", "data", "unfinished"}
 CHOICES_OF_WHAT_IS_PRINTED = {"info": {"keys", "recipe"}}
 SAME = {"models": "recipe"}

@@ -64,12 +64,14 @@ def coefficients(models: Models, target: MergeTarget, files: LearningFiles, stac
     if isinstance(method, TaskLearner) and not is_first():
         nothing = Learned(replace(target, method=method))
         return Learning(nothing, (), lambda _: nothing)  # the first of several processes learns, and writes
-    work = LearningWork.of(models, method, recipe, needed) if files.coefficients is None else None
-    path = files.coefficients or _path(work)
-    if work is not None and not is_stored(path):
-        check_space({path: layout_size(_layout(work))})
-        if _like(path, work) is None:
-            work.check()
+    work, path = None, files.coefficients
+    if path is None:
+        work = LearningWork.of(models, method, recipe, needed)
+        path = _path(work)
+        if not is_stored(path):
+            check_space({path: layout_size(_layout(work))})
+            if _like(path, work) is None:
+                work.check()
 
     def opened() -> Learned:
         named = {SETTINGS[need] for need in method.needs} - method.changeable

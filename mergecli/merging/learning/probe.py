@@ -102,7 +102,7 @@ class StatisticsRun:
         began = time.perf_counter()
         with ExitStack() as stack:
             scratch = Scratch(Path(), stack, in_memory=True)
-            for _ in self._measured(tasks, scratch, examples, lambda *_: None):
+            for _ in self._measured(tasks, scratch, examples, _report_nothing):
                 pass
         return time.perf_counter() - began
 
@@ -126,6 +126,10 @@ class StatisticsRun:
         set_tower(self._clip, models.tuned[one.name])
         probe = TaskProbe(self._clip, chosen[0], self._heads.get(one.name), scratch, report)
         yield from method.measure(probe)
+
+
+def _report_nothing(done: int, total: int) -> None:
+    del done, total
 
 
 FEW = 9

@@ -214,9 +214,11 @@ class Measurement:
 
     def plan(self) -> LearningPlan:
         """How many images are looked at, and about how long that takes."""
+        if not self.own:
+            return LearningPlan()
         work: list[Work] = []
-        run = self.new_run() if self.own else None
-        for each in self.own if run else ():
+        run = self.new_run()
+        for each in self.own:
             seconds = run.expected_seconds(each.tasks)
             work.append(Work("measure", each.name, images=run.images(each.tasks), seconds=seconds))
             size, name = layout_size(run.layout), f"statistics of {each.name}"
