@@ -114,7 +114,7 @@ def _plan(path: Path, work: LearningWork) -> LearningPlan:
     from mergecli.merging.learning.expected import expected
 
     size = layout_size(_layout(work))
-    written = Work("write", work.method.file_title, str(path), tensors=len(_layout(work)), bytes=size)
+    written = Work("write", work.method.file_title, str(path), bytes=size)  # and the trace
     if _like(path, work) is not None:
         return LearningPlan([Work("learn", methods.name_of(work.method), cached=True, seconds=0.0), written])
     found = expected(work, path.parent / "tasks")
