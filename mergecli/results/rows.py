@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
+from mergecli.data.contamination import findings, implausible, is_test
+from mergecli.data.tasks import digest, find
 from mergecli.results.cells import Cell, Column, Estimate, number_in
 from mergecli.results.result import FINE_TUNED, Evaluation, TaskScore
 from mergecli.results.statistics import Count, mean_interval, wilson
@@ -58,7 +60,7 @@ def kinds_of(rows: Sequence[Row]) -> tuple[Kind, ...]:
     """What each row is. A model of which nothing is known counts as a merge."""
     inputs = {source for row in rows if row.result for source in row.result.models.values()}
 
-    def kind(row: Row) -> Kind:
+    def kind_of(row: Row) -> Kind:
         if row.result is None:
             return "published"
         if FINE_TUNED in (row.result.name, row.method):
@@ -68,7 +70,7 @@ def kinds_of(rows: Sequence[Row]) -> tuple[Kind, ...]:
         trained = (row.method or "").startswith("finetune")
         return "model" if trained or row.result.checkpoint.get("path") in inputs else "merge"
 
-    return tuple(map(kind, rows))
+    return tuple(kind_of(row) for row in rows)
 
 
 def best_of(columns: Sequence[tuple[Column, Sequence[Cell]]], kinds: Sequence[Kind]) -> set[tuple[int, int]]:
@@ -267,7 +269,36 @@ def comparable(evaluations: Sequence[Evaluation]) -> list[str]:
         for each in evaluations
         if (own := looked_at_itself(each))
     ]
-    return lines
+    return [*lines, *contaminated(evaluations), *too_good(evaluations)]
+
+
+def contaminated(evaluations: Sequence[Evaluation]) -> Iterator[str]:
+    """A warning for each known group of checkpoints that were trained on test images on which they were evaluated."""
+    found: dict[str, list[str]] = {}
+    for each in evaluations:
+        path, own = each.checkpoint.get("path"), each.checkpoint.get("digest")
+        tested = [task for task, score in each.tasks.items() if is_test(task, score.split)]
+        for finding in findings([path or "", *each.models.values()], [own or ""], tested):
+            found.setdefault(finding.text, []).append(each.name)
+    for text, names in found.items():
+        yield f"{quoted(names)}: {text}"
+
+
+def too_good(evaluations: Sequence[Evaluation]) -> Iterator[str]:
+    """A warning for each task on which results are better than any clean model is known to be."""
+    for task, (above, why) in implausible().items():
+        classes = digest(find(task).classes or ())
+        names = [
+            each.name
+            for each in evaluations
+            if (score := each.tasks.get(task))
+            and (score.classes == classes and is_test(task, score.split))
+            and wilson(score.correct, score.images).low > above
+        ]
+        if names:
+            yield (
+                f"{quoted(names)}: more than {100 * above:.0f} % on `{task}`, which suggests training on its test images: {why}"
+            )
 
 
 _CLIP = ("digest", "text", "rest")
