@@ -201,6 +201,7 @@ def _markdown(text: str) -> str:
 _LATEX = {
     **{character: "\\" + character for character in "&%$#_{}"},
     "\\": "\\textbackslash ", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$",
+    "<": "$<$", ">": "$>$", "|": "$|$",
 }  # fmt: skip
 
 

@@ -204,6 +204,11 @@ def test_a_latex_row_may_begin_with_a_bracket_or_a_star() -> None:
     assert in_a_cell("a\nb", "latex") == r"a\textbackslash nb"
 
 
+def test_latex_shows_the_signs_that_its_text_font_lacks() -> None:
+    assert in_a_cell("a<b>|c", "latex") == "a$<$b$>$$|$c"
+    assert "<0.001" not in Table((Column("p", "probability"),), ((0.0,),)).text("latex").replace("$<$0.001", "")
+
+
 @pytest.mark.parametrize("form", [each for each in FORMATS if each != "table"])
 def test_no_control_character_of_a_name_is_in_any_format(form: str) -> None:
     name = "a\x1b[31m\r\x07\x7f\x9b\u202e\u2028\udcff"
