@@ -220,9 +220,9 @@ def normalized(rows: Sequence[Row], tasks: Sequence[str], fine_tuned: Evaluation
         return sum(known) / len(known) if ratios and len(known) == len(ratios) else None
 
     columns: list[tuple[Column, list[Cell]]] = [
-        (Column(f"{task} (norm.)", "percent", "higher"), [ratio(row, task) for row in rows]) for task in tasks
+        (Column(f"{task} (norm.)", "percent", better="higher"), [ratio(row, task) for row in rows]) for task in tasks
     ]
-    columns.append((Column("average (norm.)", "percent", "higher"), [mean(row) for row in rows]))
+    columns.append((Column("average (norm.)", "percent", better="higher"), [mean(row) for row in rows]))
     lacking = [task for task in tasks if task not in fine_tuned.tasks]
     return Block(
         columns,

@@ -77,7 +77,7 @@ def test_a_probability_has_three_decimals_or_is_below_them() -> None:
 
 
 RANKED = Table(
-    (Column("model"), Column("mnist", "percent", "higher")),
+    (Column("model"), Column("mnist", "percent", better="higher")),
     (("a_b", 0.75), ("top", 0.9), ("c", 0.5)),
     kinds=("merge", "ceiling", "merge"),
     best=frozenset({(0, 1)}),
