@@ -20,7 +20,7 @@ from mergecli.formats.mixture import LEFT_OUT, mixture_of
 from mergecli.formats.opening import model_path, open_source
 from mergecli.results import plots
 from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
-from mergecli.results.rows import too_good
+from mergecli.results.suspicions import too_good
 from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, quoted
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.metadata import looked_at, made_of
@@ -139,8 +139,8 @@ def evaluate(
             models, base, chosen, settings, individual=individual, output=output, predictions=predictions,
             progress=progress, unfinished=unfinished,
         )  # fmt: skip
-    for line in too_good(results):
-        warnings.warn(line, MergecliWarning, stacklevel=2)
+    for each in too_good(results):
+        warnings.warn(each.text, MergecliWarning, stacklevel=2)
     return results
 
 

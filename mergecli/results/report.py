@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from mergecli.results import differences, published, references
+from mergecli.results import differences, published, references, suspicions
 from mergecli.results import rows as scored
 from mergecli.results.cells import Cell, Column
 from mergecli.results.result import FINE_TUNED, Evaluation, read_result
@@ -77,7 +77,12 @@ def report(
     if theirs and reference_rows:
         rows += published.rows(theirs, tasks)
     rows = scored.ordered(rows, sort, ascending, tasks)
-    blocks = [about_towers(rows), about_images(rows), scored.scores(rows, tasks, metric, intervals)]
+    blocks = [
+        about_towers(rows),
+        about_images(rows),
+        scored.scores(rows, tasks, metric, intervals),
+        suspicions.block(rows, suspicions.suspicions(evaluations), metric, intervals),
+    ]
     compared = list(evaluations)
     if normalized:
         compared.append(_fine_tuned(fine_tuned, evaluations))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
-from mergecli.data.contamination import findings, implausible, is_test
-from mergecli.data.tasks import digest, find
 from mergecli.results.cells import Cell, Column, Estimate, number_in
 from mergecli.results.result import FINE_TUNED, Evaluation, TaskScore
 from mergecli.results.statistics import Count, mean_interval, wilson
@@ -163,6 +161,15 @@ def ordered(rows: Sequence[Row], by: str | None, ascending: bool, tasks: Sequenc
     return sorted(rows, key=key)
 
 
+def head_of(name: str, metric: Metric) -> Column:
+    """A column of accuracies or of losses."""
+    return (
+        Column(name, "percent", better="higher")
+        if metric == "accuracy"
+        else Column(name, "number", better="lower")
+    )
+
+
 INTERVALS = (
     "±: the longer side of the 95 % interval. Of an accuracy: Wilson's score interval. Of an average of T tasks: square "
     "root of the sum of the tasks' squared sides, divided by T (variance of a mean of independent binomials; the tasks "
@@ -172,8 +179,7 @@ INTERVALS = (
 
 def scores(rows: Sequence[Row], tasks: Sequence[str], metric: Metric, intervals: bool) -> Block:
     """A column for each task, the average, and the averages of seen and unseen tasks where those are known."""
-    accuracy = metric == "accuracy"
-    head = partial(Column, unit="percent" if accuracy else "number", better="higher" if accuracy else "lower")
+    head = partial(head_of, metric=metric)
 
     def task_cell(row: Row, task: str) -> Cell:
         value = row.values.get(task)
@@ -220,7 +226,8 @@ def normalized(rows: Sequence[Row], tasks: Sequence[str], fine_tuned: Evaluation
         return sum(known) / len(known) if ratios and len(known) == len(ratios) else None
 
     columns: list[tuple[Column, list[Cell]]] = [
-        (Column(f"{task} (norm.)", "percent", better="higher"), [ratio(row, task) for row in rows]) for task in tasks
+        (Column(f"{task} (norm.)", "percent", better="higher"), [ratio(row, task) for row in rows])
+        for task in tasks
     ]
     columns.append((Column("average (norm.)", "percent", better="higher"), [mean(row) for row in rows]))
     lacking = [task for task in tasks if task not in fine_tuned.tasks]
@@ -269,36 +276,7 @@ def comparable(evaluations: Sequence[Evaluation]) -> list[str]:
         for each in evaluations
         if (own := looked_at_itself(each))
     ]
-    return [*lines, *contaminated(evaluations), *too_good(evaluations)]
-
-
-def contaminated(evaluations: Sequence[Evaluation]) -> Iterator[str]:
-    """A warning for each known group of checkpoints that were trained on test images on which they were evaluated."""
-    found: dict[str, list[str]] = {}
-    for each in evaluations:
-        path, own = each.checkpoint.get("path"), each.checkpoint.get("digest")
-        tested = [task for task, score in each.tasks.items() if is_test(task, score.split)]
-        for finding in findings([path or "", *each.models.values()], [own or ""], tested):
-            found.setdefault(finding.text, []).append(each.name)
-    for text, names in found.items():
-        yield f"{quoted(names)}: {text}"
-
-
-def too_good(evaluations: Sequence[Evaluation]) -> Iterator[str]:
-    """A warning for each task on which results are better than any clean model is known to be."""
-    for task, (above, why) in implausible().items():
-        classes = digest(find(task).classes or ())
-        names = [
-            each.name
-            for each in evaluations
-            if (score := each.tasks.get(task))
-            and (score.classes == classes and is_test(task, score.split))
-            and wilson(score.correct, score.images).low > above
-        ]
-        if names:
-            yield (
-                f"{quoted(names)}: more than {100 * above:.0f} % on `{task}`, which suggests training on its test images: {why}"
-            )
+    return lines
 
 
 _CLIP = ("digest", "text", "rest")

@@ -206,7 +206,9 @@ def test_a_latex_row_may_begin_with_a_bracket_or_a_star() -> None:
 
 def test_latex_shows_the_signs_that_its_text_font_lacks() -> None:
     assert in_a_cell("a<b>|c", "latex") == "a$<$b$>$$|$c"
-    assert "<0.001" not in Table((Column("p", "probability"),), ((0.0,),)).text("latex").replace("$<$0.001", "")
+    assert "<0.001" not in Table((Column("p", "probability"),), ((0.0,),)).text("latex").replace(
+        "$<$0.001", ""
+    )
 
 
 @pytest.mark.parametrize("form", [each for each in FORMATS if each != "table"])
