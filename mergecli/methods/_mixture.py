@@ -133,7 +133,7 @@ def outcomes(method: Method, group: Group, learned: Any) -> dict[str, Tensor]:
     """Key -> tensor that a method of any kind makes of one group."""
     if isinstance(method, Mixture) and method.is_mixture:
         return method.expand(group, learned)
-    return {group.name: merge_group(method, group, learned)}
+    return group.named(merge_group(method, group, learned))
 
 
 def extra_values(method: Method, learned: Any) -> dict[str, Tensor]:

@@ -113,7 +113,8 @@ def files_for(
 
     assert recipe.base is not None
     assert models.base is not None
-    name, settings = methods.name_of(method), methods.table_of(method, without=method.merge_time)
+    name = method.measured_as or methods.name_of(method)
+    settings = methods.table_of(method, without=method.merge_time)
     if method.shuffle:
         settings["seed"] = recipe.seed
     common: dict[str, Any] = {"method": name, "settings": settings}
