@@ -24,8 +24,8 @@ from mergecli.storage.unfinished import is_leftover
 
 PASSING = ("pixels", "heads", "results", "digests")
 """Images; heads; what unfinished evaluations have so far; digests of large data files."""
-LASTING = ("statistics", "coefficients")
-"""What merges have measured, and learned. It does not count in the size that the cache may grow to."""
+LASTING = ("statistics", "coefficients", "experts")
+"""What merges have measured, and learned, and what tasks' own models predict. It does not count in the size that the cache may grow to."""
 KINDS = (*PASSING, *LASTING)
 
 DEFAULT_SIZE = 20 * 10**9
