@@ -17,6 +17,7 @@ from mergecli.clip.other_parts import Candidate, warn_of_other_parts
 from mergecli.formats.convert import why_foreign
 from mergecli.formats.mixture import one_tower
 from mergecli.formats.opening import open_source
+from mergecli.hub.fetched import expect_all
 from mergecli.methods._base import Group, Shelf, Unit
 from mergecli.methods._fused import stacks
 from mergecli.recipe.schema import Recipe
@@ -25,9 +26,8 @@ from mergecli.runtime.distributed import usable_device
 from mergecli.runtime.errors import InputError, UsageError, listed, quoted
 from mergecli.runtime.progress import Progress
 from mergecli.storage.checkpoint import Checkpoint
-from mergecli.storage.differences import Form, differences, lead_hint, leave_out_hint
+from mergecli.storage.differences import Form, differences, lead_hint, leave_out_hint, other_architecture
 from mergecli.storage.scratch import Scratch, TensorShelf
-from mergecli.storage.store import locate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -249,8 +249,7 @@ def open_models(
     """
     if not recipe.tuned:
         raise UsageError("there are no fine-tuned models to merge", "name them in `[tuned]` or as arguments")
-    for source in (*recipe.tuned.values(), *([recipe.base] if recipe.base else [])):
-        locate(source)
+    expect_all([recipe.base, *recipe.tuned.values()], recipe)
     whole = stack.enter_context(open_source(recipe.base)) if recipe.base else None
     opened = [
         Candidate(name, source, stack.enter_context(open_source(source, recipe.base)))
@@ -284,6 +283,7 @@ def check_fit(models: Models) -> None:
     heads = set.intersection(*(each.entries.keys() - reference.keys() for each in models.tuned.values()))
     heads = {name for name in heads if not name.endswith(_COUNTERS)}
     problems: list[str] = []
+    details: list[str] = []
     for task, each in models.tuned.items():
         # a task vector may have no tensors but those that are merged
         wanted = {
@@ -296,7 +296,12 @@ def check_fit(models: Models) -> None:
             for name, entry in each.entries.items()
             if name in wanted or not (name in reference or name in heads or name.endswith(_COUNTERS))
         }
-        problems += [f"{task}: {line}" for line in differences(have, wanted, f"{whose} has")]
+        lines = [f"{task}: {line}" for line in differences(have, wanted, f"{whose} has")]
+        if other := other_architecture(have, wanted, f"{whose} has"):
+            problems.append(f"{task}: {other}")
+            details += lines
+            continue
+        problems += lines
         for name, form in wanted.items():
             entry = have.get(name)
             if form.any_float or entry is None or (entry.shape, entry.dtype) != (form.shape, form.dtype):
@@ -321,6 +326,7 @@ def check_fit(models: Models) -> None:
         raise InputError(
             f"the checkpoints do not fit together:\n{listed(problems, 40)}",
             next(filter(None, map(why_foreign, every)), cure),
+            listed(details, len(details)),
         )
 
 

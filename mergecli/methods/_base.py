@@ -5,10 +5,12 @@ Letters in shapes: T tasks, n entries of a block, `...` the tensor's own shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+
+from mergecli.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
@@ -209,6 +211,8 @@ class Method:
     """The method's row in the published tables; `{setting}` stands for what a setting says, capitalized."""
     merge_time: ClassVar[frozenset[str]] = frozenset({"scaling_factor"})
     """Settings that only `merge` reads: methods that differ in nothing else share one survey, or what was learned."""
+    also_called: ClassVar[Mapping[str, str]] = {}
+    """Name in papers or other tools -> the setting, `key=value`, that gives that version; empty where the defaults do."""
     not_recorded: ClassVar[frozenset[str]] = frozenset()
     """Settings that no number depends on; results do not record them."""
 
@@ -277,11 +281,29 @@ class DataDriven(Method):
 
 
 def merge_group(method: Method, group: Group, surveyed: Any) -> Tensor:
-    """(...) the merged weights of one group by a method of any kind."""
+    """(...) the merged weights of one group by a method of any kind.
+
+    Raises:
+        UsageError: they do not have the group's shape.
+    """
     if isinstance(method, TwoPass | DataDriven):
-        return method.merge(group, surveyed)
-    assert isinstance(method, PerTensor)
-    return method.merge(group)
+        result = method.merge(group, surveyed)
+    else:
+        assert isinstance(method, PerTensor)
+        result = method.merge(group)
+    expect_shape(method, "merge", group.name, result, group.shape)
+    return result
+
+
+def expect_shape(method: Method, function: str, name: str, result: Any, shape: Sequence[int]) -> None:
+    """Raises UsageError unless what a method's function gave for a tensor has the shape that it must have."""
+    found = getattr(result, "shape", None)
+    if found != tuple(shape):
+        got = "nothing" if result is None else f"a {type(result).__name__}" if found is None else tuple(found)
+        raise UsageError(
+            f"{type(method).__module__.replace('.', '/')}.py: `{function}` of `{name}`: "
+            f"expected a tensor of shape {tuple(shape)}, got {got}"
+        )
 
 
 def total(rows: Tensor) -> Tensor:

@@ -49,6 +49,10 @@ class ConcreteAdaMerging(Adapted):
 
     title: ClassVar[str] = "coefficients, and before them a mask, learned on unlabeled images"
     paper: ClassVar[str] = "Tang et al., Concrete Subspace Learning, arXiv 2312.06173, algorithm 2"
+    also_called: ClassVar[Mapping[str, str]] = {
+        "concrete_layer_wise_adamerging": "",
+        "concrete_task_wise_adamerging": "granularity=task",
+    }
     published = "Concrete {granularity}-wise AdaMerging"
     needs = frozenset({"masks"})
     gives_masks = True

@@ -27,6 +27,7 @@ class Dare(Modifier):
     paper: ClassVar[str] = (
         "Yu et al., Language models are super mario, ICML 2024, arXiv 2311.03099, section 3"
     )
+    also_called: ClassVar[Mapping[str, str]] = {"dare_linear": "", "drop_and_rescale": ""}
 
     of: Method = TaskArithmetic()  # noqa: RUF009
     """The method that merges the thinned task vectors; not one that drops entries at random itself."""

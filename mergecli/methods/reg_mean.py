@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -29,6 +30,7 @@ class RegMean(GramStatistics):
     title: ClassVar[str] = "linear layers by least squares on each task's own inputs, else the mean"
     published = "RegMean"
     paper: ClassVar[str] = "Jin et al., ICLR 2023, arXiv 2212.09849"
+    also_called: ClassVar[Mapping[str, str]] = {"clip_regmean": ""}
     merge_time: ClassVar[frozenset[str]] = GramStatistics.merge_time | {"reduce_non_diagonal_ratio", "ridge"}
 
     reduce_non_diagonal_ratio: Annotated[float, Range(0, 1)] = 0.95
