@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 from mergecli.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def info(
     found = info(checkpoint)
     for line in found.warnings:
         console.warning(f"{checkpoint}: {line}")
+    ending.did(f"read {checkpoint}")
     if as_json:
         console.json(asdict(found))
         return
