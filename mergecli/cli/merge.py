@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 from mergecli.runtime.errors import UsageError
 
 
@@ -104,9 +104,12 @@ def merge(
         console.warning(text)
     if not is_first():
         return
+    for each in written:
+        ending.wrote(each.path, digest=each.digest)
+    ending.wrote_beside(save_coefficients, trace, plot, tensorboard)
     described = [
         {"path": str(each.path), "method": each.method, "tasks": each.tasks, "tensors": each.tensors,
-         "parameters": each.parameters, "inputs": each.inputs}
+         "parameters": each.parameters, "digest": each.digest, "inputs": each.inputs}
         for each in written
     ]  # fmt: skip
     if as_json:

@@ -44,6 +44,8 @@ class Merged:
     parameters: int
     inputs: Mapping[str, str]
     """Input -> digest of its content."""
+    digest: str = ""
+    """Of the content, as `info` shows it; empty in processes that write nothing."""
     warnings: tuple[str, ...] = ()
 
 
@@ -186,13 +188,13 @@ def _stream(
             writer.describe(each.target.metadata(inputs, each.about))
             done = _merged(models, each.target, inputs)
             merged.append(replace(done, warnings=(*done.warnings, *_foreign_files(each, inputs))))
-    return tuple(merged)
+    return tuple(replace(done, digest=writer.digest) for done, writer in zip(merged, writers, strict=True))
 
 
 def _merged(models: Models, target: MergeTarget, inputs: Mapping[str, str]) -> Merged:
     return Merged(
         target.path, str(target.recipe.method), tuple(models.tuned), len(models.reference.entries),
-        models.reference.parameters, inputs, tuple(_foreign_vectors(models, inputs)) if inputs else (),
+        models.reference.parameters, inputs, warnings=tuple(_foreign_vectors(models, inputs)) if inputs else (),
     )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
+from mergecli.runtime import verbosity
+
 
 class ExitStatus(IntEnum):
     """What each exit status of the program promises."""
@@ -27,14 +29,15 @@ class ExitStatus(IntEnum):
 
 
 class MergecliError(Exception):
-    """A failure the user can mend: `message` says what and where, `hint` the cure."""
+    """A failure the user can mend: `message` says what and where, `hint` the cure, `details` what few want to know."""
 
     status = ExitStatus.INPUT
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", details: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.details = details
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
@@ -75,7 +78,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def listed(lines: Sequence[str], limit: int = 5) -> str:
-    """The lines, each indented on its own line, cut at `limit` with how many more there are."""
+    """The lines, each indented on its own line, cut at `limit` with how many more there are, unless all are wanted."""
+    if verbosity.verbose:
+        limit = len(lines)
     shown = [f"  {line}" for line in lines[:limit]]
     if len(lines) > limit:
         shown.append(f"  (and {len(lines) - limit} more)")
@@ -83,8 +88,10 @@ def listed(lines: Sequence[str], limit: int = 5) -> str:
 
 
 def quoted(names: Iterable[str], limit: int = 8) -> str:
-    """`a`, `b`, `c` ... cut at `limit` with how many more there are."""
+    """`a`, `b`, `c` ... cut at `limit` with how many more there are, unless all are wanted."""
     every = list(names)
+    if verbosity.verbose:
+        limit = len(every)
     shown = ", ".join(f"`{name}`" for name in every[:limit])
     return shown + (f" (and {len(every) - limit} more)" if len(every) > limit else "")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergecli.runtime.errors import InputError, listed, quoted
-from mergecli.storage.checksums import KEY, ChunkHashes, DamagedFileError, chunk_bytes, expected_chunks
+from mergecli.storage.checksums import (
+    KEY,
+    ChunkHashes,
+    DamagedFileError,
+    chunk_bytes,
+    digest_of,
+    expected_chunks,
+)
 from mergecli.storage.file_state import expect_unchanged, state_of
 from mergecli.storage.safetensors_format import (
     DTYPE_BYTES,
@@ -205,19 +211,17 @@ class Checkpoint:
         The same for one file, shards or a folder, whatever the metadata. What has been read before was hashed on
         the way; only the rest is read now.
         """
-        lines: list[str] = []
         for name, entry in self.entries.items():
             size = entry.nbytes
-            chunks = -(-size // entry.chunk)
-            for chunk in range(chunks):
+            for chunk in range(-(-size // entry.chunk)):
                 if not self.hashes.is_whole(name, chunk):
                     start = chunk * entry.chunk
                     buffer = memoryview(bytearray(min(entry.chunk, size - start)))
                     self._read_bytes(entry, start, buffer)
                     self.hashes.feed(name, start, buffer, entry.chunk, size)
-            lines.append(f"{name} {entry.dtype} {list(entry.shape)} {self.hashes.hex(name, chunks)}\n")
         self.expect_unchanged()
-        return "xxh3:" + hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+        layout = {name: (entry.dtype, entry.shape) for name, entry in self.entries.items()}
+        return digest_of(layout, lambda _: self.hashes)
 
     def close(self) -> None:
         """Closes the files."""

@@ -122,7 +122,7 @@ def test_an_adapter_is_pinned_too(tmp_path: Path) -> None:
 
 def test_the_lock_says_what_lies_in_the_store(hubs: Hubs, recipe: Path, run: Run) -> None:
     ended = run("fetch", recipe.name)
-    assert ended.err.endswith("wrote recipe.lock\n")
+    assert ", wrote recipe.lock (sha256:" in ended.end
     lock = read_lock(lock_path(recipe))
     assert list(lock.sources) == [(False, "hf:org/base"), (False, "hf:org/tuned"), (True, "hf:org/birds")]
     for entry, folder in zip(lock.sources.values(), ended.out.splitlines(), strict=True):
