@@ -21,6 +21,7 @@ from mergecli.merging.learning.learn import learn
 from mergecli.merging.merge_target import MergeTarget, cast
 from mergecli.merging.models import ModelPasses, Models, open_models
 from mergecli.methods._base import Group, Method, TwoPass
+from mergecli.methods._bitmasks import packed_size
 from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
@@ -169,12 +170,18 @@ def _stream(
             each.target.open(models, size, stack, [*models.read, *each.files], each.about) for each in learned
         ]
         dtypes = [{name: dtype for name, (dtype, _) in each.layout(models).items()} for each in targets]
+        packed = [each.packed(models) for each in targets]
 
         def work(start: int, group: Group) -> None:
             for number, target in enumerate(targets):
                 own = group.copy() if number + 1 < len(targets) else group
                 for key, result in outcomes(target.method, own, known[number]).items():
-                    writers[number].write(key, cast(result, dtypes[number][key], key), start)
+                    data = cast(result, dtypes[number][key], key)
+                    if (row_size := packed[number].get(key)) is None:
+                        writers[number].write(key, data, start)
+                    else:
+                        for row, each in enumerate(data):
+                            writers[number].write(key, each, row * row_size + packed_size(start))
 
         for _ in passes.run("merging", work):
             pass

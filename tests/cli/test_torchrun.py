@@ -309,7 +309,14 @@ def test_what_was_damaged_in_the_store_is_made_again_by_all(
     of = {
         "fisher": FEW,
         "ada_merging": [*LEARN, "--set", "method.steps=2"],
-        "representation_surgery": ["--set", "method.merged=average.safetensors", "--set", "method.steps=2"],
+        "representation_surgery": [
+            "--set",
+            "method.merged=average.safetensors",
+            "--set",
+            "method.rank=4",
+            "--set",
+            "method.steps=2",
+        ],
     }
     command = ["merge", world.recipe, "--method", method, *of[method], "-o"]
     torchrun(2, [[*command, "first.safetensors"]], tmp_path)
@@ -321,7 +328,7 @@ def test_what_was_damaged_in_the_store_is_made_again_by_all(
     for file in damaged:
         flip(file, 8 * file.stat().st_size - 3)
     out, err = torchrun(2, [[*command, "again.safetensors"]], tmp_path)
-    assert out == ["again.safetensors", "[0]"]
+    assert out == ["again.safetensors", "[0]"], err
     said = [line for line in err if "is damaged" in line]
     assert sorted(line.split(": ")[1] for line in said) == sorted(map(str, damaged))
     assert all(line.startswith("warning: ") and line.endswith("; it is made again") for line in said)
