@@ -22,12 +22,12 @@ from mergecli.storage.file_state import expect_unchanged, state_of
 from mergecli.storage.safetensors_format import (
     DTYPE_BYTES,
     FLOATS,
-    PICKLE_HINT,
     TORCH_NAMES,
     bytes_of,
     entry_count,
     generation_of,
     open_regular,
+    pickle_hint,
     read_header,
     shards_of,
 )
@@ -318,6 +318,10 @@ def _expect_one_model(path: Path, files: Sequence[Path], headers: Sequence[Mappi
             )
 
 
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+
+
 def _files(path: Path) -> list[Path]:
     """The safetensors files that a path stands for."""
     if not path.exists():
@@ -341,8 +345,14 @@ def _files(path: Path) -> list[Path]:
                 f"{path}: has {len(alone)} safetensors files and no `{index.name}`", "name one of them"
             )
         if list(path.glob("*.bin")) or list(path.glob("*.pt")):
-            raise InputError(f"{path}: has only pickled weights, which is not opened as it is", PICKLE_HINT)
-        raise InputError(f"{path}: has no `model.safetensors`")
+            raise InputError(
+                f"{path}: has only pickled weights, which is not opened as it is", pickle_hint(path)
+            )
+        models = sorted(each.name for each in path.glob("*/") if _has_weights(each))
+        raise InputError(
+            f"{path}: has no `model.safetensors`",
+            f"name one of the models in it: {quoted(path / name for name in models)}" if models else "",
+        )
     if path.name.endswith(".index.json"):
         try:
             with os.fdopen(open_regular(path), "rb") as index:
