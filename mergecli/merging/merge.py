@@ -21,6 +21,7 @@ from mergecli.merging.learning.learn import learn
 from mergecli.merging.merge_target import MergeTarget, cast
 from mergecli.merging.models import ModelPasses, Models, open_models
 from mergecli.methods._base import Group, Method, TwoPass
+from mergecli.methods._bitmasks import packed_size
 from mergecli.methods._calibrated import Calibrated
 from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.recipe.reading import recipe_of
@@ -172,13 +173,19 @@ def _stream(
             each.target.open(models, size, stack, [*models.read, *each.files], each.about) for each in learned
         ]
         dtypes = [{name: dtype for name, (dtype, _) in each.layout(models).items()} for each in targets]
+        packed = [each.packed(models) for each in targets]
 
         def work(start: int, group: Group) -> None:
             for number, target in enumerate(targets):
                 own = group.copy() if number + 1 < len(targets) else group
                 for each in [own] if target.method.fuses else own.apart():
                     for key, result in outcomes(target.method, each, known[number]).items():
-                        writers[number].write(key, cast(result, dtypes[number][key], key), start)
+                        data, row_size = cast(result, dtypes[number][key], key), packed[number].get(key)
+                        if row_size is None:
+                            writers[number].write(key, data, start)
+                            continue
+                        for row, part in enumerate(data):
+                            writers[number].write(key, part, row * row_size + packed_size(start))
 
         for _ in passes.run("merging", work):
             pass

@@ -64,6 +64,14 @@ class MergeTarget:
             found[key] = (part.dtype, part.shape)
         return found
 
+    def packed(self, models: Models) -> dict[str, int]:
+        """Name -> bytes of a row, of what is packed."""
+        if not isinstance(self.method, Mixture) or not self.method.is_mixture:
+            return {}
+        tasks = len(models.tuned)
+        parts = [self.method.parts(name, shape, tasks) for name, shape in models.shapes.items()]
+        return {key: part.shape[1] for each in parts for key, part in each.items() if part.packed}
+
     def size(self, models: Models) -> int:
         """Bytes of what is written."""
         return sum(entry_count(shape) * DTYPE_BYTES[dtype] for dtype, shape in self.layout(models).values())
