@@ -24,6 +24,7 @@ from mergecli.methods._base import Group, Method, TwoPass
 from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
+from mergecli.results.card import write_card
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.progress import Progress
@@ -45,6 +46,8 @@ class Merged:
     inputs: Mapping[str, str]
     """Input -> digest of its content."""
     warnings: tuple[str, ...] = ()
+    card: Path | None = None
+    """The model card, if one was written."""
 
 
 def merge(
@@ -57,6 +60,7 @@ def merge(
     changes: Sequence[str] = (),
     device: str = "cpu",
     shard_size: str | None = None,
+    card: bool | None = None,
     statistics: str | Path | None = None,
     coefficients: str | Path | None = None,
     save_coefficients: str | Path | None = None,
@@ -76,6 +80,7 @@ def merge(
         changes: further changes to the recipe, each `key=value` as for `--set`.
         device: where the method computes; files are read and written by the CPU.
         shard_size: of the files of a folder, such as `2GB`; by default there is one file.
+        card: whether a model card is written, `README.md` in the folder or beside the file; by default for a folder.
         statistics: a folder for what a method measures on images, a file a task; by default the store, where it is
             found again by content.
         coefficients: a file with what a method learned before, to apply without images.
@@ -91,7 +96,9 @@ def merge(
     given = (statistics, coefficients, save_coefficients, trace, plot, tensorboard)
     files = LearningFiles(*(None if each is None else Path(each) for each in given))
     points = {Path(output): recipe}
-    return merge_points(points, device=device, shard_size=shard_size, files=files, progress=progress)[0]
+    return merge_points(
+        points, device=device, shard_size=shard_size, files=files, card=card, progress=progress
+    )[0]
 
 
 def merge_points(
@@ -100,13 +107,16 @@ def merge_points(
     device: str = "cpu",
     shard_size: str | None = None,
     files: LearningFiles | None = None,
+    card: bool | None = None,
     progress: Progress | None = None,
 ) -> tuple[Merged, ...]:
     """Merges the same models once for each output; the recipes differ in the method and its settings only.
 
     Every pass over the models serves all of them, and surveys are shared where their settings are the same.
     """
-    return made_again(partial(_merge_points, points, device, shard_size, files or LearningFiles(), progress))
+    return made_again(
+        partial(_merge_points, points, device, shard_size, files or LearningFiles(), card, progress)
+    )
 
 
 def _merge_points(
@@ -114,9 +124,10 @@ def _merge_points(
     device: str,
     shard_size: str | None,
     files: LearningFiles,
+    card: bool | None,
     progress: Progress | None,
 ) -> tuple[Merged, ...]:
-    targets = [MergeTarget.of(recipe, path) for path, recipe in points.items()]
+    targets = [MergeTarget.of(recipe, path, card) for path, recipe in points.items()]
     size = parse_size(shard_size, "--shard-size", least=1) if shard_size is not None else None
     for each in targets:
         if size is not None and each.path.suffix:
@@ -186,7 +197,8 @@ def _stream(
             writer.describe(each.target.metadata(inputs, each.about))
             done = _merged(models, each.target, inputs)
             merged.append(replace(done, warnings=(*done.warnings, *_foreign_files(each, inputs))))
-    return tuple(merged)
+    cards = [write_card(each.path, each.sources) if each.has_card else None for each in targets]
+    return tuple(replace(done, card=card) for done, card in zip(merged, cards, strict=True))
 
 
 def _merged(models: Models, target: MergeTarget, inputs: Mapping[str, str]) -> Merged:
