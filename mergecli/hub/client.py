@@ -44,6 +44,10 @@ class Hub(Protocol):
         """The commit that the revision stands for now; one request, where the hub can say it in one."""
         ...
 
+    def license(self, source: Source) -> str | None:
+        """The license that the hub gave when it resolved the source; None where it gave none. No request is made."""
+        ...
+
     def files(self, source: Source, commit: str) -> tuple[RemoteFile, ...]:
         """All files of the repository at the commit."""
         ...

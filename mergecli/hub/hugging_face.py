@@ -65,6 +65,7 @@ class HuggingFace:
             self._headers["authorization"] = f"Bearer {token}"
         self._stop, self._policy = stop, policy
         self._unreachable: HubError | None = None
+        self._licenses: dict[Source, str] = {}
         self._timeouts = constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT
 
     @property
@@ -83,7 +84,12 @@ class HuggingFace:
             raise HubError(
                 f"{named(source)}: {self.host} does not answer as Hugging Face does", "check HF_ENDPOINT"
             )
+        if license := _license(answer):
+            self._licenses[source] = license
         return commit
+
+    def license(self, source: Source) -> str | None:
+        return self._licenses.get(source)
 
     def files(self, source: Source, commit: str) -> tuple[RemoteFile, ...]:
         found: list[RemoteFile] = []
@@ -276,6 +282,15 @@ def _remote(entry: Any) -> RemoteFile:
     return (
         RemoteFile(path, size, str(large["oid"])) if large else RemoteFile(path, size, git=str(entry["oid"]))
     )
+
+
+def _license(answer: dict[str, Any]) -> str | None:
+    """The license in what the hub says about a repository: in its card, else among its tags."""
+    card = answer.get("cardData")
+    found = card.get("license") if isinstance(card, dict) else None
+    tags = answer.get("tags")
+    named = [tag.partition(":")[2] for tag in tags if str(tag).startswith("license:")] if isinstance(tags, list) else []
+    return found if isinstance(found, str) and found else next(iter(named), None)
 
 
 def _wait(headers: Any) -> float | None:

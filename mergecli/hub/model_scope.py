@@ -105,6 +105,10 @@ class ModelScope:
             "name a commit after `@`",
         )
 
+    def license(self, source: Source) -> str | None:
+        del source  # its lists of files do not say
+        return None
+
     def files(self, source: Source, commit: str) -> tuple[RemoteFile, ...]:
         found = self._lists.get((source, commit)) or self._list(source, commit)
         with self._in_our_words(source, None):

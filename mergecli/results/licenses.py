@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from mergecli.results.card_file import CARD, CardFile
 from mergecli.runtime.errors import MergecliError
-from mergecli.storage.sources import Source
-from mergecli.storage.store import locate
+from mergecli.storage.sources import HUBS, Source
+from mergecli.storage.store import locate, manifest_of
 
 _TERMS: dict[str, str] = {
     **dict.fromkeys(
@@ -43,9 +43,11 @@ def licenses(sources: Iterable[Source]) -> dict[str, str | None]:
 
 
 def _license_at(source: Source) -> str | None:
-    """The license in the card of the model's repository or folder."""
+    """The license that a hub gave when the model was fetched, or that is in the card of its folder."""
     try:
-        path = locate(replace(source, inside=None) if source.kind != "path" else source)
+        path = locate(source if source.kind == "path" else replace(source, inside=None))
+        if source.kind in HUBS and (recorded := manifest_of(path).license):
+            return recorded
         if not path.is_dir():
             if not path.name.startswith("model."):  # a card beside any other file may be that of something else
                 return None
