@@ -97,7 +97,9 @@ class _Merge:
     licenses: Mapping[str, str | None]
 
     @classmethod
-    def of(cls, model: Path, stored: Checkpoint, sources: Sequence[Source] | None, digest: str | None) -> _Merge:
+    def of(
+        cls, model: Path, stored: Checkpoint, sources: Sequence[Source] | None, digest: str | None
+    ) -> _Merge:
         """Raises InputError if the file does not say that it was merged."""
         import tomli
 
@@ -107,8 +109,14 @@ class _Merge:
         except (ValueError, TypeError, RecursionError):
             models = {}
         if not models or "method" not in stored.metadata:
-            raise InputError(f"{model}: does not say that it was merged", "`mergecli merge` writes models that do")
-        found = sources if sources is not None else [each for value in models.values() for each in _sources(value)]
+            raise InputError(
+                f"{model}: does not say that it was merged", "`mergecli merge` writes models that do"
+            )
+        found = (
+            sources
+            if sources is not None
+            else [each for value in models.values() for each in _sources(value)]
+        )
         return cls(
             model, stored.metadata, stored.parameters, tuple(sorted({each.dtype for each in stored.entries.values()})),
             digest or stored.digest(), models, licenses(found),
@@ -180,7 +188,11 @@ class _Merge:
     def _license(self) -> str:
         chosen, why = strictest(self.licenses)
         unchanged = [name for name, each in self.licenses.items() if each and forbids_changes(each)]
-        more = f" It allows no changed copies: {quoted(unchanged)} may not be shared merged." if unchanged else ""
+        more = (
+            f" It allows no changed copies: {quoted(unchanged)} may not be shared merged."
+            if unchanged
+            else ""
+        )
         return f"{why}{more} A merge carries the terms of every model in it." if chosen or more else why
 
 
@@ -233,7 +245,11 @@ def _model_index(model: Path, results: Sequence[Evaluation]) -> list[dict[str, A
 def _index_entry(task: str, score: TaskScore) -> dict[str, Any]:
     source, _, revision = str(score.data.get("source", task)).partition("#")[0].partition("@")
     kind, colon, name = source.partition(":")
-    arguments = {key: value for key in ("limit", "corruption", "severity") if (value := getattr(score, key)) is not None}
+    arguments = {
+        key: value
+        for key in ("limit", "corruption", "severity")
+        if (value := getattr(score, key)) is not None
+    }
     return {
         "task": {"type": "zero-shot-image-classification", "name": "Zero-shot image classification"},
         "dataset": {

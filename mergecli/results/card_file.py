@@ -79,7 +79,9 @@ class CardFile:
             return cls(path, block, body)
         digests = dict(each.split("=") for each in begin[2].split())
         after = body[end + len(_END) :].removeprefix("\n")
-        return cls(path, block, body[: begin.start()], body[begin.end() : end], after, unquote(begin[1]), digests)
+        return cls(
+            path, block, body[: begin.start()], body[begin.end() : end], after, unquote(begin[1]), digests
+        )
 
     @property
     def front(self) -> dict[str, Any]:
@@ -118,7 +120,9 @@ class CardFile:
         for key in front:
             if key not in own:
                 blocks[key] = "" if front[key] is None else _yaml({key: front[key]})
-        digests = {key: digest for key, digest in self.digests.items() if key not in front and key != "section"}
+        digests = {
+            key: digest for key, digest in self.digests.items() if key not in front and key != "section"
+        }
         digests |= {key: _digest(front[key]) for key in front if key not in own and front[key] is not None}
         return replace(
             self, block="".join(blocks.values()), section=section, describes=describes,
@@ -147,7 +151,9 @@ class CardFile:
         differing = [key for key in self._kept(front) if front[key] is not None and there[key] != front[key]]
         write_text(self.path, self.updated(front, section, describes).text)
         if differing:
-            note(f"{self.path}: {quoted(sorted(differing))} {'stays' if len(differing) == 1 else 'stay'} as you wrote it")
+            note(
+                f"{self.path}: {quoted(sorted(differing))} {'stays' if len(differing) == 1 else 'stay'} as you wrote it"
+            )
 
 
 def _digest(value: object) -> str:

@@ -49,7 +49,9 @@ def _license_at(source: Source) -> str | None:
         if source.kind in HUBS and (recorded := manifest_of(path).license):
             return recorded
         if not path.is_dir():
-            if not path.name.startswith("model."):  # a card beside any other file may be that of something else
+            if not path.name.startswith(
+                "model."
+            ):  # a card beside any other file may be that of something else
                 return None
             path = path.parent
         found = CardFile.read(path / CARD).front.get("license")
