@@ -103,7 +103,7 @@ class HuggingFacePublisher:
 
         retried(action, self._session.stop, self._session.policy)
 
-    def _no_room(self, target: Source, error: Any) -> HubError:
+    def _no_room(self, target: Source, error: Any) -> Exception:
         """Why no repository could be made, with what this user could have meant."""
         owner = target.name.partition("/")[0]
         known: list[str] = []
@@ -204,11 +204,10 @@ class HuggingFacePublisher:
                 f"{named(target)}: you may not write to it" + (f": {said}" if said else ""),
                 "the token must be allowed to write there: see huggingface.co/settings/tokens",
             )
-        if status in (400, 409, 412, 413, 422):
-            return HubError(
-                f"{named(target)}: {self._hub.host} refuses the commit: {_said(error) or f'status {status}'}"
-            )
-        return None
+        if status in (408, 429) or status >= 500:
+            return None
+        said = _said(error)
+        return HubError(f"{named(target)}: {self._hub.host} refuses it: {said or f'status {status}'}")
 
 
 def _branch(target: Source) -> str:

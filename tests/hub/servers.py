@@ -140,6 +140,18 @@ def cut(after: int, *, reset: bool = False) -> Act:
     return act
 
 
+def drop() -> Act:
+    """The connection ends without an answer, as if the machine had gone."""
+
+    def act(handler: _Handler, data: bytes) -> bool:
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        handler.close_connection = True
+        handler.connection.close()
+        return True
+
+    return act
+
+
 def stall(after: int, until: threading.Event) -> Act:
     """Nothing comes after that many bytes of a file, or at all for a list, until the event is set or the server ends."""
 
@@ -258,6 +270,8 @@ class _Server:
     cdn_requests: list[Request] = field(default_factory=list[Request])
     """What its CDN was asked."""
     honors_ranges: bool = True
+    hidden: set[str] = field(default_factory=set[str])
+    """Paths that are answered as if there were nothing."""
     writers: set[str] = field(default_factory=lambda: {"org"})
     """The owners whose repositories the token may write to."""
     stored: dict[str, bytes] = field(default_factory=dict[str, bytes])
@@ -306,7 +320,10 @@ class _Server:
 
     def take(self, handler: _Handler, request: Request) -> None:
         self.requests.append(request)
-        self._route(handler, request)
+        if request.path.removeprefix("/api/v1") in self.hidden:
+            handler.answer(404, b'{"Code": 10010205001}', {"X-Error-Code": "RepoNotFound"})
+        else:
+            self._route(handler, request)
 
     def _route(self, handler: _Handler, request: Request) -> None:
         raise NotImplementedError
@@ -357,6 +374,9 @@ class _Server:
         self.cdn_requests.append(request)
         if request.method == "PUT":
             self._take_upload(handler, request)
+            return
+        if request.method == "POST":
+            handler.answer(200, b"{}")
             return
         _, digest, path = request.path.split("/", 2)
         data = self._objects.get(digest)
