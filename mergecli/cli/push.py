@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console
+from mergecli.cli import console, ending
 
 if TYPE_CHECKING:
     from mergecli.hub.push import Pushed
@@ -43,7 +43,7 @@ def push(
     if dry_run:
         _show_plan(done)
         return
-    console.plain(f"pushed {_sum(done)}" if _changed(done) else "nothing differs: nothing was pushed")
+    ending.did(f"pushed {_sum(done)}" if _changed(done) else "nothing differs: nothing was pushed")
     console.line(done.url)
 
 
@@ -56,7 +56,7 @@ def _show_plan(done: Pushed) -> None:
     visibility = f"{'private' if done.private else 'public'} " if done.creates == "repository" else ""
     new = f"a new {visibility}{done.creates}, " if done.creates else ""
     would = f"would push {_sum(done)}, to {new}{done.url}"
-    console.plain(would if _changed(done) else f"nothing differs from {done.url}")
+    ending.did(would if _changed(done) else f"nothing differs from {done.url}")
 
 
 def _changed(done: Pushed) -> bool:
