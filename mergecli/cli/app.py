@@ -15,6 +15,7 @@ import typer
 from mergecli.cli import console, ending, spinner
 from mergecli.cli.commands import COMMANDS
 from mergecli.cli.parser import Command, Debug, Interrupted, Quiet, Verbose
+from mergecli.cli.parser_errors import message_of
 from mergecli.runtime import interrupts, verbosity
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import ExitStatus, MergecliError
@@ -129,13 +130,12 @@ def _interrupted(error: BaseException | None) -> int:
 
 
 def _wrong_usage(error: Exception) -> int:
-    context = getattr(error, "ctx", None)
-    message = str(error.format_message()).strip()  # pyright: ignore[reportAttributeAccessIssue]
     if type(error).__name__ == "NoArgsIsHelpError":
-        print(message)
+        print(str(error.format_message()).strip())  # pyright: ignore[reportAttributeAccessIssue]
         return ExitStatus.USAGE
+    context = getattr(error, "ctx", None)
     command = context.command_path if context else "mergecli"
-    console.error(message[:1].lower() + message[1:].rstrip("."), f"`{command} --help` shows what is expected")
+    console.error(message_of(error), f"`{command} --help` shows what is expected")
     return ExitStatus.USAGE
 
 

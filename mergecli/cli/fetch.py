@@ -97,7 +97,16 @@ def _show_plan(done: Fetched) -> None:
 
 
 def _sum(done: Fetched) -> str:
-    hosts = sorted({each.host for each in done.downloads})
-    count = len(done.downloads)
-    total = sum(each.size for each in done.downloads)
-    return f"{count} file{'s' if count > 1 else ''}, {total:,} bytes, from {' and '.join(hosts)}"
+    hosts = " and ".join(sorted({each.host for each in done.downloads}))
+    sizes = [each.size for each in done.downloads if each.size is not None]
+    unknown = len(done.downloads) - len(sizes)
+    known = f"{_counted(len(sizes), 'file')}, {sum(sizes):,} bytes, from {hosts}"
+    if not unknown:
+        return known
+    more = _counted(unknown, "more source" if sizes else "source")
+    start = f"{known}; and {more}" if sizes else f"{more} from {hosts}"
+    return f"{start}, whose files only the hub knows"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"

@@ -71,10 +71,25 @@ class ThresholdError(MergecliError):
     status = ExitStatus.THRESHOLD
 
 
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The known name that is most like this one, or an empty string; case, `-` and `_` make no difference."""
+    plain = {_plain(each): each for each in known}
+    name = _SHORT_FORMS.get(name, name)
+    near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
+    return plain[near[0]] if near else ""
+
+
+_SHORT_FORMS = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean `x`?)` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean `{near[0]}`?)" if near else ""
+    near = nearest(name, known)
+    return f" (did you mean `{near}`?)" if near else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def listed(lines: Sequence[str], limit: int = 5) -> str:
@@ -94,6 +109,11 @@ def quoted(names: Iterable[str], limit: int = 8) -> str:
         limit = len(every)
     shown = ", ".join(f"`{name}`" for name in every[:limit])
     return shown + (f" (and {len(every) - limit} more)" if len(every) > limit else "")
+
+
+def either(names: Sequence[str]) -> str:
+    """`a`, `b` or `c`, as words."""
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else "".join(names)
 
 
 def toml_text(value: Any) -> str:
