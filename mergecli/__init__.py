@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
 
 def _homes() -> dict[str, str]:
     """Public name -> the module that it is imported from."""
+    from pathlib import Path  # the program draws its first line before it imports this
+
     lines = Path(__file__).read_text("utf-8").splitlines()
     imports = [line.split() for line in lines if line.startswith("    from mergecli.")]
     return {name: module for _, module, _, name, *_ in imports}

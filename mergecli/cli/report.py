@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergecli.cli import console, ending, options
+from mergecli.cli import amounts, console, ending, options
 
 
 def _complete_references(incomplete: str) -> list[str]:
@@ -99,7 +99,7 @@ def report(
         output=output, format=chosen, card=card,
     )  # fmt: skip
     console.table(table, form)
-    ending.did(f"compared {ending.count(len(results), 'result')}")
+    ending.did(f"compared {amounts.count(len(results), 'result')}")
     ending.wrote(*([output] if output else []))
     ending.wrote_beside(plot)
     for line in table.warnings:
