@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, ending, options
+from mergecli.cli import amounts, console, ending, options
 from mergecli.cli.dry_run import show_plan
 from mergecli.cli.thresholds import check_thresholds, parse_thresholds
 from mergecli.runtime.errors import UsageError
@@ -194,7 +194,7 @@ def evaluate(
             found = work()
         console.table(found.table, form)
         console.note(found.note)
-        ending.did(f"evaluated {ending.count(len(found.results), 'merge')} on {_tasks(found.results)}")
+        ending.did(f"evaluated {amounts.count(len(found.results), 'merge')} on {_tasks(found.results)}")
         names = [*(point.name for point in found.points), "best"]
         ending.wrote(*result_files(names, output))
         ending.wrote_beside(plot)
@@ -216,11 +216,11 @@ def evaluate(
         results = work()
     console.table(accuracy_table(results), form)
     models = results[0].models if individual else results
-    ending.did(f"evaluated {ending.count(len(models), 'checkpoint')} on {_tasks(results)}")
+    ending.did(f"evaluated {amounts.count(len(models), 'checkpoint')} on {_tasks(results)}")
     ending.wrote(*result_files([str(each.checkpoint["name"]) for each in results], output))
     ending.wrote_beside(predictions, features, routes)
     check_thresholds(results, thresholds, min_average)
 
 
 def _tasks(results: Sequence[Evaluation]) -> str:
-    return ending.count(len({task for each in results for task in each.tasks}), "task")
+    return amounts.count(len({task for each in results for task in each.tasks}), "task")

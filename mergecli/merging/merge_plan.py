@@ -121,11 +121,16 @@ class _CountedModels(Models):
     whole: list[str] = field(default_factory=list[str])
 
     def map(
-        self, work: Callable[[int, Group], Result], sample: int = 1, *, unit: Unit = Unit.ENTRY
+        self,
+        work: Callable[[int, Group], Result],
+        sample: int = 1,
+        *,
+        unit: Unit = Unit.ENTRY,
+        fused: bool = False,
     ) -> Iterator[Result]:
         if sample == 1:
             self.whole.append("read")
-        return super().map(work, sample, unit=unit)
+        return super().map(work, sample, unit=unit, fused=fused)
 
 
 def _one(sample: _CountedModels, rehearse: Rehearse, *, merges: bool = True) -> tuple[int, float]:

@@ -19,6 +19,7 @@ from mergecli.merging.learning.files import (
     LearningPlan,
     expect,
     finite,
+    is_whole,
     json_field,
     read_learned,
     share,
@@ -34,7 +35,7 @@ from mergecli.recipe.schema import recipe_text
 from mergecli.results.cells import Column
 from mergecli.results.plan import Work
 from mergecli.results.tables import Table
-from mergecli.runtime.distributed import is_first, is_first_here, join, wait
+from mergecli.runtime.distributed import are_several, is_first, is_first_here, join, wait
 from mergecli.runtime.errors import InputError
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_space
@@ -100,7 +101,8 @@ def coefficients(models: Models, target: MergeTarget, files: LearningFiles, stac
             share(path, trace_table(found.value, found.target.method, looked_at), files)
         return found
 
-    known = opened() if work is None or is_stored(path) else None
+    # of several processes, the first of each machine looks later whether the file is whole
+    known = opened() if work is None or (is_stored(path) and not are_several()) else None
     if work is None or known:
         assert known is not None
         return Learning(known, list(known.files), learn)
@@ -145,7 +147,7 @@ def _learn(path: Path, work: LearningWork, progress: Progress | None) -> None:
         return
     from mergecli.merging.learning.task_learning import learn_tasks
 
-    if not path.exists():
+    if not is_whole(path):
         _write(path, work, learn_tasks(work, path.parent / "tasks", progress))
 
 
@@ -155,10 +157,10 @@ def _adapt(path: Path, work: LearningWork, method: Adapted, progress: Progress |
 
     models, unfinished = work.models, path.with_name(f"{work.key}.partial.safetensors")
     ranks, device = join(models.device)
-    if not ranks.all(path.exists(), device):
-        like = _like(path, work)
-        if ranks.all(like is not None, device):
-            kept = _renewed(like, method, models) if like and is_first_here() else {}
+    if not ranks.all(is_whole(path), device):
+        like = _like(path, work) or path.with_name("none")
+        if ranks.all(is_whole(like), device):
+            kept = _renewed(like, method, models) if is_first_here() else {}
         else:
             surveyed = method.survey(ModelPasses(models, method.unit, progress if is_first() else None))
             state, trace = adapt(work, method, surveyed, unfinished, progress, ranks, device)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,13 @@ from mergecli.data.tasks import find
 from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
-from mergecli.merging.learning.files import Learned, Learning, LearningFiles, LearningPlan
+from mergecli.merging.learning.files import Learned, Learning, LearningFiles, LearningPlan, is_whole
 from mergecli.merging.merge_target import MergeTarget
 from mergecli.merging.models import Models
 from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.schema import Recipe
 from mergecli.results.plan import Work
+from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.dry_run import is_dry
 from mergecli.runtime.errors import InputError, listed, toml_text
@@ -134,7 +136,8 @@ def files_for(
 
     assert recipe.base is not None
     assert models.base is not None
-    name, settings = methods.name_of(method), methods.table_of(method, without=method.merge_time)
+    name = method.measured_as or methods.name_of(method)
+    settings = methods.table_of(method, without=method.merge_time)
     if method.shuffle:
         settings["seed"] = recipe.seed
     common: dict[str, Any] = {"method": name, "settings": settings}
@@ -167,6 +170,8 @@ class Measurement:
     own: Sequence[StatisticsFile]
     """Those that this process measures: several processes share them, each measures some of them whole."""
     new_run: Callable[[], StatisticsRun]
+    kept: Callable[[], str]
+    """What is kept after an interruption."""
 
     @classmethod
     def of(
@@ -177,12 +182,12 @@ class Measurement:
         Raises:
             InputError: a file is damaged or of something else; or models, prompts or the space do not suffice for the others.
         """
-        missing = [each for each in files if not is_stored(each.path)]
+        ranks, device = join(models.device)
+        missing = [each for each in files if not ranks.all(is_whole(each.path), device)]
         for each in files:
             if each not in missing:
                 _opened(each, models, method).close()
         check_space({each.path: layout_size(method.layout(models.shapes)) for each in missing})
-        ranks, device = join(models.device)
         wait()  # nobody writes before all have looked
         own = missing[ranks.own :: ranks.count]
         tasks = [one for each in own for one in each.tasks]
@@ -196,14 +201,15 @@ class Measurement:
 
             return StatisticsRun(method, replace(models, device=device), recipe, tasks)
 
-        return cls(missing, own, new_run)
+        return cls(missing, own, new_run, partial(_kept, files))
 
     def measure(self, progress: Progress | None) -> tuple[str, ...]:
         """Measures what is missing, and returns its names; all processes wait for the last."""
         if self.own:
             run = self.new_run()
-            for each in self.own:
-                run.write(each.path, each.tasks, each.metadata(), progress if is_first() else None)
+            with interrupts.telling(self.kept):
+                for each in self.own:
+                    run.write(each.path, each.tasks, each.metadata(), progress if is_first() else None)
         wait()
         if lost := [each.path for each in self.missing if not each.path.exists()]:
             raise InputError(
@@ -224,6 +230,11 @@ class Measurement:
             size, name = layout_size(run.layout), f"statistics of {each.name}"
             work.append(Work("write", name, str(each.path), tensors=len(run.layout), bytes=size))
         return LearningPlan(work)
+
+
+def _kept(files: Sequence[StatisticsFile]) -> str:
+    count = sum(each.path.exists() for each in files)
+    return f"{count} of {len(files)} files of statistics are kept" if count else ""
 
 
 def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpoint:
