@@ -40,6 +40,8 @@ def merge_plan(
         merges: what each is expected to have learned, and the learning, which several may share.
     """
 
+    smallest = min(models.shapes, key=lambda name: prod(models.shapes[name]))
+    _one(_of_tensors(models, [smallest]), rehearse)  # what is loaded the first time, as the merge does
     began = time.perf_counter()
     recipe = merges[0][0].target.recipe
     found = _rehearsed(models, max(each.target.method.unit for each, _ in merges), rehearse)
@@ -73,8 +75,6 @@ class _Rehearsal:
 def _rehearsed(models: Models, unit: Unit, rehearse: Rehearse) -> _Rehearsal:
     """Merges some of the tensors, and computes from their time that of all."""
     shapes = models.shapes
-    smallest = min(shapes, key=lambda name: prod(shapes[name]))
-    _one(_of_tensors(models, [smallest]), rehearse)  # what is loaded or begun the first time
     if unit is not Unit.TENSOR or models.size <= SMALL:
         chosen = _some_of_each_shape(shapes)
         passes, seconds = _one(_of_tensors(models, chosen), rehearse)
