@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from mergecli.data.overview import SplitFound
     from mergecli.data.tasks import Task
+    from mergecli.results.tables import Table
 
 
 def tasks(
@@ -49,8 +50,6 @@ def tasks(
     mergecli tasks birds --recipe recipe.toml --plot birds.png
     """
     from mergecli.data import tasks as registry
-    from mergecli.results.cells import Column
-    from mergecli.results.tables import Table
 
     console.check_format(form)
     if recipe is None and plot is not None:
@@ -61,14 +60,10 @@ def tasks(
         )
     known = {} if recipe is not None else registry.sets()
     if name is None or name in known:
-        chosen = [registry.find(each) for each in (registry.names() if name is None else known[name])]
-        columns = (Column("task"), Column("classes", "count"), Column("prompts", "count"), Column("data"),
-                   Column("what it is"))  # fmt: skip
-        rows = tuple(
-            (each.name, len(each.classes or ()), len(each.templates), str(each.data), each.description)
-            for each in chosen
-        )
-        console.table(Table(columns, rows), "json" if as_json else form)
+        table = _listed(registry.names() if name is None else known[name])
+        groups = registry.listed() if name is None else {}
+        drawn = [replace(_listed(tasks), title=title) for title, tasks in groups.items()]
+        console.table(table, "json" if as_json else form, drawn)
         return
     from mergecli.recipe.reading import recipe_of
 
@@ -95,6 +90,21 @@ def tasks(
     _show(task, note, with_classes=recipe is None)
     for each in found:
         _show_split(each)
+
+
+def _listed(names: Sequence[str]) -> Table:
+    """A row for each task."""
+    from mergecli.data import tasks as registry
+    from mergecli.results.cells import Column
+    from mergecli.results.tables import Table
+
+    columns = (Column("task"), Column("classes", "count", optional=True), Column("prompts", "count", optional=True),
+               Column("data", optional=True), Column("what it is"))  # fmt: skip
+    rows = tuple(
+        (each.name, len(each.classes or ()), len(each.templates), str(each.data), each.description)
+        for each in map(registry.find, names)
+    )
+    return Table(columns, rows)
 
 
 def _show(task: Task, note: str, *, with_classes: bool) -> None:

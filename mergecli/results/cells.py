@@ -34,6 +34,8 @@ class Column:
 
     name: str
     unit: Unit = "text"
+    optional: bool = False
+    """Whether a narrow terminal may do without it."""
 
     def text(self, value: Cell) -> str:
         """The cell as people read it: fractions as percent with one decimal, an interval as its longer side."""

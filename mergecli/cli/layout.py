@@ -1,0 +1,281 @@
+"""How a table is laid out on a terminal: within its width, and with every word and every number whole.
+
+The first of these that fits is taken: the table as it is; headings and texts wrapped between words; without columns that
+say the same in every row, or that the table can do without; rows and columns swapped; parts of the table below each other; a line
+for each cell. Only a word that is longer than there is room loses its middle. What is left out is told in a note.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+from rich.cells import cell_len, set_cell_size
+
+from mergecli.results.cells import Cell
+from mergecli.results.tables import Table
+from mergecli.runtime.errors import quoted
+from mergecli.runtime.visible import visible
+
+LEAST = 20
+"""No terminal is taken to be narrower."""
+PROSE = 22
+"""So wide a text stays at least when it is wrapped; on a narrow terminal less."""
+_GAP, _NARROW_GAP = 3, 2
+_WORDS = re.compile(r"(?<= )(?=[^ ])")
+_PIECES = re.compile(r"(?<= )(?=[^ ])|(?<=[-_/])(?=[^\W\d_])")
+"""Where a text may be wrapped, and where a heading, which is often a name; neither is inside a number."""
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A table on a terminal."""
+
+    lines: tuple[str, ...]
+    headings: frozenset[int]
+    """Which lines are headings."""
+    notes: tuple[str, ...] = ()
+    """What is left out."""
+
+
+def laid_out(tables: Sequence[Table], width: int | None, rule: str = "─") -> Laid:
+    """The tables below each other, with empty lines around and between them; of any width if that is None.
+
+    Several tables are of the same columns: what one has no room for is left out of all.
+    """
+    bound = sys.maxsize if width is None else max(width, LEAST)
+    grids = [_Grid(each, rule) for each in tables]
+    notes: list[str] = []
+    if len(grids) == 1 and not grids[0].fitted(bound):
+        (grids[0], notes) = grids[0].without_repetition()
+    leaner = [each.leaner() for each in grids]
+    can_fit = [each[-1].fitted(bound) is not None for each in leaner]
+    fewest = next(
+        (
+            count
+            for count in range(len(leaner[0]))
+            if all(each[count].fitted(bound) for each, can in zip(leaner, can_fit, strict=True) if can)
+        ),
+        0,
+    )
+    if any(can_fit) and (gone := leaner[0][0].heads_beyond(leaner[0][fewest])):
+        notes.append(f"there is no room for {quoted(gone)}, which a wider terminal shows")
+    parts = [
+        (each[fewest].fitted(bound) if can else None) or each[0].otherwise(bound)
+        for each, can in zip(leaner, can_fit, strict=True)
+    ]
+    laid = _below([Laid(("",), frozenset()), *parts], after="")
+    return replace(laid, notes=(*notes, *laid.notes))
+
+
+class _Grid:
+    """The texts of a table's cells, column by column."""
+
+    def __init__(self, table: Table, rule: str) -> None:
+        self.table, self.rule = table, rule
+        self.heads = [visible(each.name) for each in table.columns]
+        self.columns = [
+            [visible(column.text(row[index])) for row in table.rows] for index, column in enumerate(table.columns)
+        ]  # fmt: skip
+        self.is_text = [each.unit == "text" for each in table.columns]
+        self.whole = [max(map(cell_len, cells), default=0) for cells in self.columns]
+        """How wide the cells of each column are."""
+
+    def fitted(self, width: int) -> Laid | None:
+        """The table with all its columns beside each other, if that fits."""
+        natural = [max(cell_len(head), cells) for head, cells in zip(self.heads, self.whole, strict=True)]
+        if sum(natural) + _GAP * (len(natural) - 1) + 2 <= width:
+            return self._drawn(natural, _GAP, width)
+        widths = self._widths(width)
+        return self._drawn(widths, _NARROW_GAP, width) if widths else None
+
+    def without_repetition(self) -> tuple[_Grid, list[str]]:
+        """The table without texts that are the same in every row, and what is to be said of them."""
+        same = [
+            index
+            for index, cells in enumerate(self.columns)
+            if index and self.is_text[index] and len(cells) > 1 and len(set(cells)) == 1
+        ]
+        rest = [each for each in range(len(self.heads)) if each not in same]
+        return self._of(rest), [f"`{self.heads[at]}` is `{self.columns[at][0]}` in every row" for at in same]
+
+    def leaner(self) -> list[_Grid]:
+        """The table, and then each time without one more column that it can do without, the last one first."""
+        optional = [index for index, column in enumerate(self.table.columns) if column.optional][::-1]
+        return [
+            self._of([each for each in range(len(self.heads)) if each not in optional[:count]])
+            for count in range(len(optional) + 1)
+        ]
+
+    def heads_beyond(self, leaner: _Grid) -> list[str]:
+        """The headings that the other table has not."""
+        return [each for each in self.heads if each not in leaner.heads]
+
+    def otherwise(self, width: int) -> Laid:
+        """The table in another way than with its columns beside each other."""
+        turned = self._turned()
+        if turned and (laid := turned.fitted(width)):
+            return laid
+        if 2 * self.is_text.count(False) > len(self.heads):
+            ways = [each._in_parts(width) for each in (self, turned) if each]
+            return min(ways, key=lambda each: len(each.lines))
+        return self._as_records(width)
+
+    def _of(self, chosen: Sequence[int], first: Sequence[Cell] = ()) -> _Grid:
+        """The table with these columns, and perhaps other cells in the first one."""
+        rows = [tuple(row[each] for each in chosen) for row in self.table.rows]
+        if first:
+            rows = [(cell, *row[1:]) for cell, row in zip(first, rows, strict=True)]
+        columns = tuple(self.table.columns[each] for each in chosen)
+        return _Grid(replace(self.table, columns=columns, rows=tuple(rows)), self.rule)
+
+    def _turned(self) -> _Grid | None:
+        """Rows and columns swapped, where most columns are numbers."""
+        numbers = [each for each in self.table.columns if each.unit not in ("text", "mixed")]
+        if len(numbers) < 3 or 2 * len(numbers) <= len(self.heads) or not self.table.rows:
+            return None
+        return _Grid(self.table.transposed(), self.rule)
+
+    def _widths(self, width: int) -> list[int] | None:
+        """The widths of the columns with headings and texts wrapped between words; None if they do not fit."""
+        prose = min(PROSE, width // 2 - 2)
+        widest = max(
+            (each for each, is_text in zip(self.whole[1:], self.is_text[1:], strict=True) if is_text),
+            default=0,
+        )
+        found: list[int] = []
+        for index, (head, cells) in enumerate(zip(self.heads, self.columns, strict=True)):
+            own = self.whole[index]
+            if self.is_text[index] and index:
+                longest = max((cell_len(word) for cell in cells for word in cell.split()), default=0)
+                own = max(longest, min(own, prose if own == widest else prose // 2))
+            found.append(max(own, *(cell_len(piece.rstrip()) for piece in _PIECES.split(head))))
+        spare = width - 1 - sum(found) - _NARROW_GAP * (len(found) - 1)
+        if spare < 0:
+            return None
+        # a wrapped text costs a line in every row, so texts get the room first
+        while spare and (short := [at for at, size in enumerate(found) if size < self.whole[at]]):
+            found[min(short, key=lambda at: found[at] / self.whole[at])] += 1
+            spare -= 1
+        heads = [max(cell_len(head), size) for head, size in zip(self.heads, found, strict=True)]
+        return heads if sum(heads) - sum(found) <= spare else found
+
+    def _in_parts(self, width: int) -> Laid:
+        """Some columns at a time, below each other, each time after the first column."""
+        half = (width - 1 - _NARROW_GAP) // 2
+        cut = self.whole[0] > half
+        grid = self._of(range(len(self.heads)), _shortened(self.columns[0], half)) if cut else self
+        parts = grid._split(width, len(grid.heads))
+        for most in range(1, len(grid.heads)):  # as few parts, with about as many columns each
+            if len(even := grid._split(width, most)) == len(parts):
+                parts = even
+                break
+        laid = _below([
+            part._drawn(widths, _NARROW_GAP, width) if (widths := part._widths(width)) else part._as_records(width)
+            for part in parts
+        ])  # fmt: skip
+        return replace(laid, notes=(_CUT,)) if cut else laid
+
+    def _split(self, width: int, most: int) -> list[_Grid]:
+        """The first column with as many others as fit, at most so many, then with the next ones."""
+        parts: list[_Grid] = []
+        start = 1
+        while start < len(self.heads):
+            stop, part = start + 1, self._of([0, start])
+            while stop - start < most and stop < len(self.heads):
+                more = self._of([0, *range(start, stop + 1)])
+                if not more._widths(width):
+                    break
+                stop, part = stop + 1, more
+            parts.append(part)
+            start = stop
+        return parts
+
+    def _as_records(self, width: int) -> Laid:
+        """The first cell of each row on a line of its own, and below it the others."""
+        lines = self._title(width)
+        headings = [*range(len(lines))]
+        cut = False
+        for first, *others in zip(*self.columns, strict=True):
+            cut |= any(cell_len(word) > width - 3 for cell in (first, *others) for word in cell.split())
+            headings.append(len(lines))
+            lines += [f" {each}" for each in _wrapped(first, width - 1)]
+            for head, cell in zip(self.heads[1:], others, strict=True):
+                named = cell if len(others) == 1 else f"{head}: {cell}"
+                lines += [f"   {each}" for each in _wrapped(named, width - 3)]
+        return Laid(tuple(lines), frozenset(headings), (_CUT,) if cut else ())
+
+    def _drawn(self, widths: Sequence[int], gap: int, width: int) -> Laid:
+        """The table with columns of these widths."""
+        heads = [_wrapped(head, size, _PIECES) for head, size in zip(self.heads, widths, strict=True)]
+        high = max(map(len, heads), default=0)
+        lines = self._title(width)
+        lines += self._lines([[*[""] * (high - len(each)), *each] for each in heads], widths, gap)
+        headings = frozenset(range(len(lines)))
+        lines.append(" " + self.rule * (sum(widths) + gap * (len(widths) - 1)))
+        for row in zip(*self.columns, strict=True):
+            cells = [_wrapped(cell, size) for cell, size in zip(row, widths, strict=True)]
+            lines += self._lines(cells, widths, gap)
+        return Laid(tuple(lines), headings)
+
+    def _title(self, width: int) -> list[str]:
+        title = visible(self.table.title)
+        return [f" {each}" for each in _wrapped(title, width - 1)] if title else []
+
+    def _lines(self, cells: Sequence[Sequence[str]], widths: Sequence[int], gap: int) -> Iterator[str]:
+        """The lines of one row, whose cells may have several."""
+        for parts in zip_longest(*cells, fillvalue=""):
+            padded = [
+                set_cell_size(part, size) if is_text else " " * (size - cell_len(part)) + part
+                for part, size, is_text in zip(parts, widths, self.is_text, strict=True)
+            ]
+            yield f" {(' ' * gap).join(padded)}".rstrip()
+
+
+_CUT = "long names are shown without their middle, and whole on a wider terminal or in a pipe"
+
+
+def _below(parts: Sequence[Laid], after: str | None = None) -> Laid:
+    """The parts below each other, with an empty line between them."""
+    lines: list[str] = []
+    headings: set[int] = set()
+    for part in parts:
+        lines += [""] * bool(lines and lines[-1])
+        headings |= {len(lines) + each for each in part.headings}
+        lines += part.lines
+    notes = dict.fromkeys(note for part in parts for note in part.notes)
+    return Laid((*lines, after) if after is not None else tuple(lines), frozenset(headings), tuple(notes))
+
+
+def _wrapped(text: str, width: int, breaks: re.Pattern[str] = _WORDS) -> list[str]:
+    """Lines of the text that are at most so wide; a longer word loses its middle."""
+    lines = [""]
+    for piece in breaks.split(text):
+        if lines[-1] and cell_len(lines[-1] + piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return [_cut(line.rstrip(), width) for line in lines]
+
+
+def _cut(text: str, width: int) -> str:
+    """The text, without its middle if it is wider than that."""
+    if cell_len(text) <= width:
+        return text
+    end = (width - 1) // 2
+    last = text[-end:] if end else ""
+    while cell_len(last) > end:
+        last = last[1:]
+    return set_cell_size(text, width - 1 - cell_len(last)) + "…" + last
+
+
+def _shortened(names: Sequence[str], width: int) -> list[str]:
+    """The names, long ones without their middle, and numbered where that makes two different ones equal."""
+    found = [_cut(name, width) for name in names]
+    if len(set(found)) < len(set(names)):
+        found = [
+            f"{number} {_cut(name, width - len(str(number)) - 1)}" for number, name in enumerate(names, 1)
+        ]
+    return found
