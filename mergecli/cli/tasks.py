@@ -72,9 +72,9 @@ def tasks(
     if recipe is not None:
         from mergecli.data import overview
 
-        found = overview.found_for(task)
         if plot is not None:
             overview.contact_sheet(task, plot)
+        found = overview.found_for(task)
     described: dict[str, object] = {
         "name": task.name, "description": task.description, "data": str(task.data), "config": task.config,
         "split": task.split, "train_split": task.train_split, "classes": task.classes, "templates": task.templates,
