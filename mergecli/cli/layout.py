@@ -213,7 +213,8 @@ class _Grid:
         heads = [_wrapped(head, size, _PIECES) for head, size in zip(self.heads, widths, strict=True)]
         high = max(map(len, heads), default=0)
         lines = self._title(width)
-        lines += self._lines([[*[""] * (high - len(each)), *each] for each in heads], widths, gap)
+        if any(self.heads):
+            lines += self._lines([[*[""] * (high - len(each)), *each] for each in heads], widths, gap)
         headings = frozenset(range(len(lines)))
         lines.append(" " + self.rule * (sum(widths) + gap * (len(widths) - 1)))
         for row in zip(*self.columns, strict=True):

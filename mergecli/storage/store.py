@@ -127,7 +127,7 @@ class Store:
         Raises:
             InputError: the manifest is damaged, or of another version.
         """
-        return _manifest(self.folder(source, commit) / MANIFEST)
+        return manifest_in(self.folder(source, commit))
 
     def missing(self, source: Source, commit: str, files: Iterable[RemoteFile]) -> tuple[RemoteFile, ...]:
         """Those of the files that the commit's folder does not have, of the right size and once verified."""
@@ -140,6 +140,15 @@ class Store:
             return size_of(folder / file.path) == file.size
 
         return tuple(file for file in files if not is_there(file))
+
+
+def manifest_in(folder: Path) -> Manifest:
+    """What is known of a commit by its folder.
+
+    Raises:
+        InputError: the manifest is damaged, or of another version.
+    """
+    return _manifest(folder / MANIFEST)
 
 
 def _manifest(path: Path) -> Manifest:
