@@ -119,7 +119,7 @@ class _Grid:
         turned = self._turned()
         if turned and (laid := turned.fitted(width)):
             return laid
-        if 2 * self.is_text.count(False) > len(self.heads):
+        if self.table.alike or 2 * self.is_text.count(False) > len(self.heads):
             ways = [each._in_parts(width) for each in (self, turned) if each]
             return min(ways, key=lambda each: len(each.lines))
         return self._as_records(width)

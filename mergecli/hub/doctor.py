@@ -52,7 +52,7 @@ class Examined:
     """The same of what evaluations and merges keep."""
     variables: tuple[str, ...]
     """The variables of the environment that are set, of those that change what mergecli does."""
-    hubs: Facts
+    hubs: Mapping[str, Facts]
     """Hub -> host, and seconds until it answered, None if it did not, and then why; empty unless it was asked for."""
     damaged: tuple[str, ...]
     """Files that are not as they were written, and what is wrong with them."""

@@ -37,6 +37,8 @@ class Table:
     """Figures, as HTML, after the table on its page."""
     origins: tuple[str, ...] = ()
     """The origin of each row, as HTML, at the end of the page."""
+    alike: bool = False
+    """Whether the columns after the first say the same of one thing each, so that a terminal may show some at a time."""
 
     def text(self, form: str) -> str:
         """The table as `tsv`, `csv`, `json`, `md`, `latex` or `html`; ends with a newline."""

@@ -80,7 +80,7 @@ def store_health(root: Path, progress: Progress | None = None, sample: int = SAM
 
 def cache_health(root: Path, progress: Progress | None = None, sample: int = SAMPLE) -> Health:
     """What evaluations and merges keep: the checksums of some of the files."""
-    kinds: dict[str, tuple[int, int]] = {kind: (0, 0) for kind in KINDS}
+    kinds: dict[str, tuple[int, int]] = dict.fromkeys(map(str, KINDS), (0, 0))
     checks: list[_Check] = []
     unfinished = 0
     for entry in entries():
