@@ -11,6 +11,7 @@ import typer
 
 from mergecli.cli import console, options
 from mergecli.runtime.errors import InputError, UsageError
+from mergecli.storage.cache import LASTING
 
 if TYPE_CHECKING:
     from mergecli.formats.info import Info
@@ -93,7 +94,8 @@ def _keys(found: Sequence[Info]) -> Table:
         return Table((Column("tensor"), Column("dtype"), Column("shape")), rows)
     names = dict.fromkeys(name for each in found for name in each.tensors)
     held = [
-        {name: f"{dtype} {_shape(shape)}" for name, (dtype, shape) in each.tensors.items()} for each in found
+        {name: f"{dtype} {_shape(shape)}".rstrip() for name, (dtype, shape) in each.tensors.items()}
+        for each in found
     ]
     return _beside("tensor", found, names, held)
 
@@ -148,7 +150,9 @@ def _about(found: Info, *, short: bool) -> dict[str, str]:
 def _note(found: Info) -> str:
     if found.whole_clip:
         return " (vision tower of a whole CLIP)"
-    return "" if found.is_model else " (no model that this version knows)"
+    if found.is_model:
+        return ""
+    return " (no model)" if found.kind in LASTING else " (no model that this version knows)"
 
 
 def _where(files: int) -> str:
