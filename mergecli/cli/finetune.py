@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 from mergecli.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from mergecli.training.finetune import Finetuned
 
 
 def finetune(
@@ -90,7 +93,18 @@ def finetune(
             device=device, dtype=dtype, save_every=save_every, fresh=fresh, progress=progress,
         )  # fmt: skip
     if is_first():
+        ending.did(f"trained {ending.count(done.steps - done.resumed_from, 'step')}{_best(done)}")
+        ending.wrote(done.path)
+        ending.wrote_beside(trace, tensorboard)
         console.path(done.path)
+
+
+def _best(done: Finetuned) -> str:
+    """Which step won, if there were validations."""
+    if done.best_step not in done.validation:
+        return ""
+    accuracies = done.validation[done.best_step].values()
+    return f", of which step {done.best_step} validated best ({sum(accuracies) / len(accuracies):.1%}) and is written"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.cache import LASTING
 
@@ -55,6 +55,7 @@ def info(
         raise UsageError(f"{given}: is of one file, got {len(checkpoint)}")
     found = [info(each, plot=plot) for each in checkpoint]
     one = found[0]
+    ending.did(f"read {one.path}" if len(found) == 1 else f"read {len(found)} files")
     if as_json:
         shown = [asdict(each) for each in found]
         console.json(shown if len(shown) > 1 else shown[0])

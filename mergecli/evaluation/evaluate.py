@@ -16,9 +16,10 @@ from mergecli.evaluation.scoring import score
 from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import LEFT_OUT, mixture_of
 from mergecli.formats.opening import model_path, open_source
+from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
 from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
-from mergecli.runtime.errors import InputError, UsageError
+from mergecli.runtime.errors import InputError, UsageError, quoted
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.metadata import looked_at, made_of
 from mergecli.storage.sources import Source, parse_source
@@ -101,7 +102,10 @@ def evaluate(
     known = recipe_of(recipe) if recipe is not None else None
     base = parse_source(str(clip), Path()) if clip is not None else known.base if known else None
     if base is None:
-        raise UsageError("no CLIP to evaluate with", "name a recipe that has a `base`, or the base itself")
+        raise UsageError(
+            "there is no CLIP to evaluate with",
+            "name it with `--clip`, or a recipe that has a `base` with `--recipe`",
+        )
     chosen = tasks_of(tasks, known)
     settings = Settings(
         batch_size=batch_size if batch_size is not None else known.batch_size if known else 128,
@@ -117,10 +121,12 @@ def evaluate(
         features=Path(features) if features is not None else None,
         routes=Path(routes) if routes is not None else None,
     )
+    named = named_models(checkpoints, known, only, with_base=not individual)
+    used = [task for task in chosen if not individual or task.name in dict(named)]
+    expect_all([base, *dict(named).values(), *(task.data for task in used)], known)
     with contextlib.ExitStack() as files:
         opened = [
-            Candidate(name, source, files.enter_context(open_source(source, base)))
-            for name, source in named_models(checkpoints, known, only, with_base=not individual)
+            Candidate(name, source, files.enter_context(open_source(source, base))) for name, source in named
         ]
         with open_source(base) as whole:
             warn_of_other_parts(opened, whole, str(base), merged=False)
@@ -129,7 +135,10 @@ def evaluate(
             own = {model.name for model in models}
             chosen = [task for task in chosen if task.name in own]
             if not chosen:
-                raise UsageError("no model is named after one of the tasks", "name them: `TASK=PATH`")
+                raise UsageError(
+                    f"--individual: no model is named after a task: the models are {quoted(sorted(own))}",
+                    f"write `TASK=SOURCE` for each, such as `{tasks_of(tasks, known)[0].name}=tuned.safetensors`",
+                )
         return _evaluate_open(
             models, base, chosen, settings, individual=individual, output=output, predictions=predictions,
             progress=progress, unfinished=unfinished,
@@ -148,7 +157,8 @@ def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[T
     wanted = named or ((recipe.eval_tasks or tuple(recipe.tuned)) if recipe else ())
     if not wanted:
         raise UsageError(
-            "no tasks to evaluate on", "name tasks or a set such as `ta8`; `mergecli tasks` lists them"
+            "there are no tasks to evaluate on",
+            "name tasks or a set such as `ta8` with `--tasks`; `mergecli tasks` lists them",
         )
     return [registry.find(name, recipe) for name in registry.expand(wanted, recipe)]
 

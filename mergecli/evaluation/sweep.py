@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mergecli.evaluation.evaluate import evaluate, forget
+from mergecli.evaluation.evaluate import evaluate, forget, tasks_of
+from mergecli.hub.fetched import expect_all
 from mergecli.merging.sweep_points import Point, merge_batch, point_files, points_of
 from mergecli.results.cells import Cell, Column
 from mergecli.results.result import Evaluation
@@ -119,7 +120,10 @@ def sweep(
     axis = _axis(points) if plot else None
     target = Path(output) if output is not None else None
     if target and target.suffix:
-        raise UsageError(f"{target}: a sweep has several results, so the output is a folder")
+        raise UsageError(
+            f"{target}: a sweep has several results, so the output is a folder",
+            f"write `-o {target.with_suffix('')}/`",
+        )
     targets = (
         [target / f"{name}.json" for name in [*(point.name for point in points), "best"]] if target else []
     )
@@ -130,6 +134,9 @@ def sweep(
     check_targets([(each, ()) for each in [*targets, *([Path(plot)] if plot else [])]], {})
     if target:
         warn_of_others(target, {each.name for each in targets})
+    known = points[0].recipe
+    tasks = tasks_of(evaluation.get("tasks"), known)
+    expect_all([known.base, *known.tuned.values(), *(task.data for task in tasks)], known)
     kept = Path(keep) if keep is not None else None
     if kept:
         check_target(kept, folder=True)

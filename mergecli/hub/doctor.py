@@ -35,7 +35,7 @@ VARIABLES = (
 )  # fmt: skip
 """Variables that change what mergecli does; which of them are set is told, and not to what."""
 
-Facts = Mapping[str, object]
+Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
