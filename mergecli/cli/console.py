@@ -27,6 +27,17 @@ def line(text: str) -> None:
     print(visible(text, keep="\n\t"))
 
 
+def prose(text: str) -> None:
+    """Sentences on stdout; on a terminal long lines are wrapped between words."""
+    width = _width()
+    if width is None:
+        line(text)
+        return
+    from mergecli.cli.layout import prose
+
+    line(prose(visible(text, keep="\n\t"), width))
+
+
 def path(written: Path) -> None:
     """A path on stdout: as it is for programs, even if it is no Unicode, and without control characters on a terminal."""
     if sys.stdout.isatty():
@@ -168,16 +179,19 @@ def check_format(form: str | None) -> str | None:
 def _draw(tables: Sequence[Table]) -> None:
     from mergecli.cli.layout import laid_out
 
-    # a file has no width; that of a terminal, and `COLUMNS`, are obeyed
-    is_free = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
     encoding = (sys.stdout.encoding or "utf-8").lower()
-    laid = laid_out(
-        tables, None if is_free else shutil.get_terminal_size().columns, "─" if "utf" in encoding else "-"
-    )
+    laid = laid_out(tables, _width(), "─" if "utf" in encoding else "-")
     for number, each in enumerate(laid.lines):
         print(_bold(each) if number in laid.headings else each)
     for each in laid.notes:
         note(each)
+
+
+def _width() -> int | None:
+    """The width of the terminal that stdout is, or what `COLUMNS` says; None of a file or pipe, which has none."""
+    if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
+        return None
+    return shutil.get_terminal_size().columns
 
 
 @contextmanager

@@ -251,6 +251,22 @@ def _below(parts: Sequence[Laid], after: str | None = None) -> Laid:
     return Laid((*lines, after) if after is not None else tuple(lines), frozenset(headings), tuple(notes))
 
 
+def prose(text: str, width: int) -> str:
+    """The text with its long lines wrapped between words, each together with what follows it in the same paragraph; further
+    lines are indented as the first, or after a word and its gap."""
+    found: list[str] = []
+    left = text.split("\n")
+    while left:
+        line = left.pop(0)
+        start = re.match(r" *(?:[\w.]* {2,})?", line)
+        indent = start[0] if start else ""
+        while cell_len(line) > width and left and re.fullmatch(r"\S+(?: \S+)*", left[0]) and not indent:
+            line += f" {left.pop(0)}"
+        first, *others = _wrapped(line[len(indent) :], max(width - len(indent), LEAST))
+        found += [(indent + first).rstrip(), *(" " * len(indent) + each for each in others)]
+    return "\n".join(found)
+
+
 def _wrapped(text: str, width: int, breaks: re.Pattern[str] = _WORDS) -> list[str]:
     """Lines of the text that are at most so wide; a longer word loses its middle."""
     lines = [""]

@@ -44,15 +44,15 @@ def methods(
     if as_json or form == "json":
         console.json(described)
         return
-    console.line(f"{name}: {described['title']}\n")
-    console.line(f"{described['equation']}\n")
+    console.prose(f"{name}: {described['title']}\n")
+    console.prose(f"{described['equation']}\n")
     for setting in described["settings"]:
         default = "required" if setting["required"] else f"default {toml_text(setting['default'])}"
-        console.line(f"method.{setting['name']}  {setting['expected']}; {default}")
-        console.line(f"    {' '.join(setting['documentation'].split())}")
-    console.line(f"{chr(10) if described['settings'] else ''}kind   {described['kind']}")
-    console.line(f"cost   {described['cost']}")
-    console.line(f"paper  {described['paper']}")
+        console.prose(f"method.{setting['name']}  {setting['expected']}; {default}")
+        console.prose(f"    {' '.join(setting['documentation'].split())}")
+    console.prose(f"{chr(10) if described['settings'] else ''}kind   {described['kind']}")
+    console.prose(f"cost   {described['cost']}")
+    console.prose(f"paper  {described['paper']}")
 
 
 def _of_each_kind(classes: Mapping[str, type[Method]]) -> list[Table]:

@@ -109,27 +109,27 @@ def _listed(names: Sequence[str]) -> Table:
 
 
 def _show(task: Task, note: str, *, with_classes: bool) -> None:
-    console.line(f"{task.name}: {task.description}\n")
-    console.line(f"data     {task.data}" + (f" ({task.config})" if task.config else ""))
-    console.line(f"splits   {task.split} (evaluated), {task.train_split} (training)")
-    console.line(f"prompts  {task.templates[0]}")
+    console.prose(f"{task.name}: {task.description}\n")
+    console.prose(f"data     {task.data}" + (f" ({task.config})" if task.config else ""))
+    console.prose(f"splits   {task.split} (evaluated), {task.train_split} (training)")
+    console.prose(f"prompts  {task.templates[0]}")
     for template in task.templates[1:]:
-        console.line(f"         {template}")
+        console.prose(f"         {template}")
     for number, each in enumerate((task.classes or ()) if with_classes else ()):
-        console.line(f"{'classes' if number == 0 else '':8} {number:>3}  {each}")
+        console.prose(f"{'classes' if number == 0 else '':8} {number:>3}  {each}")
     if note:
-        console.line(f"names    {note}")
+        console.prose(f"names    {note}")
 
 
 def _show_split(found: SplitFound) -> None:
     if found.problem:
-        console.line(f"\nsplit `{found.split}`: cannot be used: {found.problem}")
+        console.prose(f"\nsplit `{found.split}`: cannot be used: {found.problem}")
         return
-    console.line(
+    console.prose(
         f"\nsplit `{found.split}`: {found.images:,} images, {len(found.classes):,} classes ({found.matched})"
     )
     if found.left_out:
-        console.line(f"left out {found.left_out}")
+        console.prose(f"left out {found.left_out}")
     rows = [("label", "images", "in the data", "in the prompts")]
     rows += [
         (str(each.label), f"{each.images:,}", " + ".join(each.data_names) or "-", each.name)
@@ -137,4 +137,4 @@ def _show_split(found: SplitFound) -> None:
     ]
     wide = [max(len(row[column]) for row in rows) for column in range(3)]
     for label, images, own, name in rows:
-        console.line(f"  {label:>{wide[0]}}  {images:>{wide[1]}}  {own:{wide[2]}}  {name}".rstrip())
+        console.prose(f"  {label:>{wide[0]}}  {images:>{wide[1]}}  {own:{wide[2]}}  {name}".rstrip())

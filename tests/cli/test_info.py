@@ -107,7 +107,7 @@ def test_the_plot_is_a_heat_map(run: Run, tmp_path: Path) -> None:
     [
         (["base.safetensors", "--coefficients"], 3, "base.safetensors: has no learned coefficients"),
         (["base.safetensors", "--plot", "a.png"], 3, "base.safetensors: has no learned coefficients"),
-        (["base.safetensors", "--plot", "a.gif"], 2, "a.gif: a plot is a .png, .svg, .pdf file"),
+        (["base.safetensors", "--plot", "a.gif"], 2, "a.gif: expected a .png, .svg or .pdf file"),
         (["base.safetensors", "t1.safetensors", "--plot", "a.png"], 2, "--plot: is of one file, got 2"),
         (["base.safetensors", "t1.safetensors", "--recipe"], 2, "--recipe: is of one file, got 2"),
         (["base.safetensors", "gone.safetensors"], 3, "gone.safetensors: no such file or folder"),

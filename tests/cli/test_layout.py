@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mergecli.cli.layout import laid_out
+from mergecli.cli.layout import laid_out, prose
 from mergecli.results.cells import Cell, Column, Estimate
 from mergecli.results.tables import Table
 from tests.conftest import Run
@@ -205,3 +205,22 @@ def test_tasks_are_grouped_by_the_set_that_they_come_with(run: Run) -> None:
     assert [line.split(":")[0].strip() for line in out.splitlines() if ": " in line] == [
         "ta8", "tall14", "tall20", "toy8",
     ]  # fmt: skip
+
+
+def test_long_lines_of_prose_are_wrapped_with_the_rest_of_their_paragraph() -> None:
+    text = (
+        "theta = a + b,  entry by entry\n\nEntries that tie with the smallest are kept:\nmore than that. And\nso on.\n\n"
+        "paper  Yadav et al., TIES-Merging, NeurIPS 2023\n    of the paper it is that is meant\nshort\nlines"
+    )
+    assert prose(text, 30).splitlines() == [
+        "theta = a + b,  entry by entry", "", "Entries that tie with the", "smallest are kept: more than", "that. And so on.", "",
+        "paper  Yadav et al.,", "       TIES-Merging, NeurIPS", "       2023", "    of the paper it is that is", "    meant",
+        "short", "lines",
+    ]  # fmt: skip
+    assert prose(text, 200).splitlines() == text.splitlines()
+
+
+def test_a_method_is_wrapped_on_a_terminal_and_not_in_a_pipe(run: Run) -> None:
+    narrow = run("methods", "ties", COLUMNS=40).out
+    assert max(map(len, narrow.splitlines())) <= 40
+    assert narrow.split() == run("methods", "ties").out.split()
