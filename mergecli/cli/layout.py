@@ -12,13 +12,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import TypeVar
 
 from rich.cells import cell_len, set_cell_size
 
-from mergecli.results.cells import Cell
 from mergecli.results.tables import Table
 from mergecli.runtime.errors import quoted
 from mergecli.runtime.visible import visible
+
+T = TypeVar("T")
 
 LEAST = 20
 """No terminal is taken to be narrower."""
@@ -47,50 +49,76 @@ def laid_out(tables: Sequence[Table], width: int | None, rule: str = "─") -> L
     Several tables are of the same columns: what one has no room for is left out of all.
     """
     bound = sys.maxsize if width is None else max(width, LEAST)
-    grids = [_Grid(each, rule) for each in tables]
+    grids = [_Grid.of(each, bound, rule) for each in tables]
     notes: list[str] = []
-    if len(grids) == 1 and not grids[0].fitted(bound):
-        (grids[0], notes) = grids[0].without_repetition()
+    if len(grids) == 1 and not grids[0].fitted():
+        grids[0], notes = grids[0].without_repetition()
     leaner = [each.leaner() for each in grids]
-    can_fit = [each[-1].fitted(bound) is not None for each in leaner]
+    can_fit = [each[-1].fitted() is not None for each in leaner]
     fewest = next(
         (
             count
             for count in range(len(leaner[0]))
-            if all(each[count].fitted(bound) for each, can in zip(leaner, can_fit, strict=True) if can)
+            if all(each[count].fitted() for each, can in zip(leaner, can_fit, strict=True) if can)
         ),
         0,
     )
-    if any(can_fit) and (gone := leaner[0][0].heads_beyond(leaner[0][fewest])):
+    if any(can_fit) and (gone := [each for each in grids[0].heads if each not in leaner[0][fewest].heads]):
         notes.append(f"there is no room for {quoted(gone)}, which a wider terminal shows")
     parts = [
-        (each[fewest].fitted(bound) if can else None) or each[0].otherwise(bound)
+        (each[fewest].fitted() if can else None) or each[0].otherwise()
         for each, can in zip(leaner, can_fit, strict=True)
     ]
     laid = _below([Laid(("",), frozenset()), *parts], after="")
     return replace(laid, notes=(*notes, *laid.notes))
 
 
+@dataclass(frozen=True)
 class _Grid:
-    """The texts of a table's cells, column by column."""
+    """The texts of some columns of a table."""
 
-    def __init__(self, table: Table, rule: str) -> None:
-        self.table, self.rule = table, rule
-        self.heads = [visible(each.name) for each in table.columns]
-        self.columns = [
-            [visible(column.text(row[index])) for row in table.rows] for index, column in enumerate(table.columns)
-        ]  # fmt: skip
-        self.is_text = [each.unit == "text" for each in table.columns]
-        self.whole = [max(map(cell_len, cells), default=0) for cells in self.columns]
-        """How wide the cells of each column are."""
+    table: Table
+    chosen: tuple[int, ...]
+    """Which of the table's columns."""
+    heads: tuple[str, ...]
+    columns: tuple[Sequence[str], ...]
+    is_text: tuple[bool, ...]
+    whole: tuple[int, ...]
+    """How wide the cells of each column are."""
+    least: tuple[int, ...]
+    """How wide each column must be for its words and numbers to stay whole."""
+    width: int
+    rule: str
 
-    def fitted(self, width: int) -> Laid | None:
-        """The table with all its columns beside each other, if that fits."""
+    @classmethod
+    def of(cls, table: Table, width: int, rule: str) -> _Grid:
+        """All columns of a table, for a terminal of that width."""
+        heads = tuple(visible(each.name) for each in table.columns)
+        columns = tuple(
+            tuple(visible(column.text(row[index])) for row in table.rows) for index, column in enumerate(table.columns)
+        )  # fmt: skip
+        is_text = tuple(each.unit == "text" for each in table.columns)
+        whole = tuple(max(map(cell_len, cells), default=0) for cells in columns)
+        prose = min(PROSE, width // 2 - 2)
+        widest = max((each for each, text in zip(whole[1:], is_text[1:], strict=True) if text), default=0)
+        least: list[int] = []
+        for index, (head, own) in enumerate(zip(heads, whole, strict=True)):
+            if is_text[index] and index:
+                longest = max((cell_len(word) for cell in columns[index] for word in cell.split()), default=0)
+                own = max(longest, min(own, prose if own == widest else prose // 2))
+            least.append(max(own, *(cell_len(piece.rstrip()) for piece in _PIECES.split(head))))
+        return cls(table, tuple(range(len(heads))), heads, columns, is_text, whole, tuple(least), width, rule)
+
+    def fitted(self) -> Laid | None:
+        """The columns beside each other, if they fit."""
         natural = [max(cell_len(head), cells) for head, cells in zip(self.heads, self.whole, strict=True)]
-        if sum(natural) + _GAP * (len(natural) - 1) + 2 <= width:
-            return self._drawn(natural, _GAP, width)
-        widths = self._widths(width)
-        return self._drawn(widths, _NARROW_GAP, width) if widths else None
+        if sum(natural) + _GAP * (len(natural) - 1) + 2 <= self.width:
+            return self._drawn(natural, _GAP)
+        return self._beside()
+
+    def _beside(self) -> Laid | None:
+        """The columns beside each other with headings and texts wrapped, if they fit so."""
+        return self._drawn(widths, _NARROW_GAP) if (widths := self._widths()) else None
 
     def without_repetition(self) -> tuple[_Grid, list[str]]:
         """The table without texts that are the same in every row, and what is to be said of them."""
@@ -100,60 +128,65 @@ class _Grid:
             if index and self.is_text[index] and len(cells) > 1 and len(set(cells)) == 1
         ]
         rest = [each for each in range(len(self.heads)) if each not in same]
-        return self._of(rest), [f"`{self.heads[at]}` is `{self.columns[at][0]}` in every row" for at in same]
+        notes = [f"`{self.heads[at]}` is `{self.columns[at][0]}` in every row" for at in same]
+        return self._only(rest), notes
 
     def leaner(self) -> list[_Grid]:
         """The table, and then each time without one more column that it can do without, the last one first."""
-        optional = [index for index, column in enumerate(self.table.columns) if column.optional][::-1]
+        optional = [at for at, index in enumerate(self.chosen) if self.table.columns[index].optional][::-1]
         return [
-            self._of([each for each in range(len(self.heads)) if each not in optional[:count]])
+            self._only([each for each in range(len(self.heads)) if each not in optional[:count]])
             for count in range(len(optional) + 1)
         ]
 
-    def heads_beyond(self, leaner: _Grid) -> list[str]:
-        """The headings that the other table has not."""
-        return [each for each in self.heads if each not in leaner.heads]
-
-    def otherwise(self, width: int) -> Laid:
+    def otherwise(self) -> Laid:
         """The table in another way than with its columns beside each other."""
         turned = self._turned()
-        if turned and (laid := turned.fitted(width)):
+        if turned and (laid := turned.fitted()):
             return laid
         if self.table.alike or 2 * self.is_text.count(False) > len(self.heads):
-            ways = [each._in_parts(width) for each in (self, turned) if each]
+            ways = [each._in_parts() for each in (self, turned) if each]
             return min(ways, key=lambda each: len(each.lines))
-        return self._as_records(width)
+        room = self.width - 1 - sum(self.least[1:]) - _NARROW_GAP * (len(self.least) - 1)
+        if room >= max(LEAST, self.whole[0] // 2):
+            laid = self._cut_to(room).fitted()
+            return replace(laid, notes=(_CUT,)) if laid else self._as_records()
+        return self._as_records()
 
-    def _of(self, chosen: Sequence[int], first: Sequence[Cell] = ()) -> _Grid:
-        """The table with these columns, and perhaps other cells in the first one."""
-        rows = [tuple(row[each] for each in chosen) for row in self.table.rows]
-        if first:
-            rows = [(cell, *row[1:]) for cell, row in zip(first, rows, strict=True)]
-        columns = tuple(self.table.columns[each] for each in chosen)
-        return _Grid(replace(self.table, columns=columns, rows=tuple(rows)), self.rule)
+    def _only(self, at: Sequence[int]) -> _Grid:
+        """Some of the columns."""
+
+        def some(values: Sequence[T]) -> tuple[T, ...]:
+            return tuple(values[each] for each in at)
+
+        return replace(
+            self, chosen=some(self.chosen), heads=some(self.heads), columns=some(self.columns), is_text=some(self.is_text),
+            whole=some(self.whole), least=some(self.least),
+        )  # fmt: skip
+
+    def _cut_to(self, width: int) -> _Grid:
+        """The table with shorter names in its first column."""
+        names = _shortened(self.columns[0], width)
+        wide = max(map(cell_len, names), default=0)
+        head = max(cell_len(piece.rstrip()) for piece in _PIECES.split(self.heads[0]))
+        return replace(
+            self, columns=(names, *self.columns[1:]), whole=(wide, *self.whole[1:]),
+            least=(max(wide, head), *self.least[1:]),
+        )  # fmt: skip
 
     def _turned(self) -> _Grid | None:
         """Rows and columns swapped, where most columns are numbers."""
-        numbers = [each for each in self.table.columns if each.unit not in ("text", "mixed")]
-        if len(numbers) < 3 or 2 * len(numbers) <= len(self.heads) or not self.table.rows:
+        columns = tuple(self.table.columns[each] for each in self.chosen)
+        numbers = [each for each in columns if each.unit not in ("text", "mixed")]
+        if len(numbers) < 3 or 2 * len(numbers) <= len(columns) or not self.table.rows:
             return None
-        return _Grid(self.table.transposed(), self.rule)
+        rows = tuple(tuple(row[each] for each in self.chosen) for row in self.table.rows)
+        return _Grid.of(replace(self.table, columns=columns, rows=rows).transposed(), self.width, self.rule)
 
-    def _widths(self, width: int) -> list[int] | None:
+    def _widths(self) -> list[int] | None:
         """The widths of the columns with headings and texts wrapped between words; None if they do not fit."""
-        prose = min(PROSE, width // 2 - 2)
-        widest = max(
-            (each for each, is_text in zip(self.whole[1:], self.is_text[1:], strict=True) if is_text),
-            default=0,
-        )
-        found: list[int] = []
-        for index, (head, cells) in enumerate(zip(self.heads, self.columns, strict=True)):
-            own = self.whole[index]
-            if self.is_text[index] and index:
-                longest = max((cell_len(word) for cell in cells for word in cell.split()), default=0)
-                own = max(longest, min(own, prose if own == widest else prose // 2))
-            found.append(max(own, *(cell_len(piece.rstrip()) for piece in _PIECES.split(head))))
-        spare = width - 1 - sum(found) - _NARROW_GAP * (len(found) - 1)
+        found = [*self.least]
+        spare = self.width - 1 - sum(found) - _NARROW_GAP * (len(found) - 1)
         if spare < 0:
             return None
         # a wrapped text costs a line in every row, so texts get the room first
@@ -163,56 +196,53 @@ class _Grid:
         heads = [max(cell_len(head), size) for head, size in zip(self.heads, found, strict=True)]
         return heads if sum(heads) - sum(found) <= spare else found
 
-    def _in_parts(self, width: int) -> Laid:
+    def _in_parts(self) -> Laid:
         """Some columns at a time, below each other, each time after the first column."""
-        half = (width - 1 - _NARROW_GAP) // 2
+        half = (self.width - 1 - _NARROW_GAP) // 2
         cut = self.whole[0] > half
-        grid = self._of(range(len(self.heads)), _shortened(self.columns[0], half)) if cut else self
-        parts = grid._split(width, len(grid.heads))
+        grid = self._cut_to(half) if cut else self
+        parts = grid._split(len(grid.heads))
         for most in range(1, len(grid.heads)):  # as few parts, with about as many columns each
-            if len(even := grid._split(width, most)) == len(parts):
+            if len(even := grid._split(most)) == len(parts):
                 parts = even
                 break
-        laid = _below([
-            part._drawn(widths, _NARROW_GAP, width) if (widths := part._widths(width)) else part._as_records(width)
-            for part in parts
-        ])  # fmt: skip
-        return replace(laid, notes=(_CUT,)) if cut else laid
+        laid = _below(
+            [grid._only([0, *part])._beside() or grid._only([0, *part])._as_records() for part in parts]
+        )
+        return replace(laid, notes=(_CUT, *laid.notes)) if cut else laid
 
-    def _split(self, width: int, most: int) -> list[_Grid]:
-        """The first column with as many others as fit, at most so many, then with the next ones."""
-        parts: list[_Grid] = []
-        start = 1
-        while start < len(self.heads):
-            stop, part = start + 1, self._of([0, start])
-            while stop - start < most and stop < len(self.heads):
-                more = self._of([0, *range(start, stop + 1)])
-                if not more._widths(width):
-                    break
-                stop, part = stop + 1, more
-            parts.append(part)
-            start = stop
+    def _split(self, most: int) -> list[list[int]]:
+        """The columns after the first in parts of at most so many, as many as fit beside the first."""
+        parts: list[list[int]] = []
+        room = 0
+        for index in range(1, len(self.heads)):
+            needed = _NARROW_GAP + self.least[index]
+            if not parts or needed > room or len(parts[-1]) == most:
+                parts.append([])
+                room = self.width - 1 - self.least[0]
+            parts[-1].append(index)
+            room -= needed
         return parts
 
-    def _as_records(self, width: int) -> Laid:
+    def _as_records(self) -> Laid:
         """The first cell of each row on a line of its own, and below it the others."""
-        lines = self._title(width)
+        lines = self._title()
         headings = [*range(len(lines))]
         cut = False
         for first, *others in zip(*self.columns, strict=True):
-            cut |= any(cell_len(word) > width - 3 for cell in (first, *others) for word in cell.split())
+            cut |= any(cell_len(word) > self.width - 3 for cell in (first, *others) for word in cell.split())
             headings.append(len(lines))
-            lines += [f" {each}" for each in _wrapped(first, width - 1)]
+            lines += [f" {each}" for each in _wrapped(first, self.width - 1)]
             for head, cell in zip(self.heads[1:], others, strict=True):
                 named = cell if len(others) == 1 else f"{head}: {cell}"
-                lines += [f"   {each}" for each in _wrapped(named, width - 3)]
+                lines += [f"   {each}" for each in _wrapped(named, self.width - 3)]
         return Laid(tuple(lines), frozenset(headings), (_CUT,) if cut else ())
 
-    def _drawn(self, widths: Sequence[int], gap: int, width: int) -> Laid:
+    def _drawn(self, widths: Sequence[int], gap: int) -> Laid:
         """The table with columns of these widths."""
         heads = [_wrapped(head, size, _PIECES) for head, size in zip(self.heads, widths, strict=True)]
         high = max(map(len, heads), default=0)
-        lines = self._title(width)
+        lines = self._title()
         if any(self.heads):
             lines += self._lines([[*[""] * (high - len(each)), *each] for each in heads], widths, gap)
         headings = frozenset(range(len(lines)))
@@ -222,9 +252,9 @@ class _Grid:
             lines += self._lines(cells, widths, gap)
         return Laid(tuple(lines), headings)
 
-    def _title(self, width: int) -> list[str]:
+    def _title(self) -> list[str]:
         title = visible(self.table.title)
-        return [f" {each}" for each in _wrapped(title, width - 1)] if title else []
+        return [f" {each}" for each in _wrapped(title, self.width - 1)] if title else []
 
     def _lines(self, cells: Sequence[Sequence[str]], widths: Sequence[int], gap: int) -> Iterator[str]:
         """The lines of one row, whose cells may have several."""
@@ -269,6 +299,8 @@ def prose(text: str, width: int) -> str:
 
 def _wrapped(text: str, width: int, breaks: re.Pattern[str] = _WORDS) -> list[str]:
     """Lines of the text that are at most so wide; a longer word loses its middle."""
+    if cell_len(text) <= width:
+        return [text]
     lines = [""]
     for piece in breaks.split(text):
         if lines[-1] and cell_len(lines[-1] + piece.rstrip()) > width:
