@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     from mergecli.hub.doctor import doctor as doctor
     from mergecli.hub.fetch import Fetched as Fetched
     from mergecli.hub.fetch import fetch as fetch
+    from mergecli.hub.push import Pushed as Pushed
+    from mergecli.hub.push import push as push
     from mergecli.merging.cos_sim import Similarities as Similarities
     from mergecli.merging.cos_sim import cos_sim as cos_sim
     from mergecli.merging.extract import Extracted as Extracted
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 def _homes() -> dict[str, str]:
     """Public name -> the module that it is imported from."""
+    from pathlib import Path  # the program draws its first line before it imports this
+
     lines = Path(__file__).read_text("utf-8").splitlines()
     imports = [line.split() for line in lines if line.startswith("    from mergecli.")]
     return {name: module for _, module, _, name, *_ in imports}

@@ -6,10 +6,13 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
-from typing import IO, TYPE_CHECKING, Any, TextIO
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import IO, TYPE_CHECKING, TextIO
 
+from mergecli.cli import spinner
+from mergecli.cli.commands import COMMANDS
+from mergecli.cli.progress import Bars, Lines
 from mergecli.runtime import notes, verbosity
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import MergecliWarning, UsageError, did_you_mean
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 def line(text: str) -> None:
     """A line of data on stdout, or several."""
+    spinner.stop()
     print(visible(text, keep="\n\t"))
 
 
@@ -40,6 +44,7 @@ def prose(text: str) -> None:
 
 def path(written: Path) -> None:
     """A path on stdout: as it is for programs, even if it is no Unicode, and without control characters on a terminal."""
+    spinner.stop()
     if sys.stdout.isatty():
         line(str(written))
         return
@@ -57,12 +62,19 @@ def json(content: object) -> None:
     def safe(each: str) -> str:
         return each if each == "\n" or visible(each) == each else library.dumps(each)[1:-1]
 
+    spinner.stop()
     print("".join(map(safe, library.dumps(content, indent=2, ensure_ascii=False))))
 
 
 def remark(text: str) -> None:
     """A message without any word before it, on stderr, unless all is to be quiet."""
     if not verbosity.quiet:
+        _print(visible_message(text))
+
+
+def plain(text: str) -> None:
+    """A message without any word before it, on stderr."""
+    with suppress(OSError):  # nobody reads stderr any more
         _print(visible_message(text))
 
 
@@ -89,6 +101,7 @@ def error(message: str, hint: str = "", details: str = "") -> None:
 
     Each of several processes says its own, since only one of them may have failed; all but the first say who they are.
     """
+    spinner.stop()
     who = "" if is_first() else f"process {os.environ['RANK']}: "
     lines = [f"{who}{_painted('error:', '31', sys.stderr)} {visible_message(message)}"]
     if details:
@@ -107,7 +120,8 @@ def traceback() -> None:
 
 
 def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with spinner.cleared():
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -157,6 +171,7 @@ def table(content: Table, form: str | None, drawn: Sequence[Table] = ()) -> None
     Args:
         drawn: the same as several tables, each with a title, for terminals.
     """
+    spinner.stop()
     if form is None:
         form = "table" if sys.stdout.isatty() else "tsv"
     if form == "table":
@@ -181,8 +196,14 @@ def _draw(tables: Sequence[Table]) -> None:
 
     encoding = (sys.stdout.encoding or "utf-8").lower()
     laid = laid_out(tables, _width(), "─" if "utf" in encoding else "-")
-    for number, each in enumerate(laid.lines):
-        print(_bold(each) if number in laid.headings else each)
+    lines = [*laid.lines]
+    for number, start, stop in sorted(
+        laid.bold, reverse=True
+    ):  # from the right, so that places stay what they are
+        each = lines[number]
+        lines[number] = each[:start] + _painted(each[start:stop], "", sys.stdout) + each[stop:]
+    for each in lines:
+        print(each)
     for each in laid.notes:
         note(each)
 
@@ -194,36 +215,18 @@ def _width() -> int | None:
     return shutil.get_terminal_size().columns
 
 
-@contextmanager
-def progress() -> Generator[Progress | None]:
-    """A function that draws progress on stderr if that is a terminal, else None."""
-    if verbosity.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    bars = Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
-    )  # fmt: skip
-    with bars:
-        bars_of: dict[str, Any] = {}
-
-        def update(description: str, done: int, total: int) -> None:
-            description = visible(description)
-            word = description.split(":")[0]
-            if word not in bars_of:
-                bars_of[word] = bars.add_task(description, total=total)
-            bars.update(bars_of[word], completed=done, total=total, description=description)
-
-        yield update
+def progress() -> AbstractContextManager[Progress | None]:
+    """A function that shows on stderr how far the work is: bars on a terminal, else a line now and then; None if all is to be
+    quiet."""
+    if verbosity.quiet or not is_first():
+        return nullcontext()
+    if spinner.is_terminal():
+        return Bars()
+    return Lines(remark, _title())
 
 
-def _bold(line: str) -> str:
-    """A line on stdout, bold but for its margin."""
-    text = line.lstrip()
-    return line[: len(line) - len(text)] + _painted(text, "", sys.stdout)
+def _title() -> str:
+    return " ".join(["mergecli", *(each for each in sys.argv[1:] if each in COMMANDS)][:2])
 
 
 def _painted(text: str, color: str, stream: IO[str]) -> str:

@@ -54,6 +54,9 @@ def info(
     if len(checkpoint) > 1 and (given := next((option for option, value in single.items() if value), None)):
         raise UsageError(f"{given}: is of one file, got {len(checkpoint)}")
     found = [info(each, plot=plot) for each in checkpoint]
+    for each in found:
+        for line in each.warnings:
+            console.warning(f"{each.path}: {line}")
     one = found[0]
     ending.did(f"read {one.path}" if len(found) == 1 else f"read {len(found)} files")
     if as_json:

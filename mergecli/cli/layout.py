@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TypeVar
@@ -37,8 +37,8 @@ class Laid:
     """A table on a terminal."""
 
     lines: tuple[str, ...]
-    headings: frozenset[int]
-    """Which lines are headings."""
+    bold: tuple[tuple[int, int, int], ...] = ()
+    """(line, start, stop) of the texts that are bold: headings, and the best numbers."""
     notes: tuple[str, ...] = ()
     """What is left out."""
 
@@ -69,7 +69,7 @@ def laid_out(tables: Sequence[Table], width: int | None, rule: str = "─") -> L
         (each[fewest].fitted() if can else None) or each[0].otherwise()
         for each, can in zip(leaner, can_fit, strict=True)
     ]
-    laid = _below([Laid(("",), frozenset()), *parts], after="")
+    laid = _below([Laid(("",)), *parts], after="")
     return replace(laid, notes=(*notes, *laid.notes))
 
 
@@ -236,7 +236,7 @@ class _Grid:
             for head, cell in zip(self.heads[1:], others, strict=True):
                 named = cell if len(others) == 1 else f"{head}: {cell}"
                 lines += [f"   {each}" for each in _wrapped(named, self.width - 3)]
-        return Laid(tuple(lines), frozenset(headings), (_CUT,) if cut else ())
+        return Laid(tuple(lines), _whole(lines, headings), (_CUT,) if cut else ())
 
     def _drawn(self, widths: Sequence[int], gap: int) -> Laid:
         """The table with columns of these widths."""
@@ -245,12 +245,18 @@ class _Grid:
         lines = self._title()
         if any(self.heads):
             lines += self._lines([[*[""] * (high - len(each)), *each] for each in heads], widths, gap)
-        headings = frozenset(range(len(lines)))
-        lines.append(" " + self.rule * (sum(widths) + gap * (len(widths) - 1)))
-        for row in zip(*self.columns, strict=True):
+        bold = [*_whole(lines, range(len(lines)))]
+        rule = " " + self.rule * (sum(widths) + gap * (len(widths) - 1))
+        lines.append(rule)
+        for number, row in enumerate(zip(*self.columns, strict=True)):
+            lines += [rule] if number in self.table.rules else []
+            for at, cell in enumerate(row):
+                if (number, self.chosen[at]) in self.table.best:
+                    stop = 1 + sum(len_of for len_of in widths[: at + 1]) + gap * at
+                    bold.append((len(lines), stop - len(cell), stop))
             cells = [_wrapped(cell, size) for cell, size in zip(row, widths, strict=True)]
             lines += self._lines(cells, widths, gap)
-        return Laid(tuple(lines), headings)
+        return Laid(tuple(lines), tuple(bold))
 
     def _title(self) -> list[str]:
         title = visible(self.table.title)
@@ -272,13 +278,18 @@ _CUT = "long names are shown without their middle, and whole on a wider terminal
 def _below(parts: Sequence[Laid], after: str | None = None) -> Laid:
     """The parts below each other, with an empty line between them."""
     lines: list[str] = []
-    headings: set[int] = set()
+    bold: list[tuple[int, int, int]] = []
     for part in parts:
         lines += [""] * bool(lines and lines[-1])
-        headings |= {len(lines) + each for each in part.headings}
+        bold += [(len(lines) + line, start, stop) for line, start, stop in part.bold]
         lines += part.lines
     notes = dict.fromkeys(note for part in parts for note in part.notes)
-    return Laid((*lines, after) if after is not None else tuple(lines), frozenset(headings), tuple(notes))
+    return Laid((*lines, after) if after is not None else tuple(lines), tuple(bold), tuple(notes))
+
+
+def _whole(lines: Sequence[str], chosen: Iterable[int]) -> tuple[tuple[int, int, int], ...]:
+    """Some of the lines, each from its first word to its last."""
+    return tuple((each, len(lines[each]) - len(lines[each].lstrip()), len(lines[each])) for each in chosen)
 
 
 def prose(text: str, width: int) -> str:

@@ -15,7 +15,7 @@ from mergecli.storage.cache import KINDS, entries
 from mergecli.storage.checksums import KEY, checksums_of
 from mergecli.storage.safetensors_format import read_header
 from mergecli.storage.sources import HUBS
-from mergecli.storage.store import MANIFEST, manifest_in, size_of
+from mergecli.storage.store import MANIFEST, manifest_of, size_of
 
 SAMPLE = 10**9
 """Bytes whose digests are compared, at most; of a larger file all of it is, if it is the first."""
@@ -61,7 +61,7 @@ def store_health(root: Path, progress: Progress | None = None, sample: int = SAM
             if folder.name.endswith(".partial"):
                 continue
             try:
-                files = manifest_in(folder).files.values()
+                files = manifest_of(folder).files.values()
             except InputError:
                 damaged.append(f"{place}: cannot be read")
                 continue

@@ -139,8 +139,8 @@ def test_columns_that_a_table_can_do_without_go_from_all_its_parts() -> None:
         " wide", " task   what it is", " ─────────────────", " b      letters", "",
     ]  # fmt: skip
     assert laid.notes == ("there is no room for `data`, which a wider terminal shows",)
-    assert [laid.lines[each] for each in sorted(laid.headings)] == [
-        " short", " task   what it is", " wide", " task   what it is",
+    assert [laid.lines[line][start:stop] for line, start, stop in laid.bold] == [
+        "short", "task   what it is", "wide", "task   what it is",
     ]  # fmt: skip
 
 
@@ -170,6 +170,19 @@ def test_names_that_would_look_alike_are_numbered() -> None:
     table = Table((Column("model"), *(Column(f"t{each}", "percent") for each in range(4))), rows)
     lines = drawn(table, 30)
     assert [line.split()[0] for line in lines if "aaa" in line][:2] == ["1", "2"]
+
+
+def test_the_best_numbers_are_bold_and_a_rule_stands_before_the_ceiling() -> None:
+    columns = (Column("model"), *(Column(f"task{each}", "percent") for each in range(3)))
+    rows = (("one", 0.5, 0.25, 0.125), ("two", 0.375, 1.0, 0.5), ("fine-tuned", 1.0, 1.0, 1.0))
+    best = frozenset({(0, 1), (1, 2), (1, 3)})
+    table = Table(columns, rows, kinds=("merge", "merge", "ceiling"), best=best)
+    for width in (80, 30, 20):
+        laid = laid_out([table], width)
+        shown = [laid.lines[line][start:stop] for line, start, stop in laid.bold]
+        assert [each for each in shown if "." in each] == ["50.0", "100.0", "50.0"]
+    lines = drawn(table, 80)
+    assert [number for number, line in enumerate(lines) if "─" in line] == [1, 4]
 
 
 def test_a_table_without_rows_is_its_headings() -> None:
