@@ -66,6 +66,10 @@ class Learner(DataDriven):
     lists_tensors: ClassVar[bool] = True
     """Whether what is learned belongs to the models' tensors, whose names the file then lists."""
 
+    @classmethod
+    def needed(cls) -> list[str]:
+        return [*super().needed(), *["merged tower"] * ("merged_tower" in cls.needs)]
+
     @property
     def loss(self) -> tuple[str, str]:
         """What the trace calls the loss of a step, and the key of the (steps, T) losses in the file."""
