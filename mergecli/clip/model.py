@@ -59,7 +59,8 @@ def load_clip(path: Path) -> Clip:
         if not path.is_dir() or not stored.is_whole_clip:
             raise InputError(
                 f"{path}: is not a whole CLIP",
-                why_foreign(stored) or "a base is a folder with both towers and a tokenizer",
+                (path.is_dir() and why_foreign(stored))
+                or "a base is a folder with both towers and a tokenizer",
             )
     _expect(path, "config.json")
     _expect(path, "preprocessor_config.json", "processor_config.json")

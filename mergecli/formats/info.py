@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mergecli.formats.lora_files import Adapter, is_adapter, open_adapter
 from mergecli.formats.mixture import mixture_of
+from mergecli.formats.open_clip_names import read_through
 from mergecli.formats.opening import is_model, model_path, open_source
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import inputs_of
@@ -66,7 +67,7 @@ def info(checkpoint: str | Path) -> Info:
             return replace(
                 _info(str(checkpoint), stored), kind="adapter", is_model=True, adapter=_about(adapter)
             )
-    with open_checkpoint(path) as whole:
+    with read_through(open_checkpoint(path)) as whole:
         return _info(str(checkpoint), whole)
 
 
