@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from mergecli.merging.merge_target import MergeTarget
 from mergecli.merging.models import Models
 from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.schema import Recipe
+from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.errors import InputError, listed, toml_text
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
@@ -163,8 +165,9 @@ def measure_missing(
 
         tasks = [one for each in own for one in each.tasks]
         run = StatisticsRun(method, replace(models, device=device), recipe, tasks)
-        for each in own:
-            run.write(each.path, each.tasks, each.metadata(), progress if is_first() else None)
+        with interrupts.telling(partial(_kept, files)):
+            for each in own:
+                run.write(each.path, each.tasks, each.metadata(), progress if is_first() else None)
     wait()
     if lost := [each.path for each in missing if not each.path.exists()]:
         raise InputError(
@@ -172,6 +175,11 @@ def measure_missing(
             "name a folder that all machines see, or copy the files",
         )
     return tuple(each.name for each in missing)
+
+
+def _kept(files: Sequence[StatisticsFile]) -> str:
+    count = sum(each.path.exists() for each in files)
+    return f"{count} of {len(files)} files of statistics are kept" if count else ""
 
 
 def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpoint:
