@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from mergecli.merging.pool import ModelPool as ModelPool
     from mergecli.merging.taskvector import taskvector as taskvector
     from mergecli.recipe.schema import Recipe as Recipe
+    from mergecli.results.plan import Plan as Plan
+    from mergecli.results.plan import plan as plan
     from mergecli.results.report import report as report
     from mergecli.results.result import Evaluation as Evaluation
     from mergecli.runtime.errors import HubError as HubError
