@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from mergecli.formats.info import info as info
     from mergecli.hub.fetch import Fetched as Fetched
     from mergecli.hub.fetch import fetch as fetch
+    from mergecli.hub.push import Pushed as Pushed
+    from mergecli.hub.push import push as push
     from mergecli.merging.cos_sim import Similarities as Similarities
     from mergecli.merging.cos_sim import cos_sim as cos_sim
     from mergecli.merging.extract import Extracted as Extracted

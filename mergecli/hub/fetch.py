@@ -111,7 +111,7 @@ def fetch(
         UsageError: an argument is wrong, or `locked` is set and a lock is missing or lacks a source.
     """
     _check_arguments(only, jobs, into)
-    how = _How(locked, offline or _offline_by_environment(), verify, dry_run, platform_of(platform))
+    how = _How(locked, offline or offline_by_environment(), verify, dry_run, platform_of(platform))
     given = [sources] if isinstance(sources, str | Path | Recipe) else list(sources)
     requests = gather(given, changes, tuple(only) or KINDS, locked, how.platform)
     store = Store(Path(into) if into is not None else home())
@@ -181,7 +181,7 @@ def _check_arguments(only: Sequence[str], jobs: int, into: str | Path | None) ->
         raise UsageError("--into: expected a folder, got nothing")
 
 
-def _offline_by_environment() -> bool:
+def offline_by_environment() -> bool:
     """Whether the variables that keep `huggingface_hub` from the network are set; here they keep all from it."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")

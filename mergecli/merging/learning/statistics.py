@@ -17,7 +17,7 @@ from mergecli.data.tasks import find
 from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
-from mergecli.merging.learning.files import Learned, LearningFiles
+from mergecli.merging.learning.files import Learned, LearningFiles, is_whole
 from mergecli.merging.merge_target import MergeTarget
 from mergecli.merging.models import Models
 from mergecli.methods._calibrated import Calibrated
@@ -154,11 +154,11 @@ def measure_missing(
 
     Several processes share the missing files: each measures some of them whole, and all wait for the last.
     """
-    missing = [each for each in files if not each.path.exists()]
+    ranks, device = join(models.device)
+    missing = [each for each in files if not ranks.all(is_whole(each.path), device)]
     for each in files:
         if each not in missing:
             _opened(each, models, method).close()
-    ranks, device = join(models.device)
     wait()  # nobody writes before all have looked
     if own := missing[ranks.own :: ranks.count]:
         from mergecli.merging.learning.probe import StatisticsRun
