@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from mergecli.evaluation.sweep import Swept as Swept
     from mergecli.evaluation.sweep import sweep as sweep
     from mergecli.formats.info import info as info
+    from mergecli.hub.doctor import Examined as Examined
+    from mergecli.hub.doctor import doctor as doctor
     from mergecli.hub.fetch import Fetched as Fetched
     from mergecli.hub.fetch import fetch as fetch
     from mergecli.hub.push import Pushed as Pushed

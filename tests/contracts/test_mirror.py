@@ -15,7 +15,7 @@ LISTS = {"methods", "tasks"}
 """Commands without a function: Python has the rooms `mergecli.methods` and `mergecli.data.tasks`."""
 ONLY_IN_THE_PROGRAM = {"as_json", "form", "min_average", "min_task", "sweep"}
 ONLY_IN_PYTHON = {"progress", "note", "settings", "format", "data", "unfinished"}
-CHOICES_OF_WHAT_IS_PRINTED = {"info": {"keys", "recipe"}}
+CHOICES_OF_WHAT_IS_PRINTED = {"info": {"keys", "recipe", "coefficients"}}
 SAME = {"models": "recipe"}
 
 

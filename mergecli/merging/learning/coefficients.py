@@ -240,7 +240,7 @@ def _checked(
         if not key.startswith(method.streamed)
     }
     seed, tasks = json_field(stored, "seed"), tuple(models.tuned)
-    learned = LearnedTensors(tasks, tuple(names), held, seed, _reader(stored, models), tower)
+    learned = LearnedTensors(tasks, tuple(names), shapes, held, seed, _reader(stored, models), tower)
     before = json_field(stored, "settings_table")
     if all(getattr(method, key) == before.get(key) for key in method.changeable):
         return learned, {}
