@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mergecli.cli import amounts, console
+from mergecli.runtime.distributed import is_first
 
 if TYPE_CHECKING:
     from mergecli.results.plan import Plan, Work
@@ -17,6 +18,8 @@ def show_plan(work: Callable[[], object], form: str | None = None) -> None:
     from mergecli.results.plan import plan
 
     found = plan(work)
+    if not is_first():
+        return
     if form == "json":
         console.json(found.to_json())
     else:

@@ -163,16 +163,12 @@ def _merge_points(
         for each in targets:
             if _key(each.method) not in found:
                 found[_key(each.method)] = learning(models, each, files, stack)
-        merges = [(each, found[_key(each.method)]) for each in targets]
-        expected = [_learned_for(each, learning.expected) for each, learning in merges]
-        work_begins(
-            lambda: merge_plan(
-                models,
-                [(each, learning) for each, (_, learning) in zip(expected, merges, strict=True)],
-                size,
-                partial(_rehearse, expected),
-            )
-        )
+        learnings = [found[_key(each.method)] for each in targets]
+        expected = [
+            _learned_for(*each) for each in zip(targets, (one.expected for one in learnings), strict=True)
+        ]
+        merges = list(zip(expected, learnings, strict=True))
+        work_begins(lambda: merge_plan(models, merges, size, partial(_rehearse, expected)))
         done = {key: each.learn(progress) for key, each in found.items()}
         learned = [_learned_for(each, done[_key(each.method)]) for each in targets]
         return _stream(models, learned, size, progress)
