@@ -27,6 +27,7 @@ from mergecli.hub.session import Session
 from mergecli.hub.store import check_names, write_reference
 from mergecli.recipe.lock import Key
 from mergecli.recipe.schema import Recipe
+from mergecli.runtime import interrupts
 from mergecli.runtime.errors import HubError, InputError, MergecliError, UsageError, did_you_mean, listed
 from mergecli.runtime.progress import Progress
 from mergecli.storage.sources import HUBS
@@ -110,7 +111,7 @@ def fetch(
         UsageError: an argument is wrong, or `locked` is set and a lock is missing or lacks a source.
     """
     _check_arguments(only, jobs, into)
-    how = _How(locked, offline or _offline_by_environment(), verify, dry_run, platform_of(platform))
+    how = _How(locked, offline or offline_by_environment(), verify, dry_run, platform_of(platform))
     given = [sources] if isinstance(sources, str | Path | Recipe) else list(sources)
     requests = gather(given, changes, tuple(only) or KINDS, locked, how.platform)
     store = Store(Path(into) if into is not None else home())
@@ -125,7 +126,8 @@ def fetch(
     if how.dry_run:
         unknown = _unknown_files(requests, failures, session, how)
     if how.downloads:
-        outcome = download_all(list(resolved.values()), session)
+        with interrupts.telling(lambda: f"what has arrived is kept in {store.root}"):
+            outcome = download_all(list(resolved.values()), session)
         failures |= outcome.failures
         files = {key: file for key, file in files.items() if key in outcome.arrived}
         for key, each in resolved.items():
@@ -179,7 +181,7 @@ def _check_arguments(only: Sequence[str], jobs: int, into: str | Path | None) ->
         raise UsageError("--into: expected a folder, got nothing")
 
 
-def _offline_by_environment() -> bool:
+def offline_by_environment() -> bool:
     """Whether the variables that keep `huggingface_hub` from the network are set; here they keep all from it."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")

@@ -32,6 +32,9 @@ class Part(NamedTuple):
     dtype: str
     """`same`, or a safetensors dtype such as `U8`."""
     shape: tuple[int, ...]
+    packed: bool = False
+    """Whether it is a row of bits for each task, eight entries of the tower's tensor a byte. Of a block of entries `expand`
+    gives the bytes of these entries in each row."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import cast
 
 from mergecli.results import differences, published, references, suspicions
 from mergecli.results import rows as scored
+from mergecli.results.card import add_results, check_card
 from mergecli.results.cells import Cell, Column
 from mergecli.results.result import FINE_TUNED, Evaluation, read_result
 from mergecli.results.rows import METRICS, Block, Metric, Row, about_images, about_towers
@@ -37,6 +38,7 @@ def report(
     plot_kind: str | None = None,
     output: str | Path | None = None,
     format: Format | None = None,
+    card: str | Path | None = None,
 ) -> Table:
     """One row a result: accuracy on every task and their average; `-` where a result lacks a task.
 
@@ -54,6 +56,8 @@ def report(
             method and the difference. `reference_rows` adds its rows too.
         plot: a picture (PNG, SVG or PDF) of `plot_kind`: bars (default), radar, heatmap or sweep.
         output: a file for the table, in `format` (by default what its suffix says).
+        card: a merged model, a folder or a file: puts the table into its model card, and its own results into the front
+            matter, where hubs read them (`model-index`).
 
     Raises:
         UsageError: an argument is wrong. InputError: a file is missing, or not what it should be.
@@ -68,6 +72,8 @@ def report(
     read = {str(each): Path(each) for each in [*results, *predictions, *([fine_tuned] if fine_tuned else [])]
             if not isinstance(each, Evaluation)}  # fmt: skip
     _check_files(read | {str(against): Path(against)} if against else read, output, format, plot, plot_kind)
+    if card is not None:
+        check_card(Path(card))
     theirs = references.find(reference) if reference else None
     evaluations = [_read(each) for each in results]
     tasks = scored.tasks_of(evaluations)
@@ -111,6 +117,8 @@ def report(
     if output:
         form = SUFFIXES[Path(output).suffix] if format in (None, "table") else str(format)
         write_text(Path(output), table.text(form))
+    if card is not None:
+        add_results(Path(card), evaluations, table)
     return table
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ from mergecli.data.tasks import find
 from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
-from mergecli.merging.learning.files import Learned, LearningFiles
+from mergecli.merging.learning.files import Learned, LearningFiles, is_whole
 from mergecli.merging.merge_target import MergeTarget
 from mergecli.merging.models import Models
 from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.schema import Recipe
+from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.errors import InputError, listed, toml_text
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
@@ -152,19 +154,20 @@ def measure_missing(
 
     Several processes share the missing files: each measures some of them whole, and all wait for the last.
     """
-    missing = [each for each in files if not each.path.exists()]
+    ranks, device = join(models.device)
+    missing = [each for each in files if not ranks.all(is_whole(each.path), device)]
     for each in files:
         if each not in missing:
             _opened(each, models, method).close()
-    ranks, device = join(models.device)
     wait()  # nobody writes before all have looked
     if own := missing[ranks.own :: ranks.count]:
         from mergecli.merging.learning.probe import StatisticsRun
 
         tasks = [one for each in own for one in each.tasks]
         run = StatisticsRun(method, replace(models, device=device), recipe, tasks)
-        for each in own:
-            run.write(each.path, each.tasks, each.metadata(), progress if is_first() else None)
+        with interrupts.telling(partial(_kept, files)):
+            for each in own:
+                run.write(each.path, each.tasks, each.metadata(), progress if is_first() else None)
     wait()
     if lost := [each.path for each in missing if not each.path.exists()]:
         raise InputError(
@@ -172,6 +175,11 @@ def measure_missing(
             "name a folder that all machines see, or copy the files",
         )
     return tuple(each.name for each in missing)
+
+
+def _kept(files: Sequence[StatisticsFile]) -> str:
+    count = sum(each.path.exists() for each in files)
+    return f"{count} of {len(files)} files of statistics are kept" if count else ""
 
 
 def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpoint:
