@@ -18,8 +18,9 @@ from mergecli.formats.mixture import LEFT_OUT, mixture_of
 from mergecli.formats.opening import model_path, open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
-from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
+from mergecli.results.result import FINE_TUNED, Evaluation, Evaluations, result_files, write_predictions
 from mergecli.runtime.errors import InputError, UsageError, quoted
+from mergecli.runtime.progress import shown
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.metadata import looked_at, made_of
 from mergecli.storage.sources import Source, parse_source
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from mergecli.evaluation.settings import Scores
     from mergecli.methods._mixture import Routing
     from mergecli.recipe.schema import Recipe
-    from mergecli.runtime.progress import Progress
+    from mergecli.runtime.progress import AnyProgress, Progress
     from mergecli.storage.checkpoint import Checkpoint
 
 
@@ -57,9 +58,9 @@ def evaluate(
     predictions: str | Path | None = None,
     features: str | Path | None = None,
     routes: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
     unfinished: list[Path] | None = None,
-) -> tuple[Evaluation, ...]:
+) -> Evaluations:
     """One result for each checkpoint, in order: counts, accuracy and loss on every task.
 
     A checkpoint is a path or a source such as `toy:digits`; a task vector is added to the base first. Text
@@ -125,6 +126,7 @@ def evaluate(
     used = [task for task in chosen if not individual or task.name in dict(named)]
     expect_all([base, *dict(named).values(), *(task.data for task in used)], known)
     with contextlib.ExitStack() as files:
+        report = files.enter_context(shown(progress))
         opened = [
             Candidate(name, source, files.enter_context(open_source(source, base))) for name, source in named
         ]
@@ -139,10 +141,11 @@ def evaluate(
                     f"--individual: no model is named after a task: the models are {quoted(sorted(own))}",
                     f"write `TASK=SOURCE` for each, such as `{tasks_of(tasks, known)[0].name}=tuned.safetensors`",
                 )
-        return _evaluate_open(
+        results = _evaluate_open(
             models, base, chosen, settings, individual=individual, output=output, predictions=predictions,
-            progress=progress, unfinished=unfinished,
+            progress=report, unfinished=unfinished,
         )  # fmt: skip
+    return Evaluations(results)
 
 
 def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[Task]:
