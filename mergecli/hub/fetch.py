@@ -1,4 +1,4 @@
-"""`fetch`: recipes and sources to local paths; the only verb that opens a socket."""
+"""`fetch`: recipes and sources to local paths; one of the two verbs that reach the internet."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any, Literal
 
 from mergecli.runtime.errors import UsageError, did_you_mean, quoted
@@ -35,7 +36,13 @@ def shown(progress: AnyProgress | None) -> Generator[Progress | None]:
             raise UsageError(
                 f"progress: {progress} is not installed", f"install it: `pip install {progress}`"
             ) from error
-        yield draw
+        lock = Lock()  # downloads tell from several threads
+
+        def locked(description: str, done: int, total: int) -> None:
+            with lock:
+                draw(description, done, total)
+
+        yield locked
 
 
 def _rich(stack: ExitStack) -> Progress:
