@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +11,8 @@ if TYPE_CHECKING:
     from mergecli.evaluation.sweep import Swept as Swept
     from mergecli.evaluation.sweep import sweep as sweep
     from mergecli.formats.info import info as info
+    from mergecli.hub.doctor import Examined as Examined
+    from mergecli.hub.doctor import doctor as doctor
     from mergecli.hub.fetch import Fetched as Fetched
     from mergecli.hub.fetch import LockNotWrittenError as LockNotWrittenError
     from mergecli.hub.fetch import fetch as fetch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from mergecli.merging.pool import ModelPool as ModelPool
     from mergecli.merging.taskvector import taskvector as taskvector
     from mergecli.recipe.schema import Recipe as Recipe
+    from mergecli.results.plan import Plan as Plan
+    from mergecli.results.plan import plan as plan
     from mergecli.results.report import report as report
     from mergecli.results.result import Evaluation as Evaluation
     from mergecli.results.result import Evaluations as Evaluations
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
 
 def _homes() -> dict[str, str]:
     """Public name -> the module that it is imported from."""
+    from pathlib import Path  # the program draws its first line before it imports this
+
     lines = Path(__file__).read_text("utf-8").splitlines()
     imports = [line.split() for line in lines if line.startswith("    from mergecli.")]
     return {name: module for _, module, _, name, *_ in imports}

@@ -44,6 +44,10 @@ Debug = Annotated[bool, typer.Option("--debug", callback=_debug, is_eager=True, 
 """For the program itself; a command has its own, which mean the same."""
 
 
+class Interrupted(Exception):  # noqa: N818  it is no error
+    """Ctrl-C in a command, of which the parser would only leave the status; its cause says what is kept."""
+
+
 class Command(TyperCommand):
     """A command that knows the global options."""
 
@@ -54,6 +58,13 @@ class Command(TyperCommand):
             _option(["-v", "--verbose"], _be_verbose, _VERBOSE),
             _option(["--debug"], _debug, _DEBUG),
         ]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
 
 
 def _option(names: list[str], hear: Callable[[bool], None], text: str) -> TyperOption:

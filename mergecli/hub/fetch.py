@@ -27,6 +27,7 @@ from mergecli.hub.session import Session
 from mergecli.hub.store import check_names, write_reference
 from mergecli.recipe.lock import Key
 from mergecli.recipe.schema import Recipe
+from mergecli.runtime import interrupts
 from mergecli.runtime.errors import HubError, InputError, MergecliError, UsageError, did_you_mean, listed
 from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.sources import HUBS
@@ -131,7 +132,8 @@ def _fetch(given: Sequence[str | Path | Recipe], requests: Requests, session: Se
     if how.dry_run:
         unknown = _unknown_files(requests, failures, session, how)
     if how.downloads:
-        outcome = download_all(list(resolved.values()), session)
+        with interrupts.telling(lambda: f"what has arrived is kept in {store.root}"):
+            outcome = download_all(list(resolved.values()), session)
         failures |= outcome.failures
         files = {key: file for key, file in files.items() if key in outcome.arrived}
         for key, each in resolved.items():
