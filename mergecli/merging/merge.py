@@ -31,7 +31,7 @@ from mergecli.results.card import write_card
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.errors import UsageError, quoted
-from mergecli.runtime.progress import Progress
+from mergecli.runtime.progress import AnyProgress, Progress, shown
 from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import made_again
 from mergecli.storage.metadata import inputs_of
@@ -77,7 +77,7 @@ def merge(
     trace: str | Path | None = None,
     plot: str | Path | None = None,
     tensorboard: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
 ) -> Merged:
     """Merges fine-tuned models into one checkpoint at `output`, never holding more than a block of each.
 
@@ -106,9 +106,10 @@ def merge(
     given = (statistics, coefficients, save_coefficients, trace, plot, tensorboard)
     files = LearningFiles(*(None if each is None else Path(each) for each in given))
     points = {Path(output): recipe}
-    return merge_points(
-        points, device=device, shard_size=shard_size, files=files, card=card, progress=progress
-    )[0]
+    with shown(progress) as report:
+        return merge_points(
+            points, device=device, shard_size=shard_size, files=files, card=card, progress=report
+        )[0]
 
 
 def merge_points(
