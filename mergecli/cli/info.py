@@ -26,7 +26,6 @@ def info(
         bool, typer.Option("--recipe", help="Print the recipe it was made with instead.")
     ] = False,
     form: options.Format = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
     """Describe a checkpoint: parameters, dtypes, keys, digest, and what it was made from.
 
@@ -41,7 +40,7 @@ def info(
     for line in found.warnings:
         console.warning(f"{checkpoint}: {line}")
     ending.did(f"read {checkpoint}")
-    if as_json:
+    if form == "json" and not (keys or recipe):
         console.json(asdict(found))
         return
     if recipe:

@@ -37,7 +37,6 @@ def tasks(
         ),
     ] = None,
     form: options.Format = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
 ) -> None:
     """List the built-in tasks, or show one: its data, class names and prompts. A set's name lists its tasks.
 
@@ -69,7 +68,7 @@ def tasks(
             (each.name, len(each.classes or ()), len(each.templates), str(each.data), each.description)
             for each in chosen
         )
-        console.table(Table(columns, rows), "json" if as_json else form)
+        console.table(Table(columns, rows), form)
         return
     from mergecli.recipe.reading import recipe_of
 
@@ -90,7 +89,7 @@ def tasks(
         described["note"] = note
     if recipe is not None:
         described["found"] = [asdict(each) for each in found]
-    if as_json or form == "json":
+    if form == "json":
         console.json(described)
         return
     _show(task, note, with_classes=recipe is None)
