@@ -16,13 +16,13 @@ _EVERYWHERE = {"--quiet", "--verbose", "--debug", "--help"}
 PANELS: dict[str, dict[str, str]] = {
     "merge": {
         "What is merged": "--recipe --base --method --set --sweep",
-        "Output": "--output --dtype --shard-size --card --json",
+        "Output": "--output --dtype --shard-size --card --json --dry-run",
         "Methods that look at images": "--statistics --coefficients --save-coefficients --trace --plot --tensorboard",
     },
     "eval": {
         "What is evaluated": "--recipe --set --clip --task --model --individual",
         "Images": "--split --limit --corruption --severity",
-        "Output": "--output --format --json --predictions --features --routes",
+        "Output": "--output --format --json --predictions --features --routes --dry-run",
         "Thresholds": "--min-average --min",
         "Computing": "--device --precision --batch-size --routing --workers --jobs --cache --cache-size --fresh",
         "Sweeps": "--sweep --method --select --keep --plot",
@@ -32,7 +32,7 @@ PANELS: dict[str, dict[str, str]] = {
         "Training": "--steps --learning-rate --batch-size --accumulate --weight-decay --schedule --seed",
         "Adapters": "--rank --alpha --target-modules --lora-dropout",
         "Validation": "--validate-every --validation-split",
-        "Output": "--output --dtype --trace --tensorboard",
+        "Output": "--output --dtype --trace --tensorboard --json --dry-run",
         "Computing": "--device --precision --save-every --fresh",
     },
     "report": {
