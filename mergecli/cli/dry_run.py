@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mergecli.cli import console, ending
+from mergecli.cli import amounts, console
 
 if TYPE_CHECKING:
     from mergecli.results.plan import Plan
@@ -25,9 +25,9 @@ def show_plan(work: Callable[[], object], form: str | None = None) -> None:
 
 def _totals(found: Plan) -> str:
     again = f" in {found.passes} passes" if found.passes > 1 else ""
-    parts = [f"read {ending.memory(found.reads)}{again}"] if found.reads else []
-    parts += [f"write {ending.memory(found.writes)}"] if found.writes else []
+    parts = [f"read {amounts.memory(found.reads)}{again}"] if found.reads else []
+    parts += [f"write {amounts.memory(found.writes)}"] if found.writes else []
     return (
-        f"would {' and '.join(parts) or 'write nothing'}: about {ending.duration(found.seconds)}, "
-        f"{ending.memory(found.memory)} of memory (estimates, measured for {ending.duration(found.measured)})"
+        f"would {' and '.join(parts) or 'write nothing'}: about {amounts.duration(found.seconds)}, "
+        f"{amounts.memory(found.memory)} of memory (estimates, measured for {amounts.duration(found.measured)})"
     )

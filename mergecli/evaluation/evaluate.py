@@ -179,7 +179,7 @@ def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[T
     if not wanted:
         raise UsageError(
             "there are no tasks to evaluate on",
-            "name tasks or a set such as `ta8` with `--tasks`; `mergecli tasks` lists them",
+            "name tasks or a set such as `ta8` with `--task`; `mergecli tasks` lists them",
         )
     return [registry.find(name, recipe) for name in registry.expand(wanted, recipe)]
 
@@ -343,6 +343,6 @@ def _tower(name: str, source: Source, opened: Checkpoint) -> Tower:
     if left_out := opened.metadata.get(LEFT_OUT):
         raise InputError(
             f"{source}: is a tower without {left_out}, which the method's accuracy comes from",
-            "evaluate the whole file, on this task with `--tasks`",
+            "evaluate the whole file, on this task with `--task`",
         )
     return Tower(name, source.label, opened)

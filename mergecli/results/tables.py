@@ -68,7 +68,8 @@ class Table:
         if form in ("tsv", "csv", "json"):
             heads, *rows = self._plain()
             if form == "json":
-                return json.dumps([dict(zip(heads, row, strict=True)) for row in rows], indent=2) + "\n"
+                keys = [head or "name" for head in heads]
+                return json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2) + "\n"
             return csv_text([heads, *rows], mark="," if form == "csv" else "\t")
         heads = [visible(column.name) for column in self.columns]
         right = [column.unit != "text" for column in self.columns]
