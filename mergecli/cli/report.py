@@ -31,8 +31,12 @@ def report(
     ascending: Annotated[bool, typer.Option("--ascending", help="With --sort: smallest first.")] = False,
     metric: Annotated[str, typer.Option("--metric", metavar="accuracy|loss", help="What the cells are.")] = "accuracy",
     seen: Annotated[
-        str, typer.Option("--seen", metavar="TASK,...", help="Tasks whose models were merged: adds averages of seen and unseen tasks.")
-    ] = "",
+        list[str] | None,
+        typer.Option(
+            "--seen", metavar="TASK", autocompletion=options.complete_tasks,
+            help="A task whose model was merged: adds averages of seen and unseen tasks. Repeatable.",
+        ),
+    ] = None,
     normalized: Annotated[
         bool, typer.Option("--normalized", help="Add accuracies divided by those of the fine-tuned models.")
     ] = False,
@@ -93,7 +97,7 @@ def report(
     chosen: Any = console.check_format(form)
     measure: Any = metric
     table = report(
-        results, sort=sort, ascending=ascending, metric=measure, seen=seen, normalized=normalized,
+        results, sort=sort, ascending=ascending, metric=measure, seen=",".join(options.names("--seen", seen)), normalized=normalized,
         fine_tuned=fine_tuned, intervals=intervals, against=against, predictions=predictions or (), p_values=p_values,
         reference=reference, reference_rows=reference_rows, transpose=transpose, plot=plot, plot_kind=plot_kind,
         output=output, format=chosen, card=card,
