@@ -237,12 +237,15 @@ def _send(
 
         publisher.upload(target, file, tell)
 
+    arrived = 0
     try:
-        for _, result in session.in_threads(partial(upload, file) for file in sent):
-            if isinstance(result, Exception):
-                raise result
-        if sent or removed:
-            publisher.commit(target, sent, removed, f"Pushed by mergecli {version()}")
+        with interrupts.telling(lambda: f"{arrived} of {len(sent)} files have arrived and are kept"):
+            for _, result in session.in_threads(partial(upload, file) for file in sent):
+                if isinstance(result, Exception):
+                    raise result
+                arrived += 1
+            if sent or removed:
+                publisher.commit(target, sent, removed, f"Pushed by mergecli {version()}")
     except TransientError as error:
         raise HubError(f"{named(target)}: {error.reason}", "try again: what has arrived is kept") from error
 

@@ -13,6 +13,7 @@ from mergecli import methods
 from mergecli.merging.learning.files import Learned, Learning
 from mergecli.merging.models import BLOCK, Models, Result
 from mergecli.methods._base import Group, Unit
+from mergecli.results.card import card_path
 from mergecli.results.plan import Plan, Work
 from mergecli.runtime import interrupts
 from mergecli.runtime.memory import peak_memory
@@ -60,6 +61,8 @@ def merge_plan(
         size = target.writer(target.path, models, shard_size, inputs, each.about).size
         name, tensors = methods.name_of(target.method), len(target.layout(models))
         work.append(Work("write", name, str(target.path), tensors=tensors, bytes=size, seconds=size / WRITES))
+        if target.has_card:
+            work.append(Work("write", f"card of {name}", str(card_path(target.path))))
     memory = peak_memory() + max(each.memory for each in learned)
     return Plan("merge", tuple(work), memory, time.perf_counter() - began)
 

@@ -189,6 +189,7 @@ def test_ctrl_c_loses_no_file_that_has_arrived(hubs: Hubs, prefix: str, folder: 
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (130, "")
     assert "Traceback" not in err
+    assert "3 of 4 files have arrived and are kept" in err
     hubs.forget()
     push(folder, f"{prefix}:org/ties", token_to_endpoint=True)
     assert [each.path for each in hub.cdn_requests] == [f"/upload/{second}"]
