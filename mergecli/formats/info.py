@@ -10,6 +10,7 @@ from mergecli.data.contamination import findings_of
 from mergecli.formats.coefficients import Coefficients, coefficients_of
 from mergecli.formats.lora_files import Adapter, is_adapter, open_adapter
 from mergecli.formats.mixture import mixture_of
+from mergecli.formats.open_clip_names import read_through
 from mergecli.formats.opening import is_model, model_path, open_source
 from mergecli.runtime.errors import InputError
 from mergecli.storage.atomic import check_targets
@@ -104,7 +105,7 @@ def _opened(checkpoint: str | Path) -> Info:
         adapter = open_adapter(path)
         with adapter.stored as stored:
             return replace(_info(source, stored), kind="adapter", is_model=True, adapter=_about(adapter))
-    with open_checkpoint(path) as whole:
+    with read_through(open_checkpoint(path)) as whole:
         return _info(source, whole)
 
 

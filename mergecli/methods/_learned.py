@@ -31,6 +31,8 @@ class LearnedTensors:
     tasks: tuple[str, ...]
     names: tuple[str, ...]
     """The merged tensors; the columns of tensors that have one."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the merged tensors, in that order."""
     tensors: Mapping[str, Tensor]
     seed: int
     """What random masks are drawn from."""
