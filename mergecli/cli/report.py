@@ -92,6 +92,7 @@ def report(
 
     mergecli report out/*.json --against base --intervals -o report.html
     """
+    from mergecli.results.card import card_path
     from mergecli.results.report import report
 
     chosen: Any = console.check_format(form)
@@ -105,7 +106,7 @@ def report(
     console.table(table, form)
     ending.did(f"compared {amounts.count(len(results), 'result')}")
     ending.wrote(*([output] if output else []))
-    ending.wrote_beside(plot)
+    ending.wrote_beside(plot, card_path(card) if card else None)
     for line in table.warnings:
         console.warning(line)
     for line in table.notes:

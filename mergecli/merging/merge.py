@@ -31,7 +31,7 @@ from mergecli.results.card import write_card
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.errors import UsageError, quoted
-from mergecli.runtime.progress import Progress
+from mergecli.runtime.progress import AnyProgress, Progress, shown
 from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import made_again
 from mergecli.storage.metadata import inputs_of
@@ -78,7 +78,7 @@ def merge(
     trace: str | Path | None = None,
     plot: str | Path | None = None,
     tensorboard: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
 ) -> Merged:
     """Merges fine-tuned models into one checkpoint at `output`, never holding more than a block of each.
 
@@ -111,9 +111,10 @@ def merge(
     given = (statistics, coefficients, save_coefficients, trace, plot, tensorboard)
     files = LearningFiles(*(None if each is None else Path(each) for each in given))
     points = {Path(output): recipe}
-    return merge_points(
-        points, device=device, shard_size=shard_size, files=files, card=card, progress=progress
-    )[0]
+    with shown(progress) as report:
+        return merge_points(
+            points, device=device, shard_size=shard_size, files=files, card=card, progress=report
+        )[0]
 
 
 def merge_points(
@@ -168,16 +169,12 @@ def _merge_points(
         for each in targets:
             if _key(each.method) not in found:
                 found[_key(each.method)] = learning(models, each, files, stack)
-        merges = [(each, found[_key(each.method)]) for each in targets]
-        expected = [_learned_for(each, learning.expected) for each, learning in merges]
-        work_begins(
-            lambda: merge_plan(
-                models,
-                [(each, learning) for each, (_, learning) in zip(expected, merges, strict=True)],
-                size,
-                partial(_rehearse, expected),
-            )
-        )
+        learnings = [found[_key(each.method)] for each in targets]
+        expected = [
+            _learned_for(*each) for each in zip(targets, (one.expected for one in learnings), strict=True)
+        ]
+        merges = list(zip(expected, learnings, strict=True))
+        work_begins(lambda: merge_plan(models, merges, size, partial(_rehearse, expected)))
         done = {key: each.learn(progress) for key, each in found.items()}
         learned = [_learned_for(each, done[_key(each.method)]) for each in targets]
         return _stream(models, learned, size, progress)

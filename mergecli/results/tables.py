@@ -9,11 +9,15 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from mergecli.results.cells import Cell, Column, Estimate, Plain, Quantity
+from mergecli.results.frames import frame
 from mergecli.runtime.errors import UsageError
 from mergecli.runtime.visible import visible
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Format = Literal["table", "tsv", "csv", "json", "md", "latex", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -88,6 +92,15 @@ class Table:
             )
             return f"\\begin{{tabular}}{{{align}}}\n{inner}\n\\end{{tabular}}\n{self._footnotes('% ', str)}"
         raise UsageError(f"format: expected one of {', '.join(FORMATS)}, got `{form}`")
+
+    def to_frame(self) -> DataFrame:
+        """The table as a pandas DataFrame, with the columns of `csv`.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        heads, *rows = self._plain()
+        return frame(rows, [str(head) for head in heads])
 
     @property
     def rules(self) -> frozenset[int]:
