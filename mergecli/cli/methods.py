@@ -99,9 +99,15 @@ def _recommend(recipe: str, images: str | None, may_grow: bool, form: str | None
         f"images reckoned with: {found.images}; "
         + ("the file may grow" if may_grow else "one model is wanted")
     )
-    rows = tuple((each.options, each.why, each.cost) for each in found.suggestions)
-    console.table(Table((Column("options of merge"), Column("why"), Column("cost")), rows), form)
     ending.did(f"looked at {recipe}")
+    if form is not None:
+        rows = tuple((each.options, each.why, each.cost) for each in found.suggestions)
+        console.table(Table((Column("options of merge"), Column("why"), Column("cost")), rows), form)
+        return
+    for number, each in enumerate(found.suggestions, 1):
+        console.prose(f"{number}. {each.options}")
+        console.prose(f"    why   {each.why}")
+        console.prose(f"    cost  {each.cost}")
 
 
 def _of_each_kind(classes: Mapping[str, type[Method]]) -> list[Table]:
