@@ -295,6 +295,13 @@ def _key(method: Method) -> str:
     return f"{methods.name_of(method)} {methods.table_of(method, without=method.merge_time)}"
 
 
+def _survey_key(method: Method) -> str:
+    """The same for methods whose surveys are the same; one that reads statistics too depends on settings that they do not."""
+    if not isinstance(method, Calibrated):
+        return _key(method)
+    return f"{methods.name_of(method)} {methods.table_of(method, without=Method.merge_time)}"
+
+
 def _surveys(several: Sequence[Learned], passes: ModelPasses) -> list[Any]:
     """What each method needs to know before it merges: what it learned and surveyed, None where it needs nothing.
 
@@ -304,7 +311,7 @@ def _surveys(several: Sequence[Learned], passes: ModelPasses) -> list[Any]:
     results: list[Any] = []
     for each in several:
         method = each.target.method
-        key = _key(method)
+        key = _survey_key(method)
         if key not in found:
             own = replace(passes, fused=method.fuses)
             if isinstance(method, TwoPass):

@@ -143,8 +143,9 @@ def outcomes(method: Method, group: Group, learned: Any) -> dict[str, Tensor]:
     """
     if isinstance(method, Mixture) and method.is_mixture:
         found = method.expand(group, learned)
-        for key, part in method.parts(group.name, tuple(group.shape), group.tasks).items():
-            expect_shape(method, "expand", key, found.get(key), part.shape)
+        for own in group.apart():
+            for key, part in method.parts(own.name, tuple(own.shape), own.tasks).items():
+                expect_shape(method, "expand", key, found.get(key), part.shape)
         return found
     return group.named(merge_group(method, group, learned))
 
