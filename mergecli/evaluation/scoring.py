@@ -84,12 +84,12 @@ def score(
     if settings.routes and not any(experts):
         raise UsageError(
             "--routes: none of the checkpoints holds a tower that routes",
-            "`weight_ensembling_moe`, `efficient_weight_ensembling_moe` and `smile` make some",
+            "`weight_ensembling_moe`, `efficient_weight_ensembling_moe`, `esm_plus_plus` and `smile` make some",
         )
     if settings.routing == "batch" and not any(_routes_batches(tower) for tower in towers):
         raise UsageError(
             "--routing: none of the checkpoints holds a tower that routes batches otherwise than images",
-            "`weight_ensembling_moe` and `efficient_weight_ensembling_moe` make some",
+            "`weight_ensembling_moe`, `efficient_weight_ensembling_moe` and `esm_plus_plus` make some",
         )
     remember = settings.max_size > 0
     every = [task_images(task, settings.split, settings.limit, remember=remember) for task in tasks]

@@ -16,7 +16,7 @@ from mergecli.methods._least_squares import Grams, is_linear, owner
 from mergecli.methods._mixture import SAME, Installed, Part, Read, Routed, Routing
 from mergecli.methods._settings import Range
 from mergecli.methods.esm import Esm, Surveyed
-from mergecli.runtime.errors import InputError
+from mergecli.runtime.errors import InputError, quoted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,15 +63,15 @@ class EsmPlusPlus(Routed, Esm):
     """Columns of B, at most the smaller side; the paper also has 8."""
 
     def layout(self, shapes: Shapes, /) -> Layout:
-        known = dict(stacks(shapes)) if self.fuse_qkv else {}
-        stacked = {member for members in known.values() for member in members}
-        for name in shapes:
-            if self.fuse_qkv and _is_routed(name, shapes[name]) and _ATTENTION.search(name):
-                if name not in stacked:
-                    raise InputError(
-                        f"`{name}`: expected the weights of queries, keys and values of a layer as matrices of one shape",
-                        "with `--set method.fuse_qkv=false` each is a matrix of its own",
-                    )
+        stacked = {member for _, members in stacks(shapes) for member in members}
+        attention = [
+            name for name, shape in shapes.items() if _is_routed(name, shape) and _ATTENTION.search(name)
+        ]
+        if self.fuse_qkv and (apart := [name for name in attention if name not in stacked]):
+            raise InputError(
+                f"{quoted(apart)}: expected the weights of queries, keys and values of a layer as matrices of one shape",
+                "with `--set method.fuse_qkv=false` each is a matrix of its own",
+            )
         found = super().layout(shapes)
         for name, shape in shapes.items():
             if _is_routed(name, shape):
@@ -148,17 +148,21 @@ class EsmPlusPlus(Routed, Esm):
         from mergecli.methods._smile_layers import put
 
         del tasks
-        replaced: dict[str, Linear] = {}
-        for path, layer in tower.named_modules():
-            if isinstance(layer, Linear) and _is_routed(f"{prefix}{path}.weight", tuple(layer.weight.shape)):
-                replaced[path] = layer
+        linear = {path: layer for path, layer in tower.named_modules() if isinstance(layer, Linear)}
+        replaced = {
+            path: layer
+            for path, layer in linear.items()
+            if _is_routed(f"{prefix}{path}.weight", tuple(layer.weight.shape))
+        }
         routers: dict[str, EssentialRouter] = {}
         for path, layer in replaced.items():
             name, like = f"{prefix}{path}.weight", layer.weight
             first = self._first(name)
             asked = first.removeprefix(prefix).removesuffix(".weight")
             if asked not in routers:
-                right, prototypes = (read(f"{each}.{first}").to(like.device) for each in ("right", "prototypes"))
+                right, prototypes = (
+                    read(f"{each}.{first}").to(like.device) for each in ("right", "prototypes")
+                )
                 routers[asked] = EssentialRouter(right.to(like), prototypes, routing)
             put(tower, path, EssentialLinear(layer, read(f"left.{name}").to(like), routers[asked]))
         return EssentialTower(tower, replaced, routers)

@@ -137,9 +137,7 @@ def test_layers_keep_the_state_dict_and_add_two_thin_products(by: Any) -> None:
     tokens[:, :, 0], tokens[:, :, 1] = 1.0, 0.5
     tokens[1, :, :2] = torch.tensor([0.0, 0.75])
     chosen = (0, 1) if by == "sample" else (1, 1)
-    want = torch.stack(
-        [linear(x) + x @ (left[t] @ right[t]).T for x, t in zip(tokens, chosen, strict=True)]
-    )
+    want = torch.stack([linear(x) + x @ (left[t] @ right[t]).T for x, t in zip(tokens, chosen, strict=True)])
     assert torch.allclose(layer(tokens), want, atol=1e-6)
 
 
@@ -150,9 +148,7 @@ def test_parts_of_the_file_have_few_columns_and_share_what_layers_share() -> Non
     parts |= EsmPlusPlus().parts("encoder.layers.0.mlp.fc1.weight", (3072, 768), 8)
     parts |= EsmPlusPlus().parts("encoder.layers.0.mlp.fc2.weight", (768, 3072), 8)
     added = sum(
-        torch.Size(part.shape).numel()
-        for key, part in parts.items()
-        if key.startswith(("left.", "right."))
+        torch.Size(part.shape).numel() for key, part in parts.items() if key.startswith(("left.", "right."))
     )
     assert added == 32 * (4 * 768 + 5 * 768) * 8
 
