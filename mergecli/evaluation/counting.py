@@ -47,6 +47,8 @@ class Counts:
     """Sum of the losses of each batch."""
     batch_means: list[float] = field(default_factory=list[float])
     """Mean loss of each batch."""
+    tasks: list[int] = field(default_factory=list[int])
+    """The number of the task that the tower found for each image; empty if it does not look for one."""
 
     @property
     def correct(self) -> int:
@@ -96,7 +98,9 @@ def save_counts(counts: Counts, file: CountsFile) -> None:
     if not make_room(40 * len(counts.labels), file.max_size):
         return
     columns: dict[str, Any] = {each.name: getattr(counts, each.name) for each in fields(Counts)}
-    dtypes = {name: torch.int64 if name in ("labels", "chosen") else torch.float64 for name in columns}
+    dtypes = {
+        name: torch.int64 if name in ("labels", "chosen", "tasks") else torch.float64 for name in columns
+    }
     tensors = {name: torch.tensor(values, dtype=dtypes[name]) for name, values in columns.items()}
     with suppress(InputError):
         save_tensors(tensors, file.path, {"what": file.what}, checked=True)
@@ -106,7 +110,8 @@ def load_counts(file: CountsFile, labels: Sequence[int]) -> Counts | None:
     """The counts in the file; None if there is none, or if it is damaged or has other labels."""
 
     def read(stored: Checkpoint) -> Counts:
-        return Counts(**{each.name: stored.read(each.name).tolist() for each in fields(Counts)})
+        names = [each.name for each in fields(Counts) if each.name in stored.entries or each.name != "tasks"]
+        return Counts(**{name: stored.read(name).tolist() for name in names})
 
     counts = kept(file.path, "its images are counted", read)
     fits = counts is not None and counts.labels == list(labels) and len(counts.chosen) == len(labels)
@@ -227,7 +232,7 @@ class Worker:
         uncounted: tuple[Tensor, Tensor] | None = None
         for pixels, labels in batches:
             pinned = pixels.pin_memory() if self._head.is_cuda else pixels
-            logits = self.logits(self._normalize(pinned), job.features, job.routes, seen)
+            logits = self.logits(self._normalize(pinned), job, seen)
             seen += len(labels)
             if uncounted is not None:
                 _add(job, *uncounted)
@@ -239,11 +244,11 @@ class Worker:
     def logits(
         self,
         pixel_values: Tensor,
-        features: LayerFeatures | None = None,
-        routes: RouteSums | None = None,
+        job: Job | None = None,
         first: int = 0,
     ) -> Tensor:
-        """(B, C) float32 logits of the tower that is in the slot; `first` is the number of the batch's first image.
+        """(B, C) float32 logits of the tower that is in the slot; `first` is the number of the batch's first image, and what the
+        job wants besides logits is added to it.
 
         On a processor the batch passes in micro-batches whose activations fit into its cache. On a GPU it is one, until the
         memory does not suffice: then it is tried again in halves. A tower that routes whole batches gets whole ones.
@@ -253,6 +258,7 @@ class Worker:
         """
         import torch
 
+        features, routes = (job.features, job.routes) if job else (None, None)
         while True:
             divisible = self._most is not None and not self._slot.keeps_batches_whole
             count = -(-len(pixel_values) // (self._most or 1)) if divisible else 1
@@ -268,18 +274,23 @@ class Worker:
                 self._most = (len(micro_batches[0]) + 1) // 2
                 torch.cuda.empty_cache()
                 continue
-            if routes is not None:  # only now: a micro-batch before one that failed would count twice
-                for (_, weights), images in zip(found, micro_batches, strict=True):
-                    routes.add(weights, len(images))
-            return torch.cat([logits for logits, _ in found])
+            if job is not None:  # only now: a micro-batch before one that failed would count twice
+                for (_, weights, tasks), images in zip(found, micro_batches, strict=True):
+                    if routes is not None:
+                        routes.add(weights, len(images))
+                    job.counts.tasks += [] if tasks is None else tasks.tolist()
+            return torch.cat([logits for logits, _, _ in found])
 
-    def _micro_batch(self, pixel_values: Tensor, watched: bool) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """(B, C) logits, and the routing weights of every layer if they are watched."""
+    def _micro_batch(
+        self, pixel_values: Tensor, watched: bool
+    ) -> tuple[Tensor, Mapping[str, Tensor], Tensor | None]:
+        """(B, C) logits, the routing weights of every layer if they are watched, and the task found for each image."""
         from mergecli.clip.heads import logits
 
         found = logits(self._slot.clip, self._head, pixel_values, self._slot.correction)
-        installed = self._slot.installed if watched else None
-        return found, installed.routes() if installed else {}
+        installed = self._slot.installed
+        routes = installed.routes() if installed and watched else {}
+        return found, routes, installed.chosen if installed else None
 
 
 def _add(job: Job, logits: Tensor, labels: Tensor) -> None:

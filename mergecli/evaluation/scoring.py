@@ -26,7 +26,7 @@ from mergecli.results.plan import Plan
 from mergecli.results.result import TaskScore
 from mergecli.runtime import interrupts
 from mergecli.runtime.dry_run import work_begins
-from mergecli.runtime.errors import UsageError
+from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.notes import note
 from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import cache_path
@@ -86,6 +86,11 @@ def score(
             "--routes: none of the checkpoints holds a tower that routes",
             "`weight_ensembling_moe`, `efficient_weight_ensembling_moe`, `esm_plus_plus` and `smile` make some",
         )
+    if settings.features and (found := [each.name for each in towers if _router(each)]):
+        raise UsageError(
+            f"--features: {quoted(found)} sends each image through the tower of the task that it finds",
+            "name the tower of one task: `FILE#TASK`",
+        )
     if settings.routing == "batch" and not any(_routes_batches(tower) for tower in towers):
         raise UsageError(
             "--routing: none of the checkpoints holds a tower that routes batches otherwise than images",
@@ -136,7 +141,7 @@ def score(
             for number, counts, sums in zip(numbers, counted, routes, strict=True):
                 if sums is not None:
                     weights[number][name] = sums.means()
-                scores.tasks[number][name] = _score(of_task, counts, settings)
+                scores.tasks[number][name] = _score(of_task, counts, settings, experts[number])
                 if predictions:
                     _add_rows(scores.predictions, towers[number].name, of_task, counts)
     scores.routes += [
@@ -189,6 +194,10 @@ def _check(clip: Clip, tower: Tower, tasks: Sequence[Task]) -> tuple[str, ...]:
     for task in tasks:
         mixture.of_task(task.name)
     return ()
+
+
+def _router(tower: Tower) -> str | None:
+    return mixture_of(tower.checkpoint).router if tower.checkpoint.is_mixture else None
 
 
 def _routes_batches(tower: Tower) -> bool:
@@ -289,9 +298,12 @@ def _use_of(checkpoint: Checkpoint, of_task: TaskImages, settings: Settings) -> 
     return [settings.routing, of_task.task.name, *(checkpoint.metadata.get(key) for key in facts)]
 
 
-def _score(of_task: TaskImages, counts: Counts, settings: Settings) -> TaskScore:
+def _score(of_task: TaskImages, counts: Counts, settings: Settings, experts: Sequence[str]) -> TaskScore:
     from mergecli.data.tasks import digest
 
+    name, found = of_task.task.name, None
+    if counts.tasks and name in experts:
+        found = counts.tasks.count(experts.index(name)) / len(counts.tasks)
     total = len(counts.labels)
     return TaskScore(
         accuracy=counts.correct / total,
@@ -306,6 +318,7 @@ def _score(of_task: TaskImages, counts: Counts, settings: Settings) -> TaskScore
         limit=settings.limit if of_task.numbers is not None else None,
         corruption=settings.corruption.name if settings.corruption else None,
         severity=settings.corruption.severity if settings.corruption else None,
+        task_found=found,
     )
 
 

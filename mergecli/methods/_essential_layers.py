@@ -94,6 +94,11 @@ class EssentialTower:
         return {}
 
     @property
+    def chosen(self) -> None:
+        """Nothing: layers decide for themselves."""
+        return None
+
+    @property
     def keeps_batches_whole(self) -> bool:
         """Whether the images of a batch are routed together."""
         return any(router.by == "batch" for router in self.routers.values())
