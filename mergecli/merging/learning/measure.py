@@ -15,10 +15,11 @@ from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import UsageError, did_you_mean, quoted
+from mergecli.runtime.progress import shown
 from mergecli.storage.atomic import check_name, check_target, warn_of_others
 
 if TYPE_CHECKING:
-    from mergecli.runtime.progress import AnyProgress, shown
+    from mergecli.runtime.progress import AnyProgress
 
 
 @dataclass(frozen=True)
