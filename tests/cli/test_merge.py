@@ -104,7 +104,9 @@ def test_a_folder_loads_in_transformers_and_keeps_the_prefix(
         "--set", "method.scaling_factor=0.5", "-o", "merged",
     )  # fmt: skip
     assert (ended.status, ended.out) == (0, "merged\n"), ended.err
-    assert sorted(file.name for file in (world.folder / "merged").iterdir()) == ["README.md",         "config.json",
+    assert sorted(file.name for file in (world.folder / "merged").iterdir()) == [
+        "README.md",
+        "config.json",
         "model.safetensors",
     ]
     keys = load_file(world.folder / "merged/model.safetensors")
