@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mergecli.recipe.schema import Recipe as Recipe
     from mergecli.results.report import report as report
     from mergecli.results.result import Evaluation as Evaluation
+    from mergecli.runtime.engines.contract import Engine as Engine
+    from mergecli.runtime.engines.grid import FailedUnitsError as FailedUnitsError
     from mergecli.runtime.errors import HubError as HubError
     from mergecli.runtime.errors import InputError as InputError
     from mergecli.runtime.errors import MergecliError as MergecliError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 
 from mergecli.cli import console, options
 from mergecli.cli.thresholds import check_thresholds, parse_thresholds
+from mergecli.runtime.engines.contract import Engine
 from mergecli.runtime.errors import UsageError
 
 
@@ -18,7 +21,9 @@ def _complete_corruptions(incomplete: str) -> list[str]:
     return [name for name in NAMES if name.startswith(incomplete)]
 
 
+@options.with_engine
 def evaluate(
+    engine: Engine,
     checkpoints: Annotated[
         list[str] | None,
         typer.Argument(metavar="[[NAME=]SOURCE...]", help="Checkpoints or task vectors; none: the recipe's models."),
@@ -138,6 +143,8 @@ def evaluate(
     mergecli eval toy:base toy:digits --clip toy:base --tasks toy8
 
     mergecli eval --recipe recipe.toml --method ties --sweep method.scaling_factor=0.1:1.0:0.1 --select validation
+
+    mergecli eval --recipe recipe.toml -o out/ --gpus all
     """
     if min_average is not None and not 0 <= min_average <= 1:
         raise UsageError(f"--min-average: expected a fraction from 0 to 1, got {min_average:g}")
@@ -158,6 +165,10 @@ def evaluate(
     known = recipe_of(recipe, method=method, changes=changes or []) if recipe else None
     named = tasks.split(",") if tasks else None
     thresholds = parse_thresholds(min_task or [], named, known) if min_task else {}
+    if engine.part and (
+        option := "--min-average" if min_average is not None else "--min" if min_task else None
+    ):
+        raise UsageError(f"{option}: a part of the units has no average", "give it with `--collect`")
     swept = {"--method": method, "--select": select, "--keep": keep, "--plot": plot}
     if sweep:
         from mergecli.evaluation.sweep import sweep as evaluate_sweep
@@ -170,26 +181,44 @@ def evaluate(
             )
         if recipe is None:
             raise UsageError("--sweep: there is nothing to merge", "name a recipe with `--recipe`")
-        with console.progress() as progress:
+        with console.progress() as progress, _the_others_shown(form):
             found = evaluate_sweep(
                 recipe, sweep, method=method, changes=changes or [], select=select, keep=keep, output=output, plot=plot,
                 device=device, progress=progress, tasks=named, batch_size=batch_size, split=split, limit=limit,
                 corruption=corruption, severity=severity or 1, dtype=dtype, workers=workers, cache=cache, cache_size=cache_size,
-                fresh=fresh, routing=routing,
+                fresh=fresh, routing=routing, engine=engine,
             )  # fmt: skip
+        if engine.part:
+            return
         console.table(found.table, form)
         console.note(found.note)
         check_thresholds([found.confirmed or found.results[found.best]], thresholds, min_average)
         return
     if (other := next((name for name, value in swept.items() if value), None)) is not None:
         raise UsageError(f"{other}: belongs to a sweep", "say over what with `--sweep KEY=VALUES`")
-    with console.progress() as progress:
+    with console.progress() as progress, _the_others_shown(form):
         results = evaluate(
             named_sources(checkpoints or []) or (), recipe=known, only=options.names("--only", only),
             individual=individual, clip=clip, tasks=named, batch_size=batch_size, split=split, limit=limit,
             corruption=corruption, severity=severity or 1, device=device, dtype=dtype, workers=workers, cache=cache,
             cache_size=cache_size, fresh=fresh, routing=routing, output=output, predictions=predictions, features=features,
-            routes=routes, progress=progress,
+            routes=routes, engine=engine, progress=progress,
         )  # fmt: skip
+    if engine.part:
+        return
     console.table(accuracy_table(results), form)
     check_thresholds(results, thresholds, min_average)
+
+
+@contextmanager
+def _the_others_shown(form: str | None) -> Generator[None]:
+    """After units have failed: a table of what could be put together all the same."""
+    from mergecli.results.report import accuracy_table
+    from mergecli.runtime.engines.grid import FailedUnitsError
+
+    try:
+        yield
+    except FailedUnitsError as error:
+        if error.results:
+            console.table(getattr(error.results, "table", None) or accuracy_table(error.results), form)
+        raise

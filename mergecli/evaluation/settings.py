@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,8 +13,8 @@ from mergecli.results.result import TaskScore
 from mergecli.runtime.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from mergecli.clip.heads import ClipDigests
-    from mergecli.evaluation.routes import Routes
+    from mergecli.evaluation.facts import TowerFacts
+    from mergecli.evaluation.routes import Weights
     from mergecli.storage.checkpoint import Checkpoint
 
 ROUTINGS = ("sample", "batch")
@@ -71,20 +72,23 @@ class Tower(NamedTuple):
     """What results call its source."""
     checkpoint: Checkpoint
     """The vision tower only, open."""
+    identity: str = ""
+    """What tells it from others before it is merged; empty for one that is told by its content."""
 
 
 @dataclass
 class Scores:
-    """The scores of several towers, and what is reported besides."""
+    """The scores of one tower, and what is reported besides."""
 
-    tasks: list[dict[str, TaskScore]]
-    """For each tower, task -> score."""
-    predictions: dict[str, list[object]]
-    """Columns with one row for each tower, task and image, if they are wanted."""
-    clip: ClipDigests
-    processing: str
-    """Digest of the image processor's settings."""
-    routes: list[Routes]
-    """Of the towers that route, if they are wanted."""
-    unfinished: list[Path] = field(default_factory=list[Path])
-    """Files of the cache from which an interrupted evaluation resumes; to be removed once the results are written."""
+    tasks: dict[str, TaskScore] = field(default_factory=dict[str, TaskScore])
+    """Task -> score."""
+    facts: TowerFacts | None = None
+    """None where there are no scores."""
+    predictions: dict[str, Mapping[str, Sequence[object]]] = field(
+        default_factory=dict[str, "Mapping[str, Sequence[object]]"]
+    )
+    """Task -> columns with one row for each image, if they are wanted."""
+    routes: dict[str, Weights] = field(default_factory=dict[str, "Weights"])
+    """Task -> routes, of a tower that routes, if they are wanted."""
+    missing: list[str] = field(default_factory=list[str])
+    """Tasks that nobody has counted."""
