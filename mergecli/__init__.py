@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mergecli.runtime.errors import MergecliWarning as MergecliWarning
     from mergecli.runtime.errors import UsageError as UsageError
     from mergecli.storage.cache import cache as cache
+    from mergecli.training.each import finetune_each as finetune_each
     from mergecli.training.finetune import Finetuned as Finetuned
     from mergecli.training.finetune import finetune as finetune
 

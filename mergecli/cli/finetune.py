@@ -10,10 +10,13 @@ from typing import Annotated
 import typer
 
 from mergecli.cli import console, options
+from mergecli.runtime.engines.contract import Engine
 from mergecli.runtime.errors import UsageError
 
 
+@options.with_engine
 def finetune(
+    engine: Engine,
     task: Annotated[
         list[str],
         typer.Option(
@@ -57,6 +60,9 @@ def finetune(
         typer.Option("--validation-split", metavar="SPLIT", help="Default: validation, or a tenth held out of train."),
     ] = None,
     save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between saved resume files.")] = 500,
+    each: Annotated[
+        bool, typer.Option("--each", help="Train a model for each task, DIR/TASK.safetensors, in place of one for all.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming an interrupted training.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="Of the output: float32, float16 or bfloat16.")] = "float32",
     trace: Annotated[Path | None, typer.Option("--trace", help="Write losses and accuracies of each step (.csv).")] = None,
@@ -71,6 +77,8 @@ def finetune(
     mergecli finetune --base toy:base --task digits --steps 200 --learning-rate 1e-4 -o digits.safetensors
 
     mergecli finetune --base toy:base --task digits --task letters --lora --validate-every 100 -o adapter
+
+    mergecli finetune recipe.toml --task ta8 --each -o experts/ --gpus all
     """
     if schedule not in ("cosine", "constant"):
         raise UsageError(f"--schedule: expected cosine or constant, got `{schedule}`")
@@ -81,6 +89,26 @@ def finetune(
     from mergecli.training.finetune import finetune
 
     known = recipe_of(recipe, changes=changes or []) if recipe else None
+    if each:
+        from mergecli.training.each import finetune_each
+
+        if trace or tensorboard:
+            raise UsageError(
+                f"{'--trace' if trace else '--tensorboard'}: is for a single training, and does not go with --each"
+            )
+        with console.progress() as progress:
+            every = finetune_each(
+                known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
+                weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
+                lora=lora, l_lora=l_lora, rank=rank, alpha=alpha, target_modules=target_modules, lora_dropout=lora_dropout,
+                validate_every=validate_every, validation_split=validation_split, device=device, dtype=dtype,
+                save_every=save_every, fresh=fresh, engine=engine, progress=progress,
+            )  # fmt: skip
+        for done in every:
+            console.path(done.path)
+        return
+    if engine != Engine():
+        raise UsageError("a single training is one unit of work", "`--each` trains a model for each task")
     with console.progress() as progress, _note_at_interrupt(output):
         done = finetune(
             known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -24,8 +24,8 @@ from mergecli.results import plots
 from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
 from mergecli.runtime.distributed import usable_device
 from mergecli.runtime.engines.contract import Engine, Unit
-from mergecli.runtime.engines.grid import FailedUnitsError, Failure
-from mergecli.runtime.errors import InputError, MergecliError, UsageError
+from mergecli.runtime.engines.grid import Failure, Failures
+from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.sources import Source, parse_source
 from mergecli.storage.units import LOG as UNITS_LOG
@@ -34,7 +34,7 @@ from mergecli.storage.units import UnitFiles
 if TYPE_CHECKING:
     from mergecli.data.images import TaskImages
     from mergecli.data.tasks import Task
-    from mergecli.evaluation.settings import Scores
+    from mergecli.evaluation.scoring import Scores
     from mergecli.methods._mixture import Routing
     from mergecli.recipe.schema import Recipe
     from mergecli.results.result import TaskScore
@@ -418,30 +418,6 @@ def evaluation_of(
         models=facts.models,
         looked_at=facts.looked_at,
     )  # fmt: skip
-
-
-class Failures:
-    """What failed for its input: towers and tasks by name, and units. Without `keep_going` the first failure ends all."""
-
-    def __init__(self, keep_going: bool) -> None:
-        self._keep_going = keep_going
-        self.found: dict[tuple[str, str], MergecliError] = {}
-        self.units: list[Failure] = []
-
-    @contextlib.contextmanager
-    def of(self, kind: str, name: str) -> Generator[None]:
-        """A block that only concerns the `tower` or the `task` of that name."""
-        try:
-            yield
-        except MergecliError as error:
-            if not self._keep_going:
-                raise
-            self.found[kind, name] = error
-
-    def check(self, total: int, results: Sequence[Evaluation] = ()) -> None:
-        """Raises FailedUnitsError if units have failed."""
-        if self.units:
-            raise FailedUnitsError(self.units, total, results)
 
 
 def _tower(name: str, source: Source, opened: Checkpoint) -> Tower:

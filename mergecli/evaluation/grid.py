@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergecli.evaluation.scoring import Scoring, add
-from mergecli.evaluation.settings import Scores, Tower
+from mergecli.evaluation.scoring import Scores, Scoring, add
+from mergecli.evaluation.settings import Tower
 from mergecli.runtime.engines.contract import Engine, Unit, Work, part_of
 from mergecli.runtime.engines.grid import Failure, run_grid
 from mergecli.runtime.engines.worker import report_of

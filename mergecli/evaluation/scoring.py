@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +17,7 @@ from mergecli.evaluation.counting import Counts, Job, ModelSlot, counts_file, re
 from mergecli.evaluation.facts import TowerFacts
 from mergecli.evaluation.features import LayerFeatures, feature_file, features_metadata, saved_with
 from mergecli.evaluation.routes import RouteSums, Weights
-from mergecli.evaluation.settings import Scores, Settings, Tower
+from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import mixture_of
 from mergecli.results.result import TaskScore
 from mergecli.runtime.engines.contract import Unit
@@ -41,6 +41,24 @@ class Counted(NamedTuple):
     counts: Counts
     facts: TowerFacts
     routes: Weights | None
+
+
+@dataclass
+class Scores:
+    """The scores of one tower, and what is reported besides."""
+
+    tasks: dict[str, TaskScore] = field(default_factory=dict[str, TaskScore])
+    """Task -> score."""
+    facts: TowerFacts | None = None
+    """None where there are no scores."""
+    predictions: dict[str, Mapping[str, Sequence[object]]] = field(
+        default_factory=dict[str, "Mapping[str, Sequence[object]]"]
+    )
+    """Task -> columns with one row for each image, if they are wanted."""
+    routes: dict[str, Weights] = field(default_factory=dict[str, Weights])
+    """Task -> routes, of a tower that routes, if they are wanted."""
+    missing: list[str] = field(default_factory=list[str])
+    """Tasks that nobody has counted."""
 
 
 class Scoring:

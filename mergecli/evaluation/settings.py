@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergecli.data.decoding import Corruption
 from mergecli.methods._mixture import Routing
-from mergecli.results.result import TaskScore
 from mergecli.runtime.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from mergecli.evaluation.facts import TowerFacts
-    from mergecli.evaluation.routes import Weights
     from mergecli.storage.checkpoint import Checkpoint
 
 ROUTINGS = ("sample", "batch")
@@ -74,21 +70,3 @@ class Tower(NamedTuple):
     """The vision tower only, open."""
     identity: str = ""
     """What tells it from others before it is merged; empty for one that is told by its content."""
-
-
-@dataclass
-class Scores:
-    """The scores of one tower, and what is reported besides."""
-
-    tasks: dict[str, TaskScore] = field(default_factory=dict[str, TaskScore])
-    """Task -> score."""
-    facts: TowerFacts | None = None
-    """None where there are no scores."""
-    predictions: dict[str, Mapping[str, Sequence[object]]] = field(
-        default_factory=dict[str, "Mapping[str, Sequence[object]]"]
-    )
-    """Task -> columns with one row for each image, if they are wanted."""
-    routes: dict[str, Weights] = field(default_factory=dict[str, "Weights"])
-    """Task -> routes, of a tower that routes, if they are wanted."""
-    missing: list[str] = field(default_factory=list[str])
-    """Tasks that nobody has counted."""

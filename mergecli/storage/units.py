@@ -54,7 +54,7 @@ class UnitFiles:
             if make_room(len(report.result), self._max_size):
                 with contextlib.suppress(InputError):
                     _write(self.path(unit), report.result)
-        self._tell(unit, report)
+        self.tell(unit, report)
 
     def read(self, unit: Unit, read: Callable[[Checkpoint], T | None]) -> T | None:
         """What `read` makes of the unit's file; None if there is none, or it is damaged, which is then removed."""
@@ -80,7 +80,8 @@ class UnitFiles:
         if self._folder is None:
             self.forget(units)
 
-    def _tell(self, unit: Unit, report: Report) -> None:
+    def tell(self, unit: Unit, report: Report) -> None:
+        """Writes the line about a unit that was done."""
         if self._log is not None:
             facts = {"node": report.node, "device": report.device, "seconds": round(report.seconds, 3)}
             line = json.dumps({"unit": unit.name, "key": unit.key, **facts}, ensure_ascii=False) + "\n"

@@ -73,6 +73,11 @@ class StatisticsFile:
     measured: Mapping[str, Any]
     """Method, settings and images."""
 
+    @property
+    def key(self) -> str:
+        """32 hex digits of all that the file depends on."""
+        return hashlib.sha256(json.dumps([self.inputs, self.measured]).encode()).hexdigest()[:32]
+
     def metadata(self) -> dict[str, str]:
         """The file's metadata."""
         method = str(self.measured["method"])
@@ -129,10 +134,8 @@ def files_for(
         facts = {each.name: each.facts(head=method.needs_head, most=method.examples) for each in looked}
         inputs = {"base": models.base.digest()} | {task: models.tuned[task].digest() for task in tasks}
         measured = common | {"tasks": facts}
-        if path is None:
-            key = hashlib.sha256(json.dumps([inputs, measured]).encode()).hexdigest()[:32]
-            path = home() / KIND / name / f"{key}.safetensors"
-        found.append(StatisticsFile(title, path, looked, inputs, measured))
+        each = StatisticsFile(title, path or Path(), looked, inputs, measured)
+        found.append(each if path else replace(each, path=home() / KIND / name / f"{each.key}.safetensors"))
     return found
 
 
@@ -147,10 +150,7 @@ def measure_missing(
 
     Several processes share the missing files: each measures some of them whole, and all wait for the last.
     """
-    missing = [each for each in files if not each.path.exists()]
-    for each in files:
-        if each not in missing:
-            _opened(each, models, method).close()
+    missing = check_existing(files, models, method)
     ranks, device = join(models.device)
     wait()  # nobody writes before all have looked
     if own := missing[ranks.own :: ranks.count]:
@@ -167,6 +167,17 @@ def measure_missing(
             "name a folder that all machines see, or copy the files",
         )
     return tuple(each.name for each in missing)
+
+
+def check_existing(
+    files: Sequence[StatisticsFile], models: Models, method: Calibrated
+) -> list[StatisticsFile]:
+    """Those of the files that are missing, once it is known that the others fit."""
+    missing = [each for each in files if not each.path.exists()]
+    for each in files:
+        if each not in missing:
+            _opened(each, models, method).close()
+    return missing
 
 
 def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpoint:

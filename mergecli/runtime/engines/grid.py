@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from mergecli.runtime import interrupts
 from mergecli.runtime.engines.contract import Engine, Executor, LostWorkerError, Report, Unit, Work
-from mergecli.runtime.errors import InputError, MergecliError, listed
+from mergecli.runtime.errors import InputError, MergecliError, UsageError, listed
 from mergecli.runtime.progress import Progress
 
 
@@ -38,6 +40,30 @@ class FailedUnitsError(MergecliError):
         """What could be put together all the same."""
 
 
+class Failures:
+    """What failed for its input: what units are about, by kind and name, and units. Without `keep_going` the first failure ends all."""
+
+    def __init__(self, keep_going: bool) -> None:
+        self._keep_going = keep_going
+        self.found: dict[tuple[str, str], MergecliError] = {}
+        self.units: list[Failure] = []
+
+    @contextmanager
+    def of(self, kind: str, name: str) -> Generator[None]:
+        """A block that only concerns what is called so, such as a `tower` or a `task`."""
+        try:
+            yield
+        except MergecliError as error:
+            if not self._keep_going:
+                raise
+            self.found[kind, name] = error
+
+    def check(self, total: int, results: Any = ()) -> None:
+        """Raises FailedUnitsError if units have failed."""
+        if self.units:
+            raise FailedUnitsError(self.units, total, results)
+
+
 def run_grid(
     work: Work,
     units: Sequence[Unit],
@@ -54,6 +80,12 @@ def run_grid(
     Raises:
         MergecliError: the first failure, without `keep_going`; or a worker was lost too often.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "the processes of `torchrun` share the work already", "leave out the options of engines"
+        )
+    if not units:
+        return []
     executor = open_executor(engine, work)
     waiting = deque((unit, 0) for unit in units)
     running: dict[Any, tuple[Unit, int]] = {}
