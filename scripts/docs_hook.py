@@ -20,7 +20,7 @@ from typer.main import get_command
 
 import mergecli
 from mergecli import methods
-from mergecli.cli import app
+from mergecli.cli.app import app
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig

@@ -736,9 +736,13 @@ def reported(more: Mapping[str, Any]) -> Any:
 # ---------------------------------------------------------------- the command line
 
 
+END = re.compile(r"^.*, peak [\d.]+ [MG]B(?:, GPU .*)?\n", re.MULTILINE)
+"""The line with which a command ends: its seconds and memory are others each time."""
+
+
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended."""
+    """How a process ended, and what it said before its last line."""
 
     status: int
     out: str
@@ -752,7 +756,7 @@ def run(*arguments: str, folder: str = ".", **environment: str) -> Ended:
         stdin=subprocess.DEVNULL, timeout=300,
         env=os.environ | {"PYTHONPATH": str(PACKAGE.parent), "COLUMNS": "100", "TERM": "dumb"} | environment,
     )  # fmt: skip
-    return Ended(done.returncode, without_places(done.stdout), without_places(done.stderr))
+    return Ended(done.returncode, without_places(done.stdout), without_places(END.sub("", done.stderr)))
 
 
 def commands(record: Record) -> None:

@@ -127,6 +127,10 @@ def world(tmp_path: Path) -> World:
     return make_world(tmp_path)
 
 
+END = re.compile(r"^.*, peak [\d.]+ [MG]B(?:, GPU .*)?\n", re.MULTILINE)
+"""The line on stderr with which a command ends."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended."""
@@ -134,11 +138,25 @@ class Ended:
     status: int
     out: str
     err: str
+    """stderr without the line at the end of a command, whose seconds and memory nobody knows before."""
+    end: str = ""
+    """That line, without its end."""
+
+    @classmethod
+    def of(cls, status: int, out: str, err: str) -> Ended:
+        ends = END.findall(err)
+        assert len(ends) <= 1, err
+        return cls(status, out, without_end(err), ends[0].rstrip("\n") if ends else "")
 
     @property
     def rest(self) -> str:
         """stderr without the lines in which an evaluation says what it counts."""
         return without_counts(self.err)
+
+
+def without_end(text: str) -> str:
+    """What was printed, without the lines with which commands end."""
+    return END.sub("", text)
 
 
 def without_counts(text: str) -> str:
@@ -170,7 +188,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
-        return Ended(int(status), out.getvalue(), err.getvalue())
+        return Ended.of(int(status), out.getvalue(), err.getvalue())
 
     return run
 
@@ -185,7 +203,7 @@ def process(tmp_path: Path) -> Run:
             cwd=tmp_path, env=os.environ | {name: str(value) for name, value in environment.items()},
             capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
-        return Ended(done.returncode, done.stdout, done.stderr)
+        return Ended.of(done.returncode, done.stdout, done.stderr)
 
     return process
 

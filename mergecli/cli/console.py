@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
-from mergecli.runtime import notes
+from mergecli.runtime import notes, verbosity
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import MergecliWarning, UsageError, did_you_mean
 from mergecli.runtime.visible import visible, visible_message
@@ -48,9 +48,16 @@ def json(content: object) -> None:
     print("".join(map(safe, library.dumps(content, indent=2, ensure_ascii=False))))
 
 
-def plain(text: str) -> None:
-    """A message without any word before it, on stderr."""
-    _print(visible_message(text))
+def remark(text: str) -> None:
+    """A message without any word before it, on stderr, unless all is to be quiet."""
+    if not verbosity.quiet:
+        _print(visible_message(text))
+
+
+def detail(text: str) -> None:
+    """What few want to know, on stderr, only with `--verbose`; of several processes only the first says it."""
+    if verbosity.verbose and is_first():
+        _print(visible_message(text))
 
 
 def warning(text: str) -> None:
@@ -60,18 +67,20 @@ def warning(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """A remark on the results, on stderr; of several processes only the first says it."""
-    if is_first():
+    """A remark on the results, on stderr, unless all is to be quiet; of several processes only the first says it."""
+    if is_first() and not verbosity.quiet:
         _print(f"note: {visible_message(text)}")
 
 
-def error(message: str, hint: str = "") -> None:
-    """What went wrong and, after `hint:`, the cure, on stderr.
+def error(message: str, hint: str = "", details: str = "") -> None:
+    """What went wrong and, after `hint:`, the cure, on stderr; details with `--verbose`.
 
     Each of several processes says its own, since only one of them may have failed; all but the first say who they are.
     """
     who = "" if is_first() else f"process {os.environ['RANK']}: "
     lines = [f"{who}{_painted('error:', '31', sys.stderr)} {visible_message(message)}"]
+    if details:
+        lines.append(visible_message(details) if verbosity.verbose else "(`--verbose` shows the details)")
     if hint:
         lines.append(f"{who}{_painted('hint:', '36', sys.stderr)} {visible_message(hint)}")
     with suppress(OSError):  # nobody reads stderr any more
@@ -179,7 +188,7 @@ def _drawn(content: Table) -> None:
 @contextmanager
 def progress() -> Generator[Progress | None]:
     """A function that draws progress on stderr if that is a terminal, else None."""
-    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+    if verbosity.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield None
         return
     from rich.console import Console

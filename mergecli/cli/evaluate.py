@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 from mergecli.cli.thresholds import check_thresholds, parse_thresholds
 from mergecli.runtime.engines.contract import Engine
 from mergecli.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mergecli.results.result import Evaluation
 
 
 def _complete_corruptions(incomplete: str) -> list[str]:
@@ -152,6 +157,7 @@ def evaluate(
     from mergecli.evaluation.evaluate import evaluate
     from mergecli.recipe.reading import recipe_of
     from mergecli.results.report import accuracy_table
+    from mergecli.results.result import result_files
     from mergecli.storage.sources import named_sources
 
     chosen = {"--tasks": tasks, "--only": only, "--split": split, "--corruption": corruption}
@@ -189,9 +195,14 @@ def evaluate(
                 fresh=fresh, routing=routing, engine=engine,
             )  # fmt: skip
         if engine.part:
+            ending.did(f"did part {engine.part} of the sweep")
             return
         console.table(found.table, form)
         console.note(found.note)
+        ending.did(f"evaluated {ending.count(len(found.results), 'merge')} on {_tasks(found.results)}")
+        names = [*(point.name for point in found.points), "best"]
+        ending.wrote(*result_files(names, output))
+        ending.wrote_beside(plot)
         check_thresholds([found.confirmed or found.results[found.best]], thresholds, min_average)
         return
     if (other := next((name for name, value in swept.items() if value), None)) is not None:
@@ -205,8 +216,13 @@ def evaluate(
             routes=routes, engine=engine, progress=progress,
         )  # fmt: skip
     if engine.part:
+        ending.did(f"did part {engine.part} of the evaluation")
         return
     console.table(accuracy_table(results), form)
+    models = results[0].models if individual else results
+    ending.did(f"evaluated {ending.count(len(models), 'checkpoint')} on {_tasks(results)}")
+    ending.wrote(*result_files([str(each.checkpoint["name"]) for each in results], output))
+    ending.wrote_beside(predictions, features, routes)
     check_thresholds(results, thresholds, min_average)
 
 
@@ -222,3 +238,7 @@ def _the_others_shown(form: str | None) -> Generator[None]:
         if error.results:
             console.table(getattr(error.results, "table", None) or accuracy_table(error.results), form)
         raise
+
+
+def _tasks(results: Sequence[Evaluation]) -> str:
+    return ending.count(len({task for each in results for task in each.tasks}), "task")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 
 
 def extract(
@@ -62,6 +62,7 @@ def extract(
         console.note(f"every tensor that changed is in the adapter: {lost}")
     larger = ", which is less: take a lower rank or energy" if found.size > found.tower_size else ""
     console.note(f"the adapter has {found.size:,} bytes, the tower {found.tower_size:,}{larger}")
+    ending.wrote(found.path)
     if as_json:
         console.json(asdict(found) | {"path": str(found.path)})
     else:

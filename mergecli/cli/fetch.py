@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 
 if TYPE_CHECKING:
     from mergecli.hub.fetch import Fetched
@@ -77,10 +77,11 @@ def fetch(
     if dry_run:
         _show_plan(done)
         return
-    if done.downloads:
-        console.plain(f"fetched {_sum(done)}")
-    for lock in done.locks:
-        console.plain(f"wrote {lock}")
+    if verify:
+        ending.did(f"verified {ending.count(len(done.paths), 'source')}")
+    else:
+        ending.did(f"fetched {_sum(done)}" if done.downloads else "nothing was missing")
+    ending.wrote(*done.locks)
     for path in done.paths:
         console.path(path)
 
@@ -92,11 +93,20 @@ def _show_plan(done: Fetched) -> None:
     columns = (Column("source"), Column("file"), Column("bytes", "count"), Column("host"))
     rows = tuple((each.source, each.path, each.size, each.host) for each in done.downloads)
     console.table(Table(columns, rows), None)
-    console.plain(f"would fetch {_sum(done)}" if rows else "nothing is missing")
+    ending.did(f"would fetch {_sum(done)}" if rows else "nothing is missing")
 
 
 def _sum(done: Fetched) -> str:
-    hosts = sorted({each.host for each in done.downloads})
-    count = len(done.downloads)
-    total = sum(each.size for each in done.downloads)
-    return f"{count} file{'s' if count > 1 else ''}, {total:,} bytes, from {' and '.join(hosts)}"
+    hosts = " and ".join(sorted({each.host for each in done.downloads}))
+    sizes = [each.size for each in done.downloads if each.size is not None]
+    unknown = len(done.downloads) - len(sizes)
+    known = f"{_counted(len(sizes), 'file')}, {sum(sizes):,} bytes, from {hosts}"
+    if not unknown:
+        return known
+    more = _counted(unknown, "more source" if sizes else "source")
+    start = f"{known}; and {more}" if sizes else f"{more} from {hosts}"
+    return f"{start}, whose files only the hub knows"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 from mergecli.runtime.engines.contract import Engine
 from mergecli.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from mergecli.training.finetune import Finetuned
 
 
 @options.with_engine
@@ -106,6 +109,8 @@ def finetune(
             )  # fmt: skip
         for done in every:
             console.path(done.path)
+        ending.did(f"trained {ending.count(len(every), 'model')}")
+        ending.wrote(*(done.path for done in every))
         return
     if engine != Engine():
         raise UsageError("a single training is one unit of work", "`--each` trains a model for each task")
@@ -118,7 +123,18 @@ def finetune(
             device=device, dtype=dtype, save_every=save_every, fresh=fresh, progress=progress,
         )  # fmt: skip
     if is_first():
+        ending.did(f"trained {ending.count(done.steps - done.resumed_from, 'step')}{_best(done)}")
+        ending.wrote(done.path)
+        ending.wrote_beside(trace, tensorboard)
         console.path(done.path)
+
+
+def _best(done: Finetuned) -> str:
+    """Which step won, if there were validations."""
+    if done.best_step not in done.validation:
+        return ""
+    accuracies = done.validation[done.best_step].values()
+    return f", of which step {done.best_step} validated best ({sum(accuracies) / len(accuracies):.1%}) and is written"
 
 
 @contextmanager

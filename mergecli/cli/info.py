@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 from mergecli.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def info(
 
     console.check_format(form)
     found = info(checkpoint)
+    ending.did(f"read {checkpoint}")
     if as_json:
         console.json(asdict(found))
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 from mergecli.runtime.engines.contract import Engine
 
 
@@ -48,5 +48,8 @@ def measure(
         )  # fmt: skip
     if not is_first():
         return
+    kept = len(done.paths) - len(done.new)
+    ending.did(f"measured {ending.count(len(done.new), 'file')}" + (f", kept {kept}" if kept else ""))
+    ending.wrote(*(done.paths[name] for name in done.new))
     for path in done.paths.values():
         console.path(path)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 from mergecli.runtime.errors import UsageError
 
 
@@ -61,9 +61,10 @@ def merge(
 
     mergecli merge recipe.toml --method ties --sweep method.scaling_factor=0.1:0.5:0.1 -o swept/
     """
+    from mergecli.hub.fetched import expect_all
     from mergecli.merging.merge import merge
     from mergecli.runtime.distributed import is_first
-    from mergecli.storage.sources import named_sources
+    from mergecli.storage.sources import named_sources, parse_source
 
     if options.is_recipe(models):
         if base is not None:
@@ -73,7 +74,10 @@ def merge(
         if method is None and not any(
             change.startswith("method.name") for change in [*(changes or []), *(sweep or [])]
         ):
-            raise UsageError("no method is named", "`--method NAME`; `mergecli methods` lists them")
+            expect_all(parse_source(text, Path()) for text in named_sources(models).values())
+            raise UsageError(
+                "no method is named", "name one with `--method NAME`; `mergecli methods` lists them"
+            )
         what = named_sources(models)
     with console.progress() as progress:
         if sweep:
@@ -104,9 +108,12 @@ def merge(
         console.warning(text)
     if not is_first():
         return
+    for each in written:
+        ending.wrote(each.path, digest=each.digest)
+    ending.wrote_beside(save_coefficients, trace, plot, tensorboard)
     described = [
         {"path": str(each.path), "method": each.method, "tasks": each.tasks, "tensors": each.tensors,
-         "parameters": each.parameters, "inputs": each.inputs}
+         "parameters": each.parameters, "digest": each.digest, "inputs": each.inputs}
         for each in written
     ]  # fmt: skip
     if as_json:

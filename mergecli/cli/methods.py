@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 from mergecli.runtime.errors import toml_text
 
 
@@ -28,6 +28,7 @@ def methods(
     from mergecli.results.tables import Table
 
     console.check_format(form)
+    ending.did("listed the methods" if name is None else f"showed {name}")
     if name is None:
         classes = {each: registry.find(each) for each in registry.names()}
         rows = tuple((each, method.title, _reads(method.passes)) for each, method in classes.items())

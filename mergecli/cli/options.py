@@ -113,13 +113,10 @@ def engine(
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Go on after a unit that fails, and tell at the end which have.")
     ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Say of each unit where it ran, and how long.")
-    ] = False,
 ) -> Engine:  # fmt: skip
     """The engine that these options mean."""
     return Engine(
-        engine, jobs, gpus, address, gpus_per_unit, cpus_per_unit, retries, part, collect, keep_going, verbose
+        engine, jobs, gpus, address, gpus_per_unit, cpus_per_unit, retries, part, collect, keep_going
     )
 
 

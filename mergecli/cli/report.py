@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 
 
 def _complete_references(incomplete: str) -> list[str]:
@@ -89,6 +89,9 @@ def report(
         output=output, format=chosen,
     )  # fmt: skip
     console.table(table, form)
+    ending.did(f"compared {ending.count(len(results), 'result')}")
+    ending.wrote(*([output] if output else []))
+    ending.wrote_beside(plot)
     for line in table.warnings:
         console.warning(line)
     for line in table.notes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 from mergecli.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def tasks(
         raise UsageError(
             "--recipe: of which task?", "`mergecli tasks NAME --recipe RECIPE` looks at the data of one"
         )
+    ending.did("listed the tasks" if name is None else f"showed {name}")
     known = {} if recipe is not None else registry.sets()
     if name is None or name in known:
         chosen = [registry.find(each) for each in (registry.names() if name is None else known[name])]

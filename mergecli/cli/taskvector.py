@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import console, options
+from mergecli.cli import console, ending, options
 
 
 def taskvector(
@@ -32,4 +32,5 @@ def taskvector(
         for path in taskvector(
             tuned, output=output, base=base, dtype=dtype, changes=changes or [], progress=progress
         ):
+            ending.wrote(path)
             console.path(path)

@@ -16,7 +16,7 @@ from mergecli.formats.convert import why_foreign
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import expect_finite, whole_folder, write_text
 from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
-from mergecli.storage.differences import Form, differences, leave_out_hint
+from mergecli.storage.differences import Form, differences, leave_out_hint, other_architecture
 from mergecli.storage.metadata import model_folder_files
 from mergecli.storage.safetensors_writer import save_tensors
 
@@ -121,9 +121,11 @@ def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
         cure = "name the base that it was fine-tuned from"
         if (extra := have.keys() - want.keys()) and len(extra) == len(lines):
             cure = leave_out_hint(extra)
+        other = other_architecture(have, want, "the base has")
         raise InputError(
-            f"{checkpoint.path}: does not fit the vision tower of {clip.path}:\n{listed(lines)}",
+            f"{checkpoint.path}: does not fit the vision tower of {clip.path}:\n{listed([other] if other else lines)}",
             why_foreign(checkpoint) or cure,
+            listed(lines, len(lines)) if other else "",
         )
 
 

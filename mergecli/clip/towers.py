@@ -9,7 +9,7 @@ from typing import Any
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import check_target, write_text
 from mergecli.storage.checkpoint import VISION, Checkpoint
-from mergecli.storage.differences import Form, differences
+from mergecli.storage.differences import Form, differences, other_architecture
 from mergecli.storage.metadata import about
 
 
@@ -37,7 +37,12 @@ def load_tower(folder: Path, checkpoint: Checkpoint, base: Checkpoint | None = N
             for key, each in CLIPVisionModel(config).state_dict().items()
         }
     if wrong := differences(checkpoint.entries, want, "the configuration asks for"):
-        raise InputError(f"{checkpoint.path}: does not fit {folder / 'config.json'}:\n{listed(wrong)}")
+        other = other_architecture(checkpoint.entries, want, "the configuration asks for")
+        raise InputError(
+            f"{checkpoint.path}: does not fit {folder / 'config.json'}:\n{listed([other] if other else wrong)}",
+            "load it with the configuration that it was made with",
+            listed(wrong, len(wrong)) if other else "",
+        )
     model: Any = CLIPVisionModel(config)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():

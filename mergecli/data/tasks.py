@@ -122,7 +122,7 @@ def find(name: str, recipe: TasksOfRecipe | None = None) -> Task:
         return task if table is None else _changed(task, table)
     if table is None:
         raise UsageError(
-            f"unknown task `{name}`{did_you_mean(name, _known(recipe))}",
+            f"unknown task `{name}`{did_you_mean(name, [*_known(recipe), *sets()])}",
             "`mergecli tasks` lists the built-in tasks; a `[tasks.NAME]` table in the recipe defines a new one",
         )
     wrong = _table_problems(known, table)

@@ -20,12 +20,13 @@ from mergecli.evaluation.settings import Settings, Tower
 from mergecli.evaluation.work import CountingWork
 from mergecli.formats.mixture import LEFT_OUT
 from mergecli.formats.opening import model_path, open_source
+from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
 from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
 from mergecli.runtime.distributed import usable_device
 from mergecli.runtime.engines.contract import Engine, Unit
 from mergecli.runtime.engines.grid import Failure, Failures
-from mergecli.runtime.errors import InputError, UsageError
+from mergecli.runtime.errors import InputError, UsageError, quoted
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.sources import Source, parse_source
 from mergecli.storage.units import LOG as UNITS_LOG
@@ -117,6 +118,9 @@ def evaluate(
     with contextlib.ExitStack() as files:
         named = named_models(checkpoints, known, only, with_base=not individual)
         targets = result_files([FINE_TUNED] if individual else [name for name, _ in named], output)
+        used = [task for task in chosen if not individual or task.name in dict(named)]
+        if not engine.keep_going:
+            expect_all([base, *dict(named).values(), *(task.data for task in used)], known)
         named = _told_apart(named)
         opened: list[Candidate] = []
         for name, source in named:
@@ -132,7 +136,10 @@ def evaluate(
             own = {name for name, _ in named}
             chosen = [task for task in chosen if task.name in own]
             if not chosen:
-                raise UsageError("no model is named after one of the tasks", "name them: `TASK=PATH`")
+                raise UsageError(
+                    f"--individual: no model is named after a task: the models are {quoted(sorted(own))}",
+                    f"write `TASK=SOURCE` for each, such as `{tasks_of(tasks, known)[0].name}=tuned.safetensors`",
+                )
         call = _Call(
             [name for name, _ in named], base, chosen, settings, individual, targets, output, predictions
         )
@@ -173,7 +180,10 @@ def asked(
 
     base = parse_source(str(clip), Path()) if clip is not None else known.base if known else None
     if base is None:
-        raise UsageError("no CLIP to evaluate with", "name a recipe that has a `base`, or the base itself")
+        raise UsageError(
+            "there is no CLIP to evaluate with",
+            "name it with `--clip`, or a recipe that has a `base` with `--recipe`",
+        )
     chosen = tasks_of(tasks, known)
     settings = Settings(
         batch_size=batch_size if batch_size is not None else known.batch_size if known else 128,
@@ -213,7 +223,8 @@ def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[T
     wanted = named or ((recipe.eval_tasks or tuple(recipe.tuned)) if recipe else ())
     if not wanted:
         raise UsageError(
-            "no tasks to evaluate on", "name tasks or a set such as `ta8`; `mergecli tasks` lists them"
+            "there are no tasks to evaluate on",
+            "name tasks or a set such as `ta8` with `--tasks`; `mergecli tasks` lists them",
         )
     return [registry.find(name, recipe) for name in registry.expand(wanted, recipe)]
 
@@ -301,13 +312,14 @@ def _evaluate_open(
             failures.units.append(Failure(Unit((name, task), ""), error))
         else:
             units[name, task] = scoring.unit_of(images[task], towers[name])
-    files = UnitFiles(call.folder, settings.max_size, verbose=engine.verbose, what="its images are counted")
+    total = len(units) + len(failures.units)
+    files = UnitFiles(call.folder, settings.max_size, what="its images are counted")
     grid = Grid(scoring, images, units, files, call.several)
     failures.units += fill(
         grid, engine, work, lambda missing: grid.count(missing, towers, progress), progress, window=len(names)
     )
     if engine.part:
-        failures.check(len(units))
+        failures.check(total)
         return ()
     scores = grid.scores(predictions=call.predictions is not None)
     broken = {failure.unit.of[0] for failure in failures.units}
@@ -336,7 +348,7 @@ def _evaluate_open(
         if plots.has_matplotlib():
             for each in routes:
                 plots.route_maps(each.experts, each.tasks, route_files(settings.routes, each.name)[1])
-    failures.check(len(units) + len(failures.units), results)
+    failures.check(total, results)
     files.finish(units.values())
     return results
 

@@ -168,7 +168,7 @@ class Scoring:
 
     def read(self, unit: Unit, of_task: TaskImages, files: UnitFiles, *, several: bool) -> Counted | None:
         """What the unit's file holds; None if it is to be done."""
-        features = feature_file(self.settings.features, *unit.of, several)
+        features = feature_file(self.settings.features, unit.of[0], unit.of[1], several)
         if features is not None and not saved_with(features, unit.key):
             return None
         labels = of_task.images.labels

@@ -16,6 +16,7 @@ from mergecli.evaluation.scoring import Scoring, tell
 from mergecli.evaluation.settings import Tower
 from mergecli.evaluation.work import CountingWork
 from mergecli.formats.opening import model_path
+from mergecli.hub.fetched import expect_all
 from mergecli.merging.merge import learning_key
 from mergecli.merging.sweep_points import Identities, Point, identities, merge_batch, point_files, points_of
 from mergecli.methods._base import DataDriven
@@ -144,7 +145,10 @@ def sweep(
     axis = _axis(points) if plot else None
     target = Path(output) if output is not None else None
     if target and target.suffix:
-        raise UsageError(f"{target}: a sweep has several results, so the output is a folder")
+        raise UsageError(
+            f"{target}: a sweep has several results, so the output is a folder",
+            f"write `-o {target.with_suffix('')}/`",
+        )
     targets = (
         [target / f"{name}.json" for name in [*(point.name for point in points), "best"]] if target else []
     )
@@ -168,11 +172,13 @@ def sweep(
     split = evaluation.pop("split", None)
     first = points[0].recipe
     base, tasks, settings = asked(first, engine, device=device, split=select or split, **evaluation)
+    if not engine.keep_going:
+        expect_all([base, *first.tuned.values(), *(task.data for task in tasks)], first)
     if engine.is_this_process:
         usable_device(settings.device)
     known = identities(points, settings.device)
     scoring = Scoring(model_path(base), settings)
-    files = UnitFiles(target, settings.max_size, verbose=engine.verbose, what="its images are counted")
+    files = UnitFiles(target, settings.max_size, what="its images are counted")
     with TemporaryDirectory(prefix="mergecli-sweep-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         merges = MergedPoints({point.name: point for point in points}, known, folder, settings.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mergecli.methods._depth import layer_of
-from mergecli.runtime.errors import UsageError, did_you_mean
+from mergecli.runtime.errors import UsageError, did_you_mean, quoted
 from mergecli.storage.checkpoint import VISION, Checkpoint
 
 
@@ -26,7 +26,10 @@ def chosen_layers(reference: Checkpoint, modules: Sequence[str]) -> dict[str, st
     for wanted in modules:
         if not any(is_end(wanted, module) for module in linear.values()):
             known = {module.rpartition(".")[2] for module in linear.values()}
-            raise UsageError(f"{reference.path}: has no linear layer `{wanted}`{did_you_mean(wanted, known)}")
+            raise UsageError(
+                f"{reference.path}: has no linear layer `{wanted}`{did_you_mean(wanted, known)}",
+                f"its linear layers are {quoted(sorted(known))}",
+            )
     return {name: module for name, module in linear.items() if any(is_end(each, module) for each in modules)}
 
 

@@ -13,7 +13,7 @@ from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, lis
 from mergecli.storage.atomic import check_target
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import inputs_of
-from mergecli.storage.safetensors_format import PICKLE_HINT
+from mergecli.storage.safetensors_format import pickle_hint
 from mergecli.storage.sources import HUBS, Source
 
 PLAIN = "adapter_model.safetensors"
@@ -71,7 +71,9 @@ def open_adapter(path: Path) -> Adapter:
     is_linearized = (folder / LINEARIZED).exists()
     if not is_linearized and not (folder / PLAIN).exists():
         if list(folder.glob("*.bin")):
-            raise InputError(f"{folder}: has only pickled weights, which is not opened as it is", PICKLE_HINT)
+            raise InputError(
+                f"{folder}: has only pickled weights, which is not opened as it is", pickle_hint(folder)
+            )
         raise InputError(f"{folder}: has no `{PLAIN}`")
     stored = open_checkpoint(folder / (LINEARIZED if is_linearized else PLAIN))
     modules: dict[str, dict[str, str]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,8 +12,16 @@ from pathlib import Path
 from mergecli.formats.convert import convert_once, converted_path
 from mergecli.hub.download import CommitKey, commit_key, damaged, download_all
 from mergecli.hub.locks import check_locks, write_locks
+from mergecli.hub.missing_checksums import add_missing_checksums
 from mergecli.hub.requirements import KINDS, Requests, gather, named, on_platform, platform_of
-from mergecli.hub.resolve import Resolved, resolve, resolve_locked, resolve_offline
+from mergecli.hub.resolve import (
+    NOT_FETCHED,
+    NotInStoreError,
+    Resolved,
+    resolve,
+    resolve_locked,
+    resolve_offline,
+)
 from mergecli.hub.retry import RetryPolicy
 from mergecli.hub.session import Session
 from mergecli.hub.store import check_names, write_reference
@@ -31,9 +40,9 @@ class Download:
     """A file that was not in the store, and that this process brought there."""
 
     source: str
-    path: str
-    """Inside its repository."""
-    size: int
+    path: str | None
+    """Inside its repository; None where only the hub knows which files there are."""
+    size: int | None
     """Bytes."""
     host: str
     """Where it comes from."""
@@ -84,8 +93,9 @@ def fetch(
         only: `models`, `data` or both.
         locked: fetch exactly the commits and files of the recipes' locks.
         offline: open no socket; also if the environment has `HF_HUB_OFFLINE=1`.
-        verify: only read every file again, and compare it with the lock or else with the store's own record.
-        dry_run: only find out what would be fetched; nothing is written.
+        verify: only read every file again, and compare it with the lock or else with the store's own record. Weights that
+            were fetched before the store had checksums get them, here and whenever they are fetched again.
+        dry_run: only find out what would be fetched; nothing is written. With `offline` too, what recipes and locks say of it.
         platform: `hf` or `ms`: where `hf:` sources are looked for.
         jobs: files at a time.
         allow_pickle: fetch and convert pickled weights where there are no others.
@@ -109,8 +119,11 @@ def fetch(
     local = _local_checkpoints(requests, session)
     resolved, failures = _resolve_all(requests, session, how)
     if verify:
-        _refuse_damage(resolved, failures, store)
+        _refuse_damage(resolved, failures, store, given)
     files = _missing_files(resolved, session)
+    unknown: list[Download] = []
+    if how.dry_run:
+        unknown = _unknown_files(requests, failures, session, how)
     if how.downloads:
         outcome = download_all(list(resolved.values()), session)
         failures |= outcome.failures
@@ -118,8 +131,11 @@ def fetch(
         for key, each in resolved.items():
             if key not in failures and not each.locked:
                 write_reference(store, each.source, each.commit)
-    _raise_failures(failures, requests, how)
-    done = Fetched(_paths(requests, resolved, local, store, how), tuple(files.values()))
+    if how.downloads or verify:
+        whole = {key: each for key, each in resolved.items() if key not in failures}
+        failures |= add_missing_checksums(whole, session)
+    _raise_failures(failures, requests, how, given)
+    done = Fetched(_paths(requests, resolved, local, store, how), (*files.values(), *unknown))
     if not how.writes_locks:
         return done
     try:
@@ -210,7 +226,10 @@ def _resolve_all(requests: Requests, session: Session, how: _How) -> tuple[dict[
         else:
             raise result
         session.report("asking what there is", count, len(keys))
-    return {key: results[key] for key in keys if key in results}, failures
+    return (
+        {key: results[key] for key in keys if key in results},
+        {key: failures[key] for key in keys if key in failures},
+    )
 
 
 def _resolve(requests: Requests, key: Key, session: Session, how: _How) -> Resolved:
@@ -223,16 +242,53 @@ def _resolve(requests: Requests, key: Key, session: Session, how: _How) -> Resol
         return resolve(requirement, source, session)
     if locked and not how.locked and how.platform and locked.origin.kind != source.kind:
         locked = None  # what the lock has comes from another platform than the one asked for
-    return resolve_offline(requirement, source, locked, session.store, whole=not how.verify)
+    return resolve_offline(requirement, source, locked, session.store, whole=not (how.verify or how.dry_run))
 
 
-def _refuse_damage(resolved: Mapping[Key, Resolved], failures: Failures, store: Store) -> None:
-    lines = [*(each.message for each in failures.values()), *damaged(list(resolved.values()), store)]
-    if lines:
+def _refuse_damage(
+    resolved: Mapping[Key, Resolved], failures: Failures, store: Store, given: Sequence[str | Path | Recipe]
+) -> None:
+    """Raises InputError with what was not fetched, or is not as it was fetched."""
+    command = _command(given)
+    absent = [each.message for each in failures.values()]
+    lines = damaged(list(resolved.values()), store)
+    if absent and not resolved:
+        names = ", ".join(_written(each) for each in given)
         raise InputError(
-            f"{len(lines)} of the files that were fetched are not as they were:\n{listed(lines, 50)}",
-            "delete what is damaged and fetch again",
+            f"{names}: nothing has been fetched, so there is nothing to verify", f"run {command}"
         )
+    parts: list[str] = []
+    if absent:
+        parts.append(
+            f"{len(absent)} of {len(absent) + len(resolved)} sources cannot be verified:\n{listed(absent, 50)}"
+        )
+    if lines:
+        what = "file is" if len(lines) == 1 else "files are"
+        parts.append(f"{len(lines)} {what} not as fetched:\n{listed(lines, 50)}")
+    if parts:
+        raise InputError(
+            "\n".join(parts), f"delete what is damaged, then run {command}" if lines else f"run {command}"
+        )
+
+
+def _command(given: Sequence[str | Path | Recipe]) -> str:
+    """The command that fetches what was given."""
+    return f"`mergecli fetch {shlex.join(map(_written, given))}`"
+
+
+def _written(given: str | Path | Recipe) -> str:
+    return str((given.path or "RECIPE") if isinstance(given, Recipe) else given)
+
+
+def _unknown_files(requests: Requests, failures: Failures, session: Session, how: _How) -> list[Download]:
+    """Takes those sources out of the failures that are not in the store: what would be fetched of them the hub knows."""
+    absent = [key for key, error in failures.items() if isinstance(error, NotInStoreError)]
+    found: list[Download] = []
+    for key in absent:
+        del failures[key]
+        source = requests.requirements[key].source
+        found.append(Download(named(source), None, None, session.hub(on_platform(source, how.platform)).host))
+    return found
 
 
 def _missing_files(
@@ -247,7 +303,9 @@ def _missing_files(
     return files
 
 
-def _raise_failures(failures: Failures, requests: Requests, how: _How) -> None:
+def _raise_failures(
+    failures: Failures, requests: Requests, how: _How, given: Sequence[str | Path | Recipe]
+) -> None:
     """Raises what went wrong, if anything did: a line for each reason, whatever kinds of error they are."""
     if not failures:
         return
@@ -264,7 +322,15 @@ def _raise_failures(failures: Failures, requests: Requests, how: _How) -> None:
     )
     hints = "; ".join(list(dict.fromkeys(error.hint for error in errors if error.hint))[:2])
     if kind is HubError and not how.asks_hubs:
-        hints = "run `mergecli fetch` where there is a network, without `--offline` and HF_HUB_OFFLINE"
+        hints = f"run {_command(given)} where there is a network, without `--offline` and HF_HUB_OFFLINE"
+    elif kind is HubError and how.dry_run:
+        hints = "; ".join([hints, "`--offline` shows what the recipe and its lock say"]).removeprefix("; ")
+    if len(reasons) == 1 and len(failures) > 4:
+        ((reason, names),) = reasons.items()
+        what = "have not been fetched" if reason == NOT_FETCHED else f"failed: {reason}"
+        raise kind(
+            f"{len(names)} of {len(requests.requirements)} sources {what}:\n{listed(names, 50)}", hints
+        )
     if len(lines) == 1:
         raise kind(lines[0], hints)
     raise kind(f"{len(failures)} of {len(requests.requirements)} sources failed:\n{listed(lines, 50)}", hints)
@@ -287,5 +353,6 @@ def _paths(
         if not (how.dry_run or path.exists()):
             name = named(requests.requirements[key].source)
             raise InputError(f"{name}: there is no {path}", "fetch again without `--locked` and `--offline`")
-    every = [paths[each.key] for request in requests.each for each in request.requirements]
+    keys = [each.key for request in requests.each for each in request.requirements]
+    every = [paths[key] for key in keys if key in paths]  # without what only the hub knows, in a dry run
     return tuple(dict.fromkeys(every))

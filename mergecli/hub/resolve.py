@@ -83,6 +83,13 @@ class Resolved:
         return self.folder(store) / inside if inside else self.folder(store)
 
 
+NOT_FETCHED = "has not been fetched"
+
+
+class NotInStoreError(HubError):
+    """A source, or some of its files, that would have to be fetched."""
+
+
 def resolve(requirement: Requirement, source: Source, session: Session) -> Resolved:
     """The requirement as the hub has it now.
 
@@ -141,7 +148,7 @@ def resolve_offline(
     """The requirement as the store has it: at the lock's commit, else at the one that the revision was when fetched.
 
     Raises:
-        HubError: the store has no such commit, or not all files though it should be `whole`.
+        NotInStoreError: the store has no such commit, or not all files though it should be `whole`.
     """
     name = named(requirement.source)
     found = resolve_locked(requirement, locked, store) if locked else _in_store(requirement, source, store)
@@ -149,9 +156,9 @@ def resolve_offline(
         missing = (
             f"`{found.missing[0].path}`" if found.folder(store).is_dir() else f"commit {found.commit[:12]}"
         )
-        raise HubError(f"{name}: the store lacks {missing}")
+        raise NotInStoreError(f"{name}: the store lacks {missing}")
     if whole and not found.is_converted(store):
-        raise HubError(f"{name}: the store lacks `{found.converted}`, made from `{found.pickled}`")
+        raise NotInStoreError(f"{name}: the store lacks `{found.converted}`, made from `{found.pickled}`")
     return found
 
 
@@ -159,7 +166,7 @@ def _in_store(requirement: Requirement, source: Source, store: Store) -> Resolve
     """The requirement at the commit that the revision was when it was fetched."""
     commit = store.reference(source)
     if commit is None or not (folder := store.folder(source, commit)).is_dir():
-        raise HubError(f"{named(requirement.source)}: is not in the store")
+        raise NotInStoreError(f"{named(requirement.source)}: {NOT_FETCHED}")
     manifest = store.manifest(source, commit)
     if not manifest.files:  # put there by hand: whatever is there is taken
         return Resolved(requirement, source, commit, (), (), manifest)
@@ -169,7 +176,7 @@ def _in_store(requirement: Requirement, source: Source, store: Store) -> Resolve
 
     def read(file: RemoteFile) -> bytes:
         if store.missing(source, commit, [file]):
-            raise HubError(f"{named(requirement.source)}: the store lacks `{file.path}`")
+            raise NotInStoreError(f"{named(requirement.source)}: the store lacks `{file.path}`")
         return (folder / file.path).read_bytes()
 
     files = _chosen(requirement, source, listing, True, read)

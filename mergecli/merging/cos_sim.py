@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mergecli.formats.mixture import mixture_of
 from mergecli.formats.opening import open_source
+from mergecli.hub.fetched import expect_all
 from mergecli.merging.models import open_models
 from mergecli.methods._base import Group, total
 from mergecli.methods._depth import depths, layer_of
@@ -90,6 +91,7 @@ def cos_sim(
         from mergecli.results.plots import require_matplotlib
 
         require_matplotlib(Path(plot))
+    expect_all([recipe.base, *recipe.tuned.values()], recipe)
     recipe = replace(recipe, tuned=_towers(recipe))
     with ExitStack() as stack:
         models = open_models(recipe, stack, needs="deltas")

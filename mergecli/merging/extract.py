@@ -19,7 +19,7 @@ from mergecli.methods._base import Group, Unit
 from mergecli.methods._svd import decompose
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
-from mergecli.runtime.errors import UsageError
+from mergecli.runtime.errors import UsageError, did_you_mean
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import expect_finite, refuse_inputs, whole_folder
 from mergecli.storage.checkpoint import Checkpoint
@@ -89,7 +89,9 @@ def extract(
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"energy: expected a number in (0, 1], got {energy}")
     if dtype not in DTYPES[1:]:
-        raise UsageError(f"dtype: expected one of {', '.join(DTYPES[1:])}, got `{dtype}`")
+        raise UsageError(
+            f"dtype: expected one of {', '.join(DTYPES[1:])}, got `{dtype}`{did_you_mean(dtype, DTYPES)}"
+        )
     target = Path(output)
     check_adapter_folder(target)
     recipe = recipe_of({_NAME: str(source)}, base=base)

@@ -22,6 +22,7 @@ from mergecli.merging.learning.learn import learn
 from mergecli.merging.merge_target import MergeTarget, cast
 from mergecli.merging.models import ModelPasses, Models, open_models
 from mergecli.methods._base import Group, Method, TwoPass
+from mergecli.methods._calibrated import Calibrated
 from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
@@ -31,6 +32,7 @@ from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import made_again
 from mergecli.storage.metadata import inputs_of
+from mergecli.storage.scratch import Scratch
 from mergecli.storage.sizes import parse_size
 
 
@@ -45,6 +47,8 @@ class Merged:
     parameters: int
     inputs: Mapping[str, str]
     """Input -> digest of its content."""
+    digest: str = ""
+    """Of the content, as `info` shows it; empty in processes that write nothing."""
     warnings: tuple[str, ...] = ()
 
 
@@ -160,10 +164,11 @@ def _stream(
     targets = [each.target for each in learned]
     if not is_first():  # the first of several processes writes
         return tuple(_merged(models, each, {}) for each in targets)
-    passes = ModelPasses(models, max(each.method.unit for each in targets), progress)
-    surveys = _surveys([each.method for each in targets], passes)
-    known = [each.value if found is None else found for each, found in zip(learned, surveys, strict=True)]
+    unit, fused = max(each.method.unit for each in targets), any(each.method.fuses for each in targets)
+    passes = ModelPasses(models, unit, progress, fused)
     with ExitStack() as stack:
+        folder = next(each for each in targets[0].path.absolute().parents if each.is_dir())
+        known = _surveys(learned, replace(passes, scratch=Scratch(folder, stack)))
         writers = [
             each.target.open(models, size, stack, [*models.read, *each.files], each.about) for each in learned
         ]
@@ -172,8 +177,9 @@ def _stream(
         def work(start: int, group: Group) -> None:
             for number, target in enumerate(targets):
                 own = group.copy() if number + 1 < len(targets) else group
-                for key, result in outcomes(target.method, own, known[number]).items():
-                    writers[number].write(key, cast(result, dtypes[number][key], key), start)
+                for each in [own] if target.method.fuses else own.apart():
+                    for key, result in outcomes(target.method, each, known[number]).items():
+                        writers[number].write(key, cast(result, dtypes[number][key], key), start)
 
         for _ in passes.run("merging", work):
             pass
@@ -187,13 +193,13 @@ def _stream(
             writer.describe(each.target.metadata(inputs, each.about))
             done = _merged(models, each.target, inputs)
             merged.append(replace(done, warnings=(*done.warnings, *_foreign_files(each, inputs))))
-    return tuple(merged)
+    return tuple(replace(done, digest=writer.digest) for done, writer in zip(merged, writers, strict=True))
 
 
 def _merged(models: Models, target: MergeTarget, inputs: Mapping[str, str]) -> Merged:
     return Merged(
         target.path, str(target.recipe.method), tuple(models.tuned), len(models.reference.entries),
-        models.reference.parameters, inputs, tuple(_foreign_vectors(models, inputs)) if inputs else (),
+        models.reference.parameters, inputs, warnings=tuple(_foreign_vectors(models, inputs)) if inputs else (),
     )  # fmt: skip
 
 
@@ -207,14 +213,24 @@ def _key(method: Method) -> str:
     return f"{methods.name_of(method)} {methods.table_of(method, without=method.merge_time)}"
 
 
-def _surveys(several: Sequence[Method], passes: ModelPasses) -> list[Any]:
-    """The survey of each method, None if it has none; methods that differ only in merge-time settings share one."""
+def _surveys(several: Sequence[Learned], passes: ModelPasses) -> list[Any]:
+    """What each method needs to know before it merges: what it learned and surveyed, None where it needs nothing.
+
+    Methods that differ only in merge-time settings share one survey.
+    """
     found: dict[str, Any] = {}
     results: list[Any] = []
-    for method in several:
+    for each in several:
+        method = each.target.method
         key = _key(method)
         if key not in found:
-            found[key] = method.survey(passes) if isinstance(method, TwoPass) else None
+            own = replace(passes, fused=method.fuses)
+            if isinstance(method, TwoPass):
+                found[key] = method.survey(own)
+            elif isinstance(method, Calibrated):
+                found[key] = method.survey_with(own, each.value)
+            else:
+                found[key] = each.value
         results.append(found[key])
     return results
 

@@ -69,12 +69,14 @@ def parse_axis(text: str) -> Axis:
     """
     key, equals, written = (part.strip() for part in text.partition("="))
     if not equals or not written or not (key.startswith("method.") and len(key) > len("method.")):
+        is_setting = equals and written and key and "." not in key
         raise UsageError(
             f"sweep `{text}`: expected `method.SETTING=FIRST:LAST:STEP` or `method.SETTING=VALUE,VALUE,...`"
+            + (f" (did you mean `method.{text}`?)" if is_setting else "")
         )
     try:
         values = (
-            _range(written, text) if written.count(":") == 2 else tuple(map(parse_value, _split(written)))
+            _range(written, text) if _RANGE.fullmatch(written) else tuple(map(parse_value, _split(written)))
         )
     except ValueError as error:
         raise UsageError(f"sweep `{text}`: {error}") from error
@@ -130,7 +132,10 @@ def merge_sweep(
     """Writes one checkpoint a point into the folder `output`, each called after its point."""
     target = Path(output)
     if target.suffix == ".safetensors":
-        raise UsageError(f"{target}: a sweep writes several files, so the output is a folder")
+        raise UsageError(
+            f"{target}: a sweep writes several files, so the output is a folder",
+            f"write `-o {target.with_suffix('')}/`",
+        )
     check_target(target, folder=True)
     warn_of_others(target, {path.name for path in point_files(points, target)})
     return merge_batch(
@@ -202,16 +207,22 @@ def _looked_at(recipe: Recipe, method: DataDriven) -> list[object]:
     return [images, rest, files]
 
 
+_RANGE = re.compile(r"\s*[-+]?[.\d][^:,]*(:[^:,]*){1,2}")
+"""What is meant as `FIRST:LAST:STEP`, also without its step."""
+
+
 def _range(written: str, text: str) -> tuple[Any, ...]:
     """The numbers from first to last; decimal, so that 0.1:0.3:0.1 ends with 0.3."""
+    wrong = f"sweep `{text}`: expected `FIRST:LAST:STEP`, such as 0.1:1.0:0.1"
     try:
         first, last, step = (Decimal(part.strip()) for part in written.split(":"))
         count = int((last - first) / step) if step else -1
-    except (InvalidOperation, ValueError, OverflowError):
-        count = -1
-        first = step = Decimal(0)
-    if not 0 <= count < MOST:
-        raise UsageError(f"sweep `{text}`: expected `FIRST:LAST:STEP`, such as 0.1:1.0:0.1")
+    except (InvalidOperation, ValueError, OverflowError) as error:
+        raise UsageError(wrong) from error
+    if count < 0 or (last - first) * step < 0:
+        raise UsageError(f"{wrong}: no steps of {step} lead from {first} to {last}")
+    if count >= MOST:
+        raise UsageError(f"sweep `{text}`: has {count + 1:,} values, of which at most {MOST:,} are allowed")
     values = [first + number * step for number in range(count + 1)]
     whole = all(value == value.to_integral_value() for value in (first, step)) and "." not in written
     return tuple(int(value) if whole else float(value) for value in values)

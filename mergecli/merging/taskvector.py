@@ -10,7 +10,7 @@ from pathlib import Path
 from mergecli.merging.models import Models, open_models
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
-from mergecli.runtime.errors import InputError, UsageError
+from mergecli.runtime.errors import InputError, UsageError, did_you_mean
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_space, check_target, check_targets, refuse_inputs, warn_of_others
 from mergecli.storage.checkpoint import TASK_VECTOR
@@ -36,12 +36,17 @@ def taskvector(
         dtype: of the differences; float32 keeps them exact, float16 and bfloat16 halve the file.
     """
     if dtype not in DTYPES[1:]:
-        raise UsageError(f"dtype: expected one of {', '.join(DTYPES[1:])}, got `{dtype}`")
+        raise UsageError(
+            f"dtype: expected one of {', '.join(DTYPES[1:])}, got `{dtype}`{did_you_mean(dtype, DTYPES)}"
+        )
     target = Path(output)
     if isinstance(tuned, Recipe) or Path(tuned).suffix == ".toml":
         recipe = recipe_of(tuned, base=base, changes=changes)
         if target.suffix == ".safetensors":
-            raise UsageError(f"{target}: a recipe has several models, so the output is a folder")
+            raise UsageError(
+                f"{target}: a recipe has several models, so the output is a folder",
+                f"write `-o {target.with_suffix('')}/`",
+            )
         check_target(target, folder=True)
         targets = {name: target / f"{name}.safetensors" for name in recipe.tuned}
         check_targets([(path, ()) for path in targets.values()], {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 from mergecli.methods._base import DataDriven, Method, PerTensor, TwoPass
 from mergecli.methods._mixture import Mixture
 from mergecli.methods._modifier import Modifier
-from mergecli.methods._settings import Setting, setting_problems, settings_of, settled
-from mergecli.runtime.errors import UsageError, did_you_mean
+from mergecli.methods._settings import Setting, meant_setting, setting_problems, settings_of, settled
+from mergecli.runtime.errors import UsageError, nearest
 
 __all__ = [
-    "DataDriven", "Method", "Modifier", "PerTensor", "Setting", "SettingsError", "TwoPass", "create", "find", "key_prefixes", "name_of",
-    "names", "settings", "table_of",
+    "DataDriven", "Method", "Modifier", "PerTensor", "Setting", "SettingsError", "TwoPass", "create", "find", "key_prefixes", "meant_setting",
+    "name_of", "names", "settings", "table_of",
 ]  # fmt: skip
 
 
@@ -35,9 +36,7 @@ def find(name: str) -> type[Method]:
         UsageError: there is none, the message suggests the nearest; or its file is not complete.
     """
     if name not in names():
-        raise UsageError(
-            f"unknown method `{name}`{did_you_mean(name, names())}", "`mergecli methods` lists them"
-        )
+        raise UsageError(f"unknown method `{name}`{_meant(name)}", "`mergecli methods` lists them")
     module = importlib.import_module(f"mergecli.methods.{name}")
     own = [
         each
@@ -50,6 +49,25 @@ def find(name: str) -> type[Method]:
     if lacking := [f"`{each}`" for each in ("title", "paper") if not hasattr(own[0], each)]:
         raise UsageError(f"{file}: `{own[0].__name__}` lacks {' and '.join(lacking)}")
     return own[0]
+
+
+def _meant(name: str) -> str:
+    """` (did you mean `x`?)` for the method that papers or other tools call so, or of nearest name; or an empty string."""
+    kinds = {each: find(each) for each in names()}
+    known = {each: f"`{each}`" for each in kinds}
+    for each, kind in kinds.items():
+        for other, setting in kind.also_called.items():
+            known[other] = f"`{each}` with `method.{setting}`" if setting else known[each]
+    plain = "_".join(re.findall(r"[a-z0-9]+", name.lower().replace("+", " plus"))).removesuffix("_merging")
+    pairs = {  # mergekit and FusionBench have a name for each pair, such as `dare_ties`
+        pair: f"`{modifier}` with `method.of={each}`"
+        for modifier, kind in kinds.items()
+        for each in kinds
+        for pair in (f"{modifier}_{each}", f"{each}_{modifier}")
+        if issubclass(kind, Modifier)
+    }
+    found = known.get(plain) or pairs.get(plain) or known.get(nearest(plain, known))
+    return f" (did you mean {found}?)" if found else ""
 
 
 @functools.cache
@@ -67,8 +85,8 @@ def settings(name: str) -> Mapping[str, Setting]:
 class SettingsError(UsageError):
     """A method cannot be as it was asked for: its name, or some of its settings."""
 
-    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
-        super().__init__("\n".join(f"`method.{key}`: {what}" for key, what in problems))
+    def __init__(self, problems: Sequence[tuple[str, str]], hint: str = "") -> None:
+        super().__init__("\n".join(f"`method.{key}`: {what}" for key, what in problems), hint)
         self.problems = tuple(problems)
         """(setting or `name`, what is wrong) for everything that is."""
 
@@ -85,18 +103,21 @@ def create(name: str, values: Mapping[str, Any], tasks: tuple[str, ...] | None =
     try:
         method = find(name)
     except UsageError as error:
-        raise SettingsError([("name", error.message)]) from error
+        raise SettingsError([("name", error.message)], error.hint) from error
     wrong = setting_problems(method, values)
+    missing = [key for key, what in wrong if what.startswith("is missing")]
+    hint = f"give it with `--set method.{missing[0]}=...`" if missing else ""
     inner: dict[str, Method] = {}
     for key, table in _inner(method, values).items():
         try:
             inner[key] = _changeable(table.pop("name"), table, tasks)
         except SettingsError as error:
             wrong += [(f"{key}.{each}", what) for each, what in error.problems]
+            hint = hint or error.hint
     if not wrong and tasks is not None:
-        wrong = method.check(tasks, dict(values))
+        wrong = method.check(tasks, {**values, **_inner(method, values)})
     if wrong:
-        raise SettingsError(wrong)
+        raise SettingsError(wrong, hint)
     known = settings_of(method)
     return method(**{key: settled(value, known[key].kind) for key, value in values.items()} | inner)
 
@@ -132,14 +153,14 @@ def table_of(method: Method, without: Collection[str] = ()) -> dict[str, Any]:
 
 
 def _inner(method: type[Method], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Setting -> table, for each setting that is given as the table of another method."""
-    tables = {
-        key: values[key]
+    """Setting -> table, for each setting that is given as the table of another method, or as its name alone."""
+    given = {
+        key: {"name": values[key]} if isinstance(values[key], str) else values[key]
         for key, setting in settings_of(method).items()
         if setting.is_method and key in values
     }
     return {
         key: dict(table)
-        for key, table in tables.items()
+        for key, table in given.items()
         if isinstance(table, Mapping) and isinstance(table.get("name"), str)
     }

@@ -5,10 +5,12 @@ Letters in shapes: T tasks, n entries of a block, `...` the tensor's own shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+
+from mergecli.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
@@ -43,10 +45,13 @@ class Group:
         names: tuple[str, ...],
         seed: int = 0,
         start: int = 0,
+        members: tuple[str, ...] = (),
     ) -> None:
         self.name = name
         self.names = names
         """The tasks, in order."""
+        self.members = members
+        """The tensors that are stacked here along the first dimension, equal in shape; none where it is one tensor."""
         self._base = base
         self._rows = rows
         self._are_deltas = are_deltas
@@ -97,7 +102,26 @@ class Group:
     def copy(self) -> Group:
         """The same group with tensors of its own."""
         base, rows = None if self._base is None else self._base.clone(), self._rows.clone()
-        return Group(self.name, base, rows, self._are_deltas, self.names, self._seed, self._start)
+        return self._of(self.name, base, rows, self._start, self.members)
+
+    def apart(self) -> list[Group]:
+        """The stacked tensors, each as a group of its own that shares this one's memory; itself if it is one tensor."""
+        if not self.members:
+            return [self]
+        bases = [None] * len(self.members) if self._base is None else self._base.chunk(len(self.members))
+        rows = self._rows.chunk(len(self.members), dim=1)
+        return [self._of(*each, 0, ()) for each in zip(self.members, bases, rows, strict=True)]
+
+    def named(self, merged: Tensor) -> dict[str, Tensor]:
+        """Tensor's name -> its part of a (...) result."""
+        if not self.members:
+            return {self.name: merged}
+        return dict(zip(self.members, merged.chunk(len(self.members)), strict=True))
+
+    def _of(
+        self, name: str, base: Tensor | None, rows: Tensor, start: int, members: tuple[str, ...]
+    ) -> Group:
+        return Group(name, base, rows, self._are_deltas, self.names, self._seed, start, members)
 
     def uniform(self, task: int) -> Tensor:
         """(...) random numbers in [0, 1) for one task's entries.
@@ -129,6 +153,18 @@ def uniform(seed: int, name: str, label: str, start: int, stop: int) -> Tensor:
     return drawn[start - first * RUN : stop - first * RUN]
 
 
+class Shelf(Protocol):
+    """Merged tensors that a survey keeps for the merge, on disk beside the output; gone when the merge ends."""
+
+    def put(self, name: str, value: Tensor, /) -> None:
+        """Keeps a float32 tensor."""
+        ...
+
+    def get(self, name: str, /) -> Tensor:
+        """(n,) its entries, flat; they belong to whoever asked."""
+        ...
+
+
 class Groups(Protocol):
     """One pass over all tensors of all models; each call reads the files once."""
 
@@ -146,6 +182,10 @@ class Groups(Protocol):
 
         `look` may overwrite the group's tensors, and returns none of them.
         """
+        ...
+
+    def shelf(self) -> Shelf:
+        """A new, empty one."""
         ...
 
 
@@ -171,6 +211,8 @@ class Method:
     """The method's row in the published tables; `{setting}` stands for what a setting says, capitalized."""
     merge_time: ClassVar[frozenset[str]] = frozenset({"scaling_factor"})
     """Settings that only `merge` reads: methods that differ in nothing else share one survey, or what was learned."""
+    also_called: ClassVar[Mapping[str, str]] = {}
+    """Name in papers or other tools -> the setting, `key=value`, that gives that version; empty where the defaults do."""
     not_recorded: ClassVar[frozenset[str]] = frozenset()
     """Settings that no number depends on; results do not record them."""
 
@@ -178,6 +220,12 @@ class Method:
     def unit(self) -> Unit:
         """What the method must be given together: it may get blocks of entries or of rows in place of the tensor."""
         return Unit.ENTRY if self.elementwise else Unit.TENSOR
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the weights of queries, keys and values of a layer are merged as one matrix, stacked in that order, as
+        open_clip keeps them."""
+        return False
 
     @property
     def reads(self) -> int:
@@ -233,11 +281,29 @@ class DataDriven(Method):
 
 
 def merge_group(method: Method, group: Group, surveyed: Any) -> Tensor:
-    """(...) the merged weights of one group by a method of any kind."""
+    """(...) the merged weights of one group by a method of any kind.
+
+    Raises:
+        UsageError: they do not have the group's shape.
+    """
     if isinstance(method, TwoPass | DataDriven):
-        return method.merge(group, surveyed)
-    assert isinstance(method, PerTensor)
-    return method.merge(group)
+        result = method.merge(group, surveyed)
+    else:
+        assert isinstance(method, PerTensor)
+        result = method.merge(group)
+    expect_shape(method, "merge", group.name, result, group.shape)
+    return result
+
+
+def expect_shape(method: Method, function: str, name: str, result: Any, shape: Sequence[int]) -> None:
+    """Raises UsageError unless what a method's function gave for a tensor has the shape that it must have."""
+    found = getattr(result, "shape", None)
+    if found != tuple(shape):
+        got = "nothing" if result is None else f"a {type(result).__name__}" if found is None else tuple(found)
+        raise UsageError(
+            f"{type(method).__module__.replace('.', '/')}.py: `{function}` of `{name}`: "
+            f"expected a tensor of shape {tuple(shape)}, got {got}"
+        )
 
 
 def total(rows: Tensor) -> Tensor:

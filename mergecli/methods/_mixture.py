@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
-from mergecli.methods._base import Group, Method, merge_group
+from mergecli.methods._base import Group, Method, expect_shape, merge_group
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -130,10 +130,17 @@ class Routed(Mixture):
 
 
 def outcomes(method: Method, group: Group, learned: Any) -> dict[str, Tensor]:
-    """Key -> tensor that a method of any kind makes of one group."""
+    """Key -> tensor that a method of any kind makes of one group.
+
+    Raises:
+        UsageError: one has another shape than the method says.
+    """
     if isinstance(method, Mixture) and method.is_mixture:
-        return method.expand(group, learned)
-    return {group.name: merge_group(method, group, learned)}
+        found = method.expand(group, learned)
+        for key, part in method.parts(group.name, tuple(group.shape), group.tasks).items():
+            expect_shape(method, "expand", key, found.get(key), part.shape)
+        return found
+    return group.named(merge_group(method, group, learned))
 
 
 def extra_values(method: Method, learned: Any) -> dict[str, Tensor]:

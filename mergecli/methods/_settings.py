@@ -7,12 +7,13 @@ import dataclasses
 import functools
 import inspect
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from mergecli.methods._base import Method
-from mergecli.runtime.errors import did_you_mean, toml_text
+from mergecli.runtime.errors import nearest, toml_text
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,29 @@ def settings_of(method: type) -> Mapping[str, Setting]:
     return result
 
 
+_OTHER_WORDS = {
+    "alpha": "scaling_factor", "coefficient": "scaling_factor", "scale": "scaling_factor", "scaling_coef": "scaling_factor",
+    "dropout": "drop_rate", "epsilon": "window", "k": "density", "keep": "density", "top_k": "density", "threshold": "density",
+    "lr": "learning_rate", "max_steps": "steps", "iterations": "steps", "merge_func": "aggregate", "method": "of",
+    "num_examples": "examples", "samples": "examples", "temp": "temperature", "weight": "weights",
+}  # fmt: skip
+"""What other tools call settings."""
+
+
+def meant_setting(name: str, known: Mapping[str, Setting]) -> str:
+    """The setting that a paper's letter or another tool's word stands for, or of nearest name; an empty string if none is."""
+    letter = (each.name for each in known.values() if re.match(rf"{re.escape(name)}\b", each.documentation))
+    word = _OTHER_WORDS.get(name.lower().replace("-", "_"), "")
+    return next(letter, "") or (word if word in known else nearest(name, known))
+
+
 def setting_problems(method: type, values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(setting, what is wrong) for unknown, missing and ill-valued settings."""
     known = settings_of(method)
     problems = [
         (
             name,
-            f"unknown setting{did_you_mean(name, known)}; there are {', '.join(f'`{each}`' for each in known)}",
+            f"unknown setting{_did_you_mean(name, known)}; there are {', '.join(f'`{each}`' for each in known)}",
         )
         if known
         else (name, "unknown setting; this method has none")
@@ -105,6 +122,11 @@ def setting_problems(method: type, values: Mapping[str, Any]) -> list[tuple[str,
         elif setting.required:
             problems.append((name, f"is missing: expected {setting.expected}"))
     return problems
+
+
+def _did_you_mean(name: str, known: Mapping[str, Setting]) -> str:
+    meant = meant_setting(name, known)
+    return f" (did you mean `{meant}`?)" if meant else ""
 
 
 def frozen(value: Any) -> Any:
@@ -137,9 +159,8 @@ def _fits(value: Any, kind: Any) -> bool:
     bare, limits = _parts(kind)
     origin = get_origin(bare)
     if bare is Method:
-        return isinstance(value, Method) or (
-            isinstance(value, Mapping) and isinstance(value.get("name"), str)
-        )
+        named = value.get("name") if isinstance(value, Mapping) else value
+        return isinstance(value, Method) or (isinstance(named, str) and bool(named))
     if origin is Literal:
         return isinstance(value, str) and value in get_args(bare)
     if origin is tuple:

@@ -31,6 +31,10 @@ class AdaMerging(Adapted):
     title: ClassVar[str] = "coefficients learned by making predictions on unlabeled images sure"
     published = "{granularity}-wise AdaMerging"
     paper: ClassVar[str] = "Yang et al., AdaMerging, ICLR 2024, arXiv 2310.02575, equations 4 to 6"
+    also_called: ClassVar[Mapping[str, str]] = {
+        "layer_wise_adamerging": "",
+        "task_wise_adamerging": "granularity=task",
+    }
 
     work: ClassVar[str] = (
         "steps of Adam on the coefficients, each a forward and a backward pass of every task's batch; in memory T + 3 towers "
@@ -81,7 +85,7 @@ class AdaMerging(Adapted):
         used = self._used(state)  # (T, P) or (T, 1)
         for name, own in columns(objective, used):
             combine(objective.deltas[name], own, objective.weights[name]).add_(objective.base[name])
-        losses, gradients = objective.entropies_and_gradients(number)
+        losses, gradients = objective.losses_and_gradients(number)
         gradient = coefficient_gradients(objective, gradients.items(), used.shape[1])
         if self.clamp:
             gradient *= (state["coefficients"] >= 0) & (state["coefficients"] <= 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,6 +22,7 @@ class Average(PerTensor):
     title: ClassVar[str] = "the mean of the fine-tuned weights"
     published = "Simple Averaging"
     paper: ClassVar[str] = "Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482"
+    also_called: ClassVar[Mapping[str, str]] = {"simple_average": "", "model_soup": "", "mean": ""}
     needs_base: ClassVar[bool] = False
 
     def merge(self, group: Group, /) -> Tensor:

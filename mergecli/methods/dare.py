@@ -27,6 +27,7 @@ class Dare(Modifier):
     paper: ClassVar[str] = (
         "Yu et al., Language models are super mario, ICML 2024, arXiv 2311.03099, section 3"
     )
+    also_called: ClassVar[Mapping[str, str]] = {"dare_linear": "", "drop_and_rescale": ""}
 
     of: Method = TaskArithmetic()  # noqa: RUF009
     """The method that merges the thinned task vectors; not one that drops entries at random itself."""
@@ -46,7 +47,8 @@ class Dare(Modifier):
             inner = table.get("of")
         return []
 
-    def before(self, group: Group, /) -> Group:
+    def before(self, group: Group, surveyed: Any, /) -> Group:
+        del surveyed
         if self.drop_rate == 0:
             return group
         scale = 1 / (1 - self.drop_rate) if self.rescale else 1.0

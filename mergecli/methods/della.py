@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -31,6 +32,7 @@ class Della(PerTensor):
         "entries dropped at random, small ones more often, a sign elected, the agreeing ones fused"
     )
     paper: ClassVar[str] = "Deep et al., DELLA-Merging, 2024, arXiv 2406.11617, section 3"
+    also_called: ClassVar[Mapping[str, str]] = {"della_linear": "elect=false", "magprune": "elect=false"}
     elementwise: ClassVar[bool] = False
 
     scaling_factor: Annotated[float, Range()] = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -34,6 +35,7 @@ class DogeTa(TwoPass):
         "task arithmetic on trimmed task vectors, with a shared correction found by descent"
     )
     paper: ClassVar[str] = "Wei et al., Adaptive projective gradient descent, ICML 2025, arXiv 2501.01230"
+    also_called: ClassVar[Mapping[str, str]] = {"doge": ""}
     work: ClassVar[str] = "`steps` products for each matrix"
     elementwise: ClassVar[bool] = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -38,6 +38,7 @@ class EfficientWeightEnsemblingMoe(WeightEnsembling):
     paper: ClassVar[str] = (
         "Shen et al., Efficient and effective weight-ensembling MoE, arXiv 2410.21804, section 4"
     )
+    also_called: ClassVar[Mapping[str, str]] = {"e_wemoe": "", "sparse_we_moe": ""}
 
     prefixes = (*WeightEnsembling.prefixes, "masks.")
     own_tower: ClassVar[str] = "that task's MLPs, pruned; the rest is shared by all tasks"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -37,6 +37,7 @@ class Fisher(Calibrated):
     title: ClassVar[str] = "the mean weighted by each model's Fisher information"
     published = "Fisher Merging"
     paper: ClassVar[str] = "Matena & Raffel, NeurIPS 2022, arXiv 2111.09832"
+    also_called: ClassVar[Mapping[str, str]] = {"clip_fisher": ""}
     needs_head: ClassVar[bool] = True
     merge_time: ClassVar[frozenset[str]] = Calibrated.merge_time | {"normalize", "minimal"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -39,6 +40,7 @@ class Karcher(PerTensor):
         "Karcher, Riemannian center of mass, CPAM 1977; for models: Goddard et al., MergeKit, EMNLP 2024, "
         "arXiv 2403.13257"
     )
+    also_called: ClassVar[Mapping[str, str]] = {"multislerp": ""}
     work: ClassVar[str] = "up to `steps` rounds over each tensor"
     needs_base: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False

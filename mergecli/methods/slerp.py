@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -30,6 +31,7 @@ class Slerp(PerTensor):
         "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985; for models: Goddard et al., MergeKit, "
         "EMNLP 2024, arXiv 2403.13257"
     )
+    also_called: ClassVar[Mapping[str, str]] = {"nuslerp": ""}
     needs_base: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -36,6 +36,7 @@ class Smile(Routed, PerTensor):
     prefixes = ("left.", "right.", "deltas.")
     title: ClassVar[str] = "the base's linear layers with low-rank experts, among which each token chooses"
     paper: ClassVar[str] = "Tang et al., SMILE, arXiv 2408.10174"
+    also_called: ClassVar[Mapping[str, str]] = {"smile_upscaling": ""}
     work: ClassVar[str] = "a singular value decomposition of each linear layer of each model"
 
     rank: Annotated[int, Range(1)] = 128

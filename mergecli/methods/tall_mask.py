@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -28,6 +29,7 @@ class TallMask(Conditioned, PerTensor):
     prefixes = ("summed.", "masks.")
     title: ClassVar[str] = "each task's model, cut out of the summed task vector by that task's mask"
     paper: ClassVar[str] = "Wang et al., Localizing task information, ICML 2024, arXiv 2405.07813, equation 5"
+    also_called: ClassVar[Mapping[str, str]] = {"talls_mask": ""}
 
     task: str | None = None
     """The one task whose model is wanted, by its name in `[tuned]`; all tasks' are if it is not given."""

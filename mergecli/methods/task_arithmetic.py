@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -19,6 +20,7 @@ class TaskArithmetic(PerTensor):
     title: ClassVar[str] = "the base plus the scaled sum of the task vectors"
     published = "Task Arithmetic"
     paper: ClassVar[str] = "Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089"
+    also_called: ClassVar[Mapping[str, str]] = {"ta": "", "task_vectors": ""}
 
     scaling_factor: Annotated[float, Range()] = 0.3
     """lambda; 0 gives the base back, 1 / T the average, a negative value forgets."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +28,7 @@ class TsvC(Conditioned, PerTensor):
     prefixes = ("left.", "right.", "deltas.")
     title: ClassVar[str] = "each task's matrices compressed to their leading singular vectors"
     paper: ClassVar[str] = "Gargiulo et al., Task singular vectors, CVPR 2025, arXiv 2412.00081"
+    also_called: ClassVar[Mapping[str, str]] = {"tsvc": ""}
     work: ClassVar[str] = "a singular value decomposition of each matrix of each model"
 
     rank_fraction: Fraction | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,3 +29,4 @@ class WeightEnsemblingMoe(WeightEnsembling):
     paper: ClassVar[str] = (
         "Tang et al., Weight-ensembling mixture of experts, ICML 2024, arXiv 2402.00433, section 3"
     )
+    also_called: ClassVar[Mapping[str, str]] = {"wemoe": "", "we_moe": ""}

@@ -16,6 +16,7 @@ from mergecli.recipe.schema import Recipe, recipe_in
 from mergecli.recipe.toml import Override, RecipeReader, parse_changes
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean
 from mergecli.storage.sources import Source, parse_source
+from mergecli.storage.store import nearest_path
 from mergecli.storage.table_reader import Problem
 
 
@@ -102,7 +103,7 @@ def _problems(recipe: Recipe) -> Iterator[Problem]:
         try:
             _ = recipe.built
         except methods.SettingsError as error:
-            yield from (Problem(f"method.{key}", what) for key, what in error.problems)
+            yield from (Problem(f"method.{key}", what, error.hint) for key, what in error.problems)
     for key, what in tasks.problems(recipe):
         yield Problem(key, what)
 
@@ -111,7 +112,10 @@ def _text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such recipe") from error
+        near = nearest_path(path, (".toml",))
+        raise InputError(
+            f"{path}: no such recipe" + (f" (did you mean `{near}`?)" if near else "")
+        ) from error
     except IsADirectoryError as error:
         raise UsageError(f"{path}: is a folder, a recipe (TOML) was expected") from error
     except UnicodeDecodeError as error:
@@ -142,7 +146,10 @@ def named_models(
 ) -> list[tuple[str, Source]]:
     """Name and source of each checkpoint that a call means: those it names, or else the recipe's models."""
     if checkpoints and only:
-        raise UsageError("`only` chooses among the recipe's models, and checkpoints were named too")
+        raise UsageError(
+            "--only: chooses among the recipe's models, and checkpoints were named too",
+            "leave out one of the two",
+        )
     leave_out = known.leave_out if known else ()
     if isinstance(checkpoints, Mapping):
         parsed = {name: parse_source(str(source), Path()) for name, source in checkpoints.items()}
@@ -155,7 +162,9 @@ def named_models(
     if known and known.base and with_base:
         models = {"base": known.base, **models}
     if not models:
-        raise UsageError("no checkpoint to evaluate", "name at least one file, folder or source, or a recipe")
+        raise UsageError(
+            "there is no checkpoint to evaluate", "name a file, folder or source, or a recipe with `--recipe`"
+        )
     for name in only:
         if name not in models:
             raise UsageError(f"the recipe has no model `{name}`{did_you_mean(name, models)}")

@@ -12,11 +12,13 @@ from mergecli import methods
 from mergecli.data.tasks import TaskTable
 from mergecli.methods import Method
 from mergecli.recipe.toml import RecipeReader
-from mergecli.runtime.errors import UsageError, toml_text
+from mergecli.runtime.errors import UsageError, nearest, quoted, toml_text
 from mergecli.storage.sources import Source
 from mergecli.storage.table_reader import TableReader
 
 DTYPES = ("same", "float32", "float16", "bfloat16")
+KEYS = ("schema", "base", "seed", "dtype", "leave_out", "tuned", "method", "eval", "tasks")
+EVAL_KEYS = ("tasks", "batch_size", "splits")
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,15 @@ class Recipe:
 def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -> Recipe:
     """The recipe that parsed TOML means; what is wrong with it is among the reader's problems, and left out here."""
     read = reader.values
-    top = read.table(
-        values, "", ("schema", "base", "seed", "dtype", "leave_out", "tuned", "method", "eval", "tasks")
-    )
+    top = read.table(values, "")
     if (schema := top.get("schema", 1)) != 1 or type(schema) is not int:
         read.wrong(
             "schema", f"expected 1, got {toml_text(schema)}: this recipe is for another version of mergecli"
         )
     method, settings = _method(top["method"], read) if "method" in top else (None, {})
-    evaluation = read.table(top.get("eval", {}), "eval", ("tasks", "batch_size", "splits"))
+    for name in top.keys() - KEYS:
+        read.wrong(name, f"unknown key{_meant(name, method)}")
+    evaluation = read.table(top.get("eval", {}), "eval", EVAL_KEYS)
     wanted = evaluation.get("tasks", ())
     leave_out = read.texts(top["leave_out"], "leave_out") if "leave_out" in top else ()
     return Recipe(
@@ -102,10 +104,27 @@ def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -
     )
 
 
+_OTHER_WORDS = {"base_model": "base", "merge_method": "method", "models": "tuned", "parameters": "method"}
+"""What mergekit's recipes call keys."""
+
+
+def _meant(name: str, method: str | None) -> str:
+    """` (did you mean `x`?)` for a key at the top, or for one whose table was left out; else which keys there are."""
+    keys = {each: each for each in KEYS} | {each: f"eval.{each}" for each in EVAL_KEYS if each not in KEYS}
+    found = _OTHER_WORDS.get(name) or keys.get(nearest(name, keys))
+    for each in [method] if method in methods.names() else methods.names():
+        if setting := methods.meant_setting(name, methods.settings(each or "")):
+            found = found or f"method.{setting}"
+    return f" (did you mean `{found}`?)" if found else f"; there are {quoted(KEYS, len(KEYS))}"
+
+
 def _method(value: object, read: TableReader) -> tuple[str | None, dict[str, Any]]:
+    if isinstance(value, str) and value:  # a method's name alone stands for its table
+        return value, {}
     settings = dict(read.table(value, "method"))
     if "name" not in settings:
-        read.wrong("method.name", "is missing: expected the name of a method")
+        what = "is missing: expected the name of a method"
+        read.wrong("method.name", what, "`--method NAME` gives one; `mergecli methods` lists them")
         return None, settings
     return read.text(settings.pop("name"), "method.name") or None, settings
 

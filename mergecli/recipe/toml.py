@@ -12,7 +12,7 @@ import tomli
 
 from mergecli.runtime.errors import UsageError, listed
 from mergecli.storage.sources import HUBS, Source, checked_inside, parse_source
-from mergecli.storage.table_reader import TableReader
+from mergecli.storage.table_reader import Problem, TableReader
 
 SOURCE_KEYS = ("source", "revision", "subfolder", "file", "dtype", "modelscope", "adapter")
 SOURCE_DTYPES = ("float32", "float16", "bfloat16")
@@ -52,6 +52,8 @@ class RecipeReader:
         parts = [part.strip() for part in each.key.split(".", {"tuned": 1, "tasks": 2}.get(first, -1))]
         for part in parts[:-1]:
             inner = table.get(part, {})
+            if first == "method" and isinstance(inner, str):  # a method's name alone stands for its table
+                inner = {"name": inner}
             if not isinstance(inner, Mapping):
                 self.values.wrong(each.key, f"`{part}` is not a table")
                 return
@@ -66,10 +68,23 @@ class RecipeReader:
         if not problems:
             return
         ordered = sorted(dict.fromkeys(problems), key=lambda each: line_of(text, each.key) or 0)
-        lines = [f"{self.option(each.key) or place_of(where, text, each.key)}: {each}" for each in ordered]
+        lines = [self._line(each, where, text) for each in ordered]
+        hint = "; ".join(list(dict.fromkeys(each.hint for each in ordered if each.hint))[:2])
         if len(lines) == 1:
-            raise UsageError(lines[0])
-        raise UsageError(f"the recipe has {len(lines)} problems:\n{listed(lines, 20)}")
+            raise UsageError(lines[0], hint)
+        raise UsageError(f"the recipe has {len(lines)} problems:\n{listed(lines, 20)}", hint)
+
+    def _line(self, problem: Problem, where: str, text: str) -> str:
+        place = self.option(problem.key)
+        if place == "--method" and problem.key == "method.name":
+            return f"{place}: {problem.what}"
+        if place is None and not line_of(
+            text, problem.key
+        ):  # a table that is there only for what options put into it
+            place = next(
+                (each for key, each in self.options.items() if key.startswith(f"{problem.key}.")), None
+            )
+        return f"{place or place_of(where, text, problem.key)}: {problem}"
 
     def source(self, value: object, key: str) -> Source | None:
         """A source, written as a string or as a table that says more."""
@@ -80,7 +95,7 @@ class RecipeReader:
             try:
                 return parse_source(text, anchor)
             except UsageError as error:
-                self.values.wrong(key, error.message)
+                self.values.wrong(key, error.message, error.hint)
         return None
 
     def _source_table(self, value: dict[str, Any], key: str) -> Source | None:
@@ -149,11 +164,11 @@ def parse_changes(changes: Iterable[str]) -> list[Override]:
     for change in changes:
         key, equals, written = (part.strip() for part in change.partition("="))
         if not equals or not key:
-            raise UsageError(f"`--set {change}`: expected `key=value`")
+            raise UsageError(f"--set: `{change}`: expected `KEY=VALUE`, such as `method.scaling_factor=0.3`")
         try:
             found.append(Override(key, parse_value(written), "--set"))
         except ValueError as error:
-            raise UsageError(f"`--set {key}`: {error}") from error
+            raise UsageError(f"--set: `{key}`: {error}") from error
     return found
 
 
@@ -167,7 +182,8 @@ def parse_value(written: str) -> Any:
         values = tomli.loads(f"value = {written}")
     except (ValueError, RecursionError):
         if not written or written[0] in "\"'[{":
-            raise ValueError(f"expected a TOML value, got `{written}`") from None
+            got = f"`{written}`" if written else "nothing"
+            raise ValueError(f"expected a TOML value, got {got}") from None
         return written
     if set(values) != {"value"}:  # there are lines after it
         raise ValueError("expected one TOML value")

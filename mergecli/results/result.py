@@ -126,6 +126,10 @@ def read_result(path: str | Path) -> Evaluation:
         values: Any = json.loads(file.read_bytes())
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such result") from error
+    except IsADirectoryError as error:
+        raise InputError(
+            f"{file}: is a folder, a result was expected", f"name its files: {file}/*.json"
+        ) from error
     except OSError as error:
         raise InputError(f"{file}: cannot read: {(error.strerror or '').lower()}") from error
     except (ValueError, RecursionError) as error:

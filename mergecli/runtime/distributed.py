@@ -134,7 +134,13 @@ def usable_device(name: str) -> str:
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        wanted = name.partition(":")[0]
+        if wanted not in ("cuda", "mps", "xpu"):
+            what = f"device: expected `cpu`, `cuda`, or `cuda:1` for the second GPU, got `{name}`"
+            raise UsageError(what) from error
+        seen = torch.cuda.device_count() if wanted == "cuda" else 0
         raise UsageError(
-            f"device `{name}`: cannot be used here", "`cpu` always works; `cuda` needs a GPU"
+            f"device `{name}`: cannot be used here: torch sees {seen or 'no'} GPU{'s' if seen > 1 else ''}",
+            "`cpu` always works",
         ) from error
     return name

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
+from mergecli.runtime import verbosity
+
 
 class ExitStatus(IntEnum):
     """What each exit status of the program promises."""
@@ -27,14 +29,15 @@ class ExitStatus(IntEnum):
 
 
 class MergecliError(Exception):
-    """A failure the user can mend: `message` says what and where, `hint` the cure."""
+    """A failure the user can mend: `message` says what and where, `hint` the cure, `details` what few want to know."""
 
     status = ExitStatus.INPUT
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", details: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.details = details
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
@@ -68,14 +71,31 @@ class ThresholdError(MergecliError):
     status = ExitStatus.THRESHOLD
 
 
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The known name that is most like this one, or an empty string; case, `-` and `_` make no difference."""
+    plain = {_plain(each): each for each in known}
+    name = _SHORT_FORMS.get(name, name)
+    near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
+    return plain[near[0]] if near else ""
+
+
+_SHORT_FORMS = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean `x`?)` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean `{near[0]}`?)" if near else ""
+    near = nearest(name, known)
+    return f" (did you mean `{near}`?)" if near else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def listed(lines: Sequence[str], limit: int = 5) -> str:
-    """The lines, each indented on its own line, cut at `limit` with how many more there are."""
+    """The lines, each indented on its own line, cut at `limit` with how many more there are, unless all are wanted."""
+    if verbosity.verbose:
+        limit = len(lines)
     shown = [f"  {line}" for line in lines[:limit]]
     if len(lines) > limit:
         shown.append(f"  (and {len(lines) - limit} more)")
@@ -83,10 +103,17 @@ def listed(lines: Sequence[str], limit: int = 5) -> str:
 
 
 def quoted(names: Iterable[str], limit: int = 8) -> str:
-    """`a`, `b`, `c` ... cut at `limit` with how many more there are."""
+    """`a`, `b`, `c` ... cut at `limit` with how many more there are, unless all are wanted."""
     every = list(names)
+    if verbosity.verbose:
+        limit = len(every)
     shown = ", ".join(f"`{name}`" for name in every[:limit])
     return shown + (f" (and {len(every) - limit} more)" if len(every) > limit else "")
+
+
+def either(names: Sequence[str]) -> str:
+    """`a`, `b` or `c`, as words."""
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else "".join(names)
 
 
 def toml_text(value: Any) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, quoted
+from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, either, quoted
 from mergecli.storage.unfinished import locked, new_name, remove_leftovers
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def check_targets(targets: Iterable[tuple[Path, Sequence[str]]], inputs: Mapping
     for target, suffixes in targets:
         check_target(target)
         if suffixes and target.suffix not in suffixes:
-            raise UsageError(f"{target}: expected a {' or '.join(suffixes)} file")
+            raise UsageError(f"{target}: expected a {either(suffixes)} file")
         normal = os.path.normpath(target.absolute())
         if normal in seen:
             raise UsageError(f"{target}: two outputs have this name")

@@ -24,8 +24,8 @@ from mergecli.storage.unfinished import is_leftover
 
 PASSING = ("pixels", "heads", "results", "digests")
 """Images; heads; what unfinished evaluations have so far; digests of large data files."""
-LASTING = ("statistics", "coefficients")
-"""What merges have measured, and learned. It does not count in the size that the cache may grow to."""
+LASTING = ("statistics", "coefficients", "experts")
+"""What merges have measured, and learned, and what tasks' own models predict. It does not count in the size that the cache may grow to."""
 KINDS = (*PASSING, *LASTING)
 
 DEFAULT_SIZE = 20 * 10**9
@@ -180,7 +180,7 @@ def allowed_size(given: str | int | None = None) -> int:
     text = given if given is not None else os.environ.get("MERGECLI_CACHE_SIZE")
     if text is None:
         return min(DEFAULT_SIZE, (_free() + sum(file.size for file in _files())) // 2)
-    return parse_size(text, "cache size" if given is not None else "MERGECLI_CACHE_SIZE")
+    return parse_size(text, "--cache-size" if given is not None else "MERGECLI_CACHE_SIZE")
 
 
 def make_room(size: int, max_size: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,16 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergecli.runtime.errors import InputError, listed, quoted
-from mergecli.storage.checksums import KEY, ChunkHashes, DamagedFileError, chunk_bytes, expected_chunks
+from mergecli.storage.checksums import (
+    KEY,
+    ChunkHashes,
+    DamagedFileError,
+    chunk_bytes,
+    digest_of,
+    expected_chunks,
+)
+from mergecli.storage.file_state import expect_unchanged, state_of
 from mergecli.storage.safetensors_format import (
     DTYPE_BYTES,
     FLOATS,
-    PICKLE_HINT,
     TORCH_NAMES,
     bytes_of,
     entry_count,
     generation_of,
     open_regular,
+    pickle_hint,
     read_header,
     shards_of,
 )
@@ -123,7 +130,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     descriptors: tuple[int, ...]
     hashes: ChunkHashes
-    states: tuple[FileState, ...]
+    states: tuple[int, ...]
     """Of the files when they were opened."""
 
     @property
@@ -184,16 +191,8 @@ class Checkpoint:
 
     def expect_unchanged(self) -> None:
         """Raises InputError if a file has been written to, or replaced by another, since it was opened."""
-        for file, descriptor, before in zip(self.files, self.descriptors, self.states, strict=True):
-            try:
-                there = os.stat(file).st_ino  # noqa: PTH116
-            except OSError:
-                there = before.inode  # it was deleted: what was opened is still whole
-            if (_state(descriptor), there) != (before, before.inode):
-                raise InputError(
-                    f"{file}: changed while it was being read",
-                    "wait until whatever writes it has finished, then start again",
-                )
+        for file, before, opened in zip(self.files, self.states, self.descriptors, strict=True):
+            expect_unchanged(file, before, opened)
 
     def _read_bytes(self, entry: TensorEntry, offset: int, buffer: memoryview) -> None:
         done = 0
@@ -212,19 +211,17 @@ class Checkpoint:
         The same for one file, shards or a folder, whatever the metadata. What has been read before was hashed on
         the way; only the rest is read now.
         """
-        lines: list[str] = []
         for name, entry in self.entries.items():
             size = entry.nbytes
-            chunks = -(-size // entry.chunk)
-            for chunk in range(chunks):
+            for chunk in range(-(-size // entry.chunk)):
                 if not self.hashes.is_whole(name, chunk):
                     start = chunk * entry.chunk
                     buffer = memoryview(bytearray(min(entry.chunk, size - start)))
                     self._read_bytes(entry, start, buffer)
                     self.hashes.feed(name, start, buffer, entry.chunk, size)
-            lines.append(f"{name} {entry.dtype} {list(entry.shape)} {self.hashes.hex(name, chunks)}\n")
         self.expect_unchanged()
-        return "xxh3:" + hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+        layout = {name: (entry.dtype, entry.shape) for name, entry in self.entries.items()}
+        return digest_of(layout, lambda _: self.hashes)
 
     def close(self) -> None:
         """Closes the files."""
@@ -285,7 +282,7 @@ def open_checkpoint(path: Path, *, checked: bool = False, cure: str = "") -> Che
                 }
             )
         _expect_one_model(path, files, headers)
-        states = tuple(_state(descriptor) for descriptor in descriptors)
+        states = tuple(map(state_of, descriptors))
     except BaseException:
         for descriptor in descriptors:
             os.close(descriptor)
@@ -308,20 +305,6 @@ def no_checksums(file: Path, cure: str) -> DamagedFileError:
     return DamagedFileError(file, "has no checksums: it is damaged, or was written by another program", cure)
 
 
-class FileState(NamedTuple):
-    """What changes when a file does."""
-
-    inode: int
-    size: int
-    changed: int
-    """Nanoseconds."""
-
-
-def _state(descriptor: int) -> FileState:
-    found = os.fstat(descriptor)
-    return FileState(found.st_ino, found.st_size, found.st_mtime_ns)
-
-
 def _expect_one_model(path: Path, files: Sequence[Path], headers: Sequence[Mapping[str, str]]) -> None:
     """Raises InputError if shards of ours say different things of the model that they are parts of."""
     if not any("mergecli" in about for about in headers):
@@ -333,6 +316,10 @@ def _expect_one_model(path: Path, files: Sequence[Path], headers: Sequence[Mappi
                 f"`{files[0].name}`",
                 "one was copied or written over the other: make the model again",
             )
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
 def _files(path: Path) -> list[Path]:
@@ -358,8 +345,14 @@ def _files(path: Path) -> list[Path]:
                 f"{path}: has {len(alone)} safetensors files and no `{index.name}`", "name one of them"
             )
         if list(path.glob("*.bin")) or list(path.glob("*.pt")):
-            raise InputError(f"{path}: has only pickled weights, which is not opened as it is", PICKLE_HINT)
-        raise InputError(f"{path}: has no `model.safetensors`")
+            raise InputError(
+                f"{path}: has only pickled weights, which is not opened as it is", pickle_hint(path)
+            )
+        models = sorted(each.name for each in path.glob("*/") if _has_weights(each))
+        raise InputError(
+            f"{path}: has no `model.safetensors`",
+            f"name one of the models in it: {quoted(path / name for name in models)}" if models else "",
+        )
     if path.name.endswith(".index.json"):
         try:
             with os.fdopen(open_regular(path), "rb") as index:

@@ -10,6 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,6 +126,18 @@ def chunk_count(shape: tuple[int, ...]) -> int:
 def chunk_bytes(dtype: str) -> int:
     """Bytes of every chunk but a tensor's last."""
     return DTYPE_BYTES[dtype] * CHUNK_ENTRIES
+
+
+def digest_of(layout: Mapping[str, tuple[str, tuple[int, ...]]], hashes: Callable[[str], ChunkHashes]) -> str:
+    """`xxh3:` and 32 hex digits that depend on names, dtypes, shapes and bytes of the tensors only.
+
+    `hashes` gives those of the file that a tensor is in, of which all bytes have been hashed.
+    """
+    lines = [
+        f"{name} {dtype} {list(shape)} {hashes(name).hex(name, chunk_count(shape))}\n"
+        for name, (dtype, shape) in sorted(layout.items())
+    ]
+    return "xxh3:" + sha256("".join(lines).encode()).hexdigest()[:32]
 
 
 def blank(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -44,6 +45,39 @@ def differences(
         elif not form.accepts(entry.dtype):
             lines.append(f"`{name}` has dtype {entry.dtype}, {whose} {form.dtype}")
     return lines
+
+
+def other_architecture(
+    have: Mapping[str, TensorEntry], want: Mapping[str, Form], whose: str = "expected"
+) -> str:
+    """`width 64, 2 layers; the base has width 128, 4 layers`: what differs between two towers; empty if nothing does."""
+    mine, theirs = _architecture(have), _architecture(want)
+    for facts in _FACTS:
+        known = [fact for fact in facts if fact in mine and fact in theirs]
+        if any(mine[fact] != theirs[fact] for fact in known):
+            told = [", ".join(fact.format(each[fact]) for fact in known) for each in (mine, theirs)]
+            return f"{told[0]}; {whose} {told[1]}"
+    return ""
+
+
+_FACTS = (("width {}", "{} layers"), ("patches of {} pixels",), ("{} positions",), ("MLPs of {}",))
+"""What a vision transformer is told by; the first that differs says enough."""
+
+
+def _architecture(tensors: Mapping[str, TensorEntry | Form]) -> dict[str, int]:
+    """Fact -> number, as far as a vision transformer's tensors say."""
+    shapes = {name.removeprefix(VISION): each.shape for name, each in tensors.items()}
+    sides = {
+        "width {}": ("embeddings.class_embedding", 0),
+        "patches of {} pixels": ("embeddings.patch_embedding.weight", 3),
+        "{} positions": ("embeddings.position_embedding.weight", 0),
+        "MLPs of {}": ("encoder.layers.0.mlp.fc1.weight", 0),
+    }
+    found = {
+        fact: shapes[name][side] for fact, (name, side) in sides.items() if len(shapes.get(name, ())) > side
+    }
+    layers = {layer[1] for name in shapes if (layer := re.match(r"encoder\.layers\.(\d+)\.", name))}
+    return found | ({"{} layers": len(layers)} if layers else {})
 
 
 def leave_out_hint(extra: Iterable[str]) -> str:

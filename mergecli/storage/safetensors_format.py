@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -41,11 +42,20 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format."""
 
-PICKLE_HINT = (
-    "a pickle may run any code when opened: `mergecli fetch --allow-pickle PATH` takes only the tensors out of it, into "
-    "safetensors"
-)
+_OTHER_FILES = {
+    ".json": "`mergecli report` reads results",
+    ".toml": "a recipe is named alone, or with `--recipe`",
+    ".yaml": "a recipe is a TOML file",
+    ".yml": "a recipe is a TOML file",
+}
+"""Suffix of another kind of file -> what that is good for."""
 _AGAIN = "the copy or download did not finish: fetch it again"
+
+
+def pickle_hint(path: Path) -> str:
+    """How to read a pickle."""
+    command = f"mergecli fetch --allow-pickle {shlex.quote(str(path))}"
+    return f"a pickle may run any code when opened: `{command}` takes only the tensors out of it, into safetensors"
 
 
 def entry_count(shape: tuple[int, ...]) -> int:
@@ -155,14 +165,19 @@ def read_header(
         b"\x80\x05",
     )  # or a header of 640 bytes, ...
     if start[:4] == b"PK\x03\x04" or (pickled and start[8:9] != b"{"):
-        raise InputError(f"{file}: is a pickle, which is not opened as it is", PICKLE_HINT)
+        raise InputError(f"{file}: is a pickle, which is not opened as it is", pickle_hint(file))
     if start.startswith(b"version https://git-lfs"):
         raise InputError(
             f"{file}: is a Git LFS pointer, not the weights", "run `git lfs pull` in that repository"
         )
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or (size < 8 + length and start[8:9] != b"{") or length > MAX_HEADER:
-        raise InputError(f"{file}: is not a safetensors file")
+        raise InputError(
+            f"{file}: is empty, a safetensors file was expected"
+            if size == 0
+            else f"{file}: is not a safetensors file",
+            _AGAIN if size == 0 else _OTHER_FILES.get(file.suffix, ""),
+        )
     if size < 8 + length:
         raise InputError(
             f"{file}: is cut short: its header takes {length:,} bytes, the file has {size:,}", _AGAIN

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mergecli.storage.atomic import whole_file, write_text
-from mergecli.storage.checksums import KEY, ChunkHashes, blank, checksums, chunk_bytes, chunk_count
+from mergecli.storage.checksums import KEY, ChunkHashes, blank, checksums, chunk_bytes, chunk_count, digest_of
 from mergecli.storage.safetensors_format import (
     DTYPE_BYTES,
     SAFETENSORS_NAMES,
@@ -62,6 +62,8 @@ class ShardedWriter:
         ]
         self._pieces: dict[tuple[str, int], str] = {}
         self._stack = ExitStack()
+        self.digest = ""
+        """Of the content, as a checkpoint's; known when the folder is closed whole."""
 
     def __enter__(self) -> ShardedWriter:
         with self._stack:
@@ -97,6 +99,7 @@ class ShardedWriter:
         ]
         for writer, file in zip(self._writers, files, strict=True):
             writer.path.rename(self._folder / file)
+        self.digest = digest_of(self._layout, lambda name: self._writers[self._shards[name]].hashes)
         total = sum(entry_count(shape) * DTYPE_BYTES[dtype] for dtype, shape in self._layout.values())
         index = {
             "metadata": {"generation": generation, "total_size": total},
@@ -134,7 +137,9 @@ class SafetensorsWriter:
         checked: bool = False,
     ) -> None:
         """`checked` adds checksums to the metadata, which are compared whenever the file is read."""
-        self._hashes = ChunkHashes() if checked else None
+        self.hashes, self._checked = ChunkHashes(), checked
+        self.digest = ""
+        """Of the content, as a checkpoint's; known when the file is closed whole."""
         self._layout, self._metadata = layout, metadata
         self._whole = whole_file(path)
         rank = {dtype: number for number, dtype in enumerate(DTYPE_BYTES)}
@@ -178,20 +183,20 @@ class SafetensorsWriter:
         done = 0
         while done < len(buffer):
             done += os.pwrite(self._file.fileno(), buffer[done:], position + done)
-        if self._hashes is not None:
-            dtype, shape = self._layout[name]
-            total = entry_count(shape) * DTYPE_BYTES[dtype]
-            self._hashes.feed(name, start * data.element_size(), buffer, chunk_bytes(dtype), total)
+        dtype, shape = self._layout[name]
+        total = entry_count(shape) * DTYPE_BYTES[dtype]
+        self.hashes.feed(name, start * data.element_size(), buffer, chunk_bytes(dtype), total)
         with self._lock:
             self._left[name] -= len(buffer)
 
     def _header_with(self, text: str) -> bytes:
         """The header; of a checked file with these checksums."""
-        more = {} if self._hashes is None else {KEY: text}
+        more = {KEY: text} if self._checked else {}
         return header_bytes({**self._metadata, **more}, self._tensors)
 
-    def _checksums(self, hashes: ChunkHashes) -> str:
-        """The checksums of what was written; what was not written in order is read again for them."""
+    def _hash(self) -> None:
+        """Makes the digest and the checksums of what was written; what was not written in order is read again for them."""
+        hashes = self.hashes
         placed = {
             name: (dtype, shape, len(self._header) + self._starts[name])
             for name, (dtype, shape) in self._layout.items()
@@ -203,7 +208,10 @@ class SafetensorsWriter:
                     start = chunk * size
                     piece = os.pread(self._file.fileno(), min(size, total - start), first + start)
                     hashes.feed(name, start, memoryview(piece), size, total)
-        return checksums(placed, self._metadata, hashes)
+        self.digest = digest_of(self._layout, lambda _: hashes)
+        if self._checked:
+            header = self._header_with(checksums(placed, self._metadata, hashes))
+            os.pwrite(self._file.fileno(), header, 0)
 
     def describe(self, metadata: Mapping[str, str]) -> None:
         """Replaces the metadata given at the start by another of the same length, such as digests now known."""
@@ -222,8 +230,7 @@ class SafetensorsWriter:
                 error = RuntimeError(f"{self.path}: tensors not written whole: {missing[:5]}")
                 self._whole.__exit__(RuntimeError, error, None)
                 raise error
-            if self._hashes is not None:
-                os.pwrite(self._file.fileno(), self._header_with(self._checksums(self._hashes)), 0)
+            self._hash()
         self._whole.__exit__(kind, error, trace)
 
 

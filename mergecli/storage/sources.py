@@ -162,10 +162,14 @@ def named_sources(arguments: Sequence[str]) -> dict[str, str]:
             if name in ("model", "model.safetensors.index"):
                 name = path.absolute().parent.name
         if not name or not source:
-            raise UsageError(f"`{argument}`: expected `NAME=SOURCE`")
+            raise UsageError(
+                f"`{argument}`: lacks {'a source' if name else 'a name'}: expected `NAME=SOURCE`",
+                "" if name else f"write `NAME={source}`",
+            )
         if name in sources:
             raise UsageError(
-                f"two models are called `{name}`: {sources[name]} and {source}", "write `NAME=PATH`"
+                f"two models are called `{name}`: {sources[name]} and {source}",
+                "write `NAME=SOURCE`, each with a name of its own",
             )
         sources[name] = source
     return sources

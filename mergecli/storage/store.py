@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergecli.runtime.errors import HubError, InputError, UsageError, did_you_mean, quoted
+from mergecli.runtime.errors import HubError, InputError, UsageError, did_you_mean, nearest, quoted
 from mergecli.storage.sources import DEFAULT_BRANCH, HUBS, Source, is_safe
 
 MANIFEST = ".mergecli.json"
@@ -62,7 +62,7 @@ class Manifest:
     converted_from: str | None = None
     """The commit whose data the hub converted to these Parquet files."""
     checksums: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Path -> checksums of the weights in it, as `mergecli.storage.checksums` has them."""
+    """Path -> checksums of the weights in it, as `mergecli.storage.checksums` has them; empty where it can have none."""
 
 
 def home() -> Path:
@@ -199,6 +199,22 @@ def size_of(path: Path) -> int | None:
         return None
 
 
+MODEL_SUFFIXES = ("", ".safetensors", ".toml", ".pt", ".bin", ".ckpt")
+"""What names of models and recipes end in."""
+
+
+class NotFetchedError(InputError):
+    """A hub's source that is not in the store."""
+
+    def __init__(self, source: Source) -> None:
+        name = str(source).replace(":", ":datasets/", 1) if source.is_data else str(source)
+        locked = source.pinned and (source.pinned.revision or "")[:12]
+        which = f"commit {locked}, which its lock names, " if locked else ""
+        hint = f"`mergecli fetch {name}` brings what is missing; it needs a network"
+        super().__init__(f"{name}: {which}has not been fetched", hint)
+        self.source = source
+
+
 def locate(source: Source) -> Path:
     """The file or folder on disk that holds the source.
 
@@ -230,8 +246,25 @@ def _path(source: Source) -> Path:
     if not os.path.exists(path):  # noqa: PTH110  a name that is too long does not exist either
         hub = not path.is_absolute() and source.name.count("/") == 1 and not source.name.startswith(".")
         hint = f"for the hub's model write `hf:{source.name}`" if hub and "." not in path.name else ""
-        raise InputError(f"{source.name}: no such file or folder", hint)
+        near = nearest_path(path)
+        meant = f" (did you mean `{Path(source.name).with_name(near.name)}`?)" if near else ""
+        bare = not path.suffix and os.sep not in source.name
+        what = "no such file, folder or recipe" if bare else "no such file or folder"
+        raise InputError(
+            f"{source.name}: {what}{meant}", hint or ("a recipe's name ends in `.toml`" if bare else "")
+        )
     return path
+
+
+def nearest_path(path: Path, suffixes: Sequence[str] = MODEL_SUFFIXES) -> Path | None:
+    """The file or folder beside a path that does not exist whose name, but for its suffix, is like it; None if none is."""
+    try:
+        names = sorted(each.name for each in path.parent.iterdir() if each.suffix in suffixes)
+    except (OSError, ValueError):
+        return None
+    stems = {Path(name).stem: name for name in names if not name.startswith(".")}
+    near = stems.get(path.name) or stems.get(nearest(path.stem, stems, 0.75))
+    return path.with_name(near) if near else None
 
 
 def _toy(source: Source) -> Path:
@@ -249,13 +282,7 @@ def _fetched(source: Source) -> Path:
     store, pinned = Store(home()), source.pinned or source
     commit = store.reference(pinned)
     if commit is None or not (folder := store.folder(pinned, commit)).is_dir():
-        name = str(source).replace(":", ":datasets/", 1) if source.is_data else str(source)
-        locked = source.pinned and (source.pinned.revision or "")[:12]
-        which = f"commit {locked}, which its lock names, " if locked else ""
-        raise InputError(
-            f"{source}: {which}has not been fetched",
-            f"run `mergecli fetch {name}`, or with the recipe, where there is a network",
-        )
+        raise NotFetchedError(source)
     try:
         files = store.manifest(pinned, commit).files
     except InputError:

@@ -10,10 +10,11 @@ from mergecli.runtime.errors import did_you_mean, toml_text
 
 
 class Problem(NamedTuple):
-    """Something wrong with a table: the dotted key, and what was expected there."""
+    """Something wrong with a table: the dotted key, what was expected there, and the cure where it is known."""
 
     key: str
     what: str
+    hint: str = ""
 
     def __str__(self) -> str:
         return f"`{self.key}`: {self.what}"
@@ -30,9 +31,9 @@ class TableReader:
     """Raise ValueError at the first problem instead."""
     problems: list[Problem] = field(default_factory=list[Problem])
 
-    def wrong(self, key: str, what: str) -> None:
+    def wrong(self, key: str, what: str, hint: str = "") -> None:
         """Notes what is wrong with the value of a dotted key."""
-        self.problems.append(Problem(key, what))
+        self.problems.append(Problem(key, what, hint))
         if self.at_once:
             raise ValueError(str(self.problems[-1]))
 
@@ -75,7 +76,7 @@ class TableReader:
     def text(self, value: object, key: str) -> str:
         """A string that is not empty."""
         if not isinstance(value, str) or not value:
-            self.expected(key, "a string", value)
+            self.expected(key, "a string that is not empty" if value == "" else "a string", value)
             return ""
         return value
 

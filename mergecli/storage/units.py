@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from mergecli.runtime import verbosity
 from mergecli.runtime.engines.contract import Report, Unit
 from mergecli.runtime.errors import InputError
 from mergecli.runtime.notes import note
@@ -27,16 +28,14 @@ T = TypeVar("T")
 class UnitFiles:
     """Where the results of a command's units are."""
 
-    def __init__(
-        self, output: Path | None, max_size: int, *, verbose: bool = False, what: str = "it is done"
-    ) -> None:
+    def __init__(self, output: Path | None, max_size: int, *, what: str = "it is done") -> None:
         """Args:
         output: the command's folder; without it the cache is used, which may take `max_size` bytes.
         what: what a note says of a damaged file: `its images are counted` again.
         """
         self._folder = output / FOLDER if output is not None else None
         self._log = output / LOG if output is not None else None
-        self._max_size, self._verbose, self._what = max_size, verbose, what
+        self._max_size, self._what = max_size, what
         self._held: dict[str, bytes] = {}
 
     def path(self, unit: Unit) -> Path:
@@ -92,7 +91,7 @@ class UnitFiles:
                     os.write(opened, line.encode(errors="backslashreplace"))
                 finally:
                     os.close(opened)
-        if self._verbose:
+        if verbosity.verbose:
             note(f"{unit.name}: {report.node}, {report.device}, {report.seconds:.1f} s")
 
 

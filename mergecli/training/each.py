@@ -84,7 +84,7 @@ def finetune_each(
     if not units and not failures.found:
         raise UsageError("no task to train on", "name at least one")
     failures.units += [Failure(Unit((name,), ""), error) for (_, name), error in failures.found.items()]
-    files = UnitFiles(target, 0, verbose=engine.verbose, what="it is trained")
+    files = UnitFiles(target, 0, what="it is trained")
 
     def done(unit: Unit) -> Finetuned | None:
         return files.read(unit, lambda record: _record(record, work.path(unit)))

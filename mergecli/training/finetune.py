@@ -228,6 +228,7 @@ def base_and_tasks(
 ) -> tuple[Source, list[TrainingTask]]:
     """The base, and the tasks to train on."""
     from mergecli.data.tasks import expand, find
+    from mergecli.hub.fetched import expect_all
     from mergecli.recipe.reading import recipe_of
     from mergecli.training.data import TrainingTask
 
@@ -242,4 +243,5 @@ def base_and_tasks(
     source = parse_source(str(base), Path()) if base is not None else known.base if known else None
     if source is None:
         raise UsageError("no base to fine-tune", "name a recipe that has a `base`, or the base itself")
+    expect_all([source, *(each.data for each in chosen)], known)
     return source, [TrainingTask.of(each, validates, split) for each in chosen]

@@ -165,7 +165,7 @@ class Settings:
         if self.low_rank is not None:
             wrong += self.low_rank.problems
         if wrong:
-            raise UsageError(f"invalid settings:\n{listed(wrong, 20)}")
+            raise UsageError(wrong[0] if len(wrong) == 1 else f"invalid settings:\n{listed(wrong, 20)}")
 
 
 def last_good_path(output: Path) -> Path:

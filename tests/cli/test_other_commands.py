@@ -110,7 +110,7 @@ def test_fetch_prints_where_toys_and_files_lie(world: World, run: Run) -> None:
 def test_what_is_not_in_the_store_is_a_hub_error(run: Run, tmp_path: Path) -> None:
     ended = run("fetch", "--offline", "hf:org/name", MERGECLI_HOME=str(tmp_path))
     assert (ended.status, ended.out) == (4, "")
-    assert ended.err.startswith("error: hf:org/name: is not in the store")
+    assert ended.err.startswith("error: hf:org/name: has not been fetched")
 
 
 def test_the_version_names_what_matters(run: Run) -> None:

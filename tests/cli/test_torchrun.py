@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import Run, assert_same
+from tests.conftest import Run, assert_same, without_end
 from tests.support.adapted_world import AdaptedWorld, make_adapted_world
 from tests.support.image_zoo import make_zoo
 from tests.support.tiny_clip import make_image_task, make_tiny_clip
@@ -86,7 +86,7 @@ def torchrun(
         capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines(), done.stderr.splitlines()
+    return done.stdout.splitlines(), without_end(done.stderr).splitlines()
 
 
 def merge(world: AdaptedWorld, name: str, method: str, *more: str) -> list[str]:

@@ -111,7 +111,7 @@ def added(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, End
     (package / "data" / "prompts" / "tints.toml").write_text(TASK.format(data=folder / "images"))
     (package / "storage" / "count.py").write_text(FUNCTION)
     (package / "cli" / "count.py").write_text(COMMAND)
-    table = package / "cli" / "__init__.py"
+    table = package / "cli" / "commands.py"
     table.write_text(
         table.read_text().replace("COMMANDS = {\n", 'COMMANDS = {\n    "count": "mergecli.cli.count",\n')
     )
@@ -125,7 +125,7 @@ def added(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, End
         [sys.executable, "-c", PROGRAM, json.dumps(COMMANDS)], cwd=folder, capture_output=True, text=True, check=True,
         env=os.environ | {"PYTHONPATH": str(folder)},
     )  # fmt: skip
-    ended = {name: Ended(*each) for name, each in json.loads(done.stdout).items()}
+    ended = {name: Ended.of(*each) for name, each in json.loads(done.stdout).items()}
     assert ended["package"].out == str(package / "__init__.py")
     return folder, ended
 
@@ -134,7 +134,7 @@ def test_a_method_is_one_file(added: tuple[Path, dict[str, Ended]]) -> None:
     folder, ended = added
     assert (ended["method"].status, ended["method"].err) == (0, "")
     assert "theta = (theta_0 + (1 / T) sum_i theta_i) / 2" in ended["method"].out
-    assert ended["merge"] == Ended(0, "m.safetensors\n", "")
+    assert (ended["merge"].status, ended["merge"].out, ended["merge"].err) == (0, "m.safetensors\n", "")
     assert load_file(folder / "m.safetensors")["w"].tolist() == [0.75, 1.5]
 
 

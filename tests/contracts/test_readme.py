@@ -119,7 +119,7 @@ def test_it_is_as_long_as_a_visitor_reads() -> None:
 
 
 def test_every_command_is_run_or_shown() -> None:
-    from mergecli.cli import app
+    from mergecli.cli.app import app
 
     used = {line.split()[1] for block in blocks() for line in commands(block.text)}
     assert {each.name for each in app.registered_commands} == used
@@ -160,7 +160,7 @@ def test_every_link_leads_to_a_file() -> None:
 def test_every_option_exists_and_every_recipe_is_there(line: str) -> None:
     from typer.main import get_command
 
-    from mergecli.cli import app
+    from mergecli.cli.app import app
 
     command: Any = get_command(app).commands[line.split()[1]]  # pyright: ignore
     known = {option for parameter in command.params for option in parameter.opts}

@@ -16,7 +16,7 @@ import pytest
 
 import mergecli
 from mergecli import methods
-from mergecli.cli import app
+from mergecli.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

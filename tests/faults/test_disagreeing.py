@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -138,3 +140,41 @@ def test_names_after_a_beginning_of_their_own_are_said(world: World) -> None:
         InputError, match=r"hint: .*t2.safetensors has the names of the others after `net.`: save its tensors"
     ):
         merge(world.files, base=world.base_file, method="average", output=world.folder / "m.safetensors")
+
+
+def tower(width: int, layers: int) -> dict[str, torch.Tensor]:
+    """The beginnings of a vision transformer."""
+    weights = {"vision_model.embeddings.class_embedding": torch.ones(width)}
+    for layer in range(layers):
+        weights[f"vision_model.encoder.layers.{layer}.layer_norm1.bias"] = torch.ones(width)
+    return weights
+
+
+def test_another_architecture_is_told_first_and_its_tensors_only_when_asked_for(
+    tmp_path: Path, run: Run
+) -> None:
+    for name, weights in {"base": tower(8, 3), "same": tower(8, 3), "small": tower(4, 2)}.items():
+        save_file(weights, tmp_path / f"{name}.safetensors")
+    line = [
+        "merge",
+        "same.safetensors",
+        "small.safetensors",
+        "--base",
+        "base.safetensors",
+        "--method",
+        "ties",
+        "-o",
+        "m",
+    ]
+    ended = run(*line)
+    assert (ended.status, ended.err.splitlines()) == (3, [
+        "error: the checkpoints do not fit together:",
+        "  small: width 4, 2 layers; the base has width 8, 3 layers",
+        "(`--verbose` shows the details)",
+        "hint: merge only models that were fine-tuned from the same base",
+    ])  # fmt: skip
+    assert run(*line, "--verbose").err.splitlines()[1:4] == [
+        "  small: width 4, 2 layers; the base has width 8, 3 layers",
+        "  small: lacks tensor `vision_model.encoder.layers.2.layer_norm1.bias`",
+        "  small: `vision_model.embeddings.class_embedding` has shape (4,), the base has (8,)",
+    ]

@@ -27,7 +27,7 @@ def test_fetch_prints_where_the_model_lies(hubs: Hubs, run: Run) -> None:
     ended = run("fetch", "hf:org/tuned")
     folder = hubs.store / "hf/org/tuned" / hubs.hf.repositories["org/tuned"].head
     assert (ended.status, ended.out) == (0, f"{folder}\n")
-    assert ended.err.startswith("fetched 4 files, ")
+    assert ended.end.startswith("fetched 4 files, ")
     assert files_in(folder) == [".mergecli.json", *USED]
     assert locate(parse_source("hf:org/tuned", Path())) == folder
 
@@ -136,7 +136,7 @@ def test_dry_run_tells_files_bytes_and_hosts_and_writes_nothing(hubs: Hubs, reci
         hubs.hf.endpoint.removeprefix("http://"),
     ] in rows
     assert len(rows) == 1 + 2 * len(USED) + 3
-    assert ended.err.startswith("would fetch 11 files, ")
+    assert ended.end.startswith("would fetch 11 files, ")
     assert files_in(recipe.parent) == before
     assert hubs.hf.paths("/resolve/") == []
 

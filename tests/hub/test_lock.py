@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_an_adapter_is_pinned_too(tmp_path: Path) -> None:
 
 def test_the_lock_says_what_lies_in_the_store(hubs: Hubs, recipe: Path, run: Run) -> None:
     ended = run("fetch", recipe.name)
-    assert ended.err.endswith("wrote recipe.lock\n")
+    assert ", wrote recipe.lock (sha256:" in ended.end
     lock = read_lock(lock_path(recipe))
     assert list(lock.sources) == [(False, "hf:org/base"), (False, "hf:org/tuned"), (True, "hf:org/birds")]
     for entry, folder in zip(lock.sources.values(), ended.out.splitlines(), strict=True):
@@ -212,7 +213,7 @@ def test_offline_lists_what_is_missing_and_finds_the_rest(
     ended = run("fetch", *offline, recipe.name, **environment)
     assert (ended.status, ended.out) == (4, "")
     assert "2 of 3 sources failed" not in ended.err
-    assert "hf:org/tuned, hf:datasets/org/birds: is not in the store" in ended.err
+    assert "hf:org/tuned, hf:datasets/org/birds: has not been fetched" in ended.err
     assert "where there is a network" in ended.err
     fetch(recipe)
     hubs.forget()
@@ -258,11 +259,47 @@ def test_verify_names_every_damaged_and_missing_file(
     ended = run("fetch", "--verify", recipe.name)
     assert (ended.status, ended.out) == (3, "")
     lines = ended.err.splitlines()
-    assert lines[0].startswith("error: 3 of the files")
+    assert lines[0] == "error: 3 files are not as fetched:"
     assert lines[1].startswith(f"  {weights}: is damaged: its SHA-256 is not ")
     assert lines[2] == f"  {tuned}/vocab.json: is damaged: expected 3 bytes, it has 18"
     assert lines[3] == f"  {data}/data/train-00001-of-00002.parquet: is missing"
+    assert lines[4] == f"hint: delete what is damaged, then run `mergecli fetch {recipe.name}`"
     assert hubs.asked == []
+
+
+def test_verify_says_that_nothing_has_been_fetched(hubs: Hubs, recipe: Path, run: Run) -> None:
+    ended = run("fetch", "--verify", recipe.name)
+    assert (ended.status, ended.out) == (3, "")
+    assert ended.err == (
+        f"error: {recipe.name}: nothing has been fetched, so there is nothing to verify\n"
+        f"hint: run `mergecli fetch {recipe.name}`\n"
+    )
+    fetch("hf:org/base")
+    assert run("fetch", "--verify", recipe.name).err == (
+        "error: 2 of 3 sources cannot be verified:\n"
+        "  hf:org/tuned: has not been fetched\n"
+        "  hf:datasets/org/birds: has not been fetched\n"
+        f"hint: run `mergecli fetch {recipe.name}`\n"
+    )
+
+
+def test_a_dry_run_offline_shows_what_recipe_and_lock_say(hubs: Hubs, recipe: Path, run: Run) -> None:
+    fetch("hf:org/base")
+    hubs.forget()
+    ended = run("fetch", "--dry-run", "--offline", recipe.name)
+    assert (ended.status, [line.split("\t")[:3] for line in ended.out.splitlines()]) == (
+        0, [["source", "file", "bytes"], ["hf:org/tuned", "", ""], ["hf:datasets/org/birds", "", ""]],
+    )  # fmt: skip
+    assert re.fullmatch(r"would fetch 2 sources from \S+, whose files only the hub knows\n", ended.err)
+    fetch(recipe)
+    plan = fetch(recipe, dry_run=True, offline=True, into="elsewhere")
+    assert {each.source for each in plan.downloads} == {
+        "hf:org/base",
+        "hf:org/tuned",
+        "hf:datasets/org/birds",
+    }
+    assert all(each.path and each.size for each in plan.downloads)
+    assert not Path("elsewhere").exists()
 
 
 def test_what_is_missing_or_of_another_size_is_fetched_again(hubs: Hubs) -> None:

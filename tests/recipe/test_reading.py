@@ -135,14 +135,127 @@ def test_one_problem_is_one_line(tmp_path: Path, text: str, message: str) -> Non
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(UsageError, match=message) as error:
         recipe_of(tmp_path / "r.toml")
-    assert len(str(error.value).splitlines()) == 1
+    assert len(error.value.message.splitlines()) == 1
+
+
+def message_of(*args: Any, **kwargs: Any) -> str:
+    with pytest.raises(UsageError) as error:
+        recipe_of(*args, **kwargs)
+    return str(error.value)
+
+
+LISTS = "\nhint: `mergecli methods` lists them"
+
+
+@pytest.mark.parametrize(
+    ("method", "meant"),
+    [
+        ("teis", "`ties`"),
+        ("TIES", "`ties`"),
+        ("ties-merging", "`ties`"),
+        ("task-arithmetic", "`task_arithmetic`"),
+        ("simple_average", "`average`"),
+        ("wemoe", "`weight_ensembling_moe`"),
+        ("regmean++", "`reg_mean_plus_plus`"),
+        ("clip_task_wise_adamerging", "`ada_merging` with `method.granularity=task`"),
+        ("dare-ties", "`dare` with `method.of=ties`"),
+        ("DARE/ties_merging", "`dare` with `method.of=ties`"),
+        ("ties_lines", "`lines` with `method.of=ties`"),
+        ("dare_linear", "`dare`"),
+        ("della_linear", "`della` with `method.elect=false`"),
+        ("breadcrumbs_ties", "`breadcrumbs`"),
+    ],
+)
+def test_a_method_is_found_by_what_papers_and_other_tools_call_it(
+    file: Path, method: str, meant: str
+) -> None:
+    assert (
+        message_of(file, method=method)
+        == f"--method: unknown method `{method}` (did you mean {meant}?){LISTS}"
+    )
+
+
+def test_a_method_that_nothing_is_like_is_only_unknown(file: Path) -> None:
+    assert message_of(file, method="passthrough") == f"--method: unknown method `passthrough`{LISTS}"
+    assert message_of(file, method="") == '--method: expected a string that is not empty, got ""'
+
+
+def test_every_other_name_leads_to_settings_that_the_method_takes() -> None:
+    for name in methods.names():
+        for other, setting in methods.find(name).also_called.items():
+            assert other not in methods.names()
+            recipe_of(
+                {"a": "a", "b": "b"}, base="c", method=name, changes=[f"method.{setting}"] if setting else []
+            )
+
+
+@pytest.mark.parametrize(
+    ("change", "meant"),
+    [
+        ("density=0.5", "method.density"),
+        ("scaling-factor=0.5", "method.scaling_factor"),
+        ("lambda=0.5", "method.scaling_factor"),
+        ("top_k=0.5", "method.density"),
+        ("batch_size=8", "eval.batch_size"),
+        ("models=8", "tuned"),
+        ("base_model=x", "base"),
+        ("methods.density=0.5", "method"),
+    ],
+)
+def test_a_key_whose_table_was_left_out_is_found(file: Path, change: str, meant: str) -> None:
+    key = change.partition("=")[0].partition(".")[0]
+    assert message_of(file, changes=[change]) == f"--set: `{key}`: unknown key (did you mean `{meant}`?)"
+
+
+def test_a_key_like_no_other_is_told_which_there_are(file: Path) -> None:
+    known = "`schema`, `base`, `seed`, `dtype`, `leave_out`, `tuned`, `method`, `eval`, `tasks`"
+    assert message_of(file, changes=["zzz=1"]) == f"--set: `zzz`: unknown key; there are {known}"
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("lambda", "scaling_factor"), ("k", "density"), ("merge_func", "aggregate")]
+)
+def test_a_setting_is_found_by_the_papers_letter_and_other_tools_words(
+    file: Path, word: str, meant: str
+) -> None:
+    message = message_of(file, changes=[f"method.{word}=1"])
+    assert message.startswith(
+        f"--set: `method.{word}`: unknown setting (did you mean `{meant}`?); there are "
+    )
+
+
+def test_a_methods_name_alone_stands_for_its_table(file: Path, tmp_path: Path) -> None:
+    dare = recipe_of(file, method="dare", changes=["method.of=ties"])
+    assert methods.table_of(dare.built)["of"] == methods.table_of(methods.create("ties", {})) | {
+        "name": "ties"
+    }
+    dare = recipe_of(file, method="dare", changes=["method.of=ties", "method.of.density=0.3"])
+    assert methods.table_of(dare.built)["of"]["density"] == 0.3
+    (tmp_path / "short.toml").write_text('method = "ties"\n')
+    assert methods.name_of(recipe_of(tmp_path / "short.toml").built) == "ties"
+
+
+@pytest.mark.parametrize(
+    ("of", "message"),
+    [
+        ("tise", f"--set: `method.of.name`: unknown method `tise` (did you mean `ties`?){LISTS}"),
+        (
+            "fisher",
+            "--set: `method.of.name`: `fisher` looks at images, and cannot be changed by another method",
+        ),
+        ("della", "--set: `method.of`: `della` drops entries by the same random numbers: drop them once"),
+    ],
+)
+def test_a_methods_name_alone_is_checked_as_its_table_is(file: Path, of: str, message: str) -> None:
+    assert message_of(file, method="dare", changes=[f"method.of={of}"]) == message
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("density", r"`--set density`: expected `key=value`"),
-        ("method.density=[1", r"expected a TOML value, got `\[1`"),
+        ("density", r"^--set: `density`: expected `KEY=VALUE`, such as `method.scaling_factor=0.3`$"),
+        ("method.density=[1", r"^--set: `method.density`: expected a TOML value, got `\[1`$"),
+        ("method.density=", r"^--set: `method.density`: expected a TOML value, got nothing$"),
         ("base.x=1", r"`base.x`: `base` is not a table"),
         ("method.densty=0.1", r"^--set: `method.densty`: unknown setting \(did you mean `density`"),
     ],
@@ -168,13 +281,6 @@ def test_models_without_a_file_are_checked_the_same_way() -> None:
         recipe_of({"a": "a"}, base="b", changes=["method.density=2"], method="ties")
     with pytest.raises(UsageError, match=r"^settings: `method.density`: expected a number"):
         recipe_of({"a": "a"}, base="b", method="ties", settings={"density": 2})
-
-
-def test_an_unknown_method_on_the_command_line_is_blamed_on_its_option(file: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"^--method: `method.name`: unknown method `teis` \(did you mean `ties`"
-    ):
-        recipe_of(file, method="teis")
 
 
 def test_a_source_may_be_a_table_that_says_more(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage import cache as caching
 from mergecli.storage.cache import allowed_size, cache, make_room
+from tests.conftest import Run
 
 
 @pytest.fixture(autouse=True)
@@ -176,21 +177,14 @@ def test_what_cannot_be_removed_is_an_error(folder):
         cache(clear=True)
 
 
-def test_the_command_shows_a_table_and_says_what_it_removed(capsys):
-    import typer
-
-    from mergecli.cli.cache import cache as command
-
-    app = typer.Typer()
-    app.command()(command)
+def test_the_command_shows_a_table_and_says_what_it_removed(run: Run) -> None:
     put("pixels", "a", 10)
-    app([], standalone_mode=False)
     size = caching.cache_path("pixels", "a").stat().st_size
-    assert capsys.readouterr().out.splitlines() == [
+    shown = run("cache")
+    assert shown.out.splitlines() == [
         "kind\twhat\tbytes\tlast used",
         f"pixels\tthing a\t{size}\t1970-01-01T00:00:10Z",
     ]
-    app(["heads", "--clear"], standalone_mode=False)
-    assert capsys.readouterr() == ("kind\twhat\tbytes\tlast used\n", "")
-    app(["pixels", "--clear"], standalone_mode=False)
-    assert capsys.readouterr().err == "note: removed 0.0 MB in 1 entries\n"
+    assert shown.end.startswith("looked at 1 cached file, ")
+    assert run("cache", "heads", "--clear").out == "kind\twhat\tbytes\tlast used\n"
+    assert run("cache", "pixels", "--clear").end.startswith("removed 0.0 MB in 1 entry, ")

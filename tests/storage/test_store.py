@@ -16,7 +16,8 @@ from mergecli.storage.store import MANIFEST, RemoteFile, Store, StoredFile, loca
 def test_what_was_not_fetched_says_how_to_fetch_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MERGECLI_HOME", str(tmp_path))
     with pytest.raises(
-        InputError, match=r"hf:org/name@v1: has not been fetched\nhint: run `mergecli fetch hf:org/name@v1`"
+        InputError,
+        match=r"hf:org/name@v1: has not been fetched\nhint: `mergecli fetch hf:org/name@v1` brings",
     ):
         locate(parse_source("hf:org/name@v1", Path()))
 

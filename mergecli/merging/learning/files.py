@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _those_that_keep(kind: str) -> str:
+    """The methods that keep files of that kind, as a hint."""
+    kinds = {name: methods.find(name) for name in methods.names()}
+    able = [name for name, each in kinds.items() if issubclass(each, DataDriven) and each.kept_as == kind]
+    return f"these do: {quoted(able, 20)}"
+
+
 @dataclass(frozen=True)
 class Learned:
     """What the method of one merge has learned."""
@@ -62,7 +69,9 @@ class LearningFiles:
         method, name = target.method, name_of(target.method)
         kept_as = method.kept_as if isinstance(method, DataDriven) else ""
         if self.statistics and kept_as != "statistics":
-            raise UsageError(f"--statistics: method `{name}` measures nothing")
+            raise UsageError(
+                f"--statistics: method `{name}` measures nothing", _those_that_keep("statistics")
+            )
         given = {
             "--coefficients": self.coefficients,
             "--save-coefficients": self.save_coefficients,
@@ -72,7 +81,8 @@ class LearningFiles:
         }
         for option, path in given.items():
             if path and kept_as != "coefficients":
-                raise UsageError(f"{option}: method `{name}` learns no coefficients")
+                hint = _those_that_keep("coefficients")
+                raise UsageError(f"{option}: method `{name}` learns no coefficients", hint)
         if self.plot and not (isinstance(method, Learner) and method.has_plot):
             raise UsageError(
                 f"--plot: there is no picture of what `{name}` learns", "`--trace` writes a table"

@@ -117,7 +117,7 @@ def measure(
             own = [file for unit, file in units.items() if unit in wanted]
             new += measure_missing(own, found[0][1], chosen, recipe, progress)
         else:
-            log = UnitFiles(target, 0, verbose=engine.verbose)
+            log = UnitFiles(target, 0)
 
             def write(unit: Unit, report: Report) -> None:
                 with whole_file(units[unit].path) as file:

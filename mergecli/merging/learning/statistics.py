@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
+from mergecli.data.tasks import find
 from mergecli.formats.opening import model_path
+from mergecli.hub.fetched import expect_all
 from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
 from mergecli.merging.learning.files import Learned, LearningFiles
 from mergecli.merging.merge_target import MergeTarget
@@ -118,12 +120,15 @@ def files_for(
 
     assert recipe.base is not None
     assert models.base is not None
-    name, settings = methods.name_of(method), methods.table_of(method, without=method.merge_time)
+    name = method.measured_as or methods.name_of(method)
+    settings = methods.table_of(method, without=method.merge_time)
     if method.shuffle:
         settings["seed"] = recipe.seed
     common: dict[str, Any] = {"method": name, "settings": settings}
     common["clip"] = surroundings(model_path(recipe.base), head=method.needs_head)
     found: list[StatisticsFile] = []
+    if folder is None:
+        expect_all([find(name, recipe).data for name in models.tuned], recipe)
     for tasks in [tuple(models.tuned)] if method.joint else [(task,) for task in models.tuned]:
         title = name if method.joint else tasks[0]
         path = folder / f"{title}.safetensors" if folder else None

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from mergecli import methods
+from mergecli.data.tasks import find
 from mergecli.formats.opening import model_path
+from mergecli.hub.fetched import expect_all
 from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
 from mergecli.merging.learning.needed_files import SETTINGS, TITLES
 from mergecli.merging.models import Models
@@ -57,6 +59,7 @@ class LearningWork:
             raise UsageError(
                 "there is no base, a whole CLIP with which images are looked at", "name it with `base = ...`"
             )
+        expect_all([find(name, recipe).data for name in chosen], recipe)
         split = cast("_HasSplit", method).split
         tasks = {name: calibration_task(name, split, recipe) for name in chosen}
         if isinstance(method, TaskLearner):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from mergecli.runtime.errors import UsageError, did_you_mean
+from mergecli.runtime.errors import UsageError, did_you_mean, either
 from mergecli.storage.atomic import whole_file
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi 
 def require_matplotlib(path: Path) -> None:
     """Raises UsageError if a plot cannot be written to `path`: unknown suffix, or no matplotlib."""
     if path.suffix not in FORMATS:
-        raise UsageError(f"{path}: a plot is a {', '.join(FORMATS)} file")
+        raise UsageError(f"{path}: expected a {either(FORMATS)} file")
     if not has_matplotlib():
         raise UsageError("plots need matplotlib", "pip install 'mergecli[plots]'")
 

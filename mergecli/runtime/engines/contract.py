@@ -108,8 +108,6 @@ class Engine:
     """Do no unit: put together what others have done."""
     keep_going: bool = False
     """Go on after a unit that fails, and tell at the end which have."""
-    verbose: bool = False
-    """Say of each unit where it ran, and how long."""
 
     def __post_init__(self) -> None:
         """Raises UsageError if the settings are wrong, or do not go together."""

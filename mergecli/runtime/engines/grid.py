@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from mergecli.runtime import interrupts
 from mergecli.runtime.engines.contract import Engine, Executor, LostWorkerError, Report, Unit, Work
-from mergecli.runtime.errors import InputError, MergecliError, UsageError, listed
+from mergecli.runtime.errors import InputError, MergecliError, MergecliWarning, UsageError, listed
 from mergecli.runtime.progress import Progress
 
 
@@ -125,6 +126,8 @@ def run_grid(
                     failures.append(Failure(unit, error))
                     tell()
                 else:
+                    for text in report.warnings:
+                        warnings.warn(text, MergecliWarning, stacklevel=2)
                     with interrupts.deferred():
                         write(unit, report)
                     tell()

@@ -57,7 +57,7 @@ class LocalExecutor:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            pickle.dump((work, unit, self._threads), child.stdin)
+            pickle.dump((work, unit), child.stdin)
             child.stdin.flush()
             answer = pickle.load(child.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:

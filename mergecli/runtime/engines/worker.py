@@ -21,7 +21,7 @@ class BugError(Exception):
     """What a unit raised that was no failure of its input: the far side's traceback as text."""
 
 
-def perform(work: Work, unit: Unit, threads: int) -> Report:
+def perform(work: Work, unit: Unit) -> Report:
     """The unit's result, and where it ran.
 
     Raises:
@@ -29,9 +29,6 @@ def perform(work: Work, unit: Unit, threads: int) -> Report:
     """
     if work.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    import torch
-
-    torch.set_num_threads(threads)
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
@@ -85,9 +82,9 @@ def serve() -> None:
             answers.flush()
 
 
-def _answer(work: Work, unit: Unit, threads: int) -> Report | Exception:
+def _answer(work: Work, unit: Unit) -> Report | Exception:
     try:
-        return perform(work, unit, threads)
+        return perform(work, unit)
     except Exception as error:  # noqa: BLE001  goes to the caller
         with suppress(Exception):
             pickle.loads(pickle.dumps(error))

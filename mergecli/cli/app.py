@@ -1,0 +1,125 @@
+"""The program: its parser, and the one place where an error becomes a message and an exit status."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from mergecli.cli import console, ending
+from mergecli.cli.commands import COMMANDS
+from mergecli.cli.parser import Command, Debug, Quiet, Verbose
+from mergecli.cli.parser_errors import message_of
+from mergecli.runtime import interrupts, verbosity
+from mergecli.runtime.errors import ExitStatus, MergecliError
+
+app = typer.Typer(
+    name="mergecli",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+for _name, _module in COMMANDS.items():
+    app.command(_name, cls=Command)(getattr(import_module(_module), _module.rpartition(".")[2]))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        parts = [f"{name} {version(name)}" for name in ("mergecli", "torch", "safetensors", "transformers")]
+        console.line(", ".join(parts) + f", Python {sys.version.split()[0]}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Merge fine-tuned CLIP vision models: small commands that read and write files.
+
+    stdout is data (a path a line, or a table that is TSV in a pipe); messages and progress go to stderr. Exit
+    status: 0 done, 1 a bug, 2 wrong flag or recipe, 3 a file is missing, damaged or does not fit, 4 hub or network,
+    5 a threshold was not met, 130 interrupted.
+    """
+    del version, quiet, verbose, debug  # their callbacks have been called
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    for number in interrupts.ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
+            signal.signal(number, _terminated)
+    verbosity.reset()
+    ending.begin()
+    with console.warnings_of_ours():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        status = app(args=arguments, prog_name="mergecli", standalone_mode=False)
+        sys.stdout.flush()
+        ending.say()
+        return int(status) if isinstance(status, int) else ExitStatus.DONE
+    except MergecliError as error:
+        ending.say()
+        if verbosity.debug:
+            console.traceback()
+        console.error(error.message, error.hint, error.details)
+        return error.status
+    except (KeyboardInterrupt, typer.Abort):
+        return ExitStatus.INTERRUPTED
+    except BrokenPipeError:
+        console.drop_output()
+        return ExitStatus.DONE
+    except SystemExit:
+        # the parser turns a broken pipe into status 1; only the stream that it leaves behind shows that it was one
+        if type(sys.stdout).__name__ != "PacifyFlushWrapper":
+            raise
+        console.drop_output()
+        return ExitStatus.DONE
+    except Exception as error:  # noqa: BLE001  the boundary: usage errors of the parser, and bugs
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            return _wrong_usage(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO) and not error.filename:
+            console.error(f"stdout: cannot write: {(error.strerror or '').lower()}")
+            console.drop_output()
+            return ExitStatus.INPUT
+        if interrupts.pressed:
+            return ExitStatus.INTERRUPTED
+        console.traceback()
+        console.error(
+            "this is a bug in mergecli",
+            "please report it with the command, the recipe and everything above",
+        )
+        return ExitStatus.BUG
+
+
+def _wrong_usage(error: Exception) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(str(error.format_message()).strip())  # pyright: ignore[reportAttributeAccessIssue]
+        return ExitStatus.USAGE
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "mergecli"
+    console.error(message_of(error), f"`{command} --help` shows what is expected")
+    return ExitStatus.USAGE
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    del frame
+    for each in interrupts.ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(128 + number)

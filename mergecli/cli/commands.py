@@ -1,0 +1,20 @@
+"""The commands."""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "fetch": "mergecli.cli.fetch",
+    "taskvector": "mergecli.cli.taskvector",
+    "merge": "mergecli.cli.merge",
+    "eval": "mergecli.cli.evaluate",
+    "measure": "mergecli.cli.measure",
+    "cos-sim": "mergecli.cli.cos_sim",
+    "report": "mergecli.cli.report",
+    "finetune": "mergecli.cli.finetune",
+    "extract": "mergecli.cli.extract",
+    "info": "mergecli.cli.info",
+    "cache": "mergecli.cli.cache",
+    "methods": "mergecli.cli.methods",
+    "tasks": "mergecli.cli.tasks",
+}
+"""Command -> its module, in the order of `--help`. The function in it has the module's name."""
