@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -245,6 +245,13 @@ class OpenedTowers:
 
     base: Source
     sources: Mapping[str, Source]
+
+    @property
+    def needed(self) -> Iterable[Source]:
+        return self.sources.values()
+
+    def leave(self) -> None:
+        pass
 
     def open(self, name: str, stack: contextlib.ExitStack) -> Tower:
         source = self.sources[name]

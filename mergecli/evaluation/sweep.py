@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -234,8 +235,21 @@ class MergedPoints:
     """Temporary; on a machine that has no such place, a folder of its name in that machine's own."""
     device: str
 
+    @property
+    def needed(self) -> Iterable[Source]:
+        recipe = next(iter(self.points.values())).recipe
+        return [*([recipe.base] if recipe.base else []), *recipe.tuned.values()]
+
+    @property
+    def _folder(self) -> Path:
+        """The folder on this machine."""
+        return self.folder if self.folder.parent.is_dir() else Path(gettempdir()) / self.folder.name
+
+    def leave(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
     def open(self, name: str, stack: ExitStack) -> Tower:
-        folder = self.folder if self.folder.parent.is_dir() else Path(gettempdir()) / self.folder.name
+        folder = self._folder
         folder.mkdir(mode=0o700, exist_ok=True)
         path = folder / f"{name}.safetensors"
         method = self.points[name].recipe.built

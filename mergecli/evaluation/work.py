@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from mergecli.evaluation.scoring import Scoring
 from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.opening import model_path
+from mergecli.hub.fetched import expect_all
 from mergecli.runtime.engines.contract import Unit
 from mergecli.runtime.engines.worker import node
 from mergecli.runtime.errors import InputError
@@ -26,8 +27,17 @@ _MOST = 64
 class Towers(Protocol):
     """What opens the towers of a grid, in whatever process; it can be pickled."""
 
+    @property
+    def needed(self) -> Iterable[Source]:
+        """What must be on a machine that opens them."""
+        ...
+
     def open(self, name: str, stack: ExitStack, /) -> Tower:
         """The tower, open until `stack` ends."""
+        ...
+
+    def leave(self) -> None:
+        """Removes what was put on this machine."""
         ...
 
 
@@ -46,6 +56,12 @@ class CountingWork:
     @property
     def device(self) -> str:
         return self.settings.device
+
+    def expect_sources(self) -> None:
+        expect_all([self.clip, *self.towers.needed, *(task.data for task in self.tasks.values())])
+
+    def leave(self) -> None:
+        self.towers.leave()
 
     def __call__(self, unit: Unit) -> bytes:
         session = _session(self)

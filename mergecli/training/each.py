@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mergecli.formats.opening import model_path, open_source
+from mergecli.hub.fetched import expect_all
 from mergecli.recipe.reading import recipe_of
 from mergecli.runtime.engines.contract import Engine, Report, Unit, part_of
 from mergecli.runtime.engines.grid import Failure, Failures, run_grid
@@ -134,6 +135,12 @@ class TrainingWork:
         """The file or folder of a task's model."""
         is_adapter = self.training.get("lora") or self.training.get("l_lora")
         return self.output / (unit.of[0] if is_adapter else f"{unit.of[0]}.safetensors")
+
+    def expect_sources(self) -> None:
+        expect_all([self.recipe.base] if self.base is None and self.recipe else [], self.recipe)
+
+    def leave(self) -> None:
+        pass
 
     def __call__(self, unit: Unit) -> bytes:
         return self.here(unit, None).result

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
+from mergecli.hub.fetched import expect_all
 from mergecli.merging.learning.statistics import StatisticsFile, check_existing, files_for, measure_missing
 from mergecli.merging.models import Models, open_models
 from mergecli.methods._calibrated import Calibrated
@@ -141,6 +142,12 @@ class MeasuringWork:
     recipe: Recipe
     device: str
     joint: bool
+
+    def expect_sources(self) -> None:
+        expect_all([self.recipe.base, *self.recipe.tuned.values()])
+
+    def leave(self) -> None:
+        pass
 
     def __call__(self, unit: Unit) -> bytes:
         with TemporaryDirectory(prefix="mergecli-measure-", ignore_cleanup_errors=True) as folder:

@@ -47,6 +47,14 @@ class Work(Protocol):
         """Where it computes: `cpu`, `cuda`."""
         ...
 
+    def expect_sources(self) -> None:
+        """Raises InputError if this machine lacks models or data."""
+        ...
+
+    def leave(self) -> None:
+        """Called on each machine when nothing is left to do: removes what the work has put there."""
+        ...
+
     def __call__(self, unit: Unit, /) -> bytes: ...
 
 
@@ -71,6 +79,11 @@ class Executor(Protocol[R]):
     @property
     def slots(self) -> int:
         """How many units are worth submitting at a time."""
+        ...
+
+    @property
+    def retries(self) -> int:
+        """How often the caller should submit a unit again whose worker was lost."""
         ...
 
     def submit(self, work: Work, unit: Unit, /) -> R: ...

@@ -114,9 +114,9 @@ def run_grid(
                 try:
                     report = each.result()
                 except LostWorkerError as error:
-                    if tries >= engine.retries:
+                    if tries >= executor.retries:
                         raise InputError(
-                            f"{unit.name}: its worker was lost {tries + 1} times: {error}",
+                            f"{unit.name}: its worker was lost {engine.retries + 1} times: {error}",
                             "it may take more memory than there is: run fewer units at a time",
                         ) from error
                     waiting.appendleft((unit, tries + 1))

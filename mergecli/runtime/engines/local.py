@@ -21,8 +21,8 @@ class LocalExecutor:
     """Each process is fed by a thread through a pipe, one unit at a time; when the caller is killed, its pipe ends and so does
     the process."""
 
-    def __init__(self, jobs: int, gpus: Sequence[str], threads: int) -> None:
-        self.slots = jobs
+    def __init__(self, jobs: int, gpus: Sequence[str], threads: int, retries: int) -> None:
+        self.slots, self.retries = jobs, retries
         self._threads = threads
         self._places: SimpleQueue[str | None] = SimpleQueue()
         for number in range(jobs):
@@ -102,7 +102,7 @@ def open_local(engine: Engine) -> LocalExecutor:
     gpus = _gpus(engine.gpus) if engine.gpus else ()
     jobs = engine.jobs or len(gpus) or 1
     threads = engine.cpus_per_unit or max(1, torch.get_num_threads() // jobs)
-    return LocalExecutor(jobs, gpus, threads)
+    return LocalExecutor(jobs, gpus, threads, engine.retries)
 
 
 def _gpus(wanted: str) -> tuple[str, ...]:

@@ -21,6 +21,13 @@ class Echo:
     folder: Path
     device: str = "cpu"
 
+    def expect_sources(self) -> None:
+        if (self.folder / "lacking").exists():
+            raise InputError("data.parquet: no such file or folder", "copy it")
+
+    def leave(self) -> None:
+        (self.folder / "left").touch()
+
     def __call__(self, unit: Unit) -> bytes:
         name = unit.of[0]
         if name == "bad":
