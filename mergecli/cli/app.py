@@ -5,29 +5,37 @@ from __future__ import annotations
 import errno
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
 
-from mergecli.cli import console, ending
+from mergecli.cli import console, ending, spinner
 from mergecli.cli.commands import COMMANDS
-from mergecli.cli.parser import Command, Debug, Quiet, Verbose
+from mergecli.cli.parser import Command, Debug, Group, Interrupted, Quiet, Verbose
 from mergecli.cli.parser_errors import message_of
 from mergecli.runtime import interrupts, verbosity
-from mergecli.runtime.errors import ExitStatus, MergecliError
+from mergecli.runtime.distributed import is_first
+from mergecli.runtime.errors import ExitStatus, MergecliError, ThresholdError
 
-app = typer.Typer(
-    name="mergecli",
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
-for _name, _module in COMMANDS.items():
-    app.command(_name, cls=Command)(getattr(import_module(_module), _module.rpartition(".")[2]))
+
+def app(names: Iterable[str] = tuple(COMMANDS)) -> typer.Typer:
+    """The parser of these commands."""
+    made = typer.Typer(
+        name="mergecli",
+        cls=Group,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    made.callback()(_main)
+    for name in names:
+        module = COMMANDS[name]
+        made.command(name, cls=Command)(getattr(import_module(module), module.rpartition(".")[2]))
+    return made
 
 
 def _version(wanted: bool) -> None:
@@ -39,8 +47,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def main(
+def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and exit.")
     ] = False,
@@ -69,23 +76,33 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    named = next((each for each in given if not each.startswith("-")), "")
     try:
-        status = app(args=arguments, prog_name="mergecli", standalone_mode=False)
+        parser = app([named] if named in COMMANDS else COMMANDS)  # others would only cost time
+        status = parser(args=arguments, prog_name="mergecli", standalone_mode=False)
+        if status == ExitStatus.INTERRUPTED:  # while the parser was at work
+            return _interrupted(None)
         sys.stdout.flush()
         ending.say()
         return int(status) if isinstance(status, int) else ExitStatus.DONE
     except MergecliError as error:
-        ending.say()
+        if isinstance(error, ThresholdError):  # the command did its work
+            ending.say()
         if verbosity.debug:
             console.traceback()
         console.error(error.message, error.hint, error.details)
         return error.status
-    except (KeyboardInterrupt, typer.Abort):
-        return ExitStatus.INTERRUPTED
+    except Interrupted as error:
+        return _interrupted(error.__cause__)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _interrupted(error)
     except BrokenPipeError:
         console.drop_output()
         return ExitStatus.DONE
-    except SystemExit:
+    except SystemExit as stopped:
+        if isinstance(stopped.code, int) and stopped.code > 128:
+            _interrupted(stopped)
         # the parser turns a broken pipe into status 1; only the stream that it leaves behind shows that it was one
         if type(sys.stdout).__name__ != "PacifyFlushWrapper":
             raise
@@ -99,13 +116,26 @@ def _run(arguments: Sequence[str] | None) -> int:
             console.drop_output()
             return ExitStatus.INPUT
         if interrupts.pressed:
-            return ExitStatus.INTERRUPTED
+            return _interrupted(error)
         console.traceback()
         console.error(
             "this is a bug in mergecli",
             "please report it with the command, the recipe and everything above",
         )
         return ExitStatus.BUG
+
+
+def _interrupted(error: BaseException | None) -> int:
+    spinner.stop()
+    if verbosity.debug:
+        console.traceback()
+    if is_first():
+        kept = interrupts.kept_by(error) if error else ""
+        how = (
+            f"{kept}; the same command goes on" if kept else "nothing is kept; the same command starts again"
+        )
+        console.plain(f"interrupted: {how}")
+    return ExitStatus.INTERRUPTED
 
 
 def _wrong_usage(error: Exception) -> int:

@@ -10,11 +10,13 @@ COMMANDS = {
     "measure": "mergecli.cli.measure",
     "cos-sim": "mergecli.cli.cos_sim",
     "report": "mergecli.cli.report",
+    "push": "mergecli.cli.push",
     "finetune": "mergecli.cli.finetune",
     "extract": "mergecli.cli.extract",
     "info": "mergecli.cli.info",
     "cache": "mergecli.cli.cache",
     "methods": "mergecli.cli.methods",
     "tasks": "mergecli.cli.tasks",
+    "doctor": "mergecli.cli.doctor",
 }
 """Command -> its module, in the order of `--help`. The function in it has the module's name."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import warnings
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
-from typing import IO, TYPE_CHECKING, Any, TextIO
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import IO, TYPE_CHECKING, TextIO
 
+from mergecli.cli import spinner
+from mergecli.cli.commands import COMMANDS
+from mergecli.cli.progress import Bars, Lines
 from mergecli.runtime import notes, verbosity
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import MergecliWarning, UsageError, did_you_mean
@@ -23,11 +27,24 @@ if TYPE_CHECKING:
 
 def line(text: str) -> None:
     """A line of data on stdout, or several."""
+    spinner.stop()
     print(visible(text, keep="\n\t"))
+
+
+def prose(text: str) -> None:
+    """Sentences on stdout; on a terminal long lines are wrapped between words."""
+    width = _width()
+    if width is None:
+        line(text)
+        return
+    from mergecli.cli.layout import prose
+
+    line(prose(visible(text, keep="\n\t"), width))
 
 
 def path(written: Path) -> None:
     """A path on stdout: as it is for programs, even if it is no Unicode, and without control characters on a terminal."""
+    spinner.stop()
     if sys.stdout.isatty():
         line(str(written))
         return
@@ -45,12 +62,19 @@ def json(content: object) -> None:
     def safe(each: str) -> str:
         return each if each == "\n" or visible(each) == each else library.dumps(each)[1:-1]
 
+    spinner.stop()
     print("".join(map(safe, library.dumps(content, indent=2, ensure_ascii=False))))
 
 
 def remark(text: str) -> None:
     """A message without any word before it, on stderr, unless all is to be quiet."""
     if not verbosity.quiet:
+        _print(visible_message(text))
+
+
+def plain(text: str) -> None:
+    """A message without any word before it, on stderr."""
+    with suppress(OSError):  # nobody reads stderr any more
         _print(visible_message(text))
 
 
@@ -77,6 +101,7 @@ def error(message: str, hint: str = "", details: str = "") -> None:
 
     Each of several processes says its own, since only one of them may have failed; all but the first say who they are.
     """
+    spinner.stop()
     who = "" if is_first() else f"process {os.environ['RANK']}: "
     lines = [f"{who}{_painted('error:', '31', sys.stderr)} {visible_message(message)}"]
     if details:
@@ -95,7 +120,8 @@ def traceback() -> None:
 
 
 def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with spinner.cleared():
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -139,12 +165,17 @@ def drop_output() -> None:
     os.dup2(null, 1)
 
 
-def table(content: Table, form: str | None) -> None:
-    """The table on stdout: drawn on a terminal, TSV in a pipe, or in the format asked for."""
+def table(content: Table, form: str | None, drawn: Sequence[Table] = ()) -> None:
+    """The table on stdout: drawn on a terminal, TSV in a pipe, or in the format asked for.
+
+    Args:
+        drawn: the same as several tables, each with a title, for terminals.
+    """
+    spinner.stop()
     if form is None:
         form = "table" if sys.stdout.isatty() else "tsv"
     if form == "table":
-        _drawn(content)
+        _draw(drawn or [content])
     else:
         sys.stdout.write(content.text(form))
 
@@ -160,57 +191,44 @@ def check_format(form: str | None) -> str | None:
     return form
 
 
-def _drawn(content: Table) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
+def _draw(tables: Sequence[Table]) -> None:
+    from mergecli.cli.layout import laid_out
 
-    def written(text: str) -> Text:
-        return Text(visible(text))  # a string would be read as markup, which `ties[b]` and `:x:` are not
-
-    title = written(content.title) if content.title else None
-    drawn = RichTable(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for column in content.columns:
-        drawn.add_column(
-            written(column.name), justify="left" if column.unit == "text" else "right", no_wrap=True
-        )
-    for row in content.rows:
-        cells = zip(content.columns, row, strict=True)
-        drawn.add_row(*(written(column.text(value)) for column, value in cells))
-    console = Console(highlight=False)
-    needed = console.measure(drawn, options=console.options.update(width=10_000)).maximum
-    # a narrow terminal wraps a line, but cut numbers would be lost; without a height rich takes a dumb one for 80 wide
-    console.size = (max(console.width, needed), console.height)
-    console.print(drawn)
+    encoding = (sys.stdout.encoding or "utf-8").lower()
+    laid = laid_out(tables, _width(), "─" if "utf" in encoding else "-")
+    lines = [*laid.lines]
+    for number, start, stop in sorted(
+        laid.bold, reverse=True
+    ):  # from the right, so that places stay what they are
+        each = lines[number]
+        lines[number] = each[:start] + _painted(each[start:stop], "", sys.stdout) + each[stop:]
+    for each in lines:
+        print(each)
+    for each in laid.notes:
+        note(each)
 
 
-@contextmanager
-def progress() -> Generator[Progress | None]:
-    """A function that draws progress on stderr if that is a terminal, else None."""
-    if verbosity.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+def _width() -> int | None:
+    """The width of the terminal that stdout is, or what `COLUMNS` says; None of a file or pipe, which has none."""
+    if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
+        return None
+    return shutil.get_terminal_size().columns
 
-    bars = Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
-    )  # fmt: skip
-    with bars:
-        bars_of: dict[str, Any] = {}
 
-        def update(description: str, done: int, total: int) -> None:
-            description = visible(description)
-            word = description.split(":")[0]
-            if word not in bars_of:
-                bars_of[word] = bars.add_task(description, total=total)
-            bars.update(bars_of[word], completed=done, total=total, description=description)
+def progress() -> AbstractContextManager[Progress | None]:
+    """A function that shows on stderr how far the work is: bars on a terminal, else a line now and then; None if all is to be
+    quiet."""
+    if verbosity.quiet or not is_first():
+        return nullcontext()
+    if spinner.is_terminal():
+        return Bars()
+    return Lines(remark, _title())
 
-        yield update
+
+def _title() -> str:
+    return " ".join(["mergecli", *(each for each in sys.argv[1:] if each in COMMANDS)][:2])
 
 
 def _painted(text: str, color: str, stream: IO[str]) -> str:
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
-    return text if plain else f"\x1b[1;{color}m{text}\x1b[0m"
+    return text if plain else f"\x1b[{';'.join(filter(None, ('1', color)))}m{text}\x1b[0m"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, ending, options
+from mergecli.cli import amounts, console, ending, options
+from mergecli.cli.dry_run import show_plan
 from mergecli.cli.thresholds import check_thresholds, parse_thresholds
 from mergecli.runtime.engines.contract import Engine
 from mergecli.runtime.errors import UsageError
@@ -40,14 +42,15 @@ def evaluate(
         str | None, typer.Option("--clip", metavar="SOURCE", help="The CLIP whose text tower makes the heads.")
     ] = None,
     tasks: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--tasks", metavar="TASK,...", autocompletion=options.complete_tasks,
-            help="Tasks or sets such as ta8; `mergecli tasks` lists them.",
+            "--task", metavar="TASK", autocompletion=options.complete_tasks,
+            help="A task, or a set such as ta8; `mergecli tasks` lists them. Repeatable.",
         ),
     ] = None,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="NAME,...", help="Which of the recipe's models; `base` is its base.")
+        list[str] | None,
+        typer.Option("--model", metavar="NAME", help="Which of the recipe's models; `base` is its base. Repeatable."),
     ] = None,
     individual: Annotated[
         bool, typer.Option("--individual", help="Each model only on the task it is named after, in one result.")
@@ -94,7 +97,7 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Images at a time.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="DTYPE", help="Of the forward pass: float32, bfloat16 or float16.")
+        str, typer.Option("--precision", metavar="DTYPE", help="Of the forward pass: float32, bfloat16 or float16.")
     ] = "float32",
     workers: Annotated[
         int | None,
@@ -134,6 +137,7 @@ def evaluate(
     ] = None,
     keep: Annotated[Path | None, typer.Option("--keep", metavar="DIR", help="With --sweep: keep the checkpoints.")] = None,
     plot: options.Plot = None,
+    dry_run: options.DryRun = False,
     form: options.Format = None,
     changes: options.Set = None,
 ) -> None:  # fmt: skip
@@ -145,7 +149,7 @@ def evaluate(
 
     mergecli eval --individual --recipe recipe.toml -o out/fine-tuned.json
 
-    mergecli eval toy:base toy:digits --clip toy:base --tasks toy8
+    mergecli eval toy:base toy:digits --clip toy:base --task toy8
 
     mergecli eval --recipe recipe.toml --method ties --sweep method.scaling_factor=0.1:1.0:0.1 --select validation
 
@@ -160,7 +164,9 @@ def evaluate(
     from mergecli.results.result import result_files
     from mergecli.storage.sources import named_sources
 
-    chosen = {"--tasks": tasks, "--only": only, "--split": split, "--corruption": corruption}
+    named = list(options.names("--task", tasks)) or None
+    models = options.names("--model", only)
+    chosen = {"--split": split, "--corruption": corruption}
     for option, text in chosen.items():
         if text is not None and not text.strip(" ,"):
             raise UsageError(f"{option}: is empty", "leave the option out for its default")
@@ -169,7 +175,6 @@ def evaluate(
     if changes and recipe is None:
         raise UsageError("--set: there is no recipe to change", "name one with `--recipe`")
     known = recipe_of(recipe, method=method, changes=changes or []) if recipe else None
-    named = tasks.split(",") if tasks else None
     thresholds = parse_thresholds(min_task or [], named, known) if min_task else {}
     if engine.part and (
         option := "--min-average" if min_average is not None else "--min" if min_task else None
@@ -179,7 +184,7 @@ def evaluate(
     if sweep:
         from mergecli.evaluation.sweep import sweep as evaluate_sweep
 
-        whole = {"a checkpoint": checkpoints, "--only": only, "--individual": individual, "--predictions": predictions,
+        whole = {"a checkpoint": checkpoints, "--model": only, "--individual": individual, "--predictions": predictions,
                  "--features": features, "--routes": routes, "--clip": clip}  # fmt: skip
         if (other := next((name for name, value in whole.items() if value), None)) is not None:
             raise UsageError(
@@ -188,18 +193,22 @@ def evaluate(
         if recipe is None:
             raise UsageError("--sweep: there is nothing to merge", "name a recipe with `--recipe`")
         with console.progress() as progress, _the_others_shown(form):
-            found = evaluate_sweep(
-                recipe, sweep, method=method, changes=changes or [], select=select, keep=keep, output=output, plot=plot,
+            work = partial(
+                evaluate_sweep, recipe, sweep, method=method, changes=changes or [], select=select, keep=keep, output=output, plot=plot,
                 device=device, progress=progress, tasks=named, batch_size=batch_size, split=split, limit=limit,
                 corruption=corruption, severity=severity or 1, dtype=dtype, workers=workers, cache=cache, cache_size=cache_size,
                 fresh=fresh, routing=routing, engine=engine,
             )  # fmt: skip
+            if dry_run:
+                show_plan(work, form)
+                return
+            found = work()
         if engine.part:
             ending.did(f"did part {engine.part} of the sweep")
             return
         console.table(found.table, form)
         console.note(found.note)
-        ending.did(f"evaluated {ending.count(len(found.results), 'merge')} on {_tasks(found.results)}")
+        ending.did(f"evaluated {amounts.count(len(found.results), 'merge')} on {_tasks(found.results)}")
         names = [*(point.name for point in found.points), "best"]
         ending.wrote(*result_files(names, output))
         ending.wrote_beside(plot)
@@ -208,22 +217,30 @@ def evaluate(
     if (other := next((name for name, value in swept.items() if value), None)) is not None:
         raise UsageError(f"{other}: belongs to a sweep", "say over what with `--sweep KEY=VALUES`")
     with console.progress() as progress, _the_others_shown(form):
-        results = evaluate(
-            named_sources(checkpoints or []) or (), recipe=known, only=options.names("--only", only),
+        work = partial(
+            evaluate, named_sources(checkpoints or []) or (), recipe=known, only=models,
             individual=individual, clip=clip, tasks=named, batch_size=batch_size, split=split, limit=limit,
             corruption=corruption, severity=severity or 1, device=device, dtype=dtype, workers=workers, cache=cache,
             cache_size=cache_size, fresh=fresh, routing=routing, output=output, predictions=predictions, features=features,
             routes=routes, engine=engine, progress=progress,
         )  # fmt: skip
+        if dry_run:
+            show_plan(work, form)
+            return
+        results = work()
     if engine.part:
         ending.did(f"did part {engine.part} of the evaluation")
         return
     console.table(accuracy_table(results), form)
-    models = results[0].models if individual else results
-    ending.did(f"evaluated {ending.count(len(models), 'checkpoint')} on {_tasks(results)}")
+    shown = results[0].models if individual else results
+    ending.did(f"evaluated {amounts.count(len(shown), 'checkpoint')} on {_tasks(results)}")
     ending.wrote(*result_files([str(each.checkpoint["name"]) for each in results], output))
     ending.wrote_beside(predictions, features, routes)
     check_thresholds(results, thresholds, min_average)
+
+
+def _tasks(results: Sequence[Evaluation]) -> str:
+    return amounts.count(len({task for each in results for task in each.tasks}), "task")
 
 
 @contextmanager
@@ -238,7 +255,3 @@ def _the_others_shown(form: str | None) -> Generator[None]:
         if error.results:
             console.table(getattr(error.results, "table", None) or accuracy_table(error.results), form)
         raise
-
-
-def _tasks(results: Sequence[Evaluation]) -> str:
-    return ending.count(len({task for each in results for task in each.tasks}), "task")

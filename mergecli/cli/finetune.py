@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, ending, options
+from mergecli.cli import amounts, console, ending, options
+from mergecli.cli.dry_run import show_plan
 from mergecli.runtime.engines.contract import Engine
 from mergecli.runtime.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mergecli.training.finetune import Finetuned
 
 
@@ -24,7 +26,7 @@ def finetune(
         list[str],
         typer.Option(
             "--task", metavar="TASK", autocompletion=options.complete_tasks,
-            help="Task to train on. Repeatable: several at once, their losses summed.",
+            help="Task to train on. Repeatable: several at once, their losses summed.", show_default=False,
         ),
     ],
     output: Annotated[
@@ -68,6 +70,8 @@ def finetune(
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming an interrupted training.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="Of the output: float32, float16 or bfloat16.")] = "float32",
+    dry_run: options.DryRun = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written, or the plan, as JSON.")] = False,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write losses and accuracies of each step (.csv).")] = None,
     tensorboard: Annotated[
         Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write them for TensorBoard.")
@@ -87,46 +91,58 @@ def finetune(
         raise UsageError(f"--schedule: expected cosine or constant, got `{schedule}`")
     if recipe is None and base is None:
         raise UsageError("there is no base to start from", "name a recipe, or the base with `--base`")
+    from dataclasses import asdict
+
     from mergecli.recipe.reading import recipe_of
     from mergecli.runtime.distributed import is_first
+    from mergecli.training.each import finetune_each
     from mergecli.training.finetune import finetune
 
     known = recipe_of(recipe, changes=changes or []) if recipe else None
-    if each:
-        from mergecli.training.each import finetune_each
-
-        if trace or tensorboard:
-            raise UsageError(
-                f"{'--trace' if trace else '--tensorboard'}: is for a single training, and does not go with --each"
-            )
-        with console.progress() as progress:
-            every = finetune_each(
-                known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
-                weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
-                lora=lora, l_lora=l_lora, rank=rank, alpha=alpha, target_modules=target_modules, lora_dropout=lora_dropout,
-                validate_every=validate_every, validation_split=validation_split, device=device, dtype=dtype,
-                save_every=save_every, fresh=fresh, engine=engine, progress=progress,
-            )  # fmt: skip
-        for done in every:
-            console.path(done.path)
-        ending.did(f"trained {ending.count(len(every), 'model')}")
-        ending.wrote(*(done.path for done in every))
-        return
-    if engine != Engine():
+    if not each and engine != Engine():
         raise UsageError("a single training is one unit of work", "`--each` trains a model for each task")
-    with console.progress() as progress, _note_at_interrupt(output):
-        done = finetune(
-            known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
+    if each and (option := "--trace" if trace else "--tensorboard" if tensorboard else None):
+        raise UsageError(f"{option}: is for a single training, and does not go with --each")
+    verb = (
+        partial(finetune_each, engine=engine)
+        if each
+        else partial(finetune, trace=trace, tensorboard=tensorboard)
+    )
+    with console.progress() as progress:
+        work = partial(
+            verb, known, task=options.names("--task", task), base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
             weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
             lora=lora, l_lora=l_lora, rank=rank, alpha=alpha, target_modules=target_modules, lora_dropout=lora_dropout,
-            validate_every=validate_every, validation_split=validation_split, trace=trace, tensorboard=tensorboard,
+            validate_every=validate_every, validation_split=validation_split,
             device=device, dtype=dtype, save_every=save_every, fresh=fresh, progress=progress,
         )  # fmt: skip
+        if dry_run:
+            show_plan(work, "json" if as_json else None)
+            return
+        done = work()
+    if isinstance(done, tuple):
+        _tell_each(done, as_json)
+        return
     if is_first():
-        ending.did(f"trained {ending.count(done.steps - done.resumed_from, 'step')}{_best(done)}")
+        ending.did(f"trained {amounts.count(done.steps - done.resumed_from, 'step')}{_best(done)}")
         ending.wrote(done.path)
         ending.wrote_beside(trace, tensorboard)
-        console.path(done.path)
+        if as_json:
+            console.json({**asdict(done), "path": str(done.path)})
+        else:
+            console.path(done.path)
+
+
+def _tell_each(done: Sequence[Finetuned], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    ending.did(f"trained {amounts.count(len(done), 'model')}")
+    ending.wrote(*(each.path for each in done))
+    if as_json:
+        console.json([{**asdict(each), "path": str(each.path)} for each in done])
+        return
+    for each in done:
+        console.path(each.path)
 
 
 def _best(done: Finetuned) -> str:
@@ -135,17 +151,3 @@ def _best(done: Finetuned) -> str:
         return ""
     accuracies = done.validation[done.best_step].values()
     return f", of which step {done.best_step} validated best ({sum(accuracies) / len(accuracies):.1%}) and is written"
-
-
-@contextmanager
-def _note_at_interrupt(output: Path) -> Generator[None]:
-    """Says at Ctrl-C where the resume file is, if there is one."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        from mergecli.training.resume import state_file
-
-        if state_file(output).exists():
-            with suppress(OSError):
-                console.note(f"interrupted: the same command resumes from {state_file(output)}")
-        raise

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import console, ending, options
+from mergecli.cli import amounts, console, ending, options
 from mergecli.runtime.engines.contract import Engine
 
 
@@ -24,7 +24,7 @@ def measure(
         ),
     ] = None,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="TASK,...", help="Which of the recipe's tasks; none: all.")
+        list[str] | None, typer.Option("--task", metavar="TASK", help="Which of the recipe's tasks; none: all. Repeatable.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     changes: options.Set = None,
@@ -43,13 +43,13 @@ def measure(
 
     with console.progress() as progress:
         done = measure(
-            recipe, output=output, method=method, only=options.names("--only", only), device=device,
+            recipe, output=output, method=method, only=options.names("--task", only), device=device,
             changes=changes or [], engine=engine, progress=progress,
         )  # fmt: skip
     if not is_first():
         return
     kept = len(done.paths) - len(done.new)
-    ending.did(f"measured {ending.count(len(done.new), 'file')}" + (f", kept {kept}" if kept else ""))
+    ending.did(f"measured {amounts.count(len(done.new), 'file')}" + (f", kept {kept}" if kept else ""))
     ending.wrote(*(done.paths[name] for name in done.new))
     for path in done.paths.values():
         console.path(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mergecli.cli import console, ending, options
+from mergecli.cli.dry_run import show_plan
 from mergecli.runtime.errors import UsageError
 
 
@@ -25,9 +27,16 @@ def merge(
         ),
     ] = None,
     changes: options.Set = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="DTYPE", help="Of the output: same, float32, float16 or bfloat16.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="Where the method computes: cpu, cuda, cuda:1, ...")] = "cpu",
     shard_size: Annotated[
         str | None, typer.Option("--shard-size", metavar="SIZE", help="Split a folder's weights, such as 2GB.")
+    ] = None,
+    card: Annotated[
+        bool | None,
+        typer.Option("--card/--no-card", help="Write a model card, README.md. Default: for a folder, not for a file."),
     ] = None,
     sweep: Annotated[
         list[str] | None,
@@ -51,7 +60,8 @@ def merge(
     tensorboard: Annotated[
         Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write the same for TensorBoard.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was written and its digests as JSON.")] = False,
+    dry_run: options.DryRun = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written and its digests, or the plan, as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Merge fine-tuned models into one checkpoint; prints its path.
 
@@ -87,29 +97,32 @@ def merge(
                 raise UsageError("--shard-size: a sweep writes single files")
             if save_coefficients or trace or plot or tensorboard:
                 raise UsageError("a sweep has no single file of coefficients to save, trace or plot")
-            points = points_of(what, sweep, base=base, method=method, changes=changes or [])
-            written = merge_sweep(
-                points,
-                output,
-                device=device,
-                statistics=statistics,
-                coefficients=coefficients,
+            if card:
+                raise UsageError("--card: a sweep writes several models, and a folder has one card")
+            changed = [*(changes or []), *([] if dtype is None else [f'dtype="{dtype}"'])]
+            points = points_of(what, sweep, base=base, method=method, changes=changed)
+            work = partial(
+                merge_sweep, points, output, device=device, statistics=statistics, coefficients=coefficients,
                 progress=progress,
-            )
+            )  # fmt: skip
         else:
-            written = [
-                merge(
-                    what, output=output, base=base, method=method, changes=changes or [], device=device,
-                    shard_size=shard_size, statistics=statistics, coefficients=coefficients,
-                    save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
-                )
-            ]  # fmt: skip
+            work = partial(
+                merge, what, output=output, base=base, method=method, changes=changes or [], dtype=dtype, device=device,
+                shard_size=shard_size, card=card, statistics=statistics, coefficients=coefficients,
+                save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
+            )  # fmt: skip
+        if dry_run:
+            show_plan(work, "json" if as_json else None)
+            return
+        done = work()
+    written = done if isinstance(done, tuple) else (done,)
     for text in dict.fromkeys(text for each in written for text in each.warnings):
         console.warning(text)
     if not is_first():
         return
     for each in written:
         ending.wrote(each.path, digest=each.digest)
+        ending.wrote_beside(each.card if each.path.suffix else None)
     ending.wrote_beside(save_coefficients, trace, plot, tensorboard)
     described = [
         {"path": str(each.path), "method": each.method, "tasks": each.tasks, "tensors": each.tensors,

@@ -102,7 +102,7 @@ def cached_pixels(clip: Clip, images: Images, processing: Processing | None = No
             for _ in () if found else decoded_batches(clip, images, how, 8 * BLOCK):
                 interrupts.check()
         found = found or stored_pixels(clip, images, how)
-    return found or _decoded_each_time(clip, images, how)
+    return found or decoded_alone(clip, images, how)
 
 
 def chunks(clip: Clip, images: Images, how: Processing, size: int, room: int) -> Generator[Pixels]:
@@ -141,7 +141,7 @@ def chunks(clip: Clip, images: Images, how: Processing, size: int, room: int) ->
             if done == len(images):
                 next(batches, None)  # which gives the file its name
                 decoding.close()  # nobody has to wait for the model
-            yield _in_memory(chunk, labels[done - count : done])
+            yield in_memory(chunk, labels[done - count : done])
 
 
 def stored_pixels(clip: Clip, images: Images, how: Processing) -> Pixels | None:
@@ -217,7 +217,8 @@ def _readable(images: Images, numbers: range, found: Any) -> Any:
     return found
 
 
-def _decoded_each_time(clip: Clip, images: Images, how: Processing) -> Pixels:
+def decoded_alone(clip: Clip, images: Images, how: Processing) -> Pixels:
+    """The images without the cache: each is decoded by this process whenever it is used."""
     import torch
 
     def read(numbers: Sequence[int]) -> Tensor:
@@ -228,7 +229,8 @@ def _decoded_each_time(clip: Clip, images: Images, how: Processing) -> Pixels:
     return Pixels(torch.tensor(images.labels), None, read)
 
 
-def _in_memory(stored: Tensor, labels: Tensor) -> Pixels:
+def in_memory(stored: Tensor, labels: Tensor) -> Pixels:
+    """(N, 3, H, W) uint8 images and their (N,) labels."""
     import torch
 
     return Pixels(labels, stored, lambda numbers: stored[torch.tensor(numbers)])
@@ -314,7 +316,7 @@ def _opened(clip: Clip, images: Images, how: Processing, shape: tuple[int, ...])
     if mapped is None:
         return None
     touch(path)
-    return _StoredImages(mapped, _decoded_each_time(clip, images, how).read)
+    return _StoredImages(mapped, decoded_alone(clip, images, how).read)
 
 
 class _Store:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from mergecli.clip.other_parts import Candidate, warn_of_other_parts
+from mergecli.data.contamination import findings_of, is_test
 from mergecli.evaluation.facts import TowerFacts
 from mergecli.evaluation.features import feature_file
 from mergecli.evaluation.grid import Grid, fill
+from mergecli.evaluation.plan import PlannedCounts
 from mergecli.evaluation.routes import Routes, route_files, write_routes
 from mergecli.evaluation.scoring import Scoring, tell
 from mergecli.evaluation.settings import Settings, Tower
@@ -22,11 +25,14 @@ from mergecli.formats.mixture import LEFT_OUT
 from mergecli.formats.opening import model_path, open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
-from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
+from mergecli.results.result import FINE_TUNED, Evaluation, Evaluations, result_files, write_predictions
+from mergecli.results.suspicions import too_good
 from mergecli.runtime.distributed import usable_device
+from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.engines.contract import Engine, Unit
 from mergecli.runtime.engines.grid import Failure, Failures
-from mergecli.runtime.errors import InputError, UsageError, quoted
+from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, quoted
+from mergecli.runtime.progress import shown
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.sources import Source, parse_source
 from mergecli.storage.units import LOG as UNITS_LOG
@@ -38,8 +44,9 @@ if TYPE_CHECKING:
     from mergecli.evaluation.scoring import Scores
     from mergecli.methods._mixture import Routing
     from mergecli.recipe.schema import Recipe
+    from mergecli.results.plan import Plan
     from mergecli.results.result import TaskScore
-    from mergecli.runtime.progress import Progress
+    from mergecli.runtime.progress import AnyProgress, Progress
     from mergecli.storage.checkpoint import Checkpoint
 
 
@@ -68,8 +75,8 @@ def evaluate(
     features: str | Path | None = None,
     routes: str | Path | None = None,
     engine: Engine | None = None,
-    progress: Progress | None = None,
-) -> tuple[Evaluation, ...]:
+    progress: AnyProgress | None = None,
+) -> Evaluations:
     """One result for each checkpoint, in order: counts, accuracy and loss on every task.
 
     A checkpoint is a path or a source such as `toy:digits`; a task vector is added to the base first. Text
@@ -116,6 +123,7 @@ def evaluate(
     )  # fmt: skip
     failures = Failures(engine.keep_going)
     with contextlib.ExitStack() as files:
+        report = files.enter_context(shown(progress))
         named = named_models(checkpoints, known, only, with_base=not individual)
         targets = result_files([FINE_TUNED] if individual else [name for name, _ in named], output)
         used = [task for task in chosen if not individual or task.name in dict(named)]
@@ -128,6 +136,8 @@ def evaluate(
                 opened.append(Candidate(name, source, files.enter_context(open_source(source, base))))
         with open_source(base) as whole:
             warn_of_other_parts(opened, whole, str(base), merged=False)
+        tested = [task.name for task in chosen if is_test(task.name, split)]
+        _warn_of_contamination(opened, tested, individual)
         models: list[Tower] = []
         for each in opened:
             with failures.of("tower", each.name):
@@ -150,7 +160,21 @@ def evaluate(
             settings,
             call.several,
         )
-        return _evaluate_open(call, models, engine, work, failures, progress)
+        results = _evaluate_open(call, models, engine, work, failures, report)
+    for each in too_good(results):
+        warnings.warn(each.text, MergecliWarning, stacklevel=2)
+    return Evaluations(results)
+
+
+def _warn_of_contamination(models: Sequence[Candidate], tasks: Sequence[str], individual: bool) -> None:
+    """A warning for each known group of checkpoints that were trained on images on which they are evaluated."""
+    found: dict[str, list[str]] = {}
+    for name, source, opened in models:
+        of = [task for task in tasks if task == name] if individual else tasks
+        for each in findings_of(source, opened, of):
+            found.setdefault(each.text, []).append(name)
+    for text, names in found.items():
+        warnings.warn(f"{quoted(names)}: {text}", MergecliWarning, stacklevel=2)
 
 
 def asked(
@@ -224,7 +248,7 @@ def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[T
     if not wanted:
         raise UsageError(
             "there are no tasks to evaluate on",
-            "name tasks or a set such as `ta8` with `--tasks`; `mergecli tasks` lists them",
+            "name tasks or a set such as `ta8` with `--task`; `mergecli tasks` lists them",
         )
     return [registry.find(name, recipe) for name in registry.expand(wanted, recipe)]
 
@@ -322,6 +346,18 @@ def _evaluate_open(
     total = len(units) + len(failures.units)
     files = UnitFiles(call.folder, settings.max_size, what="its images are counted")
     grid = Grid(scoring, images, units, files, call.several)
+    scoring.check_work([(tower, images[task]) for tower, task in units], several=call.several)
+
+    def planned() -> Plan:
+        pairs = sorted(units, key=lambda of: list(images).index(of[1]))  # as they are counted: task by task
+        counts = [
+            PlannedCounts(towers[of[0]], images[of[1]], not settings.fresh and grid.has(units[of]))
+            for of in pairs
+        ]
+        outputs = [*call.targets, *([Path(call.predictions)] if call.predictions is not None else [])]
+        return scoring.plan(counts, outputs, several=call.several)
+
+    work_begins(planned)
     failures.units += fill(
         grid, engine, work, lambda missing: grid.count(missing, towers, progress), progress, window=len(names)
     )
@@ -445,6 +481,6 @@ def _tower(name: str, source: Source, opened: Checkpoint) -> Tower:
     if left_out := opened.metadata.get(LEFT_OUT):
         raise InputError(
             f"{source}: is a tower without {left_out}, which the method's accuracy comes from",
-            "evaluate the whole file, on this task with `--tasks`",
+            "evaluate the whole file, on this task with `--task`",
         )
     return Tower(name, source.label, opened)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mergecli.evaluation.scoring import Scores, Scoring, add
 from mergecli.evaluation.settings import Tower
+from mergecli.runtime import interrupts
 from mergecli.runtime.engines.contract import Engine, Unit, Work, part_of
 from mergecli.runtime.engines.grid import Failure, run_grid
 from mergecli.runtime.engines.worker import report_of
@@ -47,6 +48,13 @@ class Grid:
             else:
                 add(scores, self.tasks[task], counted, self.scoring.settings, tower if predictions else "")
         return {tower: scores for tower, scores in found.items() if not scores.missing}
+
+    def kept(self) -> str:
+        """What is kept after an interruption."""
+        count = sum(self.files.path(unit).exists() for unit in self.units.values())
+        one = len({tower for tower, _ in self.units}) == 1 or len(self.units) == len(self.tasks)
+        what = "tasks" if one else "tasks of all checkpoints"
+        return f"{count} of {len(self.units)} {what} are kept" if count else ""
 
     def count(self, units: Sequence[Unit], towers: Mapping[str, Tower], progress: Progress | None) -> None:
         """Counts units of open towers in this process, task by task."""
@@ -94,11 +102,12 @@ def fill(
                 f"{len(missing)} of {len(every)} units are missing:\n{listed([unit.name for unit in missing], 20)}",
                 "run the parts that they belong to again, or the same command without `--collect`",
             )
-    elif engine.is_this_process:
-        count_here(missing)
-    else:
+        return []
+    with interrupts.telling(grid.kept):
+        if engine.is_this_process:
+            count_here(missing)
+            return []
         return run_grid(work, interleaved(missing, window), engine, grid.files.save, grid.has, progress)
-    return []
 
 
 def interleaved(units: Sequence[Unit], window: int) -> list[Unit]:

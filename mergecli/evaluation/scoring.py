@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergecli.evaluation import counting
 from mergecli.evaluation.counting import Counts, Job, ModelSlot, counts_file, read_counts
 from mergecli.evaluation.facts import TowerFacts
-from mergecli.evaluation.features import LayerFeatures, feature_file, features_metadata, saved_with
+from mergecli.evaluation.features import (
+    LayerFeatures,
+    feature_file,
+    feature_size,
+    features_metadata,
+    saved_with,
+)
+from mergecli.evaluation.plan import PlannedCounts, evaluation_plan
 from mergecli.evaluation.routes import RouteSums, Weights
 from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import mixture_of
@@ -23,10 +30,12 @@ from mergecli.results.result import TaskScore
 from mergecli.runtime.engines.contract import Unit
 from mergecli.runtime.errors import UsageError
 from mergecli.runtime.notes import note
+from mergecli.storage.atomic import check_space
 
 if TYPE_CHECKING:
     from mergecli.data.images import Images, TaskImages
     from mergecli.data.tasks import Task
+    from mergecli.results.plan import Plan
     from mergecli.runtime.progress import Progress
     from mergecli.storage.checkpoint import Checkpoint
     from mergecli.storage.units import UnitFiles
@@ -126,6 +135,26 @@ class Scoring:
                 task, self.settings.split, self.settings.limit, remember=remember
             )
         return self._images[task.name]
+
+    def check_work(self, pairs: Iterable[tuple[str, TaskImages]], *, several: bool) -> None:
+        """Raises InputError if a prompt is too long, or the disk has no room for the features of these towers on these tasks."""
+        from mergecli.clip.heads import check_prompts, has_head
+
+        wanted = list(pairs)
+        for each in {of_task.task.name: of_task for _, of_task in wanted}.values():
+            of = each.classes, each.task.templates
+            if not has_head(self.clip, self.digests.text, *of, self.settings.max_size):
+                check_prompts(self.clip, *of)
+        sizes: dict[Path, int] = {}
+        for tower, of_task in wanted:
+            if file := feature_file(self.settings.features, tower, of_task.task.name, several):
+                sizes[file] = feature_size(self.clip, len(of_task.images))
+        check_space(sizes)
+
+    def plan(self, counts: Sequence[PlannedCounts], outputs: Sequence[Path], *, several: bool) -> Plan:
+        """The plan of counts of towers on tasks."""
+        _ = self._slots  # puts the CLIP where it computes
+        return evaluation_plan(self.clip, counts, self.settings, self.digests, outputs, several=several)
 
     def unit(self, of_task: TaskImages, name: str, identity: object) -> Unit:
         """A tower on a task; the `identity` tells the tower from others."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING, Any
 
-from mergecli.evaluation.evaluate import asked, check_share, evaluation_of
+from mergecli.evaluation.evaluate import asked, check_share, evaluate, evaluation_of
 from mergecli.evaluation.grid import Grid, fill
 from mergecli.evaluation.scoring import Scoring, tell
 from mergecli.evaluation.settings import Tower
@@ -22,15 +23,16 @@ from mergecli.merging.merge import learning_key
 from mergecli.merging.sweep_points import Identities, Point, identities, merge_batch, point_files, points_of
 from mergecli.methods._base import DataDriven
 from mergecli.results.cells import Cell, Column
+from mergecli.results.plan import Plan, Work, check, plan
 from mergecli.results.result import Evaluation
 from mergecli.results.statistics import Count, difference_interval
 from mergecli.results.tables import Table
-from mergecli.runtime.distributed import usable_device
+from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.engines.contract import Engine, Unit
 from mergecli.runtime.engines.grid import FailedUnitsError, Failure
 from mergecli.runtime.engines.worker import node
 from mergecli.runtime.errors import InputError, UsageError, quoted, toml_text
-from mergecli.runtime.progress import Progress
+from mergecli.runtime.progress import AnyProgress, Progress, shown
 from mergecli.storage.alone import alone
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.checkpoint import open_checkpoint
@@ -123,7 +125,7 @@ def sweep(
     plot: str | Path | None = None,
     device: str = "cpu",
     engine: Engine | None = None,
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
     **evaluation: Any,
 ) -> Swept:
     """Merges the recipe's models once for each value of some settings, and evaluates each merge.
@@ -172,15 +174,25 @@ def sweep(
         )
     split = evaluation.pop("split", None)
     first = points[0].recipe
+    # no merge is there yet: the base stands for all, which routes no batches
+    stand_in = partial(evaluate, recipe=first, only=["base"], device=device, **evaluation)
+    if evaluation.get("routing") == "batch":
+        stand_in = partial(stand_in, routing="sample")
     base, tasks, settings = asked(first, engine, device=device, split=select or split, **evaluation)
     if not engine.keep_going:
         expect_all([base, *first.tuned.values(), *(task.data for task in tasks)], first)
-    if engine.is_this_process:
-        usable_device(settings.device)
+    if engine.is_this_process and not engine.collect:
+        for each in dict.fromkeys((select or split, split)):
+            check(stand_in, split=each)
+    confirm = partial(stand_in, split=split) if select else None
+    work_begins(
+        partial(_plan, points, kept, targets, device, partial(stand_in, split=select or split), confirm)
+    )
     known = identities(points, settings.device)
     scoring = Scoring(model_path(base), settings)
     files = UnitFiles(target, settings.max_size, what="its images are counted")
-    with TemporaryDirectory(prefix="mergecli-sweep-", ignore_cleanup_errors=True) as temporary:
+    scratch = TemporaryDirectory(prefix="mergecli-sweep-", ignore_cleanup_errors=True)
+    with scratch as temporary, shown(progress) as report:
         folder = Path(temporary)
         merges = MergedPoints({point.name: point for point in points}, known, folder, settings.device)
 
@@ -189,8 +201,8 @@ def sweep(
             work = CountingWork(
                 merges, base, {task.name: task for task in tasks}, scoring.settings, several=True
             )
-            here = partial(_count, grid, points, kept, folder, progress)
-            return grid, fill(grid, engine, work, here, progress, window=WINDOW)
+            here = partial(_count, grid, points, kept, folder, report)
+            return grid, fill(grid, engine, work, here, report, window=WINDOW)
 
         grid, failures = run(scoring, points, engine)
         if engine.part:
@@ -337,6 +349,51 @@ def _results(grid: Grid, points: Sequence[Point], base: Source) -> dict[str, Eva
             result = evaluation_of(own.facts, own.tasks, base, grid.scoring)
             found[point.name] = _labeled(result, point)
     return found
+
+
+def _plan(
+    points: Sequence[Point],
+    kept: Path | None,
+    outputs: Sequence[Path],
+    device: str,
+    base: Callable[[], object],
+    confirm: Callable[[], object] | None,
+) -> Plan:
+    """The plan of a sweep, from those of its first merges and of an evaluation of the base in place of a merge.
+
+    Args:
+        confirm: evaluates the base on the tasks' own split, where the best point is chosen on another.
+    """
+    began = time.perf_counter()
+    batches = list(_batches(points, kept))
+    merges = plan(merge_batch, batches[0], kept or Path(gettempdir()) / "mergecli-sweep", device=device)
+    evaluation, confirmation = plan(base), plan(confirm) if confirm else None
+    work: list[Work] = []
+    for each in merges.work:
+        share = len(points) / len(batches[0])
+        if each.work == "write" and kept is None:
+            each = replace(each, file="a temporary folder")
+        if each.work in ("read", "merge"):
+            each = replace(
+                each, passes=(each.passes or 0) * len(batches), seconds=(each.seconds or 0.0) * share
+            )
+        if each.work != "check":
+            work.append(each)
+    count = len(points)
+    for each in evaluation.work:
+        if each.work == "evaluate":
+            what = each.what.replace("base", f"{count} merges", 1)
+            seconds = count * (each.seconds or 0.0)
+            each = replace(each, what=what, images=count * (each.images or 0), cached=None, seconds=seconds)
+        if each.work in ("head", "decode", "evaluate"):
+            work.append(each)
+    for each in confirmation.work if confirmation else ():
+        if each.work in ("head", "decode", "evaluate"):
+            what = each.what.replace("base", "the best merge", 1) if each.work == "evaluate" else each.what
+            work.append(replace(each, what=what))
+    work += [Work("write", "results", str(path)) for path in outputs]
+    memory = max(each.memory for each in (merges, evaluation, confirmation) if each)
+    return Plan("eval", tuple(work), memory, time.perf_counter() - began)
 
 
 def _batches(points: Sequence[Point], kept: Path | None) -> Iterator[Sequence[Point]]:

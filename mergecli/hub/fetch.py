@@ -1,4 +1,4 @@
-"""`fetch`: recipes and sources to local paths; the only verb that opens a socket."""
+"""`fetch`: recipes and sources to local paths; one of the two verbs that reach the internet."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from mergecli.hub.session import Session
 from mergecli.hub.store import check_names, write_reference
 from mergecli.recipe.lock import Key
 from mergecli.recipe.schema import Recipe
+from mergecli.runtime import interrupts
 from mergecli.runtime.errors import HubError, InputError, MergecliError, UsageError, did_you_mean, listed
-from mergecli.runtime.progress import Progress
+from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.sources import HUBS
 from mergecli.storage.store import Store, home, locate
 
@@ -81,7 +82,7 @@ def fetch(
     allow_pickle: bool = False,
     token_to_endpoint: bool = False,
     changes: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Fetched:
     """Brings what recipes and sources name to the store, and writes beside each recipe the lock that repeats it.
@@ -110,28 +111,35 @@ def fetch(
         UsageError: an argument is wrong, or `locked` is set and a lock is missing or lacks a source.
     """
     _check_arguments(only, jobs, into)
-    how = _How(locked, offline or _offline_by_environment(), verify, dry_run, platform_of(platform))
+    how = _How(locked, offline or offline_by_environment(), verify, dry_run, platform_of(platform))
     given = [sources] if isinstance(sources, str | Path | Recipe) else list(sources)
     requests = gather(given, changes, tuple(only) or KINDS, locked, how.platform)
     store = Store(Path(into) if into is not None else home())
-    session = Session(store, RetryPolicy(note=note), jobs, allow_pickle, token_to_endpoint, progress)
     _check_paths(requests, store, how)
+    with shown(progress) as report:
+        session = Session(store, RetryPolicy(note=note), jobs, allow_pickle, token_to_endpoint, report)
+        return _fetch(given, requests, session, how)
+
+
+def _fetch(given: Sequence[str | Path | Recipe], requests: Requests, session: Session, how: _How) -> Fetched:
+    store = session.store
     local = _local_checkpoints(requests, session)
     resolved, failures = _resolve_all(requests, session, how)
-    if verify:
+    if how.verify:
         _refuse_damage(resolved, failures, store, given)
     files = _missing_files(resolved, session)
     unknown: list[Download] = []
     if how.dry_run:
         unknown = _unknown_files(requests, failures, session, how)
     if how.downloads:
-        outcome = download_all(list(resolved.values()), session)
+        with interrupts.telling(lambda: f"what has arrived is kept in {store.root}"):
+            outcome = download_all(list(resolved.values()), session)
         failures |= outcome.failures
         files = {key: file for key, file in files.items() if key in outcome.arrived}
         for key, each in resolved.items():
             if key not in failures and not each.locked:
                 write_reference(store, each.source, each.commit)
-    if how.downloads or verify:
+    if how.downloads or how.verify:
         whole = {key: each for key, each in resolved.items() if key not in failures}
         failures |= add_missing_checksums(whole, session)
     _raise_failures(failures, requests, how, given)
@@ -179,7 +187,7 @@ def _check_arguments(only: Sequence[str], jobs: int, into: str | Path | None) ->
         raise UsageError("--into: expected a folder, got nothing")
 
 
-def _offline_by_environment() -> bool:
+def offline_by_environment() -> bool:
     """Whether the variables that keep `huggingface_hub` from the network are set; here they keep all from it."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")

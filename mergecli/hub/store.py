@@ -130,6 +130,7 @@ def _manifest_text(
         if listing is None
         else [asdict(file) for file in listing if file.path.endswith(LISTED_SUFFIXES)],
         "checksums": dict(sorted(checksums.items())),
+        **({"license": license} if (license := about.license or before.license) else {}),
     }
     return json.dumps(content, indent=1) + "\n"
 

@@ -16,12 +16,15 @@ from mergecli.merging.models import Models
 from mergecli.methods._base import Method
 from mergecli.methods._mixture import SAME, Mixture
 from mergecli.recipe.schema import Recipe, recipe_text
+from mergecli.results.card import check_card
+from mergecli.results.card_file import CARD
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.atomic import check_target, whole_folder
 from mergecli.storage.checkpoint import MIXTURE
 from mergecli.storage.metadata import UNKNOWN_DIGEST, about, model_folder_files
-from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES, TORCH_NAMES, entry_count
+from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, TORCH_NAMES, layout_size
 from mergecli.storage.safetensors_writer import SafetensorsWriter, ShardedWriter
+from mergecli.storage.sources import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +37,16 @@ class MergeTarget:
     method: Method
     recipe: Recipe
     path: Path
+    has_card: bool = False
+    """Whether a model card is written too."""
 
     @classmethod
-    def of(cls, recipe: Recipe, path: Path) -> MergeTarget:
-        """Raises UsageError if the recipe names no method, or the path's suffix does not say what it is."""
+    def of(cls, recipe: Recipe, path: Path, card: bool | None = None) -> MergeTarget:
+        """By default, a folder gets a `card` and a file none.
+
+        Raises UsageError if the recipe names no method, the path's suffix does not say what it is, or a card that is there
+        would lose what its owner wrote.
+        """
         method = recipe.built
         if path.suffix not in ("", ".safetensors"):
             raise UsageError(f"{path}: expected a `.safetensors` file, or a folder's name without suffix")
@@ -47,7 +56,15 @@ class MergeTarget:
                 "name a `.safetensors` file",
             )
         check_target(path, folder=not path.suffix)
-        return cls(method, recipe, path)
+        has_card = not path.suffix if card is None else card
+        if has_card:
+            check_card(path)
+        return cls(method, recipe, path, has_card)
+
+    @property
+    def sources(self) -> list[Source]:
+        """What is merged."""
+        return [*([self.recipe.base] if self.recipe.base else []), *self.recipe.tuned.values()]
 
     def layout(self, models: Models) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> dtype and shape of what is written."""
@@ -64,9 +81,17 @@ class MergeTarget:
             found[key] = (part.dtype, part.shape)
         return found
 
+    def packed(self, models: Models) -> dict[str, int]:
+        """Name -> bytes of a row, of what is packed."""
+        if not isinstance(self.method, Mixture) or not self.method.is_mixture:
+            return {}
+        tasks = len(models.tuned)
+        parts = [self.method.parts(name, shape, tasks) for name, shape in models.shapes.items()]
+        return {key: part.shape[1] for each in parts for key, part in each.items() if part.packed}
+
     def size(self, models: Models) -> int:
         """Bytes of what is written."""
-        return sum(entry_count(shape) * DTYPE_BYTES[dtype] for dtype, shape in self.layout(models).values())
+        return layout_size(self.layout(models))
 
     def check(self, models: Models) -> None:
         """Raises InputError if the method writes more than one tower, and cannot from tensors of these names."""
@@ -98,6 +123,17 @@ class MergeTarget:
             **more,
         )
 
+    def writer(
+        self, path: Path, models: Models, size: int | None, inputs: Iterable[str], more: Mapping[str, str]
+    ) -> SafetensorsWriter | ShardedWriter:
+        """What writes the weights to the file or folder `path`; nothing is written before it is entered."""
+        layout, placeholder = self.layout(models), self.metadata(dict.fromkeys(inputs, UNKNOWN_DIGEST), more)
+        if not self.path.suffix and size:
+            return ShardedWriter(path, layout, placeholder, size)
+        return SafetensorsWriter(
+            path if self.path.suffix else path / "model.safetensors", layout, placeholder
+        )
+
     def open(
         self,
         models: Models,
@@ -107,20 +143,12 @@ class MergeTarget:
         more: Mapping[str, str],
     ) -> SafetensorsWriter | ShardedWriter:
         """The writer, to which copied tensors are written already; the file is whole when `stack` ends."""
-        layout, placeholder = self.layout(models), self.metadata(dict.fromkeys(inputs, UNKNOWN_DIGEST), more)
-        if self.path.suffix:
-            writer = SafetensorsWriter(self.path, layout, placeholder)
-        else:
-            folder = stack.enter_context(whole_folder(self.path))
+        path = self.path
+        if not path.suffix:
+            path = stack.enter_context(whole_folder(self.path, (CARD,) if self.has_card else ()))
             for name, text in model_folder_files(models.reference.path).items():
-                (folder / name).write_text(text, encoding="utf-8")
-            whole = folder / "model.safetensors"
-            writer = (
-                ShardedWriter(folder, layout, placeholder, size)
-                if size
-                else SafetensorsWriter(whole, layout, placeholder)
-            )
-        stack.enter_context(writer)
+                (path / name).write_text(text, encoding="utf-8")
+        writer = stack.enter_context(self.writer(path, models, size, inputs, more))
         for name in models.others:
             writer.write(name, models.reference.read(name))
         return writer

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from mergecli.results.cells import Cell, Column, Estimate, Plain, Quantity
+from mergecli.results.frames import frame
 from mergecli.runtime.errors import UsageError
 from mergecli.runtime.visible import visible
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Format = Literal["table", "tsv", "csv", "json", "md", "latex", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -37,6 +42,12 @@ class Table:
     """Figures, as HTML, after the table on its page."""
     origins: tuple[str, ...] = ()
     """The origin of each row, as HTML, at the end of the page."""
+    alike: bool = False
+    """Whether the columns after the first say the same of one thing each, so that a terminal may show some at a time."""
+    kinds: tuple[str, ...] = ()
+    """What each row is, such as `merge`; a `ceiling` is apart from the others. Empty where rows are all alike."""
+    best: frozenset[tuple[int, int]] = frozenset()
+    """(row, column) of the numbers that are bold."""
 
     def text(self, form: str) -> str:
         """The table as `tsv`, `csv`, `json`, `md`, `latex` or `html`; ends with a newline."""
@@ -46,6 +57,8 @@ class Table:
             return page(
                 self.columns,
                 self.rows,
+                kinds=self.kinds,
+                best=self.best,
                 title=self.title,
                 notes=self.notes,
                 warnings=self.warnings,
@@ -55,26 +68,55 @@ class Table:
         if form in ("tsv", "csv", "json"):
             heads, *rows = self._plain()
             if form == "json":
-                return json.dumps([dict(zip(heads, row, strict=True)) for row in rows], indent=2) + "\n"
-            return csv_text([heads, *rows]) if form == "csv" else _tsv_text([heads, *rows])
+                keys = [head or "name" for head in heads]
+                return json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2) + "\n"
+            return csv_text([heads, *rows], mark="," if form == "csv" else "\t")
         heads = [visible(column.name) for column in self.columns]
-        shown = [[visible(c.text(v)) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
         right = [column.unit != "text" for column in self.columns]
         if form == "md":
             rule = ["--:" if each else ":--" for each in right]
-            heads, *shown = [[_markdown(cell) for cell in row] for row in [heads, *shown]]
-            rows = "".join(f"| {' | '.join(row)} |\n" for row in [heads, rule, *shown])
-            return rows + self._footnotes("- ", _html_free)
+            lines = [list(map(_markdown, heads)), rule]
+            for number, row in enumerate(self._shown(_markdown, "**{}**")):
+                lines += [[" "] * len(row)] if number in self.rules else []
+                lines.append(row)
+            return "".join(f"| {' | '.join(row)} |\n" for row in lines) + self._footnotes("- ", _html_free)
         if form == "latex":
-            lines = [f"{' & '.join(map(_latex, row))} \\\\" for row in [heads, *shown]]
-            lines.insert(1, "\\midrule")
-            align = "".join("r" if each else "l" for each in right)
-            inner = "\n".join(["\\toprule", *lines, "\\bottomrule"])
+            lines = ["\\toprule", " & ".join(map(_latex, heads)) + " \\\\", "\\midrule"]
+            for number, row in enumerate(self._shown(_latex, "\\textbf{{{}}}")):
+                lines += ["\\midrule"] if number in self.rules else []
+                lines.append(" & ".join(row) + " \\\\")
+            inner = "\n".join([*lines, "\\bottomrule"])
+            ruled = [a.apart or b.apart for a, b in itertools.pairwise(self.columns)]
+            align = "".join(
+                "|" * rule + "lr"[each] for rule, each in zip([False, *ruled], right, strict=True)
+            )
             return f"\\begin{{tabular}}{{{align}}}\n{inner}\n\\end{{tabular}}\n{self._footnotes('% ', str)}"
         raise UsageError(f"format: expected one of {', '.join(FORMATS)}, got `{form}`")
 
+    def to_frame(self) -> DataFrame:
+        """The table as a pandas DataFrame, with the columns of `csv`.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        heads, *rows = self._plain()
+        return frame(rows, [str(head) for head in heads])
+
+    @property
+    def rules(self) -> frozenset[int]:
+        """The rows that a rule stands before: the ceiling, and what follows it."""
+        pairs = enumerate(itertools.pairwise(self.kinds), 1)
+        return frozenset(row for row, kinds in pairs if kinds.count("ceiling") == 1)
+
+    def _shown(self, safe: Callable[[str], str], bold: str) -> Iterator[list[str]]:
+        """The cells of each row as people read them, in the words of a format."""
+        for number, row in enumerate(self.rows):
+            cells = [safe(visible(c.text(v))) for c, v in zip(self.columns, row, strict=True)]
+            yield [bold.format(each) if (number, at) in self.best else each for at, each in enumerate(cells)]
+
     def transposed(self) -> Table:
         """Rows and columns swapped: the cells of the first column become the headings."""
+        apart = [kind == "ceiling" for kind in self.kinds or [""] * len(self.rows)]
         heads: list[str] = []
         for row in self.rows:
             name = self.columns[0].text(row[0])
@@ -86,7 +128,14 @@ class Table:
             if index
         ]
         return replace(
-            self, columns=(Column(""), *(Column(name, "mixed") for name in heads)), rows=tuple(rows)
+            self,
+            columns=(
+                Column(""),
+                *(Column(name, "mixed", apart=each) for name, each in zip(heads, apart, strict=True)),
+            ),
+            rows=tuple(rows),
+            kinds=(),
+            best=frozenset((column - 1, row + 1) for row, column in self.best),
         )
 
     def _plain(self) -> Iterator[list[Plain]]:
@@ -123,31 +172,25 @@ def _extras(cells: Sequence[str | float | Estimate | None]) -> tuple[str, ...]:
     return ("low", "high") if estimates else ()
 
 
-def csv_text(rows: Iterable[Sequence[Plain]], number: Callable[[float], str] = "{:.6g}".format) -> str:
-    """Rows as CSV. A text that a spreadsheet would compute gets an apostrophe before it, which is how one says that it
-    is a text."""
-    return _separated(rows, ",", lambda text: f"'{text}" if _is_formula(text) else text, number)
-
-
-def _tsv_text(rows: Iterable[Sequence[Plain]]) -> str:
-    return _separated(rows, "\t", str, "{:.6g}".format)
-
-
-def _separated(
-    rows: Iterable[Sequence[Plain]], mark: str, safe: Callable[[str], str], number: Callable[[float], str]
+def csv_text(
+    rows: Iterable[Sequence[Plain]], number: Callable[[float], str] = "{:.6g}".format, mark: str = ","
 ) -> str:
+    """Rows as CSV or, with a tab as `mark`, as TSV. A text that a spreadsheet would compute gets an apostrophe before it,
+    which is how one says that it is a text."""
+
     def written(value: Plain) -> str:
         """A value in a text file; empty for None."""
         if isinstance(value, str):
-            return safe(visible(value, keep="\t"))
+            text = visible(value, keep="\t")
+            return f"'{text}" if _is_formula(text) else text
         if isinstance(value, bool):
             return str(value).lower()
         return number(value) if isinstance(value, float) else "" if value is None else str(value)
 
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter=mark, lineterminator="\n")
+    file = io.StringIO()
+    writer = csv.writer(file, delimiter=mark, lineterminator="\n")
     writer.writerows([written(value) for value in row] for row in rows)
-    return text.getvalue()
+    return file.getvalue()
 
 
 def _is_formula(text: str) -> bool:
@@ -168,6 +211,7 @@ def _markdown(text: str) -> str:
 _LATEX = {
     **{character: "\\" + character for character in "&%$#_{}"},
     "\\": "\\textbackslash ", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$",
+    "<": "$<$", ">": "$>$", "|": "$|$",
 }  # fmt: skip
 
 

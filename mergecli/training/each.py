@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 from mergecli.formats.opening import model_path, open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.recipe.reading import recipe_of
+from mergecli.results.plan import Plan, plan
+from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.engines.contract import Engine, Report, Unit, part_of
 from mergecli.runtime.engines.grid import Failure, Failures, run_grid
 from mergecli.runtime.engines.worker import report_of
 from mergecli.runtime.errors import InputError, UsageError, listed
+from mergecli.runtime.progress import shown
 from mergecli.storage.atomic import check_target
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import version
@@ -25,7 +29,7 @@ from mergecli.training.finetune import Finetuned, base_and_tasks, finetune
 
 if TYPE_CHECKING:
     from mergecli.recipe.schema import Recipe
-    from mergecli.runtime.progress import Progress
+    from mergecli.runtime.progress import AnyProgress, Progress
 
 
 def finetune_each(
@@ -37,7 +41,7 @@ def finetune_each(
     device: str = "cpu",
     fresh: bool = False,
     engine: Engine | None = None,
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
     **training: Any,
 ) -> tuple[Finetuned, ...]:
     """Trains a model of its own for each task, in the order of the tasks.
@@ -90,15 +94,16 @@ def finetune_each(
     def done(unit: Unit) -> Finetuned | None:
         return files.read(unit, lambda record: _record(record, work.path(unit)))
 
-    def write(unit: Unit, report: Report) -> None:
-        files.save(unit, report)
+    def write(unit: Unit, finished: Report) -> None:
+        files.save(unit, finished)
         if done(unit) is None:
             raise InputError(
-                f"{work.path(unit)}: was trained on {report.node}, and is not here",
+                f"{work.path(unit)}: was trained on {finished.node}, and is not here",
                 "name an output that all machines see",
             )
 
     wanted = part_of(units, [1] * len(units), engine.share)
+    work_begins(lambda: _plan([partial(work.train, unit) for unit in wanted if fresh or done(unit) is None]))
     if fresh:
         files.forget(wanted)
     missing = [unit for unit in wanted if done(unit) is None]
@@ -108,12 +113,14 @@ def finetune_each(
             "run the parts that they belong to again, or the same command without `--collect`",
         )
     if engine.is_this_process:
-        for unit in missing:
-            write(unit, work.here(unit, progress))
+        with shown(progress) as report:
+            for unit in missing:
+                write(unit, work.here(unit, report))
     else:
-        failures.units += run_grid(
-            work, missing, engine, write, lambda unit: done(unit) is not None, progress
-        )
+        with shown(progress) as report:
+            failures.units += run_grid(
+                work, missing, engine, write, lambda unit: done(unit) is not None, report
+            )
     results = tuple(found for unit in wanted if (found := done(unit)) is not None)
     failures.check(len(units) + len(failures.found), results)
     return results
@@ -145,6 +152,13 @@ class TrainingWork:
     def __call__(self, unit: Unit) -> bytes:
         return self.here(unit, None).result
 
+    def train(self, unit: Unit, progress: Progress | None = None) -> Finetuned:
+        """Trains, or resumes."""
+        return finetune(
+            self.recipe, task=unit.of[0], output=self.path(unit), base=self.base, device=self.device, fresh=self.fresh,
+            progress=progress, **self.training,
+        )  # fmt: skip
+
     def here(self, unit: Unit, progress: Progress | None) -> Report:
         """The same with progress, as a report."""
         from time import perf_counter
@@ -152,10 +166,7 @@ class TrainingWork:
         from mergecli.storage.safetensors_writer import save_tensors
 
         started = perf_counter()
-        done = finetune(
-            self.recipe, task=unit.of[0], output=self.path(unit), base=self.base, device=self.device, fresh=self.fresh,
-            progress=progress, **self.training,
-        )  # fmt: skip
+        done = self.train(unit, progress)
         with _weights(done.path) as model:
             digest = model.digest()
         about = {"what": f"a training on {unit.name}", "key": unit.key, "digest": digest}
@@ -164,6 +175,14 @@ class TrainingWork:
             path = Path(folder) / "record.safetensors"
             save_tensors({}, path, about, checked=True)
             return report_of(path.read_bytes(), self.device, perf_counter() - started)
+
+
+def _plan(trainings: Sequence[Callable[[], object]]) -> Plan:
+    """The plans of all trainings as one."""
+    plans = [plan(each) for each in trainings]
+    work = tuple(each for one in plans for each in one.work)
+    memory = max((each.memory for each in plans), default=0)
+    return Plan("finetune", work, memory, sum(each.measured for each in plans))
 
 
 def _record(record: Checkpoint, path: Path) -> Finetuned | None:

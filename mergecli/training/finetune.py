@@ -6,12 +6,15 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first, join, wait
+from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.errors import UsageError
+from mergecli.runtime.progress import shown
 from mergecli.storage.atomic import check_space, refuse_inputs
 from mergecli.storage.sources import Source, parse_source
 from mergecli.training.output import TrainedModel
@@ -20,7 +23,7 @@ from mergecli.training.trace import TraceFiles, trace_table
 
 if TYPE_CHECKING:
     from mergecli.recipe.schema import Recipe
-    from mergecli.runtime.progress import Progress
+    from mergecli.runtime.progress import AnyProgress, Progress
     from mergecli.training.data import TrainingTask
 
 _AVERAGED_STEPS = 100
@@ -74,7 +77,7 @@ def finetune(
     dtype: str = "float32",
     save_every: int = 500,
     fresh: bool = False,
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
 ) -> Finetuned:
     """Trains the vision tower of a base, or an adapter for it, on training images, and writes it to `output`.
 
@@ -143,7 +146,8 @@ def finetune(
     from mergecli.training.data import tasks_metadata
     from mergecli.training.loop import DivergedError, Training
     from mergecli.training.lora import add_adapter
-    from mergecli.training.resume import TrainingState
+    from mergecli.training.plan import training_plan
+    from mergecli.training.resume import TrainingState, state_file, state_size
 
     source, tasks = base_and_tasks(recipe, task, base, data, bool(validate_every), validation_split)
     with open_source(source) as stored:
@@ -158,25 +162,34 @@ def finetune(
         clip.tower.requires_grad_(True)
     clip.model.to(usable_device(own_device))
     trained = {name: each for name, each in clip.tower.named_parameters() if each.requires_grad}
+    for each in tasks:
+        each.check(clip)
     entries = sum(each.numel() for each in trained.values())
-    check_space({target: entries * getattr(torch, dtype).itemsize})
+    size = entries * getattr(torch, dtype).itemsize
+    check_space({target: size, state_file(target): state_size(entries, validates=bool(validate_every))})
     digests = clip_digests(model_path(source))
     trained_on = {"base": base_digest, **tasks_metadata(tasks)}
     rest = {"clip": digests._asdict(), "processing": json.loads(clip.processor.to_json_string())}
     state = TrainingState(
         target, trained, {**asdict(settings), **trained_on, **rest}, len(tasks), ranks, fresh=fresh
     )
-    prepared = [each.prepare(clip, digests.text, steps * settings.images_per_step) for each in tasks]
+    work_begins(lambda: training_plan(clip, tasks, state, settings, size))
+
+    def kept() -> str:
+        return f"{state.step} of {steps} steps are kept in {state.path}" if state.path.exists() else ""
+
+    with interrupts.telling(kept):
+        prepared = [each.prepare(clip, digests.text, steps * settings.images_per_step) for each in tasks]
     clip.drop_text_tower()
     names = [each.name for each in prepared]
     began, first, seen = time.perf_counter(), state.step, 0
 
-    def report(loss: float, images: int) -> None:
+    def report(told: Progress | None, loss: float, images: int) -> None:
         nonlocal seen
         seen += images
-        if progress is not None and is_first():
+        if told is not None and is_first():
             speed = seen / (time.perf_counter() - began)
-            progress(f"{trained_on['task']}: loss {loss:.3f}, {speed:.0f} images/s", state.step, steps)
+            told(f"{trained_on['task']}: loss {loss:.3f}, {speed:.0f} images/s", state.step, steps)
 
     def record() -> None:
         if is_first() and state.losses:
@@ -188,7 +201,8 @@ def finetune(
 
     model = TrainedModel(clip, adapter, source, base_digest, settings, trained_on)
     try:
-        Training(clip, prepared, state, settings, ranks).run(save_every, report, save)
+        with interrupts.telling(kept), shown(progress) as told:
+            Training(clip, prepared, state, settings, ranks).run(save_every, partial(report, told), save)
     except DivergedError as error:
         saved = model.write_last_good(state)
         record()
@@ -200,9 +214,10 @@ def finetune(
             state.restore_best()
             model.write(target, **({"best_step": str(state.best_step)} if state.best_step else {}))
             record()
-        except BaseException:
+        except BaseException as error:
             with interrupts.deferred():
                 state.save()  # the next run does not train again, it only writes
+            interrupts.tell(error, kept)
             raise
         state.path.unlink(missing_ok=True)
     wait()

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from mergecli.cli import ending
+from mergecli.cli import amounts, ending
 from tests.conftest import Run, World
 
 COST = r", \d+\.\d s, peak \d+ MB"
@@ -67,7 +67,7 @@ def test_what_failed_has_no_such_line_and_help_has_none(world: World, run: Run) 
 
 def test_a_threshold_that_is_not_met_is_told_after_what_was_done(run: Run) -> None:
     ended = run(
-        "eval", "toy:base", "--clip", "toy:base", "--tasks", "digits", "--limit", 5, "-o", "r.json", "--min-average", 1
+        "eval", "toy:base", "--clip", "toy:base", "--task", "digits", "--limit", 5, "-o", "r.json", "--min-average", 1
     )  # fmt: skip
     assert ended.status == 5
     assert ended.end.startswith("evaluated 1 checkpoint on 1 task, wrote r.json (sha256:")
@@ -89,14 +89,15 @@ def test_finetune_says_which_step_won(run: Run) -> None:
     ("seconds", "text"), [(0.04, "0.0 s"), (119.94, "119.9 s"), (192, "3 min 12 s"), (7500, "2 h 5 min")]
 )
 def test_durations_are_read_easily(seconds: float, text: str) -> None:
-    assert ending.duration(seconds) == text
+    assert amounts.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(999, "0 MB"), (640 * 10**6, "640 MB"), (1_240_000_000, "1.24 GB")]
+    ("size", "text"),
+    [(999, "1.0 kB"), (1_616_384, "1.6 MB"), (640 * 10**6, "640 MB"), (1_240_000_000, "1.24 GB")],
 )
 def test_memory_is_read_easily(size: int, text: str) -> None:
-    assert ending.memory(size) == text
+    assert amounts.memory(size) == text
 
 
 def test_the_peak_of_memory_counts_what_has_been_freed_again() -> None:

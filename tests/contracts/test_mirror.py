@@ -16,7 +16,7 @@ LISTS = {"methods", "tasks"}
 """Commands without a function: Python has the rooms `mergecli.methods` and `mergecli.data.tasks`."""
 ONLY_IN_THE_PROGRAM = {"as_json", "form", "min_average", "min_task", "sweep"}
 ONLY_IN_PYTHON = {"progress", "note", "settings", "format", "data"}
-CHOICES_OF_WHAT_IS_PRINTED = {"info": {"keys", "recipe"}}
+CHOICES_OF_WHAT_IS_PRINTED = {"info": {"keys", "recipe", "coefficients"}}
 SAME = {"models": "recipe"}
 
 
@@ -38,6 +38,8 @@ def test_a_command_and_its_function_have_the_same_parameters(name: str) -> None:
         )  # `--sweep` makes it `mergecli.sweep`
     if name == "finetune":
         program -= {"each", "engine"}  # `--each` makes it `mergecli.finetune_each`
+    if name in ("merge", "evaluate", "finetune"):
+        program -= {"dry_run"}  # `mergecli.plan` of the function
     if name in ("evaluate", "finetune"):
         program -= {"changes"}  # the recipe is read by the command
     assert program == python

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_people_get_percent_and_programs_fractions() -> None:
     }  # fmt: skip
     assert table.text("md").splitlines()[:4] == [
         "| model | method | mnist | dtd | average |", "| :-- | :-- | --: | --: | --: |",
-        "| one | ties | 75.0 | 50.0 | 62.5 |", "| two | - | 90.0 | - | 90.0 |",
+        "| one | ties | 75.0 | 50.0 | 62.5 |", "| two | - | **90.0** | - | **90.0** |",
     ]  # fmt: skip
 
 
@@ -138,7 +139,9 @@ def test_intervals_are_wilsons_and_said_to_be() -> None:
     assert isinstance(average, Estimate)
     assert high - low > average.high - average.low > (high - low) / 2
     assert "Wilson" in table.notes[0]
-    assert column(table, "average")[1] == pytest.approx((0.9, *wilson(900, 1000), None))
+    average = column(table, "average")[1]
+    assert isinstance(average, Estimate)
+    assert average[:3] == pytest.approx((0.9, *wilson(900, 1000)))
 
 
 @pytest.mark.parametrize("form", ["tsv", "csv", "json", "md", "latex", "html"])
@@ -165,6 +168,41 @@ def test_every_option_is_in_every_format(form: str, transpose: bool) -> None:
         assert "unpaired" in text
 
 
+def best(table: Table) -> list[tuple[object, str]]:
+    """(model, column) of each bold number."""
+    return sorted((table.rows[row][0], names(table)[place]) for row, place in table.best)
+
+
+def test_the_best_merge_is_bold_and_nothing_that_is_no_merge() -> None:
+    merge = replace(result("a", "average", mnist=0.7, dtd=0.2), models={"mnist": "hf:org/mnist"})
+    expert = result("expert", mnist=0.95, dtd=0.1)
+    expert = replace(expert, checkpoint={**expert.checkpoint, "path": "hf:org/mnist"})
+    base, trained = result("base", "pretrained", mnist=0.9), result("t", "finetune --lora", mnist=0.9)
+    every = [merge, expert, base, trained, *THREE[::2]]
+    table = report(every, normalized=True, reference="clip-vit-base-patch32-ta8", reference_rows=True)
+    assert table.kinds[:7] == ("merge", "model", "base", "model", "merge", "ceiling", "published")
+    assert table.rules == {5, 6}
+    assert best(table) == [
+        ("a", "mnist"), ("a", "mnist (norm.)"), ("b", "average"), ("b", "average (norm.)"), ("b", "dtd"), ("b", "dtd (norm.)"),
+    ]  # fmt: skip
+
+
+def test_the_best_loss_is_the_least() -> None:
+    assert best(report(THREE, metric="loss")) == [("a", "mnist"), ("b", "average"), ("b", "dtd")]
+
+
+def test_equal_numbers_are_bold_together_and_one_merge_alone_is_not() -> None:
+    assert best(report([result("a", "ties", mnist=0.5), result("b", "ties", mnist=0.5)])) == [
+        ("a", "average"), ("a", "mnist"), ("b", "average"), ("b", "mnist"),
+    ]  # fmt: skip
+    assert best(report([THREE[0], result("base", "pretrained", mnist=0.9), THREE[2]])) == []
+
+
+def test_of_models_without_a_merge_the_best_model_is_bold() -> None:
+    models = [result(each, "finetune", mnist=0.5 + 0.1 * rank) for rank, each in enumerate("ab")]
+    assert best(report([*models, THREE[2]])) == [("b", "average"), ("b", "mnist")]
+
+
 def test_a_difference_from_counts_is_said_to_be_unpaired() -> None:
     table = report([*THREE[:2], result("c", mnist=0.601, dtd=0.5)], against="b")
     assert names(table)[-3:] == ["mnist (diff.)", "dtd (diff.)", "average (diff.)"]
@@ -177,7 +215,8 @@ def test_a_difference_from_counts_is_said_to_be_unpaired() -> None:
     assert (worse.value, worse.significant) == (pytest.approx(-0.3), True)
     assert average.low < -0.1 < average.high < 0
     assert [cell.significant for cell in table.rows[2][-3:] if isinstance(cell, Estimate)] == [False] * 3
-    assert "unpaired" in table.notes[0]
+    assert [note.partition(":")[0] for note in table.notes] == ["(diff.)", "±"]
+    assert "unpaired" in table.notes[1]
 
 
 def test_predictions_make_small_differences_count(tmp_path: Path) -> None:
@@ -191,9 +230,9 @@ def test_predictions_make_small_differences_count(tmp_path: Path) -> None:
     assert (unpaired.value, unpaired.significant) == (paired.value, False)
     assert paired.significant is True
     assert 0 < paired.low < 0.01 < paired.high
-    note = report(both, against="b", predictions=[file]).notes[0]
-    assert "McNemar" in note
-    assert "paired bootstrap" in note
+    notes = report(both, against="b", predictions=[file]).notes
+    assert "McNemar" in notes[0]
+    assert "paired bootstrap" in notes[1]
 
 
 def test_five_images_that_only_one_model_had_right_are_chance(tmp_path: Path) -> None:
@@ -283,12 +322,13 @@ def test_predictions_of_other_images_are_refused(tmp_path: Path) -> None:
         ({"fine_tuned": "x.json"}, "--fine-tuned: is for `--normalized`"),
         ({"against": "tow"}, r"--against: no result is called `tow` \(did you mean `two`"),
         ({"predictions": ["p.parquet"]}, "--predictions: compare with which model"),
+        ({"p_values": True, "against": "one"}, "--p-values: a test needs the predictions of both models"),
         ({"reference_rows": True}, "--reference-rows: of which table"),
         ({"plot_kind": "bars"}, "--plot-kind: there is no picture to draw"),
         ({"plot": "r.png", "plot_kind": "bar"}, r"--plot-kind: expected one of .*, got `bar` \(did you mean `bars`"),
-        ({"plot": "r.gif"}, "r.gif: a plot is a .png, .svg, .pdf file"),
+        ({"plot": "r.gif"}, "r.gif: expected a .png, .svg or .pdf file"),
         ({"plot": "r.svg", "output": "r.svg", "format": "md"}, "r.svg: two outputs have this name"),
-        ({"output": "r.xls"}, r"r.xls: expected a .md or .tex or .json or .csv or .tsv or .html file"),
+        ({"output": "r.xls"}, r"r.xls: expected a .md, .tex, .json, .csv, .tsv or .html file"),
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(

@@ -188,9 +188,10 @@ def adapt(
                     progress(f"adapting: mean {method.loss[0]} {mean:.3f}", loop.number, total)
                 loop.save_sometimes()
             kept = {key: each.cpu() for key, each in method.finish(objective, loop.state).items()}
-        except BaseException:
+        except BaseException as error:
             with interrupts.deferred():
                 loop.save()
+            interrupts.tell(error, lambda: f"{loop.number} of {total} steps of learning are kept")
             raise
     if not math.isfinite(mean):
         raise InputError(

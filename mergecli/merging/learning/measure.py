@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
 from mergecli.hub.fetched import expect_all
-from mergecli.merging.learning.statistics import StatisticsFile, check_existing, files_for, measure_missing
+from mergecli.merging.learning.statistics import Measurement, StatisticsFile, files_for
 from mergecli.merging.models import Models, open_models
 from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.reading import recipe_of
@@ -19,11 +19,12 @@ from mergecli.recipe.schema import Recipe
 from mergecli.runtime.engines.contract import Engine, Report, Unit, part_of
 from mergecli.runtime.engines.grid import Failure, Failures, run_grid
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed, quoted
+from mergecli.runtime.progress import shown
 from mergecli.storage.atomic import check_name, check_target, warn_of_others, whole_file
 from mergecli.storage.units import LOG, UnitFiles
 
 if TYPE_CHECKING:
-    from mergecli.runtime.progress import Progress
+    from mergecli.runtime.progress import AnyProgress
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def measure(
     only: Sequence[str] = (),
     device: str = "cpu",
     engine: Engine | None = None,
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
 ) -> Measured:
     """Measures the statistics that a method needs of every model, for merges with `statistics=output`.
 
@@ -94,12 +95,16 @@ def measure(
     paths: dict[str, Path] = {}
     new: list[str] = []
     with ExitStack() as stack:
+        report = stack.enter_context(shown(progress))
         found: list[tuple[StatisticsFile, Models]] = []
         for each in recipes:
             with failures.of("task", next(iter(each.tuned))):
                 models = open_models(each, stack, needs="base", device=_device_here(device, engine))
                 files = files_for(models, chosen, each, target)
-                check_existing(files, models, chosen)
+                if not engine.is_this_process:
+                    Measurement.of(
+                        files, models, chosen, each
+                    )  # checks what is there, and whether the rest can be measured
                 found += [(file, models) for file in files]
         if not all(file.path.exists() for file, _ in found):  # a folder that has them all may be read-only
             check_target(target, folder=True)
@@ -116,19 +121,19 @@ def measure(
             )
         if engine.is_this_process:
             own = [file for unit, file in units.items() if unit in wanted]
-            new += measure_missing(own, found[0][1], chosen, recipe, progress)
+            new += Measurement.of(own, found[0][1], chosen, recipe).measure(report)
         else:
             log = UnitFiles(target, 0)
 
-            def write(unit: Unit, report: Report) -> None:
+            def write(unit: Unit, done: Report) -> None:
                 with whole_file(units[unit].path) as file:
-                    file.write(report.result)
+                    file.write(done.result)
                 new.append(unit.name)
-                log.tell(unit, report)
+                log.tell(unit, done)
 
             work = MeasuringWork(recipe, device, chosen.joint)
             failures.units += run_grid(
-                work, missing, engine, write, lambda unit: units[unit].path.exists(), progress
+                work, missing, engine, write, lambda unit: units[unit].path.exists(), report
             )
         paths = {unit.name: units[unit].path for unit in wanted if units[unit].path.exists()}
         failures.check(len(units) + len(failures.found))

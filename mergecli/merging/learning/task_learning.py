@@ -10,6 +10,7 @@ from mergecli.clip.pixels import micro_batch_size
 from mergecli.merging.learning.work import LearningWork
 from mergecli.methods._learned import State
 from mergecli.methods._task_learner import TaskLearner
+from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError
 from mergecli.runtime.progress import Progress
 from mergecli.storage.cache import kept
@@ -42,25 +43,28 @@ def learn_tasks(work: LearningWork, folder: Path, progress: Progress | None) -> 
     found: list[State] = []
     clip: Clip | None = None
     for task in work.tasks:
-        path = folder / f"{work.task_key(task)}.safetensors"
+        path = part_file(work, folder, task)
         part = kept(path, "it is learned", lambda stored: {key: stored.read(key) for key in stored.entries})
         if part is None:
-            clip = clip or _clip(work, method)
-            part = method.learn_task(_probe(work, clip, task, progress))
+            clip = clip or _clip(work)
+            with interrupts.telling(
+                lambda: f"{len(found)} of {len(work.tasks)} tasks are kept" if found else ""
+            ):
+                part = method.learn_task(_probe(work, clip, task, progress))
             facts = about(f"{what} of one task", task=task, what=f"{what} of {task}")
             save_tensors(part, path, facts, checked=True)
         found.append(part)
     return method.joined(found)
 
 
-def _clip(work: LearningWork, method: TaskLearner) -> Clip:
-    """The CLIP without its text tower, on the device."""
-    from mergecli.clip.model import check_tower
+def part_file(work: LearningWork, folder: Path, task: str) -> Path:
+    """The file of what is learned for one task."""
+    return folder / f"{work.task_key(task)}.safetensors"
 
+
+def _clip(work: LearningWork) -> Clip:
+    """The CLIP without its text tower, on the device."""
     clip = work.load_clip()
-    for each in (*work.needed.values(), *work.models.tuned.values()):
-        check_tower(clip, each)
-    method.check_features(int(clip.model.config.projection_dim))
     clip.model.to(work.models.device)
     clip.drop_text_tower()
     return clip
