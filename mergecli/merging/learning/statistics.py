@@ -85,6 +85,11 @@ class StatisticsFile:
     measured: Mapping[str, Any]
     """Method, settings and images."""
 
+    @property
+    def key(self) -> str:
+        """32 hex digits of all that the file depends on."""
+        return hashlib.sha256(json.dumps([self.inputs, self.measured]).encode()).hexdigest()[:32]
+
     def metadata(self) -> dict[str, str]:
         """The file's metadata."""
         method = str(self.measured["method"])
@@ -129,9 +134,8 @@ def fitted(method: Method, recipe: Recipe) -> Method:
     Raises:
         UsageError: the recipe gives it another value.
     """
-    if not isinstance(method, FindsTask) or not method.router:
+    if not isinstance(method, FindsTask) or not method.router or recipe.base is None:
         return method
-    assert recipe.base is not None
     with open_checkpoint(model_path(recipe.base)) as stored:
         projection = stored.entries.get("visual_projection.weight")
     if projection is None:  # of a tower alone, with which nothing can be measured
@@ -179,10 +183,8 @@ def files_for(
         inputs = {"base": models.base.digest()}
         inputs |= {} if method.of_base else {task: models.tuned[task].digest() for task in tasks}
         measured = common | {"tasks": facts}
-        if path is None:
-            key = hashlib.sha256(json.dumps([inputs, measured]).encode()).hexdigest()[:32]
-            path = home() / KIND / name / f"{key}.safetensors"
-        found.append(StatisticsFile(title, path, looked, inputs, measured))
+        each = StatisticsFile(title, path or Path(), looked, inputs, measured)
+        found.append(each if path else replace(each, path=home() / KIND / name / f"{each.key}.safetensors"))
     return found
 
 
