@@ -53,9 +53,11 @@ class SimTower:
         like = next(tower.parameters())
         shared = {id(each): each for each in (*tower.parameters(), *tower.buffers())}
         body = copy.deepcopy(tower, shared)
-        tables = [each.to(like.device, torch.float32) for each in (means, bases, projection)]
+        means, bases, projection = (
+            each.to(like.device, torch.float32) for each in (means, bases, projection)
+        )
         nobody = torch.zeros(0, dtype=torch.int64, device=like.device)
-        self = cls(tower, body, weights, *tables, nobody)
+        self = cls(tower, body, weights, means, bases, projection, nobody)
         tower.forward = self.forward
         return self
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from mergecli.methods._base import Group, Groups
-from mergecli.methods._calibrated import Layout, Probe, Shapes, Statistics
+from mergecli.methods._base import Group
+from mergecli.methods._calibrated import Layout, Probe, Shapes
 from mergecli.methods._essential import essential_directions
 from mergecli.methods._fused import stacks
 from mergecli.methods._gram_statistics import gram_of
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
 
 _ATTENTION = re.compile(r"\b[qkv]_proj\.weight$")
 _ROUTED = re.compile(r"\b([qkv]_proj|fc1)\.weight$")
-
-
-class Known(NamedTuple):
-    """What ESM knows of the whole models, and the statistics."""
-
-    merged: Surveyed
-    statistics: Statistics
 
 
 @dataclass(frozen=True)
@@ -89,9 +82,6 @@ class EsmPlusPlus(Routed, Esm):
             for name, gram in grams.means():
                 yield f"{prefix}.{name}.weight.gram", gram
 
-    def survey_with(self, groups: Groups, learned: Statistics, /) -> Known:
-        return Known(super().survey_with(groups, learned), learned)
-
     def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
         own = {name: Part(SAME, shape)}
         if not _is_routed(name, shape):
@@ -108,10 +98,10 @@ class EsmPlusPlus(Routed, Esm):
         """The weight whose name A and q have in the file."""
         return _ATTENTION.sub("q_proj.weight", name) if self.fuse_qkv else name
 
-    def expand(self, group: Group, learned: Known, /) -> dict[str, Tensor]:
+    def expand(self, group: Group, learned: Surveyed, /) -> dict[str, Tensor]:
         import torch
 
-        first, merged = group.members[0] if group.members else group.name, self.merge(group, learned.merged)
+        first, merged = group.members[0] if group.members else group.name, self.merge(group, learned)
         own = group.named(merged)
         if not _is_routed(first, tuple(group.shape)):
             return own
