@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergecli import methods
 from mergecli.merging.learning.statistics import Measurement, files_for
@@ -15,10 +15,8 @@ from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import UsageError, did_you_mean, quoted
+from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.atomic import check_name, check_target, warn_of_others
-
-if TYPE_CHECKING:
-    from mergecli.runtime.progress import AnyProgress, shown
 
 
 @dataclass(frozen=True)
