@@ -104,7 +104,9 @@ def test_a_folder_loads_in_transformers_and_keeps_the_prefix(
         "--set", "method.scaling_factor=0.5", "-o", "merged",
     )  # fmt: skip
     assert (ended.status, ended.out) == (0, "merged\n"), ended.err
-    assert sorted(file.name for file in (world.folder / "merged").iterdir()) == ["README.md",         "config.json",
+    assert sorted(file.name for file in (world.folder / "merged").iterdir()) == [
+        "README.md",
+        "config.json",
         "model.safetensors",
     ]
     keys = load_file(world.folder / "merged/model.safetensors")
@@ -163,7 +165,7 @@ def test_a_folder_can_be_sharded_and_holds_the_same(world: World, run: Run) -> N
     digests = [json.loads(run("info", output, "--json").out)["digest"] for output in ("whole", "parts")]
     assert digests[0] == digests[1]
     run(*models, "-o", "parts")
-    assert [file.name for file in (world.folder / "parts").iterdir()] == ["model.safetensors"]
+    assert sorted(file.name for file in (world.folder / "parts").iterdir()) == ["README.md", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
