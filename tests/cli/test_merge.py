@@ -165,7 +165,10 @@ def test_a_folder_can_be_sharded_and_holds_the_same(world: World, run: Run) -> N
     digests = [json.loads(run("info", output, "--json").out)["digest"] for output in ("whole", "parts")]
     assert digests[0] == digests[1]
     run(*models, "-o", "parts")
-    assert [file.name for file in (world.folder / "parts").iterdir()] == ["model.safetensors"]
+    assert sorted(file.name for file in (world.folder / "parts").iterdir()) == [
+        "README.md",
+        "model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(
