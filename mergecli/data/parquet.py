@@ -280,5 +280,6 @@ _held = _Held()
 
 def _damaged(where: str, error: Exception) -> InputError:
     return InputError(
-        f"{where}: cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        f"{where}: cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+        "copy or fetch the data again",
     )

@@ -123,7 +123,7 @@ def evaluate(
     )
     named = named_models(checkpoints, known, only, with_base=not individual)
     used = [task for task in chosen if not individual or task.name in dict(named)]
-    expect_all([base, *dict(named).values(), *(task.data for task in used)], known)
+    expect_all([base, *dict(named).values()], known, used)
     with contextlib.ExitStack() as files:
         opened = [
             Candidate(name, source, files.enter_context(open_source(source, base))) for name, source in named

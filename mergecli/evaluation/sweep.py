@@ -136,7 +136,7 @@ def sweep(
         warn_of_others(target, {each.name for each in targets})
     known = points[0].recipe
     tasks = tasks_of(evaluation.get("tasks"), known)
-    expect_all([known.base, *known.tuned.values(), *(task.data for task in tasks)], known)
+    expect_all([known.base, *known.tuned.values()], known, tasks)
     kept = Path(keep) if keep is not None else None
     if kept:
         check_target(kept, folder=True)

@@ -122,7 +122,7 @@ def files_for(
     common["clip"] = surroundings(model_path(recipe.base), head=method.needs_head)
     found: list[StatisticsFile] = []
     if folder is None:
-        expect_all([find(name, recipe).data for name in models.tuned], recipe)
+        expect_all([], recipe, [find(name, recipe) for name in models.tuned])
     for tasks in [tuple(models.tuned)] if method.joint else [(task,) for task in models.tuned]:
         title = name if method.joint else tasks[0]
         path = folder / f"{title}.safetensors" if folder else None

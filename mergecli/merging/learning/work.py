@@ -59,7 +59,7 @@ class LearningWork:
             raise UsageError(
                 "there is no base, a whole CLIP with which images are looked at", "name it with `base = ...`"
             )
-        expect_all([find(name, recipe).data for name in chosen], recipe)
+        expect_all([], recipe, [find(name, recipe) for name in chosen])
         split = cast("_HasSplit", method).split
         tasks = {name: calibration_task(name, split, recipe) for name in chosen}
         if isinstance(method, TaskLearner):
