@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +13,8 @@ if TYPE_CHECKING:
     from mergecli.formats.info import info as info
     from mergecli.hub.fetch import Fetched as Fetched
     from mergecli.hub.fetch import fetch as fetch
+    from mergecli.hub.push import Pushed as Pushed
+    from mergecli.hub.push import push as push
     from mergecli.merging.cos_sim import Similarities as Similarities
     from mergecli.merging.cos_sim import cos_sim as cos_sim
     from mergecli.merging.extract import Extracted as Extracted
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 def _homes() -> dict[str, str]:
     """Public name -> the module that it is imported from."""
+    from pathlib import Path  # the program draws its first line before it imports this
+
     lines = Path(__file__).read_text("utf-8").splitlines()
     imports = [line.split() for line in lines if line.startswith("    from mergecli.")]
     return {name: module for _, module, _, name, *_ in imports}

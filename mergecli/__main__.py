@@ -13,9 +13,10 @@ def main() -> None:
     """Runs the command line and ends the process with its exit status."""
     _open_closed_streams()
     interrupts.watch()
-    try:
-        from mergecli.cli import run
+    from mergecli.cli import run, spinner
 
+    spinner.start(sys.argv[1:])
+    try:
         status = run()
     except KeyboardInterrupt:
         status = 130
@@ -23,6 +24,8 @@ def main() -> None:
         if not interrupts.pressed:
             raise
         status = 130
+    finally:
+        spinner.stop()
     if interrupts.pressed:
         # `python -m` ends by the signal, whatever status we ask for, if Ctrl-C came while a library executed a string
         for stream in (sys.stdout, sys.stderr):

@@ -12,11 +12,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from mergecli.cli import console, ending
+from mergecli.cli import console, ending, spinner
 from mergecli.cli.commands import COMMANDS
-from mergecli.cli.parser import Command, Debug, Quiet, Verbose
+from mergecli.cli.parser import Command, Debug, Interrupted, Quiet, Verbose
 from mergecli.cli.parser_errors import message_of
 from mergecli.runtime import interrupts, verbosity
+from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import ExitStatus, MergecliError
 
 app = typer.Typer(
@@ -71,6 +72,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     try:
         status = app(args=arguments, prog_name="mergecli", standalone_mode=False)
+        if status == ExitStatus.INTERRUPTED:  # while the parser was at work
+            return _interrupted(None)
         sys.stdout.flush()
         ending.say()
         return int(status) if isinstance(status, int) else ExitStatus.DONE
@@ -80,12 +83,16 @@ def _run(arguments: Sequence[str] | None) -> int:
             console.traceback()
         console.error(error.message, error.hint, error.details)
         return error.status
-    except (KeyboardInterrupt, typer.Abort):
-        return ExitStatus.INTERRUPTED
+    except Interrupted as error:
+        return _interrupted(error.__cause__)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _interrupted(error)
     except BrokenPipeError:
         console.drop_output()
         return ExitStatus.DONE
-    except SystemExit:
+    except SystemExit as stopped:
+        if isinstance(stopped.code, int) and stopped.code > 128:
+            _interrupted(stopped)
         # the parser turns a broken pipe into status 1; only the stream that it leaves behind shows that it was one
         if type(sys.stdout).__name__ != "PacifyFlushWrapper":
             raise
@@ -99,13 +106,27 @@ def _run(arguments: Sequence[str] | None) -> int:
             console.drop_output()
             return ExitStatus.INPUT
         if interrupts.pressed:
-            return ExitStatus.INTERRUPTED
+            return _interrupted(error)
         console.traceback()
         console.error(
             "this is a bug in mergecli",
             "please report it with the command, the recipe and everything above",
         )
         return ExitStatus.BUG
+
+
+def _interrupted(error: BaseException | None) -> int:
+    spinner.stop()
+    ending.say()
+    if verbosity.debug:
+        console.traceback()
+    if is_first():
+        kept = interrupts.kept_by(error) if error else ""
+        how = (
+            f"{kept}; the same command goes on" if kept else "nothing is kept; the same command starts again"
+        )
+        console.plain(f"interrupted: {how}")
+    return ExitStatus.INTERRUPTED
 
 
 def _wrong_usage(error: Exception) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import console, ending, options
+from mergecli.cli import amounts, console, ending, options
 
 
 def _complete_kinds(incomplete: str) -> list[str]:
@@ -52,7 +52,7 @@ def cache(
         removed, size = len(found.removed), sum(each.size for each in found.removed)
         ending.did(f"removed {size / 1e6:,.1f} MB in {removed:,} {'entry' if removed == 1 else 'entries'}")
     else:
-        ending.did(f"looked at {ending.count(len(found.entries), 'cached file')}")
+        ending.did(f"looked at {amounts.count(len(found.entries), 'cached file')}")
     columns = (Column("kind"), Column("what"), Column("bytes", "count"), Column("last used"))
     rows = tuple((each.kind, each.what, each.size, each.last_used) for each in found.entries)
     console.table(Table(columns, rows), form)

@@ -10,6 +10,7 @@ COMMANDS = {
     "measure": "mergecli.cli.measure",
     "cos-sim": "mergecli.cli.cos_sim",
     "report": "mergecli.cli.report",
+    "push": "mergecli.cli.push",
     "finetune": "mergecli.cli.finetune",
     "extract": "mergecli.cli.extract",
     "info": "mergecli.cli.info",

@@ -6,9 +6,12 @@ import os
 import sys
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
-from typing import IO, TYPE_CHECKING, Any, TextIO
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import IO, TYPE_CHECKING, TextIO
 
+from mergecli.cli import spinner
+from mergecli.cli.commands import COMMANDS
+from mergecli.cli.progress import Bars, Lines
 from mergecli.runtime import notes, verbosity
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import MergecliWarning, UsageError, did_you_mean
@@ -23,11 +26,13 @@ if TYPE_CHECKING:
 
 def line(text: str) -> None:
     """A line of data on stdout, or several."""
+    spinner.stop()
     print(visible(text, keep="\n\t"))
 
 
 def path(written: Path) -> None:
     """A path on stdout: as it is for programs, even if it is no Unicode, and without control characters on a terminal."""
+    spinner.stop()
     if sys.stdout.isatty():
         line(str(written))
         return
@@ -45,12 +50,19 @@ def json(content: object) -> None:
     def safe(each: str) -> str:
         return each if each == "\n" or visible(each) == each else library.dumps(each)[1:-1]
 
+    spinner.stop()
     print("".join(map(safe, library.dumps(content, indent=2, ensure_ascii=False))))
 
 
 def remark(text: str) -> None:
     """A message without any word before it, on stderr, unless all is to be quiet."""
     if not verbosity.quiet:
+        _print(visible_message(text))
+
+
+def plain(text: str) -> None:
+    """A message without any word before it, on stderr."""
+    with suppress(OSError):  # nobody reads stderr any more
         _print(visible_message(text))
 
 
@@ -77,6 +89,7 @@ def error(message: str, hint: str = "", details: str = "") -> None:
 
     Each of several processes says its own, since only one of them may have failed; all but the first say who they are.
     """
+    spinner.stop()
     who = "" if is_first() else f"process {os.environ['RANK']}: "
     lines = [f"{who}{_painted('error:', '31', sys.stderr)} {visible_message(message)}"]
     if details:
@@ -95,7 +108,8 @@ def traceback() -> None:
 
 
 def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with spinner.cleared():
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -141,6 +155,7 @@ def drop_output() -> None:
 
 def table(content: Table, form: str | None) -> None:
     """The table on stdout: drawn on a terminal, TSV in a pipe, or in the format asked for."""
+    spinner.stop()
     if form is None:
         form = "table" if sys.stdout.isatty() else "tsv"
     if form == "table":
@@ -185,30 +200,18 @@ def _drawn(content: Table) -> None:
     console.print(drawn)
 
 
-@contextmanager
-def progress() -> Generator[Progress | None]:
-    """A function that draws progress on stderr if that is a terminal, else None."""
-    if verbosity.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+def progress() -> AbstractContextManager[Progress | None]:
+    """A function that shows on stderr how far the work is: bars on a terminal, else a line now and then; None if all is to be
+    quiet."""
+    if verbosity.quiet or not is_first():
+        return nullcontext()
+    if spinner.is_terminal():
+        return Bars()
+    return Lines(remark, _title())
 
-    bars = Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
-    )  # fmt: skip
-    with bars:
-        bars_of: dict[str, Any] = {}
 
-        def update(description: str, done: int, total: int) -> None:
-            description = visible(description)
-            word = description.split(":")[0]
-            if word not in bars_of:
-                bars_of[word] = bars.add_task(description, total=total)
-            bars.update(bars_of[word], completed=done, total=total, description=description)
-
-        yield update
+def _title() -> str:
+    return " ".join(["mergecli", *(each for each in sys.argv[1:] if each in COMMANDS)][:2])
 
 
 def _painted(text: str, color: str, stream: IO[str]) -> str:

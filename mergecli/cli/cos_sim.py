@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import console, ending, options
+from mergecli.cli import amounts, console, ending, options
 
 
 def cos_sim(
@@ -42,6 +42,6 @@ def cos_sim(
             base=base, output=output, layers=layers, plot=plot, changes=changes or [], progress=progress,
         )  # fmt: skip
     console.table(result.table(), form)
-    ending.did(f"compared {ending.count(len(result.names), 'task vector')}")
+    ending.did(f"compared {amounts.count(len(result.names), 'task vector')}")
     ending.wrote(*([output] if output else []))
     ending.wrote_beside(layers, plot)

@@ -12,7 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mergecli.cli import console
+from mergecli.cli import console, spinner
+from mergecli.cli.amounts import duration, memory
 from mergecli.runtime import verbosity
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import MergecliError
@@ -57,6 +58,7 @@ def say() -> None:
     begin()
     if not (ending.done or ending.files or ending.beside) or not is_first():
         return
+    spinner.stop()
     seconds = time.perf_counter() - ending.began
     peak = f"peak {memory(peak_memory())}{_peak_of_gpu()}"
     console.remark(", ".join([*ending.done, *_written(ending), duration(seconds), peak]))
@@ -97,25 +99,6 @@ def _digest(path: Path) -> str:
         with path.open("rb") as opened:
             return "sha256:" + hashlib.file_digest(opened, "sha256").hexdigest()
     return ""
-
-
-def count(number: int, what: str) -> str:
-    """`1 task`, `3 tasks`."""
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
-
-
-def duration(seconds: float) -> str:
-    """`2.6 s`, `3 min 12 s`, `2 h 5 min`."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, left = divmod(minutes, 60)
-    return f"{hours} h {left} min" if hours else f"{minutes} min {rest} s"
-
-
-def memory(size: int) -> str:
-    """`640 MB`, `1.24 GB`."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def peak_memory() -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, ending, options
+from mergecli.cli import amounts, console, ending, options
 from mergecli.cli.thresholds import check_thresholds, parse_thresholds
 from mergecli.runtime.errors import UsageError
 
@@ -185,7 +185,7 @@ def evaluate(
             )  # fmt: skip
         console.table(found.table, form)
         console.note(found.note)
-        ending.did(f"evaluated {ending.count(len(found.results), 'merge')} on {_tasks(found.results)}")
+        ending.did(f"evaluated {amounts.count(len(found.results), 'merge')} on {_tasks(found.results)}")
         names = [*(point.name for point in found.points), "best"]
         ending.wrote(*result_files(names, output))
         ending.wrote_beside(plot)
@@ -203,11 +203,11 @@ def evaluate(
         )  # fmt: skip
     console.table(accuracy_table(results), form)
     models = results[0].models if individual else results
-    ending.did(f"evaluated {ending.count(len(models), 'checkpoint')} on {_tasks(results)}")
+    ending.did(f"evaluated {amounts.count(len(models), 'checkpoint')} on {_tasks(results)}")
     ending.wrote(*result_files([str(each.checkpoint["name"]) for each in results], output))
     ending.wrote_beside(predictions, features, routes)
     check_thresholds(results, thresholds, min_average)
 
 
 def _tasks(results: Sequence[Evaluation]) -> str:
-    return ending.count(len({task for each in results for task in each.tasks}), "task")
+    return amounts.count(len({task for each in results for task in each.tasks}), "task")

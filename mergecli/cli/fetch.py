@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, ending, options
+from mergecli.cli import amounts, console, ending, options
 
 if TYPE_CHECKING:
     from mergecli.hub.fetch import Fetched
@@ -78,7 +78,7 @@ def fetch(
         _show_plan(done)
         return
     if verify:
-        ending.did(f"verified {ending.count(len(done.paths), 'source')}")
+        ending.did(f"verified {amounts.count(len(done.paths), 'source')}")
     else:
         ending.did(f"fetched {_sum(done)}" if done.downloads else "nothing was missing")
     ending.wrote(*done.locks)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergecli.cli import console, ending, options
+from mergecli.cli import amounts, console, ending, options
 from mergecli.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,7 +82,7 @@ def finetune(
     from mergecli.training.finetune import finetune
 
     known = recipe_of(recipe, changes=changes or []) if recipe else None
-    with console.progress() as progress, _note_at_interrupt(output):
+    with console.progress() as progress:
         done = finetune(
             known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
             weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
@@ -93,7 +91,7 @@ def finetune(
             device=device, dtype=dtype, save_every=save_every, fresh=fresh, progress=progress,
         )  # fmt: skip
     if is_first():
-        ending.did(f"trained {ending.count(done.steps - done.resumed_from, 'step')}{_best(done)}")
+        ending.did(f"trained {amounts.count(done.steps - done.resumed_from, 'step')}{_best(done)}")
         ending.wrote(done.path)
         ending.wrote_beside(trace, tensorboard)
         console.path(done.path)
@@ -105,17 +103,3 @@ def _best(done: Finetuned) -> str:
         return ""
     accuracies = done.validation[done.best_step].values()
     return f", of which step {done.best_step} validated best ({sum(accuracies) / len(accuracies):.1%}) and is written"
-
-
-@contextmanager
-def _note_at_interrupt(output: Path) -> Generator[None]:
-    """Says at Ctrl-C where the resume file is, if there is one."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        from mergecli.training.resume import state_file
-
-        if state_file(output).exists():
-            with suppress(OSError):
-                console.note(f"interrupted: the same command resumes from {state_file(output)}")
-        raise

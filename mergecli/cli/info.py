@@ -38,6 +38,8 @@ def info(
 
     console.check_format(form)
     found = info(checkpoint)
+    for line in found.warnings:
+        console.warning(f"{checkpoint}: {line}")
     ending.did(f"read {checkpoint}")
     if as_json:
         console.json(asdict(found))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergecli.cli import console, ending, options
+from mergecli.cli import amounts, console, ending, options
 
 
 def measure(
@@ -46,7 +46,7 @@ def measure(
     if not is_first():
         return
     kept = len(done.paths) - len(done.new)
-    ending.did(f"measured {ending.count(len(done.new), 'file')}" + (f", kept {kept}" if kept else ""))
+    ending.did(f"measured {amounts.count(len(done.new), 'file')}" + (f", kept {kept}" if kept else ""))
     ending.wrote(*(done.paths[name] for name in done.new))
     for path in done.paths.values():
         console.path(path)

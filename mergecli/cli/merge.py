@@ -29,6 +29,10 @@ def merge(
     shard_size: Annotated[
         str | None, typer.Option("--shard-size", metavar="SIZE", help="Split a folder's weights, such as 2GB.")
     ] = None,
+    card: Annotated[
+        bool | None,
+        typer.Option("--card/--no-card", help="Write a model card, README.md. Default: for a folder, not for a file."),
+    ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,6 +89,8 @@ def merge(
                 raise UsageError("--shard-size: a sweep writes single files")
             if save_coefficients or trace or plot or tensorboard:
                 raise UsageError("a sweep has no single file of coefficients to save, trace or plot")
+            if card:
+                raise UsageError("--card: a sweep writes several models, and a folder has one card")
             points = points_of(what, sweep, base=base, method=method, changes=changes or [])
             written = merge_sweep(
                 points,
@@ -98,7 +104,7 @@ def merge(
             written = [
                 merge(
                     what, output=output, base=base, method=method, changes=changes or [], device=device,
-                    shard_size=shard_size, statistics=statistics, coefficients=coefficients,
+                    shard_size=shard_size, card=card, statistics=statistics, coefficients=coefficients,
                     save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
                 )
             ]  # fmt: skip
@@ -108,6 +114,7 @@ def merge(
         return
     for each in written:
         ending.wrote(each.path, digest=each.digest)
+        ending.wrote_beside(each.card if each.path.suffix else None)
     ending.wrote_beside(save_coefficients, trace, plot, tensorboard)
     described = [
         {"path": str(each.path), "method": each.method, "tasks": each.tasks, "tensors": each.tensors,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer import Context
 from typer.core import TyperCommand, TyperOption
 
 from mergecli.runtime import verbosity
@@ -43,19 +45,33 @@ Debug = Annotated[bool, typer.Option("--debug", callback=_debug, is_eager=True, 
 """For the program itself; a command has its own, which mean the same."""
 
 
+class Interrupted(Exception):  # noqa: N818  it is no error
+    """Ctrl-C in a command, of which the parser would only leave the status; its cause says what is kept."""
+
+
 class Command(TyperCommand):
     """A command that knows the global options."""
 
     def __init__(self, name: str | None, **more: Any) -> None:
         super().__init__(name, **more)
-        for names, callback, text in (
-            (["-q", "--quiet"], _be_quiet, _QUIET),
-            (["-v", "--verbose"], _be_verbose, _VERBOSE),
-            (["--debug"], _debug, _DEBUG),
-        ):
-            self.params.append(
-                TyperOption(
-                    param_decls=names, is_flag=True, expose_value=False, is_eager=True, help=text,
-                    callback=lambda _context, _option, value, callback=callback: callback(bool(value)),
-                )
-            )  # fmt: skip
+        self.params += [
+            _option(["-q", "--quiet"], _be_quiet, _QUIET),
+            _option(["-v", "--verbose"], _be_verbose, _VERBOSE),
+            _option(["--debug"], _debug, _DEBUG),
+        ]
+
+    def invoke(self, ctx: Context) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+
+
+def _option(names: list[str], hear: Callable[[bool], None], text: str) -> TyperOption:
+    def callback(_context: object, _parameter: object, value: bool) -> None:
+        hear(value)
+
+    return TyperOption(
+        param_decls=names, is_flag=True, expose_value=False, is_eager=True, help=text, callback=callback
+    )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergecli.cli import console, ending, options
+from mergecli.cli import amounts, console, ending, options
 
 
 def _complete_references(incomplete: str) -> list[str]:
@@ -42,12 +42,18 @@ def report(
     intervals: Annotated[bool, typer.Option("--intervals", help="Give each number its 95 % interval.")] = False,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="NAME|FILE", help="Add differences to this result; `n.s.` if they are not significant."),
+        typer.Option("--against", metavar="NAME|FILE", help="Add differences to this result, with 95 % intervals."),
     ] = None,
     predictions: Annotated[
         list[Path] | None,
-        typer.Option("--predictions", metavar="FILE", help="With --against: what `eval --predictions` wrote, for paired tests. Repeatable."),
+        typer.Option(
+            "--predictions", metavar="FILE",
+            help="With --against: what `eval --predictions` wrote. Test the pairs that are there; `n.s.`: not significant. Repeatable.",
+        ),
     ] = None,
+    p_values: Annotated[
+        bool, typer.Option("--p-values", help="With --predictions: add the p-values, Holm-corrected over the rows.")
+    ] = False,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +75,10 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the table too; .html, .md, .tex, .csv, .json or .tsv.")
     ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option("--card", metavar="MODEL", help="Put the table and the model's results into its model card too."),
+    ] = None,
 ) -> None:  # fmt: skip
     """Put results side by side: one row a model, one column a task.
 
@@ -84,12 +94,12 @@ def report(
     measure: Any = metric
     table = report(
         results, sort=sort, ascending=ascending, metric=measure, seen=seen, normalized=normalized,
-        fine_tuned=fine_tuned, intervals=intervals, against=against, predictions=predictions or (),
+        fine_tuned=fine_tuned, intervals=intervals, against=against, predictions=predictions or (), p_values=p_values,
         reference=reference, reference_rows=reference_rows, transpose=transpose, plot=plot, plot_kind=plot_kind,
-        output=output, format=chosen,
+        output=output, format=chosen, card=card,
     )  # fmt: skip
     console.table(table, form)
-    ending.did(f"compared {ending.count(len(results), 'result')}")
+    ending.did(f"compared {amounts.count(len(results), 'result')}")
     ending.wrote(*([output] if output else []))
     ending.wrote_beside(plot)
     for line in table.warnings:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from mergecli.clip.processor import processor_differences
 from mergecli.formats.lora_files import is_adapter
 from mergecli.runtime.errors import MergecliWarning, listed, toml_text
 from mergecli.storage.checkpoint import Checkpoint
@@ -53,7 +54,7 @@ def warn_of_other_parts(
     lines = [
         f"`{each.name}`: {', '.join(parts)} ({_use(each.source, each.opened, merged=merged)})"
         for each in models
-        if (parts := list(other_parts(each.opened, base)))
+        if (parts := list(other_parts(each.opened, base, label)))
     ]
     if lines:
         what = (
@@ -66,7 +67,7 @@ def warn_of_other_parts(
         )
 
 
-def other_parts(opened: Checkpoint, base: Checkpoint) -> Iterator[str]:
+def other_parts(opened: Checkpoint, base: Checkpoint, label: str) -> Iterator[str]:
     """What differs from the base, but for the vision tower's weights.
 
     The tensors are sampled, so that a merge need not read text towers. A model in another dtype differs by more than
@@ -83,6 +84,8 @@ def other_parts(opened: Checkpoint, base: Checkpoint) -> Iterator[str]:
         for key, value in ours.items():
             if value != theirs[key]:
                 yield f"`{key}` is {toml_text(value)}, not {toml_text(theirs[key])}"
+    if processing := ", ".join(processor_differences(opened.path, base.path)):
+        yield f"image processor ({processing}; that of {label} is used)"
 
 
 def _is_same(opened: Checkpoint, base: Checkpoint, name: str) -> bool:
@@ -131,6 +134,9 @@ def _use(source: Source, opened: Checkpoint, *, merged: bool) -> str:
     if source.adapter is not None or is_adapter(opened.path):
         where = "FOLDER"
         how = "merge the adapter with peft (`merge_and_unload`) and save it with the base's tokenizer and processor; then "
+    elif not opened.is_whole_clip:
+        where = "FOLDER"
+        how = "write what differs into a copy of the base's folder; then "
     elif source.kind == "path" and not _is_runnable(opened.path):
         where = "FOLDER"
         how = "put the file into a copy of the base's folder; then "

@@ -200,7 +200,7 @@ def _block(clip: Clip, images: Images, how: Processing, numbers: range) -> Calla
 
 def _readable(images: Images, numbers: range, found: Any) -> Any:
     if isinstance(found, Unreadable):
-        raise images.cannot_read(images.row(numbers[found.number]), found.reason)
+        raise images.cannot_read(images.row(numbers[found.number]), found.reason, found.hint)
     return found
 
 

@@ -17,6 +17,16 @@ _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """PIL's filters; each one's place is its number."""
 _MOST = 50.0
 """Towers are trained on numbers near 1; pixels that were not divided by 255 give some hundreds."""
+_USUAL: dict[str, Any] = {
+    "do_resize": True, "size": 224, "resample": 3, "do_center_crop": True, "crop_size": 224, "do_rescale": True,
+    "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}  # fmt: skip
+"""What a CLIP's image processor does where its file does not say."""
+_USED_IF = {
+    "size": "do_resize", "resample": "do_resize", "crop_size": "do_center_crop", "rescale_factor": "do_rescale",
+    "image_mean": "do_normalize", "image_std": "do_normalize",
+}  # fmt: skip
 _HINT = "copy `preprocessor_config.json` of the model that the tower was made from"
 
 
@@ -55,6 +65,51 @@ def _json(file: Path) -> Any:
         return json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def processor_differences(own: Path, base: Path) -> Iterator[str]:
+    """In what the image processor in one folder differs from that in another, by what they do and not by how their files
+    say it. Nothing where a folder has none.
+
+    It is read without transformers, which takes longer to import than a merge takes.
+    """
+    ours, theirs = _steps(own), _steps(base)
+    if ours is not None and theirs is not None:
+        for name, value in ours.items():
+            if value != theirs[name]:
+                yield f"`{name}` is {_said(value)}, not {_said(theirs[name])}"
+
+
+def _steps(folder: Path) -> dict[str, Any] | None:
+    """What the image processor in a folder does; None if there is none, or its file cannot be read."""
+    both, own = (_json(folder / name) for name in ("processor_config.json", "preprocessor_config.json"))
+    found: Any = cast("dict[str, Any]", both).get("image_processor") if isinstance(both, dict) else None
+    table = cast("dict[str, Any]", found if isinstance(found, dict) else own)
+    if not isinstance(table, dict):
+        return None
+    known = {**_USUAL, **{name: value for name, value in table.items() if name in _USUAL}}
+    return {name: _one_spelling(name, known[name]) if known[use] else None for name, use in _USED_IF.items()}
+
+
+def _one_spelling(name: str, value: Any) -> Any:
+    """A value of a processor's file, however it is written: sizes as tables, filters as words, a number for each channel."""
+    if name == "resample" and type(value) is int and value in range(len(_FILTERS)):
+        return _FILTERS[value]
+    if isinstance(value, str):
+        return value.lower()
+    if name in ("size", "crop_size") and _number(value):
+        return {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
+    if name in ("size", "crop_size") and isinstance(value, dict):
+        sides = cast("dict[str, Any]", value)
+        return {side: sides[side] for side in sorted(sides) if sides[side] is not None}
+    if name in ("image_mean", "image_std"):
+        return [_rounded(each) for each in (value if isinstance(value, list) else [value] * 3)]
+    return _rounded(value)
+
+
+def _rounded(value: Any) -> Any:
+    """A number without the digits that programs write differently."""
+    return float(f"{value:.6g}") if _number(value) else value
 
 
 def _settled(known: Any) -> Iterator[str]:

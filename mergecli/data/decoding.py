@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from mergecli.storage.file_state import CHANGED_HINT, is_unchanged
+
 if TYPE_CHECKING:
     from numpy import ndarray
     from PIL.Image import Image
@@ -34,6 +36,8 @@ class EncodedImage(NamedTuple):
     """An image file, as bytes or as its path; or task, split and number of a toy's drawing; None if there is none."""
     mode: str | None = None
     """What it is converted to before it becomes RGB, as PIL calls it."""
+    state: int | None = None
+    """Of its file, when the digest of the data was taken."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +76,22 @@ class Unreadable(NamedTuple):
 
     number: int
     reason: str
+    hint: str = ""
 
 
 class UnreadableImageError(Exception):
     """An image that cannot be decoded, or whose pixels have no known range; the text is the reason."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
 def decoded(encoded: EncodedImage) -> Image:
     """The image as 8-bit RGB, turned as its EXIF orientation says.
 
     Raises:
-        UnreadableImageError: it is damaged, is not there, or has pixels of an unknown range.
+        UnreadableImageError: it is damaged, is not there, has pixels of an unknown range, or its file has changed.
     """
     import PIL
 
@@ -94,7 +103,11 @@ def decoded(encoded: EncodedImage) -> Image:
     if content is None or (isinstance(content, str) and not Path(content).is_file()):
         raise UnreadableImageError("there is none" + (f" at {content}" if content else ""))
     try:
-        return _opened(content, encoded.mode)
+        try:
+            return _opened(content, encoded.mode)
+        finally:  # whatever was read of a file that changed, and whatever was wrong with it
+            if isinstance(content, str) and encoded.state is not None:
+                _expect_unchanged(content, encoded.state)
     except UnreadableImageError:
         raise
     except MemoryError as error:
@@ -106,20 +119,25 @@ def decoded(encoded: EncodedImage) -> Image:
         raise UnreadableImageError(str(error) or type(error).__name__) from error
 
 
+def _expect_unchanged(path: str, before: int) -> None:
+    if not is_unchanged(path, before):
+        raise UnreadableImageError(f"{path} changed while it was being read", CHANGED_HINT)
+
+
 def _opened(content: bytes | str, mode: str | None) -> Image:
     import PIL.Image
 
-    # a cut file fails here and not later: `open` reads the header only
-    image: Image = PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
-    image.load()
-    turn = _turn(image)
-    if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image)
-    if turn is not None:
-        image = image.transpose(turn)
-    if mode and mode != image.mode:
-        image = image.convert(mode)
-    return image.convert("RGB")
+    with PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as opened:
+        image: Image = opened
+        image.load()  # a cut file fails here and not later: `open` reads the header only
+        turn = _turn(image)
+        if image.mode.startswith(("I", "F")):
+            image = _eight_bits(image)
+        if turn is not None:
+            image = image.transpose(turn)
+        if mode and mode != image.mode:
+            image = image.convert(mode)
+        return image.convert("RGB")
 
 
 def _turn(image: Image) -> Any:
@@ -223,7 +241,7 @@ def decode_block(block: Block) -> ndarray[Any, Any] | Unreadable:
         try:
             array = resized_and_cropped(decoded(encoded), block.resize_and_crop)
         except UnreadableImageError as error:
-            return Unreadable(number, str(error))
+            return Unreadable(number, str(error), error.hint)
         except MemoryError:
             return Unreadable(number, "it needs more memory than there is")
         if block.corruption is not None:

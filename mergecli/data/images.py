@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ class Images:
         try:
             return decoded(self.encoded(row)), self.every_label[row]
         except UnreadableImageError as error:
-            raise self.cannot_read(row, str(error)) from error
+            raise self.cannot_read(row, str(error), error.hint) from error
 
     def __iter__(self) -> Iterator[tuple[Image, int]]:
         return (self[index] for index in range(len(self)))
@@ -121,11 +121,11 @@ class Images:
         """Only the images of these numbers, in this order."""
         return replace(self, rows=[self.row(number) for number in numbers])
 
-    def cannot_read(self, row: int, reason: str) -> InputError:
+    def cannot_read(self, row: int, reason: str, hint: str = "") -> InputError:
         """The error for a row whose image cannot be read."""
         return InputError(
             f"{self.where}, image {row}: cannot be read: {reason}",
-            "copy or fetch the data again, or take the image away",
+            hint or "copy or fetch the data again, or take the image away",
         )
 
 
@@ -287,8 +287,8 @@ def _on_disk(task: Task, wanted: str, remember: bool) -> Loader:
         is_folder = known.kind == "folder"
         if not is_folder:
             check_shards(files, place)
-        content = fingerprint(files, with_names=is_folder, remember=remember)
-        rows = folder_rows(files, classes) if is_folder else parquet_rows(files, place)
+        content, states = fingerprint(files, with_names=is_folder, remember=remember)
+        rows = folder_rows(files, states, classes) if is_folder else parquet_rows(files, place, states)
 
         def other_labels(column: str) -> set[str]:
             others = [each for name, each in known.splits.items() if name != split]
@@ -352,9 +352,11 @@ def _images(
     except TypeError as error:
         raise InputError(f"{where}: column `{image}` does not hold images, but {error}") from error
     paths = dict.fromkeys(data.paths(image))
-    elsewhere = [file for path in paths if (file := Path(path)).is_file()]
+    elsewhere = [path for path in paths if os.path.isfile(path)]  # noqa: PTH113  many files
     if elsewhere:
-        content = sha256_digest(content, fingerprint(elsewhere, with_names=False, remember=remember))
+        more, states = fingerprint(list(map(Path, elsewhere)), with_names=False, remember=remember)
+        content = sha256_digest(content, more)
+        encoded = _watched(encoded, dict(zip(elsewhere, states, strict=True)))
     values: Sequence[Any] = data.labels(label)
     classes = data.classes(label)
     if values and all(isinstance(value, str) for value in values):
@@ -381,6 +383,19 @@ def _images(
         encoded=encoded,
     )
     return _matched(task, found), bool(paths)
+
+
+def _watched(
+    encoded: Callable[[int], EncodedImage], states: Mapping[str, int]
+) -> Callable[[int], EncodedImage]:
+    """The images that lie in files of their own, with the state of each file when its digest was taken."""
+
+    def image(row: int) -> EncodedImage:
+        found = encoded(row)
+        path = found.content
+        return found._replace(state=states.get(path)) if isinstance(path, str) else found
+
+    return image
 
 
 def _matched(task: Task, images: Images) -> Images:

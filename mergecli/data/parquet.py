@@ -7,7 +7,8 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mergecli.data.decoding import EncodedImage
 from mergecli.data.pixel_lists import png_of
 from mergecli.data.tables import TableRows
 from mergecli.runtime.errors import InputError, quoted
+from mergecli.storage.file_state import expect_unchanged, state_of
 
 HELD = 512 << 20
 """Bytes of encoded images that are held in memory, of all data sets together; those used last stay."""
@@ -39,15 +41,15 @@ class Rows:
     """Whether `columns` are the column of images and that of labels, found already by the task's names."""
 
 
-def folder_rows(files: Sequence[Path], names: Sequence[str]) -> Rows:
-    """Image files: the name of each one's folder is its class."""
+def folder_rows(files: Sequence[Path], states: Sequence[int], names: Sequence[str]) -> Rows:
+    """Image files, whose states are known: the name of each one's folder is its class."""
     number = {name: label for label, name in enumerate(names)}
     return Rows(
         columns=("image", "label"),
         count=len(files),
         classes=lambda _: tuple(names),
         labels=lambda _: [number[file.parent.name] for file in files],
-        images=lambda _: lambda row: EncodedImage(str(files[row])),
+        images=lambda _: lambda row: EncodedImage(str(files[row]), state=states[row]),
         paths=lambda _: (),
     )
 
@@ -65,24 +67,27 @@ def table_rows(rows: TableRows) -> Rows:
     )
 
 
-def parquet_rows(files: Sequence[Path], where: str) -> Rows:
+def parquet_rows(files: Sequence[Path], where: str, states: Sequence[int] | None = None) -> Rows:
     """Parquet files one after another, as if they were one; only the row groups and columns that are used are read.
 
+    Args:
+        states: of the files when their digest was taken.
+
     Raises:
-        InputError: one is damaged, or there are no rows; or the files differ in their columns or class names.
+        InputError: one is damaged, or there are no rows; or the files differ in their columns or class names. Whatever reads
+            them later raises it if one has changed.
     """
     from pyarrow import parquet
 
+    before = dict(zip(files, states or map(state_of, files), strict=True))
     opened: list[Any] = []
-    try:
-        opened.extend(parquet.ParquetFile(file, memory_map=True) for file in files)
-        count = sum(file.metadata.num_rows for file in opened)
-        schema = opened[0].schema_arrow
-        features = _features(schema.metadata)
-    except (OSError, ValueError) as error:
-        raise _damaged(
-            f"{where}: {files[len(opened)].name}" if len(files) > len(opened) > 0 else where, error
-        ) from error
+    for file in files:
+        with _reading(before, f"{where}: {file.name}" if opened else where):
+            # not mapped into memory: what is cut off of a mapped file while it is read ends the process
+            opened.append(parquet.ParquetFile(file))
+    count = sum(file.metadata.num_rows for file in opened)
+    schema = opened[0].schema_arrow
+    features = _features(schema.metadata)
     _check_schemas(files, [file.schema_arrow for file in opened], where)
     if not count:
         raise InputError(f"{where}: has no images")
@@ -92,30 +97,40 @@ def parquet_rows(files: Sequence[Path], where: str) -> Rows:
         return _class_names(features, column)
 
     def labels(column: str) -> list[Any]:
-        try:
+        with _reading(before, where):
             return [value for file in opened for value in file.read([column])[column].to_pylist()]
-        except (OSError, ValueError, KeyError) as error:
-            raise _damaged(where, error) from error
 
     def images(column: str) -> Callable[[int], EncodedImage]:
         kind = schema.field(column).type
         _check_images(kind)
         mode = features.get(column, {}).get("mode")
-        folders = [file.parent for file in files]
-        return _ParquetImages(opened, folders, column, where, mode if isinstance(mode, str) else None)
+        return _ParquetImages(opened, before, column, where, mode if isinstance(mode, str) else None)
 
     def paths(column: str) -> list[str]:
         kind = schema.field(column).type
-        try:
+        with _reading(before, where):
             return [
                 os.path.join(path.parent, each)  # noqa: PTH118  a Path for each row takes longer
                 for path, file in zip(files, opened, strict=True)
                 for each in _paths(file, column, kind)
             ]
-        except (OSError, ValueError, KeyError) as error:
-            raise _damaged(where, error) from error
 
     return Rows(columns, count, classes, labels, images, paths)
+
+
+@contextmanager
+def _reading(before: Mapping[Path, int], where: str) -> Generator[None]:
+    """Refuses files that have changed, whatever was read of them; turns any other failure into one clear error."""
+    failure: Exception | None = None
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        failure = error
+    for file, state in before.items():
+        expect_unchanged(file, state)
+    if failure is not None:
+        reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+        raise InputError(f"{where}: cannot be read: {reason}", "copy or fetch the data again") from failure
 
 
 def _check_schemas(files: Sequence[Path], schemas: Sequence[Any], where: str) -> None:
@@ -213,18 +228,17 @@ class _ParquetImages:
     """
 
     def __init__(
-        self, files: Sequence[Any], folders: Sequence[Path], column: str, where: str, mode: str | None
+        self, files: Sequence[Any], before: Mapping[Path, int], column: str, where: str, mode: str | None
     ) -> None:
-        self._column, self._where, self._mode = column, where, mode
-        self._groups = [(file, group) for file in files for group in range(file.metadata.num_row_groups)]
-        self._folders = [
-            folder
-            for file, folder in zip(files, folders, strict=True)
-            for _ in range(file.metadata.num_row_groups)
+        self._column, self._where, self._mode, self._before = column, where, mode, before
+        self._groups = [
+            (path, file, group)
+            for path, file in zip(before, files, strict=True)
+            for group in range(file.metadata.num_row_groups)
         ]
         self._own = object()
         self._starts = [0]
-        for file, group in self._groups:
+        for _, file, group in self._groups:
             self._starts.append(self._starts[-1] + file.metadata.row_group(group).num_rows)
 
     def __call__(self, row: int) -> EncodedImage:
@@ -233,7 +247,7 @@ class _ParquetImages:
         if isinstance(value, dict):
             value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
         if isinstance(value, str):
-            value = os.path.join(self._folders[number], value)  # noqa: PTH118  a Path for each row takes longer
+            value = os.path.join(self._groups[number][0].parent, value)  # noqa: PTH118  a Path for each row takes longer
         elif isinstance(value, list):
             try:
                 value = png_of(value)
@@ -249,11 +263,9 @@ class _ParquetImages:
         key = (self._own, number)
         with _held.lock:
             if key not in _held.groups:
-                file, group = self._groups[number]
-                try:
+                path, file, group = self._groups[number]
+                with _reading({path: self._before[path]}, self._where):
                     values: Any = file.read_row_group(group, [self._column])[self._column].combine_chunks()
-                except (OSError, ValueError, KeyError) as error:
-                    raise _damaged(self._where, error) from error
                 _held.add(key, values)
             _held.groups.move_to_end(key)
             return _held.groups[key]
@@ -276,10 +288,3 @@ class _Held:
 
 
 _held = _Held()
-
-
-def _damaged(where: str, error: Exception) -> InputError:
-    return InputError(
-        f"{where}: cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-        "copy or fetch the data again",
-    )

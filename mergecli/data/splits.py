@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import time
+from array import array
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from mergecli.runtime.errors import InputError, quoted
 from mergecli.storage.cache import allowed_size, cache_path, kept, make_room, touch
+from mergecli.storage.file_state import expect_unchanged, state_in
 from mergecli.storage.safetensors_writer import SafetensorsWriter
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -78,52 +82,74 @@ def check_shards(files: Sequence[Path], where: str) -> None:
         )
 
 
-def fingerprint(files: Sequence[Path], with_names: bool, remember: bool = True) -> str:
+class Fingerprint(NamedTuple):
+    """What data are, and what their files were when that was found out."""
+
+    digest: str
+    states: Sequence[int]
+    """As `mergecli.storage.file_state` has them: what is read of a file later belongs to the digest if it has the same."""
+
+
+def fingerprint(files: Sequence[Path], with_names: bool, remember: bool = True) -> Fingerprint:
     """The digest of the files' contents, in order; `with_names` of their folders' names too, which are the classes.
 
     With `remember` the digest of large files is kept in the cache, and found there as long as the files have the same inode,
     size and times of change.
+
+    Raises:
+        InputError: a file changes meanwhile.
     """
-    seen = _untouched(files, with_names) if remember else None
+    statuses = [file.stat() for file in files]
+    states = array("q", map(state_in, statuses))
+    return Fingerprint(_digest(files, statuses, states, with_names, remember), states)
+
+
+def _digest(
+    files: Sequence[Path],
+    statuses: Sequence[os.stat_result],
+    states: Sequence[int],
+    with_names: bool,
+    remember: bool,
+) -> str:
+    seen = _untouched(files, statuses, with_names) if remember else None
     place = None if seen is None else cache_path("digests", sha256(seen.encode()).hexdigest()[:32])
     if place is not None:
         known = kept(place, "the files are hashed", lambda stored: stored.metadata["digest"])
         if known is not None:
             touch(place)
             return known
-    found = sha256_digest(*_lines(files, with_names))
-    room = place is not None and make_room(1 << 10, allowed_size())
-    if place is not None and room and seen == _untouched(files, with_names):
+    found = sha256_digest(*_lines(files, states, with_names))
+    if place is not None and make_room(1 << 10, allowed_size()):
         about = {"what": f"the digest of {len(files)} files in {files[0].parent.name}", "digest": found}
         with contextlib.suppress(InputError, OSError), SafetensorsWriter(place, {}, about, checked=True):
             pass
     return found
 
 
-def _untouched(files: Sequence[Path], with_names: bool) -> str | None:
+def _untouched(files: Sequence[Path], statuses: Sequence[os.stat_result], with_names: bool) -> str | None:
     """A text that changes when the files do; None if they are small, or were changed just now."""
-    states = [file.stat() for file in files]
-    latest = max(max(each.st_mtime, each.st_ctime) for each in states)
-    if sum(each.st_size for each in states) < LARGE or not latest < time.time() - _SETTLED:
+    latest = max(max(each.st_mtime, each.st_ctime) for each in statuses)
+    if sum(each.st_size for each in statuses) < LARGE or not latest < time.time() - _SETTLED:
         return None
     facts = [
         [str(file.absolute()), each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns]
-        for file, each in zip(files, states, strict=True)
+        for file, each in zip(files, statuses, strict=True)
     ]
     return json.dumps([with_names, facts])
 
 
-def _lines(files: Sequence[Path], with_names: bool) -> list[str]:
+def _lines(files: Sequence[Path], states: Sequence[int], with_names: bool) -> list[str]:
     """A line with the digest of each file."""
     import xxhash
 
     lines: list[str] = []
-    for file in files:
-        state = xxhash.xxh3_128()
+    for file, before in zip(files, states, strict=True):
+        hashed = xxhash.xxh3_128()
         with file.open("rb") as stream:
             for block in iter(lambda: stream.read(1 << 20), b""):
-                state.update(block)
-        lines.append(f"{file.parent.name if with_names else ''} {state.hexdigest()}\n")
+                hashed.update(block)
+            expect_unchanged(file, before, stream.fileno())
+        lines.append(f"{file.parent.name if with_names else ''} {hashed.hexdigest()}\n")
     return lines
 
 

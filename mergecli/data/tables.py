@@ -14,6 +14,7 @@ from typing import Any
 from mergecli.data.decoding import EncodedImage
 from mergecli.data.splits import VALIDATION_NAMES, split_of
 from mergecli.runtime.errors import InputError, listed, quoted
+from mergecli.storage.file_state import expect_unchanged, state_of
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 SPLIT_NAMES = ("train", "training", "test", "testing", "eval", "evaluation", *VALIDATION_NAMES)
@@ -80,7 +81,9 @@ def read_tables(paths: Sequence[Path], root: Path, columns: Columns, where: str)
     seen: dict[str, Any] = {}
     unsaid: list[str] = []
     for table in paths:
+        before = state_of(table)
         rows = _read(table, where)
+        expect_unchanged(table, before)
         if not rows:
             raise InputError(f"{where}: {table.name} has no rows")
         known = list(rows[0])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mergecli.clip.other_parts import Candidate, warn_of_other_parts
+from mergecli.data.contamination import findings_of, is_test
 from mergecli.evaluation.features import feature_file
 from mergecli.evaluation.routes import route_files, write_routes
 from mergecli.evaluation.scoring import score
@@ -19,7 +21,8 @@ from mergecli.formats.opening import model_path, open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
 from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
-from mergecli.runtime.errors import InputError, UsageError, quoted
+from mergecli.results.suspicions import too_good
+from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, quoted
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.metadata import looked_at, made_of
 from mergecli.storage.sources import Source, parse_source
@@ -130,6 +133,8 @@ def evaluate(
         ]
         with open_source(base) as whole:
             warn_of_other_parts(opened, whole, str(base), merged=False)
+        tested = [task.name for task in chosen if is_test(task.name, split)]
+        _warn_of_contamination(opened, tested, individual)
         models = [_tower(*each) for each in opened]
         if individual:
             own = {model.name for model in models}
@@ -139,10 +144,24 @@ def evaluate(
                     f"--individual: no model is named after a task: the models are {quoted(sorted(own))}",
                     f"write `TASK=SOURCE` for each, such as `{tasks_of(tasks, known)[0].name}=tuned.safetensors`",
                 )
-        return _evaluate_open(
+        results = _evaluate_open(
             models, base, chosen, settings, individual=individual, output=output, predictions=predictions,
             progress=progress, unfinished=unfinished,
         )  # fmt: skip
+    for each in too_good(results):
+        warnings.warn(each.text, MergecliWarning, stacklevel=2)
+    return results
+
+
+def _warn_of_contamination(models: Sequence[Candidate], tasks: Sequence[str], individual: bool) -> None:
+    """A warning for each known group of checkpoints that were trained on images on which they are evaluated."""
+    found: dict[str, list[str]] = {}
+    for name, source, opened in models:
+        of = [task for task in tasks if task == name] if individual else tasks
+        for each in findings_of(source, opened, of):
+            found.setdefault(each.text, []).append(name)
+    for text, names in found.items():
+        warnings.warn(f"{quoted(names)}: {text}", MergecliWarning, stacklevel=2)
 
 
 def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[Task]:

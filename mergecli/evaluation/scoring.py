@@ -16,6 +16,7 @@ from mergecli.evaluation.routes import Routes, RouteSums
 from mergecli.evaluation.settings import Scores, Settings, Tower
 from mergecli.formats.mixture import mixture_of
 from mergecli.results.result import TaskScore
+from mergecli.runtime import interrupts
 from mergecli.runtime.errors import UsageError
 from mergecli.runtime.notes import note
 from mergecli.storage.cache import cache_path
@@ -89,7 +90,14 @@ def score(
     scores = Scores([{} for _ in towers], {}, clip_digests(folder), processing, [])
     weights: list[dict[str, Weights]] = [{} for _ in towers]
     slots = [ModelSlot(clip, settings.routing)]
-    with torch.inference_mode(), _exact_convolutions(torch.backends.cudnn):
+    pairs = len(tasks) if own_task_only else len(tasks) * len(towers)
+
+    def kept() -> str:
+        count = sum(file.exists() for file in scores.unfinished)
+        what = "tasks" if pairs == len(tasks) else "tasks of all checkpoints"
+        return f"{count} of {pairs} {what} are kept" if count else ""
+
+    with interrupts.telling(kept), torch.inference_mode(), _exact_convolutions(torch.backends.cudnn):
         for of_task in every:
             name = of_task.task.name
             numbers = [n for n, tower in enumerate(towers) if not own_task_only or tower.name == name]

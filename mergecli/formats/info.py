@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mergecli.data.contamination import findings_of
 from mergecli.formats.lora_files import Adapter, is_adapter, open_adapter
 from mergecli.formats.mixture import mixture_of
 from mergecli.formats.opening import is_model, model_path, open_source
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import inputs_of
-from mergecli.storage.sources import parse_source
+from mergecli.storage.sources import Source, parse_source
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Info:
     """Of an adapter: its method, rank, scaling, modules and base."""
     mixture: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of a mixture: its tasks, whether it routes or is task-conditioned, and how large it is beside one tower."""
+    warnings: tuple[str, ...] = ()
+    """What speaks against its use."""
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -59,24 +62,22 @@ def info(checkpoint: str | Path) -> Info:
     path = model_path(source)
     if source.task is not None:
         with open_source(source) as tower:
-            return replace(_info(str(checkpoint), tower), files=0, size=tower.nbytes)
+            return replace(_info(source, tower), files=0, size=tower.nbytes)
     if is_adapter(path):
         adapter = open_adapter(path)
         with adapter.stored as stored:
-            return replace(
-                _info(str(checkpoint), stored), kind="adapter", is_model=True, adapter=_about(adapter)
-            )
+            return replace(_info(source, stored), kind="adapter", is_model=True, adapter=_about(adapter))
     with open_checkpoint(path) as whole:
-        return _info(str(checkpoint), whole)
+        return _info(source, whole)
 
 
-def _info(path: str, whole: Checkpoint) -> Info:
+def _info(source: Source, whole: Checkpoint) -> Info:
     each = whole.vision()
     dtypes: dict[str, int] = {}
     for entry in each.entries.values():
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.size
     return Info(
-        path=path,
+        path=str(source),
         kind=each.metadata.get("kind", "checkpoint"),
         parameters=sum(entry.size for entry in each.entries.values() if entry.is_float),
         whole_clip=whole.is_whole_clip,
@@ -88,6 +89,7 @@ def _info(path: str, whole: Checkpoint) -> Info:
         metadata=each.metadata,
         is_model=is_model(each),
         mixture=_about_mixture(each) if each.is_mixture else {},
+        warnings=tuple(found.text for found in findings_of(source, each)),
     )
 
 

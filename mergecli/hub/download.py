@@ -53,7 +53,7 @@ def download_all(resolved: Sequence[Resolved], session: Session) -> Downloads:
             # one order for all programs: two that each held what the other waits for would wait for ever
             held[key] = commit_lock(store, group[0].source, group[0].commit)
             with writing(store.root):
-                _acquire(held[key], group[0], session.policy.note)
+                acquire(held[key], group[0], session.policy.note)
             stack.callback(held[key].release)
         left = {key: _missing(group, store) for key, group in groups.items()}
         _check_space(store, sum(file.size for files in left.values() for file in files))
@@ -102,7 +102,8 @@ def _grouped(resolved: Sequence[Resolved], store: Store) -> dict[CommitKey, list
     return found
 
 
-def _acquire(lock: BaseFileLock, resolved: Resolved, note: Callable[[str], None] | None) -> None:
+def acquire(lock: BaseFileLock, resolved: Resolved, note: Callable[[str], None] | None) -> None:
+    """Takes the lock of a commit, after a note if another program has it."""
     from filelock import Timeout
 
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from mergecli.formats.convert import convert_once, converted_path
 from mergecli.hub.download import CommitKey, commit_key, damaged, download_all
 from mergecli.hub.locks import check_locks, write_locks
+from mergecli.hub.missing_checksums import add_missing_checksums
 from mergecli.hub.requirements import KINDS, Requests, gather, named, on_platform, platform_of
 from mergecli.hub.resolve import (
     NOT_FETCHED,
@@ -26,6 +27,7 @@ from mergecli.hub.session import Session
 from mergecli.hub.store import check_names, write_reference
 from mergecli.recipe.lock import Key
 from mergecli.recipe.schema import Recipe
+from mergecli.runtime import interrupts
 from mergecli.runtime.errors import HubError, InputError, MergecliError, UsageError, did_you_mean, listed
 from mergecli.runtime.progress import Progress
 from mergecli.storage.sources import HUBS
@@ -92,7 +94,8 @@ def fetch(
         only: `models`, `data` or both.
         locked: fetch exactly the commits and files of the recipes' locks.
         offline: open no socket; also if the environment has `HF_HUB_OFFLINE=1`.
-        verify: only read every file again, and compare it with the lock or else with the store's own record.
+        verify: only read every file again, and compare it with the lock or else with the store's own record. Weights that
+            were fetched before the store had checksums get them, here and whenever they are fetched again.
         dry_run: only find out what would be fetched; nothing is written. With `offline` too, what recipes and locks say of it.
         platform: `hf` or `ms`: where `hf:` sources are looked for.
         jobs: files at a time.
@@ -108,7 +111,7 @@ def fetch(
         UsageError: an argument is wrong, or `locked` is set and a lock is missing or lacks a source.
     """
     _check_arguments(only, jobs, into)
-    how = _How(locked, offline or _offline_by_environment(), verify, dry_run, platform_of(platform))
+    how = _How(locked, offline or offline_by_environment(), verify, dry_run, platform_of(platform))
     given = [sources] if isinstance(sources, str | Path | Recipe) else list(sources)
     requests = gather(given, changes, tuple(only) or KINDS, locked, how.platform)
     store = Store(Path(into) if into is not None else home())
@@ -123,12 +126,16 @@ def fetch(
     if how.dry_run:
         unknown = _unknown_files(requests, failures, session, how)
     if how.downloads:
-        outcome = download_all(list(resolved.values()), session)
+        with interrupts.telling(lambda: f"what has arrived is kept in {store.root}"):
+            outcome = download_all(list(resolved.values()), session)
         failures |= outcome.failures
         files = {key: file for key, file in files.items() if key in outcome.arrived}
         for key, each in resolved.items():
             if key not in failures and not each.locked:
                 write_reference(store, each.source, each.commit)
+    if how.downloads or verify:
+        whole = {key: each for key, each in resolved.items() if key not in failures}
+        failures |= add_missing_checksums(whole, session)
     _raise_failures(failures, requests, how, given)
     done = Fetched(_paths(requests, resolved, local, store, how), (*files.values(), *unknown))
     if not how.writes_locks:
@@ -174,7 +181,7 @@ def _check_arguments(only: Sequence[str], jobs: int, into: str | Path | None) ->
         raise UsageError("--into: expected a folder, got nothing")
 
 
-def _offline_by_environment() -> bool:
+def offline_by_environment() -> bool:
     """Whether the variables that keep `huggingface_hub` from the network are set; here they keep all from it."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")

@@ -65,11 +65,29 @@ class HuggingFace:
             self._headers["authorization"] = f"Bearer {token}"
         self._stop, self._policy = stop, policy
         self._unreachable: HubError | None = None
+        self._licenses: dict[Source, str] = {}
         self._timeouts = constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT
 
     @property
     def host(self) -> str:
         return self._host
+
+    @property
+    def endpoint(self) -> str:
+        """Where requests go, as a URL."""
+        return self._endpoint
+
+    @property
+    def token(self) -> str | None:
+        """The token, if there is one that the endpoint may get."""
+        return self._headers.get("authorization", "").removeprefix("Bearer ") or None
+
+    @property
+    def token_hint(self) -> str:
+        """How a token gets there."""
+        if self._trusted:
+            return "set HF_TOKEN, or run `hf auth login`"
+        return f"set HF_TOKEN, and `--token-to-endpoint` so that {self.host} gets it"
 
     def resolve(self, source: Source) -> str:
         if self._unreachable:
@@ -83,7 +101,12 @@ class HuggingFace:
             raise HubError(
                 f"{named(source)}: {self.host} does not answer as Hugging Face does", "check HF_ENDPOINT"
             )
+        if license := _license(answer):
+            self._licenses[source] = license
         return commit
+
+    def license(self, source: Source) -> str | None:
+        return self._licenses.get(source)
 
     def files(self, source: Source, commit: str) -> tuple[RemoteFile, ...]:
         found: list[RemoteFile] = []
@@ -92,7 +115,7 @@ class HuggingFace:
         while url:
             response = self._get(source, url)
             asked.add(url)
-            with self._in_our_words(source, None):
+            with self.in_our_words(source, None):
                 budget.add(len(response.content))
                 found += [_remote(each) for each in response.json() if each["type"] == "file"]
                 following = response.links.get("next", {}).get("url")
@@ -111,18 +134,18 @@ class HuggingFace:
         kind = "dataset" if source.is_data else "model"
         url = hf_hub_url(source.name, path, repo_type=kind, revision=commit, endpoint=self._endpoint)
         part = {"Range": f"bytes={start}-"} if start else {}
-        with self._in_our_words(source, path):
+        with self.in_our_words(source, path):
             response = within(
                 limits.ANSWER_SECONDS, lambda: self._begun(url, self._timeouts[1], **part), self._stop
             )
-        with self._in_our_words(source, path), contextlib.closing(response):
+        with self.in_our_words(source, path), contextlib.closing(response):
             begins = start if response.status_code == 206 else 0
             if begins and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 raise TransientError(f"`{path}`: the hub sent another part of it than was asked for")
             yield Body(begins, self._blocks(source, path, response))
 
     def _blocks(self, source: Source, path: str, response: Any) -> Iterator[bytes]:
-        with self._in_our_words(source, path):
+        with self.in_our_words(source, path):
             yield from unpacked(response.iter_raw(), response.headers.get("Content-Encoding", ""))
 
     def _begun(self, url: str, timeout: float, **headers: str) -> Any:
@@ -166,7 +189,7 @@ class HuggingFace:
 
     def _get(self, source: Source, url: str, first: bool = False) -> Any:
         def get() -> Any:
-            with self._in_our_words(source, None, first):
+            with self.in_our_words(source, None, first):
                 response = within(limits.ANSWER_SECONDS, lambda: self._answer(url), self._stop)
                 response.json()
                 return response
@@ -178,7 +201,7 @@ class HuggingFace:
             return self._read(response)
 
     @contextmanager
-    def _in_our_words(self, source: Source, path: str | None, first: bool = False) -> Generator[None]:
+    def in_our_words(self, source: Source, path: str | None, first: bool = False) -> Generator[None]:
         """Says in our words what went wrong, and whether another try may help."""
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -220,9 +243,7 @@ class HuggingFace:
             words = {408: "was too slow", 429: "asks for fewer requests"}
             reason = words.get(status, f"answered with status {status}")
             return TransientError(f"{self.host} {reason}", _wait(response.headers))
-        token = "set HF_TOKEN, or run `hf auth login`"
-        if not self._trusted:
-            token = f"set HF_TOKEN, and `--token-to-endpoint` so that {self.host} gets it"
+        token = self.token_hint
         if code == "GatedRepo" or status == 403:
             page = f"https://huggingface.co/{'datasets/' if source.is_data else ''}{source.name}"
             return HubError(f"{where}: access is not granted", f"accept its terms at {page}; {token}")
@@ -276,6 +297,19 @@ def _remote(entry: Any) -> RemoteFile:
     return (
         RemoteFile(path, size, str(large["oid"])) if large else RemoteFile(path, size, git=str(entry["oid"]))
     )
+
+
+def _license(answer: dict[str, Any]) -> str | None:
+    """The license in what the hub says about a repository: in its card, else among its tags."""
+    card = answer.get("cardData")
+    found = card.get("license") if isinstance(card, dict) else None
+    tags = answer.get("tags")
+    named = (
+        [tag.partition(":")[2] for tag in tags if str(tag).startswith("license:")]
+        if isinstance(tags, list)
+        else []
+    )
+    return found if isinstance(found, str) and found else next(iter(named), None)
 
 
 def _wait(headers: Any) -> float | None:

@@ -45,11 +45,13 @@ def write_locks(requests: Requests, resolved: Mapping[Key, Resolved], store: Sto
 
 def locked_source(resolved: Resolved, store: Store) -> LockedSource:
     """What a lock says of a fetched source."""
-    files = store.manifest(resolved.source, resolved.commit).files
+    manifest = store.manifest(resolved.source, resolved.commit)
+    files = manifest.files
     return LockedSource(
         source=str(resolved.requirement.source),
         is_data=resolved.requirement.source.is_data,
         fetched=f"{resolved.source.kind}:{resolved.source.name}",
         commit=resolved.commit,
         files=tuple(sorted((files[path] for path in resolved.used), key=lambda file: file.path)),
+        license=manifest.license,
     )

@@ -13,12 +13,14 @@ import contextlib
 import io
 import logging
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 from mergecli.hub import limits
 from mergecli.hub.client import Body, TransientError
@@ -73,6 +75,23 @@ class ModelScope:
     def host(self) -> str:
         return self._host
 
+    @property
+    def endpoint(self) -> str:
+        """Where requests go, as a URL."""
+        return self._endpoint
+
+    @property
+    def client(self) -> Any:
+        """The library's client, with the guard before it."""
+        return self._api
+
+    @property
+    def token_hint(self) -> str:
+        """How a token gets there."""
+        if self._trusted:
+            return "set MODELSCOPE_API_TOKEN, or run `modelscope login`"
+        return f"set MODELSCOPE_API_TOKEN, and `--token-to-endpoint` so that {self.host} gets it"
+
     def resolve(self, source: Source) -> str:
         """The commit of the newest change to any file: ModelScope's lists name it for each file, and no request asks
         for a branch's own. What the branch has, that commit has with the same content."""
@@ -81,12 +100,12 @@ class ModelScope:
         revision = source.revision or DEFAULT_BRANCH["ms"]
         files = self._list(source, revision)
         if not files:
-            known = [str(each.get("Revision")) for each in self._revisions(source)]
+            known = self.branches(source)
             if revision in known:
                 raise HubError(f"{named(source)}: has no files")
             near = did_you_mean(revision, known) or (f"; it has {quoted(known)}" if known else "")
             raise HubError(f"{named(source)}: there is no branch or tag `{revision}`{near}")
-        with self._in_our_words(source, None):
+        with self.in_our_words(source, None):
             newest = max(int(each["CommittedDate"]) for each in files)
             commits = sorted(
                 {str(each["Revision"]) for each in files if int(each["CommittedDate"]) == newest}
@@ -105,9 +124,13 @@ class ModelScope:
             "name a commit after `@`",
         )
 
+    def license(self, source: Source) -> str | None:
+        del source  # its lists of files do not say
+        return None
+
     def files(self, source: Source, commit: str) -> tuple[RemoteFile, ...]:
         found = self._lists.get((source, commit)) or self._list(source, commit)
-        with self._in_our_words(source, None):
+        with self.in_our_words(source, None):
             return tuple(_remote(each) for each in found)
 
     def open(self, source: Source, commit: str, path: str, start: int) -> AbstractContextManager[Body]:
@@ -121,21 +144,21 @@ class ModelScope:
             with self._guard.leaves_bodies():
                 return self._api.download_stream(source.name, _kind(source), path, commit, headers=headers)
 
-        with self._in_our_words(source, path):
+        with self.in_our_words(source, path):
             response = within(limits.ANSWER_SECONDS, begin, self._stop)
-        with self._in_our_words(source, path), response:
+        with self.in_our_words(source, path), response:
             begins = start if response.status_code == 206 else 0
             if begins and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 raise TransientError(f"`{path}`: the hub sent another part of it than was asked for")
             yield Body(begins, self._blocks(source, path, response))
 
     def _blocks(self, source: Source, path: str, response: Any) -> Iterator[bytes]:
-        with self._in_our_words(source, path):
+        with self.in_our_words(source, path):
             yield from unpacked(_raw(response), response.headers.get("Content-Encoding", ""))
 
     def _list(self, source: Source, revision: str) -> list[dict[str, Any]]:
         def ask() -> list[dict[str, Any]]:
-            with self._in_our_words(source, None), self._guard.one_list(source.name):
+            with self.in_our_words(source, None), self._guard.one_list(source.name):
                 list_files: Callable[[], list[dict[str, Any]]] = partial(
                     self._api.list_repo_files, source.name, _kind(source), revision
                 )
@@ -144,9 +167,13 @@ class ModelScope:
 
         return retried(ask, self._stop, self._policy)
 
+    def branches(self, source: Source) -> list[str]:
+        """Its branches and tags."""
+        return [str(each.get("Revision")) for each in self._revisions(source)]
+
     def _revisions(self, source: Source) -> list[dict[str, Any]]:
         def ask() -> list[dict[str, Any]]:
-            with self._in_our_words(source, None):
+            with self.in_our_words(source, None):
                 list_revisions: Callable[[], list[dict[str, Any]]] = partial(
                     self._api.list_revisions, source.name, _kind(source)
                 )
@@ -155,16 +182,14 @@ class ModelScope:
         return retried(ask, self._stop, self._policy)
 
     @contextmanager
-    def _in_our_words(self, source: Source, path: str | None) -> Generator[None]:
+    def in_our_words(self, source: Source, path: str | None) -> Generator[None]:
         """Says in our words what went wrong, and whether another try may help."""
         import requests
         from modelscope_hub import errors
         from urllib3.exceptions import HTTPError
 
         where = named(source) + (f": `{path}`" if path else "")
-        token = "set MODELSCOPE_API_TOKEN, or run `modelscope login`"
-        if not self._trusted:
-            token = f"set MODELSCOPE_API_TOKEN, and `--token-to-endpoint` so that {self.host} gets it"
+        token = self.token_hint
         try:
             yield
         except LimitError as error:
@@ -250,6 +275,12 @@ class _Guard:
             for adapter in session.adapters.values():
                 adapter.send = partial(self._send, adapter.send)
 
+    def _is_own(self, url: str) -> bool:
+        """Whether the URL is another host of the hub's own: large files are sent to one, which wants the token."""
+        own, asked = urlsplit(self._endpoint).hostname or "", urlsplit(url)
+        land = re.search(r"(?:^|\.)(modelscope\.(?:cn|ai))$", asked.hostname or "")
+        return bool(land) and asked.scheme == "https" and self._endpoint in OWN and own.endswith(land[1])
+
     @contextmanager
     def leaves_bodies(self) -> Generator[None]:
         """Requests of this thread are for a file, whose body the caller reads."""
@@ -269,7 +300,7 @@ class _Guard:
             self._lists.pop(name, None)
 
     def _send(self, send: Any, request: Any, *given: Any, **named: Any) -> Any:
-        if not same_origin(request.url, self._endpoint):
+        if not (same_origin(request.url, self._endpoint) or self._is_own(request.url)):
             # requests takes another port of a host, and `http:` in place of `https:`, for the same where cookies go
             for header in ("Authorization", "Cookie"):
                 request.headers.pop(header, None)

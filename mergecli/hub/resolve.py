@@ -134,6 +134,7 @@ def resolve_locked(
     )
     source = replace(locked.origin, inside=requirement.source.inside)
     found = replace(_resolved(requirement, source, locked.commit, files, store), locked=locked)
+    found = replace(found, manifest=replace(found.manifest, license=locked.license or found.manifest.license))
     if found.pickled and not allow_pickle and (found.missing or not found.is_converted(store)):
         raise OnlyPickledError(
             f"{named(requirement.source)}: the lock has its weights only as `{found.pickled}`, a pickle",
@@ -191,7 +192,7 @@ def _at_commit(requirement: Requirement, source: Source, commit: str, session: S
         listing = session.hub(source).files(source, commit)
         if outside := [file.path for file in listing if not is_safe(file.path)]:
             raise HubError(f"{named(source)}: the hub lists a file outside of the repository: `{outside[0]}`")
-        manifest = replace(manifest, listing=listing)
+        manifest = replace(manifest, listing=listing, license=session.hub(source).license(source))
     listing = manifest.listing or ()
 
     def found(allow_pickle: bool) -> Resolved:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from mergecli.hub.client import Hub
+from mergecli.hub.client import Hub, Publisher
 from mergecli.hub.retry import RetryPolicy, in_threads
 from mergecli.hub.transfer import content
 from mergecli.runtime.progress import Progress
@@ -45,6 +45,22 @@ class Session:
                     self.stop, self.policy, token_to_endpoint=self.token_to_endpoint
                 )
             return self._hubs[source.kind]
+
+    def publisher(self, target: Source) -> Publisher:
+        """The target's hub, as models are brought to it."""
+        if target.kind == "hf":
+            from mergecli.hub.hugging_face import HuggingFace
+            from mergecli.hub.hugging_face_push import HuggingFacePublisher
+
+            return HuggingFacePublisher(
+                HuggingFace(self.stop, self.policy, token_to_endpoint=self.token_to_endpoint), self
+            )
+        from mergecli.hub.model_scope import ModelScope
+        from mergecli.hub.model_scope_push import ModelScopePublisher
+
+        return ModelScopePublisher(
+            ModelScope(self.stop, self.policy, token_to_endpoint=self.token_to_endpoint), self
+        )
 
     def read(self, source: Source, commit: str, file: RemoteFile) -> bytes:
         """What is in a small file: from the store if it is there, else from the hub."""

@@ -85,10 +85,11 @@ def put_in_place(
     before = store.manifest(source, commit)
     files = {**before.files, **{file.path: file for file in new}}
     found = {
-        file.path: checksums_of(partial / file.path) for file in new if file.path.endswith(".safetensors")
+        file.path: checksums_of(partial / file.path) or ""
+        for file in new
+        if file.path.endswith(".safetensors")
     }
-    known = {**before.checksums, **{path: text for path, text in found.items() if text is not None}}
-    text = _manifest_text(commit, files, before, about, known)
+    text = _manifest_text(commit, files, before, about, {**before.checksums, **found})
     with writing(folder):
         if folder.exists():
             for file in new:
@@ -103,6 +104,13 @@ def put_in_place(
                 each.unlink()
         write_text(partial / MANIFEST, text)
         partial.rename(folder)
+
+
+def add_checksums(store: Store, source: Source, commit: str, found: Mapping[str, str]) -> None:
+    """Records checksums of files that are in place. Only for whoever holds the lock."""
+    path, before = store.folder(source, commit) / MANIFEST, store.manifest(source, commit)
+    with writing(path):
+        write_text(path, _manifest_text(commit, before.files, before, before, {**before.checksums, **found}))
 
 
 def _manifest_text(
@@ -122,6 +130,7 @@ def _manifest_text(
         if listing is None
         else [asdict(file) for file in listing if file.path.endswith(LISTED_SUFFIXES)],
         "checksums": dict(sorted(checksums.items())),
+        **({"license": license} if (license := about.license or before.license) else {}),
     }
     return json.dumps(content, indent=1) + "\n"
 

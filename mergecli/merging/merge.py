@@ -21,15 +21,19 @@ from mergecli.merging.learning.learn import learn
 from mergecli.merging.merge_target import MergeTarget, cast
 from mergecli.merging.models import ModelPasses, Models, open_models
 from mergecli.methods._base import Group, Method, TwoPass
+from mergecli.methods._bitmasks import packed_size
+from mergecli.methods._calibrated import Calibrated
 from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
+from mergecli.results.card import write_card
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import made_again
 from mergecli.storage.metadata import inputs_of
+from mergecli.storage.scratch import Scratch
 from mergecli.storage.sizes import parse_size
 
 
@@ -47,6 +51,8 @@ class Merged:
     digest: str = ""
     """Of the content, as `info` shows it; empty in processes that write nothing."""
     warnings: tuple[str, ...] = ()
+    card: Path | None = None
+    """The model card, if one was written."""
 
 
 def merge(
@@ -59,6 +65,7 @@ def merge(
     changes: Sequence[str] = (),
     device: str = "cpu",
     shard_size: str | None = None,
+    card: bool | None = None,
     statistics: str | Path | None = None,
     coefficients: str | Path | None = None,
     save_coefficients: str | Path | None = None,
@@ -78,6 +85,7 @@ def merge(
         changes: further changes to the recipe, each `key=value` as for `--set`.
         device: where the method computes; files are read and written by the CPU.
         shard_size: of the files of a folder, such as `2GB`; by default there is one file.
+        card: whether a model card is written, `README.md` in the folder or beside the file; by default for a folder.
         statistics: a folder for what a method measures on images, a file a task; by default the store, where it is
             found again by content.
         coefficients: a file with what a method learned before, to apply without images.
@@ -93,7 +101,9 @@ def merge(
     given = (statistics, coefficients, save_coefficients, trace, plot, tensorboard)
     files = LearningFiles(*(None if each is None else Path(each) for each in given))
     points = {Path(output): recipe}
-    return merge_points(points, device=device, shard_size=shard_size, files=files, progress=progress)[0]
+    return merge_points(
+        points, device=device, shard_size=shard_size, files=files, card=card, progress=progress
+    )[0]
 
 
 def merge_points(
@@ -102,13 +112,16 @@ def merge_points(
     device: str = "cpu",
     shard_size: str | None = None,
     files: LearningFiles | None = None,
+    card: bool | None = None,
     progress: Progress | None = None,
 ) -> tuple[Merged, ...]:
     """Merges the same models once for each output; the recipes differ in the method and its settings only.
 
     Every pass over the models serves all of them, and surveys are shared where their settings are the same.
     """
-    return made_again(partial(_merge_points, points, device, shard_size, files or LearningFiles(), progress))
+    return made_again(
+        partial(_merge_points, points, device, shard_size, files or LearningFiles(), card, progress)
+    )
 
 
 def _merge_points(
@@ -116,9 +129,10 @@ def _merge_points(
     device: str,
     shard_size: str | None,
     files: LearningFiles,
+    card: bool | None,
     progress: Progress | None,
 ) -> tuple[Merged, ...]:
-    targets = [MergeTarget.of(recipe, path) for path, recipe in points.items()]
+    targets = [MergeTarget.of(recipe, path, card) for path, recipe in points.items()]
     size = parse_size(shard_size, "--shard-size", least=1) if shard_size is not None else None
     for each in targets:
         if size is not None and each.path.suffix:
@@ -161,20 +175,28 @@ def _stream(
     targets = [each.target for each in learned]
     if not is_first():  # the first of several processes writes
         return tuple(_merged(models, each, {}) for each in targets)
-    passes = ModelPasses(models, max(each.method.unit for each in targets), progress)
-    surveys = _surveys([each.method for each in targets], passes)
-    known = [each.value if found is None else found for each, found in zip(learned, surveys, strict=True)]
+    unit, fused = max(each.method.unit for each in targets), any(each.method.fuses for each in targets)
+    passes = ModelPasses(models, unit, progress, fused)
     with ExitStack() as stack:
+        folder = next(each for each in targets[0].path.absolute().parents if each.is_dir())
+        known = _surveys(learned, replace(passes, scratch=Scratch(folder, stack)))
         writers = [
             each.target.open(models, size, stack, [*models.read, *each.files], each.about) for each in learned
         ]
         dtypes = [{name: dtype for name, (dtype, _) in each.layout(models).items()} for each in targets]
+        packed = [each.packed(models) for each in targets]
 
         def work(start: int, group: Group) -> None:
             for number, target in enumerate(targets):
                 own = group.copy() if number + 1 < len(targets) else group
-                for key, result in outcomes(target.method, own, known[number]).items():
-                    writers[number].write(key, cast(result, dtypes[number][key], key), start)
+                for each in [own] if target.method.fuses else own.apart():
+                    for key, result in outcomes(target.method, each, known[number]).items():
+                        data, row_size = cast(result, dtypes[number][key], key), packed[number].get(key)
+                        if row_size is None:
+                            writers[number].write(key, data, start)
+                            continue
+                        for row, part in enumerate(data):
+                            writers[number].write(key, part, row * row_size + packed_size(start))
 
         for _ in passes.run("merging", work):
             pass
@@ -188,7 +210,14 @@ def _stream(
             writer.describe(each.target.metadata(inputs, each.about))
             done = _merged(models, each.target, inputs)
             merged.append(replace(done, warnings=(*done.warnings, *_foreign_files(each, inputs))))
-    return tuple(replace(done, digest=writer.digest) for done, writer in zip(merged, writers, strict=True))
+    return tuple(
+        replace(done, digest=writer.digest, card=_card(each, writer.digest))
+        for done, writer, each in zip(merged, writers, targets, strict=True)
+    )
+
+
+def _card(target: MergeTarget, digest: str) -> Path | None:
+    return write_card(target.path, target.sources, digest) if target.has_card else None
 
 
 def _merged(models: Models, target: MergeTarget, inputs: Mapping[str, str]) -> Merged:
@@ -203,14 +232,24 @@ def _key(method: Method) -> str:
     return f"{methods.name_of(method)} {methods.table_of(method, without=method.merge_time)}"
 
 
-def _surveys(several: Sequence[Method], passes: ModelPasses) -> list[Any]:
-    """The survey of each method, None if it has none; methods that differ only in merge-time settings share one."""
+def _surveys(several: Sequence[Learned], passes: ModelPasses) -> list[Any]:
+    """What each method needs to know before it merges: what it learned and surveyed, None where it needs nothing.
+
+    Methods that differ only in merge-time settings share one survey.
+    """
     found: dict[str, Any] = {}
     results: list[Any] = []
-    for method in several:
+    for each in several:
+        method = each.target.method
         key = _key(method)
         if key not in found:
-            found[key] = method.survey(passes) if isinstance(method, TwoPass) else None
+            own = replace(passes, fused=method.fuses)
+            if isinstance(method, TwoPass):
+                found[key] = method.survey(own)
+            elif isinstance(method, Calibrated):
+                found[key] = method.survey_with(own, each.value)
+            else:
+                found[key] = each.value
         results.append(found[key])
     return results
 

@@ -16,12 +16,15 @@ from mergecli.merging.models import Models
 from mergecli.methods._base import Method
 from mergecli.methods._mixture import SAME, Mixture
 from mergecli.recipe.schema import Recipe, recipe_text
+from mergecli.results.card import check_card
+from mergecli.results.card_file import CARD
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.atomic import check_target, whole_folder
 from mergecli.storage.checkpoint import MIXTURE
 from mergecli.storage.metadata import UNKNOWN_DIGEST, about, model_folder_files
 from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES, TORCH_NAMES, entry_count
 from mergecli.storage.safetensors_writer import SafetensorsWriter, ShardedWriter
+from mergecli.storage.sources import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +37,16 @@ class MergeTarget:
     method: Method
     recipe: Recipe
     path: Path
+    has_card: bool = False
+    """Whether a model card is written too."""
 
     @classmethod
-    def of(cls, recipe: Recipe, path: Path) -> MergeTarget:
-        """Raises UsageError if the recipe names no method, or the path's suffix does not say what it is."""
+    def of(cls, recipe: Recipe, path: Path, card: bool | None = None) -> MergeTarget:
+        """By default, a folder gets a `card` and a file none.
+
+        Raises UsageError if the recipe names no method, the path's suffix does not say what it is, or a card that is there
+        would lose what its owner wrote.
+        """
         method = recipe.built
         if path.suffix not in ("", ".safetensors"):
             raise UsageError(f"{path}: expected a `.safetensors` file, or a folder's name without suffix")
@@ -47,7 +56,15 @@ class MergeTarget:
                 "name a `.safetensors` file",
             )
         check_target(path, folder=not path.suffix)
-        return cls(method, recipe, path)
+        has_card = not path.suffix if card is None else card
+        if has_card:
+            check_card(path)
+        return cls(method, recipe, path, has_card)
+
+    @property
+    def sources(self) -> list[Source]:
+        """What is merged."""
+        return [*([self.recipe.base] if self.recipe.base else []), *self.recipe.tuned.values()]
 
     def layout(self, models: Models) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> dtype and shape of what is written."""
@@ -63,6 +80,14 @@ class MergeTarget:
         for key, part in self.method.extras(shapes, tasks).items():
             found[key] = (part.dtype, part.shape)
         return found
+
+    def packed(self, models: Models) -> dict[str, int]:
+        """Name -> bytes of a row, of what is packed."""
+        if not isinstance(self.method, Mixture) or not self.method.is_mixture:
+            return {}
+        tasks = len(models.tuned)
+        parts = [self.method.parts(name, shape, tasks) for name, shape in models.shapes.items()]
+        return {key: part.shape[1] for each in parts for key, part in each.items() if part.packed}
 
     def size(self, models: Models) -> int:
         """Bytes of what is written."""
@@ -111,7 +136,7 @@ class MergeTarget:
         if self.path.suffix:
             writer = SafetensorsWriter(self.path, layout, placeholder)
         else:
-            folder = stack.enter_context(whole_folder(self.path))
+            folder = stack.enter_context(whole_folder(self.path, (CARD,) if self.has_card else ()))
             for name, text in model_folder_files(models.reference.path).items():
                 (folder / name).write_text(text, encoding="utf-8")
             whole = folder / "model.safetensors"
@@ -138,6 +163,6 @@ def cast(result: Tensor, dtype: str, name: str) -> Tensor:
     if not math.isfinite(float(cast.sum(dtype=torch.float32))) and not bool(cast.isfinite().all()):
         raise InputError(
             f"`{name}`: the merged values do not fit {TORCH_NAMES[dtype]}",
-            "use smaller settings, or dtype float32",
+            "use smaller settings, or `--set dtype=float32`",
         )
     return cast

@@ -11,14 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from mergecli.clip.other_parts import Candidate, warn_of_other_parts
 from mergecli.formats.convert import why_foreign
 from mergecli.formats.mixture import one_tower
 from mergecli.formats.opening import open_source
 from mergecli.hub.fetched import expect_all
-from mergecli.methods._base import Group, Unit
+from mergecli.methods._base import Group, Shelf, Unit
+from mergecli.methods._fused import stacks
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import usable_device
@@ -26,6 +27,7 @@ from mergecli.runtime.errors import InputError, UsageError, listed, quoted
 from mergecli.runtime.progress import Progress
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.differences import Form, differences, lead_hint, leave_out_hint, other_architecture
+from mergecli.storage.scratch import Scratch, TensorShelf
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +42,20 @@ _COUNTERS = "num_batches_tracked"
 
 BUFFERS = 768 << 20
 """Bytes that all threads' buffers may take together; a tensor that needs more is still read, by one thread."""
+
+
+class _Piece(NamedTuple):
+    """What is read at a time: entries `start` to `stop` of one tensor, or of each of several that are stacked."""
+
+    name: str
+    tensors: tuple[str, ...]
+    start: int
+    stop: int
+
+    @property
+    def entries(self) -> int:
+        """Of one model."""
+        return (self.stop - self.start) * len(self.tensors)
 
 
 @dataclass(frozen=True)
@@ -98,10 +114,15 @@ class Models:
         return {name: each.digest() for name, each in self.read.items()}
 
     def map(
-        self, work: Callable[[int, Group], Result], sample: int = 1, *, unit: Unit = Unit.ENTRY
+        self,
+        work: Callable[[int, Group], Result],
+        sample: int = 1,
+        *,
+        unit: Unit = Unit.ENTRY,
+        fused: bool = False,
     ) -> Iterator[Result]:
         """`work(first entry, group)` of every block of every merged tensor, in order: of its entries, of whole rows, or of
-        the whole tensor. Blocks of entries are flat.
+        the whole tensor. Blocks of entries are flat. `fused`: whole queries, keys and values of a layer come stacked.
 
         Blocks are read and worked on in several threads. `work` may overwrite the group's tensors, and must return none
         of them: a thread reads its next block into the same memory.
@@ -109,8 +130,8 @@ class Models:
         import torch
 
         width = len(self.tuned) + 1
-        pieces = list(self._pieces(sample, unit))
-        widest = max((stop - start for _, start, stop in pieces), default=0)
+        pieces = list(self._fused_pieces() if fused else self._pieces(sample, unit))
+        widest = max((each.entries for each in pieces), default=0)
         # As many threads as all buffers have room for, so that memory does not grow with the number of processors.
         workers = max(1, min(os.cpu_count() or 1, BUFFERS // (4 * width * widest + 1)))
         local = (
@@ -118,21 +139,23 @@ class Models:
         )  # each thread's own buffer: new memory for every block would cost page faults
         are_deltas = tuple(each.is_task_vector for each in self.tuned.values())
 
-        def one(name: str, start: int, stop: int) -> Result:
+        def one(piece: _Piece) -> Result:
             if not hasattr(local, "buffer"):
                 # Sums that torch splits among its threads round by how many there are: the bytes of a merge must not
                 # depend on the number of processors. Blocks run in parallel anyway.
                 torch.set_num_threads(1)
                 local.buffer = torch.empty(width * widest)
-            rows = self._read(name, start, stop, local.buffer)
+            rows = self._read(piece, local.buffer)
             if self.device != "cpu":
                 rows = rows.to(self.device)
             if unit is not Unit.ENTRY:
-                entry = self.reference.entries[name]
-                whole = stop - start == entry.size
+                entry = self.reference.entries[piece.tensors[0]]
+                whole = piece.entries == entry.size
                 rows = rows.view(width, *entry.shape) if whole else rows.view(width, -1, *entry.shape[1:])
             base = rows[0] if "base" in self.read else None
-            return work(start, Group(name, base, rows[1:], are_deltas, tuple(self.tuned), self.seed, start))
+            names, members = tuple(self.tuned), piece.tensors if len(piece.tensors) > 1 else ()
+            group = Group(piece.name, base, rows[1:], are_deltas, names, self.seed, piece.start, members)
+            return work(piece.start, group)
 
         threads = torch.get_num_threads()
         pool = ThreadPoolExecutor(workers)
@@ -142,7 +165,7 @@ class Models:
             waiting: deque[Future[Result]] = deque()
             for piece in pieces:
                 interrupts.check()
-                waiting.append(pool.submit(one, *piece))
+                waiting.append(pool.submit(one, piece))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -154,8 +177,14 @@ class Models:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
 
-    def _pieces(self, sample: int, unit: Unit) -> Iterator[tuple[str, int, int]]:
-        """(tensor, first entry, end) of what is read at a time.
+    def _fused_pieces(self) -> Iterator[_Piece]:
+        """Whole tensors, and whole stacks of them."""
+        for name, members in stacks(self.shapes):
+            tensors = members or (name,)
+            yield _Piece(name, tensors, 0, self.reference.entries[tensors[0]].size)
+
+    def _pieces(self, sample: int, unit: Unit) -> Iterator[_Piece]:
+        """What is read at a time.
 
         A sample takes a short run of entries out of each stretch, because single entries would cost a read each; the
         runs lie at varying places of their stretches, so that rows and columns of a matrix are all met.
@@ -169,20 +198,24 @@ class Models:
                     run = -(-(stop - start) // sample)
                     start += (stop - start - run) * (number * 37 % 101) // 101
                     stop = start + run
-                yield name, start, stop
+                yield _Piece(name, (name,), start, stop)
 
-    def _read(self, name: str, start: int, stop: int, buffer: Tensor) -> Tensor:
-        """(1 + T, stop - start) float32 entries of the base (left as it is where there is none) and of each model."""
-        rows = buffer[: (len(self.tuned) + 1) * (stop - start)].view(len(self.tuned) + 1, stop - start)
+    def _read(self, piece: _Piece, buffer: Tensor) -> Tensor:
+        """(1 + T, entries) float32 entries of the base (left as it is where there is none) and of each model."""
+        rows = buffer[: (len(self.tuned) + 1) * piece.entries].view(len(self.tuned) + 1, piece.entries)
         read = self.read
         for (task, each), row in zip(read.items(), rows[-len(read) :], strict=True):
-            if each.entries[name].dtype == "F32":
-                each.read_entries(name, start, stop, into=row)
-            else:
-                row.copy_(each.read_entries(name, start, stop))
-            if not math.isfinite(float(row.sum())) and not bool(row.isfinite().all()):
-                bad = "NaN" if bool(row.isnan().any()) else "infinity"
-                raise InputError(f"{each.path}: {task}: `{name}` has {bad}", "such a model cannot be merged")
+            for name, part in zip(piece.tensors, row.chunk(len(piece.tensors)), strict=True):
+                if each.entries[name].dtype == "F32":
+                    each.read_entries(name, piece.start, piece.stop, into=part)
+                else:
+                    part.copy_(each.read_entries(name, piece.start, piece.stop))
+                if not math.isfinite(float(part.sum())) and not bool(part.isfinite().all()):
+                    bad = "NaN" if bool(part.isnan().any()) else "infinity"
+                    raise InputError(
+                        f"{each.path}: {task}: `{name}` has {bad}",
+                        "its training diverged, or the file is damaged: leave the model out, or take an earlier checkpoint",
+                    )
         return rows
 
 
@@ -305,6 +338,10 @@ class ModelPasses:
     models: Models
     unit: Unit
     progress: Progress | None
+    fused: bool = False
+    """Whether queries, keys and values of a layer come stacked."""
+    scratch: Scratch | None = None
+    """Where surveys keep tensors."""
 
     @property
     def tensors(self) -> Sequence[str]:
@@ -312,6 +349,10 @@ class ModelPasses:
 
     def __call__(self, sample: int = 1) -> Iterator[Group]:
         return self.map(lambda group: group.copy(), sample)
+
+    def shelf(self) -> Shelf:
+        assert self.scratch
+        return TensorShelf(self.scratch)
 
     def map(self, look: Callable[[Group], Result], sample: int = 1) -> Iterator[Result]:
         return self.run("surveying", lambda _, group: look(group), sample)
@@ -323,7 +364,9 @@ class ModelPasses:
             return group.shape.numel() * sample, work(start, group)
 
         done = 0
-        for count, result in self.models.map(counted, sample, unit=self.unit if sample == 1 else Unit.ENTRY):
+        unit = self.unit if sample == 1 else Unit.ENTRY
+        fused = self.fused and unit is Unit.TENSOR
+        for count, result in self.models.map(counted, sample, unit=unit, fused=fused):
             yield result
             done += count
             if self.progress:

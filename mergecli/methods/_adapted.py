@@ -29,7 +29,7 @@ UNSAVED = "unsaved."
 
 
 class Objective(Protocol):
-    """What a method that adapts sees: weights, and the entropy of a merged model on images without labels."""
+    """What a method that adapts sees: weights, and the loss of a merged model on images without labels."""
 
     @property
     def tasks(self) -> Sequence[str]:
@@ -54,8 +54,8 @@ class Objective(Protocol):
         """Name -> (...) the merged model's weights, which the method overwrites."""
         ...
 
-    def entropies_and_gradients(self, batch: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """(T,) mean entropy of the predictions on batch number `batch` of every task (0 for tasks that are not looked
+    def losses_and_gradients(self, batch: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(T,) mean loss of the predictions on batch number `batch` of every task (0 for tasks that are not looked
         at), and name -> (...) gradient of their sum with respect to the weights, which may be overwritten.
 
         Where several processes share the tasks, the gradient is that of this process's tasks: `total` sums what is
@@ -90,6 +90,10 @@ class Adapted(Learner):
     trace_column: ClassVar[str] = ""
     """What `traced` gives, where it is one number and not a coefficient of each task."""
 
+    objective: Literal["entropy", "experts"] = "entropy"
+    """What is made small: the entropy of the predictions, as published, or with `experts` their cross-entropy to what the
+    task's own model predicts, without the images on which the merged model differs and is surer (SyMerge). Entropy can
+    end in one class for all images where the merged model is mostly wrong; the experts' labels cannot."""
     learning_rate: Annotated[float, Range(0)] = 1e-3
     """Of Adam."""
     batch_size: Annotated[int, Range(1)] = 16
@@ -100,7 +104,7 @@ class Adapted(Learner):
     adapt_on: tuple[str, ...] = ()
     """The tasks whose images are looked at; all by default."""
     patience: Annotated[int, Range(0)] = 0
-    """Stop when the mean entropy over this many steps is no lower than over as many before; a method that learns one
+    """Stop when the mean loss over this many steps is no lower than over as many before; a method that learns one
     thing after another goes on to the next. 0 never stops early."""
     vectors: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the task vectors in memory while adapting, of methods that hold them: `bfloat16` halves their T
@@ -108,6 +112,10 @@ class Adapted(Learner):
     vectors_on: Literal["cpu"] | None = None
     """Where those task vectors are: on the device, or with `cpu` in main memory, from which each tensor is copied when
     it is needed; that is slower, and gives the same numbers."""
+
+    @property
+    def loss(self) -> tuple[str, str]:
+        return "entropy" if self.objective == "entropy" else "cross-entropy", "trace.entropies"
 
     @property
     def phases(self) -> tuple[int, ...]:
@@ -134,7 +142,7 @@ class Adapted(Learner):
         raise NotImplementedError
 
     def step(self, objective: Objective, state: State, number: int, /) -> tuple[Tensor, Change]:
-        """(T,) mean entropies of step `number`, from 0, and the change of the state."""
+        """(T,) mean losses of step `number`, from 0, and the change of the state."""
         raise NotImplementedError
 
     def finish(self, objective: Objective, state: State, /) -> State:
@@ -150,6 +158,22 @@ def entropy(logits: Tensor) -> Tensor:
     """() mean over (B, C) logits of the entropy of the predictions (Yang et al., AdaMerging, equation 4)."""
     probabilities = logits.softmax(1)
     return -(probabilities * (probabilities + 1e-8).log()).sum(1).mean()
+
+
+def expert_loss(logits: Tensor, labels: Tensor, confidences: Tensor) -> Tensor:
+    """() mean cross-entropy of (B, C) logits to the (B,) classes that an expert predicts with (B,) probabilities, over the
+    images on which the merged model predicts the same or is no surer; 0 without gradient where there is none.
+
+    Jung et al., SyMerge, ICML 2026, arXiv 2412.19098. Their code takes the mean of nothing, whose gradient is 0 too.
+    """
+    import torch
+
+    with torch.no_grad():
+        probability, predicted = logits.softmax(1).max(1)
+        kept = (predicted == labels) | (confidences >= probability)
+    if not bool(kept.any()):
+        return 0.0 * logits.sum()
+    return torch.nn.functional.cross_entropy(logits[kept], labels[kept])
 
 
 def inner(gradient: Tensor, deltas: Tensor) -> Tensor:

@@ -45,10 +45,13 @@ class Group:
         names: tuple[str, ...],
         seed: int = 0,
         start: int = 0,
+        members: tuple[str, ...] = (),
     ) -> None:
         self.name = name
         self.names = names
         """The tasks, in order."""
+        self.members = members
+        """The tensors that are stacked here along the first dimension, equal in shape; none where it is one tensor."""
         self._base = base
         self._rows = rows
         self._are_deltas = are_deltas
@@ -99,7 +102,26 @@ class Group:
     def copy(self) -> Group:
         """The same group with tensors of its own."""
         base, rows = None if self._base is None else self._base.clone(), self._rows.clone()
-        return Group(self.name, base, rows, self._are_deltas, self.names, self._seed, self._start)
+        return self._of(self.name, base, rows, self._start, self.members)
+
+    def apart(self) -> list[Group]:
+        """The stacked tensors, each as a group of its own that shares this one's memory; itself if it is one tensor."""
+        if not self.members:
+            return [self]
+        bases = [None] * len(self.members) if self._base is None else self._base.chunk(len(self.members))
+        rows = self._rows.chunk(len(self.members), dim=1)
+        return [self._of(*each, 0, ()) for each in zip(self.members, bases, rows, strict=True)]
+
+    def named(self, merged: Tensor) -> dict[str, Tensor]:
+        """Tensor's name -> its part of a (...) result."""
+        if not self.members:
+            return {self.name: merged}
+        return dict(zip(self.members, merged.chunk(len(self.members)), strict=True))
+
+    def _of(
+        self, name: str, base: Tensor | None, rows: Tensor, start: int, members: tuple[str, ...]
+    ) -> Group:
+        return Group(name, base, rows, self._are_deltas, self.names, self._seed, start, members)
 
     def uniform(self, task: int) -> Tensor:
         """(...) random numbers in [0, 1) for one task's entries.
@@ -131,6 +153,18 @@ def uniform(seed: int, name: str, label: str, start: int, stop: int) -> Tensor:
     return drawn[start - first * RUN : stop - first * RUN]
 
 
+class Shelf(Protocol):
+    """Merged tensors that a survey keeps for the merge, on disk beside the output; gone when the merge ends."""
+
+    def put(self, name: str, value: Tensor, /) -> None:
+        """Keeps a float32 tensor."""
+        ...
+
+    def get(self, name: str, /) -> Tensor:
+        """(n,) its entries, flat; they belong to whoever asked."""
+        ...
+
+
 class Groups(Protocol):
     """One pass over all tensors of all models; each call reads the files once."""
 
@@ -148,6 +182,10 @@ class Groups(Protocol):
 
         `look` may overwrite the group's tensors, and returns none of them.
         """
+        ...
+
+    def shelf(self) -> Shelf:
+        """A new, empty one."""
         ...
 
 
@@ -182,6 +220,12 @@ class Method:
     def unit(self) -> Unit:
         """What the method must be given together: it may get blocks of entries or of rows in place of the tensor."""
         return Unit.ENTRY if self.elementwise else Unit.TENSOR
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the weights of queries, keys and values of a layer are merged as one matrix, stacked in that order, as
+        open_clip keeps them."""
+        return False
 
     @property
     def reads(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
-from mergecli.methods._base import DataDriven, Group, total
+from mergecli.methods._base import DataDriven, Group, Groups, total
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ class Calibrated(DataDriven):
 
     kept_as = "statistics"
     looks_at: ClassVar[str] = "training images of every task, unlabeled"
+    measured_as: ClassVar[str] = ""
+    """The method that measures the same, whose statistics serve this one too; by default its own name."""
     joint: ClassVar[bool] = False
     """Whether all tasks are measured together, into one file of statistics."""
     merge_time: ClassVar[frozenset[str]] = frozenset({"exclude"})
@@ -149,7 +151,12 @@ class Calibrated(DataDriven):
         """Each tensor of the layout, of all tasks together; for those that are `joint`."""
         raise NotImplementedError
 
-    def merge(self, group: Group, learned: Statistics, /) -> Tensor:
+    def survey_with(self, groups: Groups, learned: Statistics, /) -> Any:
+        """What `merge` gets in place of the statistics, for methods that must survey the whole model with them."""
+        del groups
+        return learned
+
+    def merge(self, group: Group, learned: Any, /) -> Tensor:
         raise NotImplementedError
 
 

@@ -57,14 +57,17 @@ class Learner(DataDriven):
     """Settings that the learning finds out where they are 0; `completed` fills them in."""
     streamed: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the keys of tensors that are as large as the models, and read as they are needed."""
-    loss: ClassVar[tuple[str, str]] = ("entropy", "trace.entropies")
-    """What the trace calls the loss of a step, and the key of the (steps, T) losses in the file."""
     has_plot: ClassVar[bool] = True
     """Whether there is a plot of the trace."""
     file_title: ClassVar[str] = "coefficients"
     """What a merged tower calls the file among its inputs; no task has such a name."""
     lists_tensors: ClassVar[bool] = True
     """Whether what is learned belongs to the models' tensors, whose names the file then lists."""
+
+    @property
+    def loss(self) -> tuple[str, str]:
+        """What the trace calls the loss of a step, and the key of the (steps, T) losses in the file."""
+        return "entropy", "trace.entropies"
 
     def file_shapes(
         self, tasks: int, tensors: Mapping[str, tuple[int, ...]], /

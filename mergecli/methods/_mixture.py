@@ -32,6 +32,9 @@ class Part(NamedTuple):
     dtype: str
     """`same`, or a safetensors dtype such as `U8`."""
     shape: tuple[int, ...]
+    packed: bool = False
+    """Whether it is a row of bits for each task, eight entries of the tower's tensor a byte. Of a block of entries `expand`
+    gives the bytes of these entries in each row."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def outcomes(method: Method, group: Group, learned: Any) -> dict[str, Tensor]:
         for key, part in method.parts(group.name, tuple(group.shape), group.tasks).items():
             expect_shape(method, "expand", key, found.get(key), part.shape)
         return found
-    return {group.name: merge_group(method, group, learned)}
+    return group.named(merge_group(method, group, learned))
 
 
 def extra_values(method: Method, learned: Any) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from mergecli.methods._base import Group, Groups, Method, TwoPass, Unit, merge_group
+from mergecli.methods._base import Group, Groups, Method, Shelf, TwoPass, Unit, merge_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,19 +29,34 @@ class Modifier(TwoPass):
         return max(super().unit, self.of.unit)
 
     @property
+    def fuses(self) -> bool:
+        return self.of.fuses
+
+    @property
     def reads(self) -> int:
         return self.of.reads
 
     def survey(self, groups: Groups, /) -> Any:
-        return self.of.survey(_Changed(groups, self)) if isinstance(self.of, TwoPass) else None
+        return self.survey_of(groups, None)
+
+    def survey_of(self, groups: Groups, surveyed: Any, /) -> Any:
+        """What the other method surveys of groups as `before` changes them."""
+        if not isinstance(self.of, TwoPass):
+            return None
+        return self.of.survey(_Changed(groups, lambda group: self.before(group, surveyed)))
+
+    def inner(self, surveyed: Any, /) -> Any:
+        """The other method's share of what this one surveyed."""
+        return surveyed
 
     def merge(self, group: Group, surveyed: Any, /) -> Tensor:
-        seen = self.before(group.copy() if self.keeps_group else group)
-        merged = merge_group(self.of, seen, surveyed)
+        seen = self.before(group.copy() if self.keeps_group else group, surveyed)
+        merged = merge_group(self.of, seen, self.inner(surveyed))
         return self.after(group, merged, surveyed)
 
-    def before(self, group: Group, /) -> Group:
+    def before(self, group: Group, surveyed: Any, /) -> Group:
         """The group that the other method gets."""
+        del surveyed
         return group
 
     def after(self, group: Group, merged: Tensor, surveyed: Any, /) -> Tensor:
@@ -53,15 +68,18 @@ class Modifier(TwoPass):
 class _Changed:
     """Passes over groups as a modifier changes them."""
 
-    def __init__(self, groups: Groups, modifier: Modifier) -> None:
-        self._groups, self._modifier = groups, modifier
+    def __init__(self, groups: Groups, change: Callable[[Group], Group]) -> None:
+        self._groups, self._change = groups, change
 
     @property
     def tensors(self) -> Sequence[str]:
         return self._groups.tensors
 
     def __call__(self, sample: int = 1) -> Iterator[Group]:
-        return map(self._modifier.before, self._groups(sample))
+        return map(self._change, self._groups(sample))
+
+    def shelf(self) -> Shelf:
+        return self._groups.shelf()
 
     def map(self, look: Callable[[Group], Result], sample: int = 1) -> Iterator[Result]:
-        return self._groups.map(lambda group: look(self._modifier.before(group)), sample)
+        return self._groups.map(lambda group: look(self._change(group)), sample)

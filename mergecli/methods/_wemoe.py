@@ -186,7 +186,7 @@ class WeightEnsembling(Routed, Adapted):
     def step(self, objective: Objective, state: State, number: int, /) -> tuple[Tensor, Change]:
         for key, weight in objective.weights.items():
             weight.copy_(state[key])
-        losses, gradients = objective.entropies_and_gradients(number)
+        losses, gradients = objective.losses_and_gradients(number)
         found = {key: objective.total(gradient.clone()) for key, gradient in gradients.items()}
         routes = objective.routes()
 

@@ -85,7 +85,7 @@ class AdaMerging(Adapted):
         used = self._used(state)  # (T, P) or (T, 1)
         for name, own in columns(objective, used):
             combine(objective.deltas[name], own, objective.weights[name]).add_(objective.base[name])
-        losses, gradients = objective.entropies_and_gradients(number)
+        losses, gradients = objective.losses_and_gradients(number)
         gradient = coefficient_gradients(objective, gradients.items(), used.shape[1])
         if self.clamp:
             gradient *= (state["coefficients"] >= 0) & (state["coefficients"] <= 1)

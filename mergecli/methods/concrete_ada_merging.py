@@ -137,7 +137,7 @@ class ConcreteAdaMerging(Adapted):
                 inner, gradient, table["inner_mean"], table["inner_square"], self.inner_rate, number + 1
             )
         self._merge(objective, masks, inner, rescale=True)
-        losses, gradients = objective.entropies_and_gradients(2 * number + 1)
+        losses, gradients = objective.losses_and_gradients(2 * number + 1)
         found: State = {}
         for name, own in columns(objective, inner):
             gradient = gradients[name].mul_(combine(objective.deltas[name], own, objective.weights[name]))
@@ -163,7 +163,7 @@ class ConcreteAdaMerging(Adapted):
     ) -> tuple[Tensor, Tensor]:
         """(T, P) or (T, 1) the gradient with respect to the coefficients at batch number `batch`, and (T,) entropies."""
         self._merge(objective, masks, coefficients, rescale=rescale)
-        losses, gradients = objective.entropies_and_gradients(batch)
+        losses, gradients = objective.losses_and_gradients(batch)
         masked = (
             (name, each.mul_(rescaled(masks[name]) if rescale else masks[name]))
             for name, each in gradients.items()

@@ -82,7 +82,7 @@ class ConcreteTaskArithmetic(Adapted):
         for name, weight in objective.weights.items():
             masks[name] = mask = sampled(objective, state, name, f"step {number}", self.temperature)
             weight.copy_(rescaled(mask).mul_(objective.deltas[name][0]).add_(objective.base[name]))
-        losses, gradients = objective.entropies_and_gradients(number)
+        losses, gradients = objective.losses_and_gradients(number)
         found = {
             name: mask_gradient(
                 objective, masks.pop(name), gradient.mul_(objective.deltas[name][0]), self.temperature

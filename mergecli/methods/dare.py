@@ -47,7 +47,8 @@ class Dare(Modifier):
             inner = table.get("of")
         return []
 
-    def before(self, group: Group, /) -> Group:
+    def before(self, group: Group, surveyed: Any, /) -> Group:
+        del surveyed
         if self.drop_rate == 0:
             return group
         scale = 1 / (1 - self.drop_rate) if self.rescale else 1.0

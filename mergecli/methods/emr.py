@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
-from mergecli.methods._base import Group, Groups, TwoPass, total
+from mergecli.methods._base import RUN, Group, Groups, TwoPass, total
 from mergecli.methods._bitmasks import pack, packed_size, unpack
 from mergecli.methods._mixture import SAME, Conditioned, Part, Read
 
@@ -29,14 +31,13 @@ class Emr(Conditioned, TwoPass):
     Entries whose sum is 0 take the sign -1, as there. A task whose masks are all 0 has the base's tower.
     """
 
+    elementwise: ClassVar[bool] = True
     prefixes = ("unified.", "masks.", "rescalers")
     title: ClassVar[str] = "one task vector for all tasks; each has a mask of its signs, and a rescaler"
     paper: ClassVar[str] = "Huang et al., EMR-Merging, NeurIPS 2024, arXiv 2405.17461"
 
     def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
-        from math import prod
-
-        masks = Part("U8", (tasks, packed_size(prod(shape))))
+        masks = Part("U8", (tasks, packed_size(prod(shape))), packed=True)
         return {name: Part(SAME, shape), f"unified.{name}": Part(SAME, shape), f"masks.{name}": masks}
 
     def extras(self, tensors: Mapping[str, tuple[int, ...]], tasks: int, /) -> dict[str, Part]:
@@ -47,10 +48,15 @@ class Emr(Conditioned, TwoPass):
         """(T,) float64 rescalers."""
         import torch
 
-        sums = torch.zeros(2, 1, dtype=torch.float64)
-        for means in groups.map(_means):
-            sums = sums + torch.tensor(means, dtype=torch.float64)
-        own, kept = sums
+        result = torch.zeros(2, 1, dtype=torch.float64)
+        for _, blocks in groupby(groups.map(_sums), key=lambda block: block[0]):
+            each = list(blocks)
+            # (2, T, runs), summed at once: the bits do not depend on where the blocks begin
+            sums = torch.tensor([run for _, _, runs in each for run in runs], dtype=torch.float64).movedim(
+                0, -1
+            )
+            result = result + sums.sum(-1) / max(sum(entries for _, entries, _ in each), 1)
+        own, kept = result
         return torch.where(kept > 0, own / kept, 1.0)
 
     def expand(self, group: Group, learned: Tensor, /) -> dict[str, Tensor]:
@@ -80,12 +86,15 @@ def _aligned(group: Group) -> tuple[Tensor, Tensor]:
     return deltas.mul_(sign), sign
 
 
-def _means(group: Group) -> list[list[float]]:
-    """For each task the mean |tau_t| over a tensor, and the mean |m_t tau|."""
+def _sums(group: Group) -> tuple[str, int, list[list[list[float]]]]:
+    """The tensor's name, the block's entries, and for each run of them and each task the sums of |tau_t| and |m_t tau|."""
     import torch
 
     aligned, _ = _aligned(group)
-    magnitude = aligned.amax(0).clamp_(min=0)
-    entries = max(magnitude.numel(), 1)
-    own = [float(row.abs().sum(dtype=torch.float64)) / entries for row in aligned]
-    return [own, [float((magnitude * (row > 0)).sum(dtype=torch.float64)) / entries for row in aligned]]
+    rows = aligned.view(group.tasks, -1)
+    runs: list[list[list[float]]] = []
+    for part in rows.split(RUN, dim=1):
+        magnitude = part.amax(0).clamp_(min=0)
+        own = [float(row.abs().sum(dtype=torch.float64)) for row in part]
+        runs.append([own, [float((magnitude * (row > 0)).sum(dtype=torch.float64)) for row in part]])
+    return group.name, rows.shape[1], runs

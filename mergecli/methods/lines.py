@@ -37,8 +37,10 @@ class Lines(Modifier):
     def survey(self, groups: Groups, /) -> tuple[Any, dict[str, float]]:
         return super().survey(groups), depths(groups.tensors)
 
-    def merge(self, group: Group, surveyed: tuple[Any, dict[str, float]], /) -> Tensor:
-        inner, depth = surveyed
-        scale = self.first_layer + self.increase * depth[group.name]
-        merged = super().merge(group, inner)
+    def inner(self, surveyed: tuple[Any, dict[str, float]], /) -> Any:
+        return surveyed[0]
+
+    def after(self, group: Group, merged: Tensor, surveyed: tuple[Any, dict[str, float]], /) -> Tensor:
+        depth = surveyed[1][group.members[0] if group.members else group.name]
+        scale = self.first_layer + self.increase * depth
         return merged if scale == 1 else merged.sub_(group.base).mul_(scale).add_(group.base)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from mergecli.methods._base import Group
-from mergecli.methods._calibrated import Calibrated, Layout, Probe, Shapes, Statistics, mean
-from mergecli.methods._least_squares import Grams, Regression, is_linear, owner
+from mergecli.methods._calibrated import Statistics, mean
+from mergecli.methods._gram_statistics import GramStatistics, gram_of
+from mergecli.methods._least_squares import Regression, is_linear
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RegMean(Calibrated):
+class RegMean(GramStatistics):
     """theta = mean + [sum_i G'_i]^-1 sum_i G'_i (theta_i - mean),  for the weight (transposed) of each linear layer
 
     G_i = (1 / n) sum_x x x^T over the inputs x of the layer in model i, every token of every image of its own task
@@ -30,28 +31,12 @@ class RegMean(Calibrated):
     published = "RegMean"
     paper: ClassVar[str] = "Jin et al., ICLR 2023, arXiv 2212.09849"
     also_called: ClassVar[Mapping[str, str]] = {"clip_regmean": ""}
-    elementwise: ClassVar[bool] = False
-    merge_time: ClassVar[frozenset[str]] = Calibrated.merge_time | {"reduce_non_diagonal_ratio", "ridge"}
+    merge_time: ClassVar[frozenset[str]] = GramStatistics.merge_time | {"reduce_non_diagonal_ratio", "ridge"}
 
     reduce_non_diagonal_ratio: Annotated[float, Range(0, 1)] = 0.95
     """alpha: 1 is least squares, 0 weighs every input by itself."""
     ridge: Annotated[float, Range(0)] = 0.0
     """How strongly weights are drawn to the mean, as a share of the inputs' mean square; 0 is as published."""
-
-    def layout(self, shapes: Shapes, /) -> Layout:
-        return {
-            f"{name}.gram": ("F32", (shape[1], shape[1]))
-            for name, shape in shapes.items()
-            if is_linear(name, shape) and owner(name) == name
-        }
-
-    def measure(self, probe: Probe, /) -> Iterator[tuple[str, Tensor]]:
-        states = probe.activations(self.batch_size)
-        for prefix, layer in probe.layers():
-            with Grams(layer) as grams:
-                states.step(layer)
-            for name, gram in grams.means():
-                yield f"{prefix}.{name}.weight.gram", gram
 
     def merge(self, group: Group, learned: Statistics, /) -> Tensor:
         if self.excludes(group.name):
@@ -61,6 +46,5 @@ class RegMean(Calibrated):
         middle = group.tuned.double().mean(0)
         regression = Regression(self.reduce_non_diagonal_ratio, self.ridge)
         for task, tuned in enumerate(group.tuned):
-            gram = learned.read(task, f"{owner(group.name)}.gram").view(group.shape[1], group.shape[1])
-            regression.add(gram, {"": tuned.double() - middle})
+            regression.add(gram_of(group, learned, task), {"": tuned.double() - middle})
         return middle.add_(regression.solve()[""]).float()

@@ -47,7 +47,6 @@ class RepresentationSurgery(Conditioned, TaskLearner):
     needs = frozenset({"merged_tower"})
     changeable = frozenset({"merged"})
     derived = frozenset({"feature_size"})
-    loss = ("loss", LOSSES)
     file_title = "learnt surgery"
     part_title = "surgery"
     looks_at: ClassVar[str] = "unlabeled images of every task"
@@ -72,6 +71,10 @@ class RepresentationSurgery(Conditioned, TaskLearner):
     """Images of each task that are looked at, drawn by the recipe's seed, at most; 0 takes as many as the steps can."""
     feature_size: Annotated[int, Range(0)] = 0
     """How many numbers an image's features have; 0 takes what the base has."""
+
+    @property
+    def loss(self) -> tuple[str, str]:
+        return "loss", LOSSES
 
     def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
         del tasks

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from mergecli.methods._base import Group, PerTensor, Unit, total
+from mergecli.methods._base import Group, PerTensor, total
 from mergecli.methods._bitmasks import pack, packed_size, unpack
 from mergecli.methods._mixture import SAME, Conditioned, Part, Read
 from mergecli.methods._settings import Range
@@ -26,6 +26,7 @@ class TallMask(Conditioned, PerTensor):
     FusionBench compares theta_0 in place of 0 with tau_t, which makes its masks nearly all 1; this is the paper's.
     """
 
+    elementwise: ClassVar[bool] = True
     prefixes = ("summed.", "masks.")
     title: ClassVar[str] = "each task's model, cut out of the summed task vector by that task's mask"
     paper: ClassVar[str] = "Wang et al., Localizing task information, ICML 2024, arXiv 2405.07813, equation 5"
@@ -39,10 +40,6 @@ class TallMask(Conditioned, PerTensor):
     @property
     def is_mixture(self) -> bool:
         return self.task is None
-
-    @property
-    def unit(self) -> Unit:
-        return Unit.TENSOR if self.is_mixture else Unit.ENTRY
 
     @classmethod
     def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
@@ -61,7 +58,7 @@ class TallMask(Conditioned, PerTensor):
         return merged.masked_fill_(~mask, 0).add_(group.base)
 
     def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
-        masks = Part("U8", (tasks, packed_size(prod(shape))))
+        masks = Part("U8", (tasks, packed_size(prod(shape))), packed=True)
         return {name: Part(SAME, shape), f"summed.{name}": Part(SAME, shape), f"masks.{name}": masks}
 
     def expand(self, group: Group, learned: Any, /) -> dict[str, Tensor]:

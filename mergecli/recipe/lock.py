@@ -33,6 +33,8 @@ class LockedSource:
     """`hf:org/name` or `ms:org/name`: where it came from."""
     commit: str
     files: tuple[StoredFile, ...]
+    license: str | None = None
+    """What the hub gave as its license."""
 
     @property
     def key(self) -> Key:
@@ -110,7 +112,9 @@ def write_lock(path: Path, lock: Lock) -> None:
     for _, entry in sorted(lock.sources.items()):
         lines += ["", "[[source]]", f"source = {toml_text(entry.source)}"]
         lines += ["data = true"] if entry.is_data else []
-        lines += [f"fetched = {toml_text(entry.fetched)}", f"commit = {toml_text(entry.commit)}", "files = ["]
+        lines += [f"fetched = {toml_text(entry.fetched)}", f"commit = {toml_text(entry.commit)}"]
+        lines += [f"license = {toml_text(entry.license)}"] if entry.license else []
+        lines.append("files = [")
         for file in sorted(entry.files, key=lambda each: each.path):
             made = f", made_from = {toml_text(file.made_from)}" if file.made_from else ""
             lines.append(
@@ -151,7 +155,7 @@ def pin(recipe: Recipe) -> Recipe:
 
 
 def _source(value: Any, read: TableReader) -> LockedSource:
-    table = read.table(value, "source", ("source", "data", "fetched", "commit", "files"))
+    table = read.table(value, "source", ("source", "data", "fetched", "commit", "license", "files"))
     source, fetched, commit = (read.text(table.get(key), key) for key in ("source", "fetched", "commit"))
     origin = parse_source(fetched, Path())
     if origin.kind not in HUBS or origin.revision or origin.inside:
@@ -164,7 +168,8 @@ def _source(value: Any, read: TableReader) -> LockedSource:
     known = {file.path for file in files}
     if lost := [file.made_from for file in files if file.made_from and file.made_from not in known]:
         read.expected("made_from", f"one of the files of `{source}`", lost[0])
-    return LockedSource(source, table.get("data") is True, fetched, commit, tuple(files))
+    license = read.text(table["license"], "license") if "license" in table else None
+    return LockedSource(source, table.get("data") is True, fetched, commit, tuple(files), license)
 
 
 def _file(value: Any, read: TableReader) -> StoredFile:

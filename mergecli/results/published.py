@@ -47,7 +47,7 @@ def columns(rows: Sequence[Row], reference: Reference, intervals: bool = False) 
     if intervals:
         notes.append(
             "difference: ±: longer side of the 95 % interval for two independent proportions (Newcombe), as if the published "
-            "numbers were of other images, and so too wide for the same ones. n.s.: the interval holds 0."
+            "numbers were of other images, and so too wide for the same ones."
         )
     return Block(found, notes, departures([row.result for row in rows if row.result], reference))
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from mergecli.results import differences, published, references
+from mergecli.results import differences, published, references, suspicions
 from mergecli.results import rows as scored
+from mergecli.results.card import add_results, check_card
 from mergecli.results.cells import Cell, Column
 from mergecli.results.result import FINE_TUNED, Evaluation, read_result
 from mergecli.results.rows import METRICS, Block, Metric, Row, about_images, about_towers
@@ -29,6 +30,7 @@ def report(
     intervals: bool = False,
     against: str | Path | None = None,
     predictions: Sequence[str | Path] = (),
+    p_values: bool = False,
     reference: str | None = None,
     reference_rows: bool = False,
     transpose: bool = False,
@@ -36,6 +38,7 @@ def report(
     plot_kind: str | None = None,
     output: str | Path | None = None,
     format: Format | None = None,
+    card: str | Path | None = None,
 ) -> Table:
     """One row a result: accuracy on every task and their average; `-` where a result lacks a task.
 
@@ -45,12 +48,16 @@ def report(
         seen: tasks whose models were merged: adds their average and that of the others.
         normalized: adds each accuracy divided by that of the `fine_tuned` models, by default the result of that name.
         intervals: gives each number its 95 % interval, and differences to a published number theirs.
-        against: the name of a result, or the file of one: adds the differences to it, with 95 % intervals, and marks
-            those that are not significant. `predictions`: Parquet files of `evaluate`, for paired tests.
+        against: the name of a result, or the file of one: adds the differences to it, with 95 % intervals.
+        predictions: Parquet files of `evaluate`. Pairs of models whose predictions are there are tested image by image,
+            and what is not significant is marked.
+        p_values: adds the p-values of these tests, corrected for the number of rows.
         reference: the name of a published table, such as `clip-vit-base-patch32-ta8`: adds its average for the same
             method and the difference. `reference_rows` adds its rows too.
         plot: a picture (PNG, SVG or PDF) of `plot_kind`: bars (default), radar, heatmap or sweep.
         output: a file for the table, in `format` (by default what its suffix says).
+        card: a merged model, a folder or a file: puts the table into its model card, and its own results into the front
+            matter, where hubs read them (`model-index`).
 
     Raises:
         UsageError: an argument is wrong. InputError: a file is missing, or not what it should be.
@@ -59,10 +66,14 @@ def report(
         raise UsageError(
             "there are no results to report", "name the JSON files that `mergecli eval -o` wrote"
         )
-    _check(metric, normalized, fine_tuned, intervals, against, predictions, reference, reference_rows)
+    _check(
+        metric, normalized, fine_tuned, intervals, against, predictions, p_values, reference, reference_rows
+    )
     read = {str(each): Path(each) for each in [*results, *predictions, *([fine_tuned] if fine_tuned else [])]
             if not isinstance(each, Evaluation)}  # fmt: skip
     _check_files(read | {str(against): Path(against)} if against else read, output, format, plot, plot_kind)
+    if card is not None:
+        check_card(Path(card))
     theirs = references.find(reference) if reference else None
     evaluations = [_read(each) for each in results]
     tasks = scored.tasks_of(evaluations)
@@ -72,7 +83,12 @@ def report(
     if theirs and reference_rows:
         rows += published.rows(theirs, tasks)
     rows = scored.ordered(rows, sort, ascending, tasks)
-    blocks = [about_towers(rows), about_images(rows), scored.scores(rows, tasks, metric, intervals)]
+    blocks = [
+        about_towers(rows),
+        about_images(rows),
+        scored.scores(rows, tasks, metric, intervals),
+        suspicions.block(rows, suspicions.suspicions(evaluations), metric, intervals),
+    ]
     compared = list(evaluations)
     if normalized:
         compared.append(_fine_tuned(fine_tuned, evaluations))
@@ -82,7 +98,9 @@ def report(
     if against is not None:
         compared.append(differences.baseline(against, evaluations))
         answers = differences.read_predictions(predictions) if predictions else None
-        blocks.append(differences.columns(rows, tasks, compared[-1], answers))
+        blocks.append(
+            differences.columns(rows, tasks, compared[-1], answers, p_values=p_values, intervals=intervals)
+        )
     table = _table(rows, blocks, list(dict.fromkeys(scored.comparable(compared))))
     table = table.transposed() if transpose else table
     if plot or "html" in (format, SUFFIXES.get(Path(output).suffix) if output else None):
@@ -99,6 +117,8 @@ def report(
     if output:
         form = SUFFIXES[Path(output).suffix] if format in (None, "table") else str(format)
         write_text(Path(output), table.text(form))
+    if card is not None:
+        add_results(Path(card), evaluations, table)
     return table
 
 
@@ -110,6 +130,7 @@ def accuracy_table(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def _table(rows: Sequence[Row], blocks: Sequence[Block], warnings: Sequence[str]) -> Table:
+    kinds = scored.kinds_of(rows)
     columns: list[tuple[Column, list[Cell]]] = [
         (Column("model"), [row.name for row in rows]),
         (Column("method"), [row.method for row in rows]),
@@ -118,6 +139,8 @@ def _table(rows: Sequence[Row], blocks: Sequence[Block], warnings: Sequence[str]
     return Table(
         columns=tuple(column for column, _ in columns),
         rows=tuple(tuple(cells[index] for _, cells in columns) for index in range(len(rows))),
+        kinds=kinds,
+        best=frozenset(scored.best_of(columns, kinds)),
         notes=tuple(note for block in blocks for note in block.notes),
         warnings=(*warnings, *(line for block in blocks for line in block.warnings)),
     )
@@ -125,7 +148,7 @@ def _table(rows: Sequence[Row], blocks: Sequence[Block], warnings: Sequence[str]
 
 def _check(
     metric: str, normalized: bool, fine_tuned: object, intervals: bool, against: object, predictions: object,
-    reference: object, reference_rows: bool,
+    p_values: bool, reference: object, reference_rows: bool,
 ) -> None:  # fmt: skip
     """Raises UsageError if the options contradict each other."""
     if metric not in METRICS:
@@ -146,6 +169,11 @@ def _check(
         raise UsageError("--fine-tuned: is for `--normalized`")
     if predictions and against is None:
         raise UsageError("--predictions: compare with which model?", "name it: `--against NAME`")
+    if p_values and not predictions:
+        raise UsageError(
+            "--p-values: a test needs the predictions of both models",
+            "`mergecli eval --predictions FILE` writes them; give them with `--against NAME --predictions FILE`",
+        )
 
 
 def _check_files(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
-from mergecli.results.cells import Cell, Column, Estimate
+from mergecli.results.cells import Cell, Column, Estimate, number_in
 from mergecli.results.result import FINE_TUNED, Evaluation, TaskScore
 from mergecli.results.statistics import Count, mean_interval, wilson
 from mergecli.runtime.errors import UsageError, did_you_mean, quoted
@@ -46,6 +47,40 @@ class Row:
         """Correct predictions and images of those tasks."""
         scores = self.result.tasks if self.result else {}
         return [Count(scores[task].correct, scores[task].images) for task in tasks]
+
+
+Kind = Literal["merge", "model", "base", "ceiling", "published"]
+"""What the row of a report is: a merge; a model that was merged or trained; the pre-trained base; the fine-tuned models,
+each on its own task; or a row of a published table."""
+
+
+def kinds_of(rows: Sequence[Row]) -> tuple[Kind, ...]:
+    """What each row is. A model of which nothing is known counts as a merge."""
+    inputs = {source for row in rows if row.result for source in row.result.models.values()}
+
+    def kind_of(row: Row) -> Kind:
+        if row.result is None:
+            return "published"
+        if FINE_TUNED in (row.result.name, row.method):
+            return "ceiling"
+        if row.method == "pretrained":
+            return "base"
+        trained = (row.method or "").startswith("finetune")
+        return "model" if trained or row.result.checkpoint.get("path") in inputs else "merge"
+
+    return tuple(kind_of(row) for row in rows)
+
+
+def best_of(columns: Sequence[tuple[Column, Sequence[Cell]]], kinds: Sequence[Kind]) -> set[tuple[int, int]]:
+    """(row, column) of the best number of each column: of the merges, or of single models where there are no merges."""
+    rivals = [row for row, kind in enumerate(kinds) if kind == ("merge" if "merge" in kinds else "model")]
+    found: set[tuple[int, int]] = set()
+    for place, (column, cells) in enumerate(columns):
+        known = {row: number for row in rivals if (number := number_in(cells[row])) is not None}
+        if column.better and len(known) > 1:
+            best = max(known.values()) if column.better == "higher" else min(known.values())
+            found |= {(row, place) for row, number in known.items() if number == best}
+    return found
 
 
 class Block(NamedTuple):
@@ -126,6 +161,15 @@ def ordered(rows: Sequence[Row], by: str | None, ascending: bool, tasks: Sequenc
     return sorted(rows, key=key)
 
 
+def head_of(name: str, metric: Metric) -> Column:
+    """A column of accuracies or of losses."""
+    return (
+        Column(name, "percent", better="higher")
+        if metric == "accuracy"
+        else Column(name, "number", better="lower")
+    )
+
+
 INTERVALS = (
     "±: the longer side of the 95 % interval. Of an accuracy: Wilson's score interval. Of an average of T tasks: square "
     "root of the sum of the tasks' squared sides, divided by T (variance of a mean of independent binomials; the tasks "
@@ -135,7 +179,7 @@ INTERVALS = (
 
 def scores(rows: Sequence[Row], tasks: Sequence[str], metric: Metric, intervals: bool) -> Block:
     """A column for each task, the average, and the averages of seen and unseen tasks where those are known."""
-    unit = "percent" if metric == "accuracy" else "number"
+    head = partial(head_of, metric=metric)
 
     def task_cell(row: Row, task: str) -> Cell:
         value = row.values.get(task)
@@ -148,13 +192,13 @@ def scores(rows: Sequence[Row], tasks: Sequence[str], metric: Metric, intervals:
             return value
         return Estimate(value, *mean_interval(row.counts(counted)))
 
-    columns = [(Column(task, unit), [task_cell(row, task) for row in rows]) for task in tasks]
-    columns.append((Column("average", unit), [mean_cell(row, row.average, list(row.values)) for row in rows]))
+    columns = [(head(task), [task_cell(row, task) for row in rows]) for task in tasks]
+    columns.append((head("average"), [mean_cell(row, row.average, list(row.values)) for row in rows]))
     notes = [INTERVALS] if intervals else []
     if any(row.seen for row in rows):
         for part in ("seen", "unseen"):
             cells = [mean_cell(row, row.mean(part), row.tasks(part)) for row in rows]
-            columns.append((Column(f"average ({part})", unit), cells))
+            columns.append((head(f"average ({part})"), cells))
         sets = {row.seen: row for row in rows if row.seen}
         if len(sets) == 1:
             notes.append(f"seen: {', '.join(next(iter(sets)))}.")
@@ -182,9 +226,10 @@ def normalized(rows: Sequence[Row], tasks: Sequence[str], fine_tuned: Evaluation
         return sum(known) / len(known) if ratios and len(known) == len(ratios) else None
 
     columns: list[tuple[Column, list[Cell]]] = [
-        (Column(f"{task} (norm.)", "percent"), [ratio(row, task) for row in rows]) for task in tasks
+        (Column(f"{task} (norm.)", "percent", better="higher"), [ratio(row, task) for row in rows])
+        for task in tasks
     ]
-    columns.append((Column("average (norm.)", "percent"), [mean(row) for row in rows]))
+    columns.append((Column("average (norm.)", "percent", better="higher"), [mean(row) for row in rows]))
     lacking = [task for task in tasks if task not in fine_tuned.tasks]
     return Block(
         columns,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +38,10 @@ class Table:
     """Figures, as HTML, after the table on its page."""
     origins: tuple[str, ...] = ()
     """The origin of each row, as HTML, at the end of the page."""
+    kinds: tuple[str, ...] = ()
+    """What each row is, such as `merge`; a `ceiling` is apart from the others. Empty where rows are all alike."""
+    best: frozenset[tuple[int, int]] = frozenset()
+    """(row, column) of the numbers that are bold."""
 
     def text(self, form: str) -> str:
         """The table as `tsv`, `csv`, `json`, `md`, `latex` or `html`; ends with a newline."""
@@ -46,6 +51,8 @@ class Table:
             return page(
                 self.columns,
                 self.rows,
+                kinds=self.kinds,
+                best=self.best,
                 title=self.title,
                 notes=self.notes,
                 warnings=self.warnings,
@@ -58,23 +65,42 @@ class Table:
                 return json.dumps([dict(zip(heads, row, strict=True)) for row in rows], indent=2) + "\n"
             return csv_text([heads, *rows]) if form == "csv" else _tsv_text([heads, *rows])
         heads = [visible(column.name) for column in self.columns]
-        shown = [[visible(c.text(v)) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
         right = [column.unit != "text" for column in self.columns]
         if form == "md":
             rule = ["--:" if each else ":--" for each in right]
-            heads, *shown = [[_markdown(cell) for cell in row] for row in [heads, *shown]]
-            rows = "".join(f"| {' | '.join(row)} |\n" for row in [heads, rule, *shown])
-            return rows + self._footnotes("- ", _html_free)
+            lines = [list(map(_markdown, heads)), rule]
+            for number, row in enumerate(self._shown(_markdown, "**{}**")):
+                lines += [[" "] * len(row)] if number in self.rules else []
+                lines.append(row)
+            return "".join(f"| {' | '.join(row)} |\n" for row in lines) + self._footnotes("- ", _html_free)
         if form == "latex":
-            lines = [f"{' & '.join(map(_latex, row))} \\\\" for row in [heads, *shown]]
-            lines.insert(1, "\\midrule")
-            align = "".join("r" if each else "l" for each in right)
-            inner = "\n".join(["\\toprule", *lines, "\\bottomrule"])
+            lines = ["\\toprule", " & ".join(map(_latex, heads)) + " \\\\", "\\midrule"]
+            for number, row in enumerate(self._shown(_latex, "\\textbf{{{}}}")):
+                lines += ["\\midrule"] if number in self.rules else []
+                lines.append(" & ".join(row) + " \\\\")
+            inner = "\n".join([*lines, "\\bottomrule"])
+            ruled = [a.apart or b.apart for a, b in itertools.pairwise(self.columns)]
+            align = "".join(
+                "|" * rule + "lr"[each] for rule, each in zip([False, *ruled], right, strict=True)
+            )
             return f"\\begin{{tabular}}{{{align}}}\n{inner}\n\\end{{tabular}}\n{self._footnotes('% ', str)}"
         raise UsageError(f"format: expected one of {', '.join(FORMATS)}, got `{form}`")
 
+    @property
+    def rules(self) -> frozenset[int]:
+        """The rows that a rule stands before: the ceiling, and what follows it."""
+        pairs = enumerate(itertools.pairwise(self.kinds), 1)
+        return frozenset(row for row, kinds in pairs if kinds.count("ceiling") == 1)
+
+    def _shown(self, safe: Callable[[str], str], bold: str) -> Iterator[list[str]]:
+        """The cells of each row as people read them, in the words of a format."""
+        for number, row in enumerate(self.rows):
+            cells = [safe(visible(c.text(v))) for c, v in zip(self.columns, row, strict=True)]
+            yield [bold.format(each) if (number, at) in self.best else each for at, each in enumerate(cells)]
+
     def transposed(self) -> Table:
         """Rows and columns swapped: the cells of the first column become the headings."""
+        apart = [kind == "ceiling" for kind in self.kinds or [""] * len(self.rows)]
         heads: list[str] = []
         for row in self.rows:
             name = self.columns[0].text(row[0])
@@ -86,7 +112,14 @@ class Table:
             if index
         ]
         return replace(
-            self, columns=(Column(""), *(Column(name, "mixed") for name in heads)), rows=tuple(rows)
+            self,
+            columns=(
+                Column(""),
+                *(Column(name, "mixed", apart=each) for name, each in zip(heads, apart, strict=True)),
+            ),
+            rows=tuple(rows),
+            kinds=(),
+            best=frozenset((column - 1, row + 1) for row, column in self.best),
         )
 
     def _plain(self) -> Iterator[list[Plain]]:
@@ -168,6 +201,7 @@ def _markdown(text: str) -> str:
 _LATEX = {
     **{character: "\\" + character for character in "&%$#_{}"},
     "\\": "\\textbackslash ", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$",
+    "<": "$<$", ">": "$>$", "|": "$|$",
 }  # fmt: skip
 
 

@@ -70,9 +70,14 @@ class Ranks:
         return bool(self.total(torch.tensor([float(not holds)], device=device)) == 0)
 
 
+def are_several() -> bool:
+    """Whether several processes share the work."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def is_first() -> bool:
     """Whether this is the process that writes files and messages."""
-    return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", "1")) < 2
+    return os.environ.get("RANK", "0") == "0" or not are_several()
 
 
 def is_first_here() -> bool:

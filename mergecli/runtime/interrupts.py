@@ -1,10 +1,10 @@
-"""Remembers Ctrl-C, since a library that is being imported may turn it into another error, and delays it."""
+"""Remembers Ctrl-C, since a library that is being imported may turn it into another error, delays it, and says what is kept."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -55,3 +55,27 @@ def deferred() -> Generator[None]:
             signal.signal(number, handler or signal.SIG_DFL)
         for number in received:
             signal.raise_signal(number)
+
+
+@contextmanager
+def telling(kept: Callable[[], str]) -> Generator[None]:
+    """Where Ctrl-C ends the block, or a signal that ends the program, its exception is told what is kept.
+
+    `kept` gives it, such as `3 of 8 tasks are kept`; nothing where nothing is. The program says it, and how to go on.
+    """
+    try:
+        yield
+    except BaseException as error:
+        tell(error, kept)
+        raise
+
+
+def tell(error: BaseException, kept: Callable[[], str]) -> None:
+    """Notes on an exception what is kept, if it is an interruption."""
+    if (pressed or isinstance(error, KeyboardInterrupt | SystemExit)) and (text := kept()):
+        error.add_note(text)
+
+
+def kept_by(error: BaseException) -> str:
+    """What is kept after an interruption; empty if nothing is."""
+    return "; ".join(dict.fromkeys(getattr(error, "__notes__", ())))

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from mergecli.runtime.distributed import are_several
 from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, did_you_mean
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.checksums import DamagedFileError
@@ -24,8 +25,8 @@ from mergecli.storage.unfinished import is_leftover
 
 PASSING = ("pixels", "heads", "results", "digests")
 """Images; heads; what unfinished evaluations have so far; digests of large data files."""
-LASTING = ("statistics", "coefficients")
-"""What merges have measured, and learned. It does not count in the size that the cache may grow to."""
+LASTING = ("statistics", "coefficients", "experts")
+"""What merges have measured, and learned, and what tasks' own models predict. It does not count in the size that the cache may grow to."""
 KINDS = (*PASSING, *LASTING)
 
 DEFAULT_SIZE = 20 * 10**9
@@ -148,7 +149,8 @@ def made_again(work: Callable[[], T]) -> T:
     with a note, and the work starts again.
 
     Raises:
-        DamagedFileError: the file is the user's own, was made again already, or several processes share the work.
+        DamagedFileError: the file is the user's own, was made again already, or several processes share the work, which look
+            at such files before.
     """
     gone: set[Path] = set()
     while True:
@@ -156,7 +158,7 @@ def made_again(work: Callable[[], T]) -> T:
             return work()
         except DamagedFileError as error:
             ours = any(error.file.is_relative_to(home() / kind) for kind in LASTING)
-            if not ours or error.file in gone or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if not ours or error.file in gone or are_several():
                 raise
             gone.add(error.file)
             remove_damaged(error, "it is made")

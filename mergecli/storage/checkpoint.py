@@ -18,6 +18,7 @@ from mergecli.storage.checksums import (
     digest_of,
     expected_chunks,
 )
+from mergecli.storage.file_state import expect_unchanged, state_of
 from mergecli.storage.safetensors_format import (
     DTYPE_BYTES,
     FLOATS,
@@ -129,7 +130,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     descriptors: tuple[int, ...]
     hashes: ChunkHashes
-    states: tuple[FileState, ...]
+    states: tuple[int, ...]
     """Of the files when they were opened."""
 
     @property
@@ -190,16 +191,8 @@ class Checkpoint:
 
     def expect_unchanged(self) -> None:
         """Raises InputError if a file has been written to, or replaced by another, since it was opened."""
-        for file, descriptor, before in zip(self.files, self.descriptors, self.states, strict=True):
-            try:
-                there = os.stat(file).st_ino  # noqa: PTH116
-            except OSError:
-                there = before.inode  # it was deleted: what was opened is still whole
-            if (_state(descriptor), there) != (before, before.inode):
-                raise InputError(
-                    f"{file}: changed while it was being read",
-                    "wait until whatever writes it has finished, then start again",
-                )
+        for file, before, opened in zip(self.files, self.states, self.descriptors, strict=True):
+            expect_unchanged(file, before, opened)
 
     def _read_bytes(self, entry: TensorEntry, offset: int, buffer: memoryview) -> None:
         done = 0
@@ -289,7 +282,7 @@ def open_checkpoint(path: Path, *, checked: bool = False, cure: str = "") -> Che
                 }
             )
         _expect_one_model(path, files, headers)
-        states = tuple(_state(descriptor) for descriptor in descriptors)
+        states = tuple(map(state_of, descriptors))
     except BaseException:
         for descriptor in descriptors:
             os.close(descriptor)
@@ -310,20 +303,6 @@ def open_checkpoint(path: Path, *, checked: bool = False, cure: str = "") -> Che
 def no_checksums(file: Path, cure: str) -> DamagedFileError:
     """The error about a file of ours that lacks its checksums."""
     return DamagedFileError(file, "has no checksums: it is damaged, or was written by another program", cure)
-
-
-class FileState(NamedTuple):
-    """What changes when a file does."""
-
-    inode: int
-    size: int
-    changed: int
-    """Nanoseconds."""
-
-
-def _state(descriptor: int) -> FileState:
-    found = os.fstat(descriptor)
-    return FileState(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _expect_one_model(path: Path, files: Sequence[Path], headers: Sequence[Mapping[str, str]]) -> None:
@@ -367,7 +346,7 @@ def _files(path: Path) -> list[Path]:
             )
         if list(path.glob("*.bin")) or list(path.glob("*.pt")):
             raise InputError(
-                f"{path}: has only pickled weights, which is not opened as it is", pickle_hint(path)
+                f"{path}: has only pickled weights, and a pickle is not opened as it is", pickle_hint(path)
             )
         models = sorted(each.name for each in path.glob("*/") if _has_weights(each))
         raise InputError(

@@ -62,7 +62,9 @@ class Manifest:
     converted_from: str | None = None
     """The commit whose data the hub converted to these Parquet files."""
     checksums: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Path -> checksums of the weights in it, as `mergecli.storage.checksums` has them."""
+    """Path -> checksums of the weights in it, as `mergecli.storage.checksums` has them; empty where it can have none."""
+    license: str | None = None
+    """What the hub gives as the repository's license; None where it does not say."""
 
 
 def home() -> Path:
@@ -127,7 +129,7 @@ class Store:
         Raises:
             InputError: the manifest is damaged, or of another version.
         """
-        return _manifest(self.folder(source, commit) / MANIFEST)
+        return manifest_of(self.folder(source, commit))
 
     def missing(self, source: Source, commit: str, files: Iterable[RemoteFile]) -> tuple[RemoteFile, ...]:
         """Those of the files that the commit's folder does not have, of the right size and once verified."""
@@ -142,6 +144,15 @@ class Store:
         return tuple(file for file in files if not is_there(file))
 
 
+def manifest_of(folder: Path) -> Manifest:
+    """What is known of the commit in a folder of the store; empty if nothing is.
+
+    Raises:
+        InputError: the manifest is damaged, or of another version.
+    """
+    return _manifest(folder / MANIFEST)
+
+
 def _manifest(path: Path) -> Manifest:
     """What a manifest says; an empty one if there is no such file. Raises InputError if it is damaged."""
     try:
@@ -152,6 +163,7 @@ def _manifest(path: Path) -> Manifest:
             None if listing is None else tuple(RemoteFile(**each) for each in listing),
             values["converted_from"],
             {str(name): str(text) for name, text in values.get("checksums", {}).items()},
+            None if values.get("license") is None else str(values["license"]),
         )
     except (FileNotFoundError, NotADirectoryError):
         return Manifest()

@@ -166,7 +166,12 @@ def finetune(
     state = TrainingState(
         target, trained, {**asdict(settings), **trained_on, **rest}, len(tasks), ranks, fresh=fresh
     )
-    prepared = [each.prepare(clip, digests.text, steps * settings.images_per_step) for each in tasks]
+
+    def kept() -> str:
+        return f"{state.step} of {steps} steps are kept in {state.path}" if state.path.exists() else ""
+
+    with interrupts.telling(kept):
+        prepared = [each.prepare(clip, digests.text, steps * settings.images_per_step) for each in tasks]
     clip.drop_text_tower()
     names = [each.name for each in prepared]
     began, first, seen = time.perf_counter(), state.step, 0
@@ -188,7 +193,8 @@ def finetune(
 
     model = TrainedModel(clip, adapter, source, base_digest, settings, trained_on)
     try:
-        Training(clip, prepared, state, settings, ranks).run(save_every, report, save)
+        with interrupts.telling(kept):
+            Training(clip, prepared, state, settings, ranks).run(save_every, report, save)
     except DivergedError as error:
         saved = model.write_last_good(state)
         record()
@@ -200,9 +206,10 @@ def finetune(
             state.restore_best()
             model.write(target, **({"best_step": str(state.best_step)} if state.best_step else {}))
             record()
-        except BaseException:
+        except BaseException as error:
             with interrupts.deferred():
                 state.save()  # the next run does not train again, it only writes
+            interrupts.tell(error, kept)
             raise
         state.path.unlink(missing_ok=True)
     wait()

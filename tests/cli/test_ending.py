@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-from mergecli.cli import ending
+from mergecli.cli import amounts, ending
 from tests.conftest import Run, World
 
 COST = r", \d+\.\d s, peak \d+ MB"
@@ -90,14 +89,14 @@ def test_finetune_says_which_step_won(run: Run) -> None:
     ("seconds", "text"), [(0.04, "0.0 s"), (119.94, "119.9 s"), (192, "3 min 12 s"), (7500, "2 h 5 min")]
 )
 def test_durations_are_read_easily(seconds: float, text: str) -> None:
-    assert ending.duration(seconds) == text
+    assert amounts.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("size", "text"), [(999, "0 MB"), (640 * 10**6, "640 MB"), (1_240_000_000, "1.24 GB")]
 )
 def test_memory_is_read_easily(size: int, text: str) -> None:
-    assert ending.memory(size) == text
+    assert amounts.memory(size) == text
 
 
 def test_the_peak_of_memory_counts_what_has_been_freed_again() -> None:
@@ -107,5 +106,8 @@ def test_the_peak_of_memory_counts_what_has_been_freed_again() -> None:
     assert ending.peak_memory() >= before > 10**7
 
 
-def test_a_file_that_has_gone_has_no_digest(tmp_path: Path) -> None:
-    assert ending._digest(tmp_path / "gone.csv") == ending._digest(tmp_path / "gone") == ""
+def test_a_file_that_has_gone_has_no_digest(capsys: pytest.CaptureFixture[str]) -> None:
+    ending.begin()
+    ending.wrote("gone.csv")
+    ending.say()
+    assert re.fullmatch(rf"wrote gone.csv{COST}\n", capsys.readouterr().err)

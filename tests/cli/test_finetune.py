@@ -43,7 +43,10 @@ def test_ctrl_c_in_the_middle_of_a_step_keeps_that_step(
         patch.setattr(loop.Training, "_update", pressed)
         stopped = run(*command, "a.safetensors")
     assert (stopped.status, stopped.out) == (130, "")
-    assert stopped.err == "note: interrupted: the same command resumes from .a.resume.safetensors\n"
+    assert (
+        stopped.err
+        == "interrupted: 5 of 8 steps are kept in .a.resume.safetensors; the same command goes on\n"
+    )
     assert len(load_file(state)["losses"]) == 5
     assert [run(*command, f"{name}.safetensors").status for name in "ab"] == [0, 0]
     assert not state.exists()

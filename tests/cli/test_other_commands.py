@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mergecli import methods
 from tests.conftest import Run, World
@@ -41,6 +42,33 @@ def test_cos_sim_writes_csv_and_heat_map_and_prints_the_table(world: World, run:
     assert [row[0] for row in rows] == ["", "t1", "t2"]
     assert (world.folder / "c.png").read_bytes().startswith(b"\x89PNG")
     assert ended.out.splitlines()[1].split("\t")[:2] == ["t1", "1"]
+
+
+def test_info_warns_of_a_model_that_may_have_been_trained_on_test_images_and_of_its_merges(
+    world: World, run: Run
+) -> None:
+    old = world.folder / "ViT-B-32" / "DTDVal" / "nonlinear_finetuned.safetensors"
+    old.parent.mkdir(parents=True)
+    old.write_bytes((world.folder / "t1.safetensors").read_bytes())
+    why = (
+        "may have been trained on test images of `dtd`: the versions of the TALL pool before 13 December 2024 were "
+        "(nik-dim/tall_masks, issue 1)"
+    )
+    ended = run("info", "ViT-B-32/DTDVal/nonlinear_finetuned.safetensors")
+    assert (ended.status, ended.err) == (
+        0,
+        f"warning: ViT-B-32/DTDVal/nonlinear_finetuned.safetensors: {why}\n",
+    )
+    recipe = '[tuned]\ndtd = "hf:nik-dim/tall_masks#single_task/ViT-B-32/DTDVal/nonlinear_finetuned.pt"'
+    save_file(
+        load_file(old),
+        world.folder / "merge.safetensors",
+        {"mergecli": "0", "kind": "checkpoint", "recipe": recipe},
+    )
+    assert run("info", "merge.safetensors").err == f"warning: merge.safetensors: {why}\n"
+    told = json.loads(run("info", "ViT-B-32/DTDVal/nonlinear_finetuned.safetensors", "--json").out)
+    assert told["warnings"] == [why]
+    assert run("info", "t1.safetensors").err == ""
 
 
 def test_info_counts_parameters_and_lists_keys(world: World, run: Run) -> None:

@@ -17,11 +17,31 @@ def test_the_table_is_on_stdout_and_how_to_read_it_on_stderr(tmp_path: Path, run
     )  # fmt: skip
     assert ended.status == 0
     table = ended.out.splitlines()
-    assert table[2].startswith("| b | average | 75.0 | 75.0 | 86.3 | -11.3 | +25.0 ±")
-    assert table[2].endswith(" n.s. |")
+    assert table[2] == "| b | average | **75.0** | **75.0** | 86.3 | -11.3 | +25.0 n.s. | +25.0 n.s. |"
     assert all(line.startswith(("warning: ", "note: ")) for line in ended.err.splitlines())
     assert "McNemar" in ended.err
     assert (tmp_path / "r.txt").read_text() == ended.out
+    pair = (
+        "report",
+        "a.json",
+        "b.json",
+        "--against",
+        "a",
+        "--predictions",
+        "1.parquet",
+        "--predictions",
+        "2.parquet",
+    )
+    tested = run(*pair, "--p-values").out.splitlines()
+    assert tested[0].split("\t")[-5:] == [
+        "average (diff.)", "average (diff.) low", "average (diff.) high", "average (diff.) significant", "average (p)",
+    ]  # fmt: skip
+    assert tested[2].split("\t")[-2:] == ["false", "1"]
+    assert (
+        run(*pair, "--p-values", "--format", "md")
+        .out.splitlines()[3]
+        .endswith(" +25.0 | 1.000 | +25.0 | 1.000 |")
+    )
     ended = run("report", "a.json", "-o", "r.html")
     assert (ended.status, ended.err) == (0, "")
     assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tests.conftest import Run, assert_same, without_end
 from tests.support.adapted_world import AdaptedWorld, make_adapted_world
 from tests.support.image_zoo import make_zoo
+from tests.support.kept_files import flip
 from tests.support.tiny_clip import make_image_task, make_tiny_clip
 
 pytestmark = pytest.mark.usefixtures("own_store")
@@ -294,3 +295,42 @@ def test_two_processes_learn_masks_as_one_does(world: AdaptedWorld, run: Run, tm
     torchrun(2, [merge(world, "two", *settings)], tmp_path)
     assert run(*merge(world, "one", *settings)).status == 0
     expect_the_same_learned(world, *(tmp_path / f"{name}.learned.safetensors" for name in ("one", "two")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("fisher", "statistics"), ("ada_merging", "coefficients"), ("representation_surgery", "coefficients")],
+)
+def test_what_was_damaged_in_the_store_is_made_again_by_all(
+    world: AdaptedWorld, run: Run, tmp_path: Path, method: str, kind: str
+) -> None:
+    assert run("merge", world.recipe, "--method", "average", "-o", "average.safetensors").status == 0
+    of = {
+        "fisher": FEW,
+        "ada_merging": [*LEARN, "--set", "method.steps=2"],
+        "representation_surgery": [
+            "--set",
+            "method.merged=average.safetensors",
+            "--set",
+            "method.rank=4",
+            "--set",
+            "method.steps=2",
+        ],
+    }
+    command = ["merge", world.recipe, "--method", method, *of[method], "-o"]
+    torchrun(2, [[*command, "first.safetensors"]], tmp_path)
+    damaged = [
+        file
+        for file in (tmp_path / "home of several" / kind).rglob("*.safetensors")
+        if file.parent.name != "tasks"
+    ]
+    for file in damaged:
+        flip(file, 8 * file.stat().st_size - 3)
+    out, err = torchrun(2, [[*command, "again.safetensors"]], tmp_path)
+    assert out == ["again.safetensors", "[0]"], err
+    said = [line for line in err if "is damaged" in line]
+    assert sorted(line.split(": ")[1] for line in said) == sorted(map(str, damaged))
+    assert all(line.startswith("warning: ") and line.endswith("; it is made again") for line in said)
+    first, again = (tmp_path / f"{name}.safetensors" for name in ("first", "again"))
+    assert first.read_bytes() == again.read_bytes()

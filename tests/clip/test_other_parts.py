@@ -116,6 +116,67 @@ def test_another_activation_than_the_base_s_is_a_difference(base: Path, tmp_path
     )
 
 
+MEANS = "[0.481455, 0.457827, 0.408211]"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"image_mean": [0.5, 0.5, 0.5]}, f"`image_mean` is [0.5, 0.5, 0.5], not {MEANS}"),
+        ({"image_mean": 0.5, "resample": 2},
+         f'`resample` is "bilinear", not "bicubic", `image_mean` is [0.5, 0.5, 0.5], not {MEANS}'),
+        ({"size": {"height": 16, "width": 16}},
+         "`size` is { height = 16, width = 16 }, not { shortest_edge = 16 }"),
+        ({"crop_size": None, "do_center_crop": False}, "`crop_size` is nothing, not { height = 16, width = 16 }"),
+        ({"do_rescale": False}, "`rescale_factor` is nothing, not 0.00392157"),
+    ],
+)  # fmt: skip
+def test_another_image_processor_than_the_base_s_is_a_difference_and_the_base_s_is_used(
+    base: Path, tmp_path: Path, run: Run, given: dict[str, Any], said: str
+) -> None:
+    file = tuned(base, tmp_path / "birds") / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
+    assert merged(run, "birds") == [
+        MERGED,
+        f"  `birds`: image processor ({said}; that of base is used) (to use them: `mergecli eval ... --clip birds`)",
+    ]
+
+
+def test_an_image_processor_that_another_version_wrote_otherwise_is_the_same(
+    base: Path, tmp_path: Path, run: Run
+) -> None:
+    file = tuned(base, tmp_path / "birds") / "preprocessor_config.json"
+    file.write_text(
+        json.dumps(
+            {"feature_extractor_type": "CLIPFeatureExtractor", "size": 16, "crop_size": 16, "do_resize": True,
+             "do_center_crop": True, "do_normalize": True, "resample": "bicubic"}
+        )
+    )  # fmt: skip
+    assert merged(run, "birds") == []
+    file.rename(file.with_name("processor_config.json"))
+    nested = {"image_processor": {"size": 16, "crop_size": {"height": 16, "width": 16}}, "tokenizer": {}}
+    file.with_name("processor_config.json").write_text(json.dumps(nested))
+    assert merged(run, "birds") == []
+
+
+def test_a_tower_with_an_image_processor_of_its_own_is_evaluated_with_the_base_s(
+    base: Path, tmp_path: Path, run: Run
+) -> None:
+    folder = tuned(base, tmp_path / "birds")
+    tower = {
+        name: each
+        for name, each in load_file(folder / "model.safetensors").items()
+        if name.startswith("vision")
+    }
+    save_file(tower, folder / "model.safetensors")
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"resample": 0}))
+    assert merged(run, "birds")[1] == (
+        '  `birds`: image processor (`resample` is "nearest", not "bicubic"; that of base is used) '
+        "(to use them: write what differs into a copy of the base's folder; then `mergecli eval ... --clip FOLDER`)"
+    )
+
+
 def test_a_file_alone_needs_a_folder_to_be_evaluated_with(base: Path, tmp_path: Path, run: Run) -> None:
     tuned(base, tmp_path / "birds", NAMES["logit scale"])
     shutil.move(tmp_path / "birds" / "model.safetensors", tmp_path / "b.safetensors")

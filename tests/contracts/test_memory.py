@@ -63,6 +63,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         ("consensus", 400),
         ("breadcrumbs", 400),
         ("pcb", 600),
+        ("emr", 400),
+        ("tall_mask", 400),
     ],
 )
 def test_eight_models_in_half_precision_take_little_memory(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from mergecli.evaluation import counting, scoring
 from mergecli.evaluation.evaluate import evaluate
 from mergecli.recipe.schema import Recipe
 from mergecli.results.result import read_result
-from mergecli.runtime.errors import InputError, UsageError
+from mergecli.runtime.errors import InputError, MergecliWarning, UsageError
 from mergecli.storage.sources import parse_source
+from tests.support.tiny_clip import CLASSES
 
 REAL = Path(os.environ.get("MERGECLI_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 TEMPLATES = ("a photo of something {}.", "{}")
@@ -438,3 +440,25 @@ def test_text_that_is_not_json_is_refused(tmp_path):
         read_result(tmp_path / "r.json")
     with pytest.raises(InputError, match="no such result"):
         read_result(tmp_path / "gone.json")
+
+
+def test_a_model_that_may_have_been_trained_on_the_test_images_is_warned_of_before_they_are_counted(
+    place, recipe, tmp_path
+):
+    (tmp_path / "DTDVal").mkdir()
+    old = shutil.copy(place / "tower.safetensors", tmp_path / "DTDVal" / "nonlinear_finetuned.safetensors")
+    table = TaskTable(data=recipe.tasks["tints"].data, templates=TEMPLATES, classes=CLASSES)
+    known = replace(recipe, tasks={**recipe.tasks, "dtd": table})
+    told: list[str] = []
+    two = {"old": old, "new": place / "tower.safetensors"}
+    with pytest.warns(MergecliWarning) as warned:
+        evaluate(two, recipe=known, tasks=["dtd"], progress=lambda *_: told.append(str(len(warned))))
+    assert told[0] == "1"
+    assert [str(each.message) for each in warned] == [
+        "`old`: may have been trained on test images of `dtd`: the versions of the TALL pool before 13 December 2024 were "
+        "(nik-dim/tall_masks, issue 1)"
+    ]  # fmt: skip
+    own = {"dtd": place / "tower.safetensors", "tints": old}
+    evaluate(own, recipe=known, tasks=["dtd", "tints"], individual=True)
+    evaluate({"old": old}, recipe=known, tasks=["dtd"], split="train")
+    evaluate({"old": old}, recipe=known, tasks=["tints"])

@@ -108,7 +108,7 @@ def digests(world: AdaptedWorld, tmp: Path, patch: pytest.MonkeyPatch) -> Kept:
     patch.setattr(splits, "_SETTLED", -(10**6))
 
     def use() -> object:
-        return splits.fingerprint([file], with_names=False)
+        return splits.fingerprint([file], with_names=False).digest
 
     use()
     return Kept(in_cache("digests"), use, is_made_again=True)

@@ -107,7 +107,8 @@ def hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hubs]:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         # pauses between tries are short in this process; those that tests start are as patient as ever
-        monkeypatch.setattr("mergecli.hub.fetch.RetryPolicy", partial(RetryPolicy, first=0.02))
+        for verb in ("fetch", "push"):
+            monkeypatch.setattr(f"mergecli.hub.{verb}.RetryPolicy", partial(RetryPolicy, first=0.02))
         yield Hubs(hf, ms, store, environment)
 
 

@@ -15,14 +15,15 @@ that in it, to the hub or to its CDN, is cut after 1000 bytes; see `status`, `cu
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
 import socket
 import struct
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,22 @@ class Repository:
         }
         return cls(files, branch)
 
-    def commit(self, files: Mapping[str, bytes], branch: str | None = None, *, alone: bool = False) -> str:
-        """A new commit on a branch, with these files besides those it had; its hexadecimal digits.
+    def commit(
+        self,
+        files: Mapping[str, bytes],
+        branch: str | None = None,
+        *,
+        alone: bool = False,
+        removed: Collection[str] = (),
+    ) -> str:
+        """A new commit on a branch, with these files besides those it had but for those removed; its hexadecimal digits.
 
         A new branch goes out from the default one, or is `alone`.
         """
         branch = branch or self.default
         before = "" if alone else self.branches.get(branch, self.branches.get(self.default, ""))
         content = {**self.commits.get(before, {}), **files}
+        content = {path: data for path, data in content.items() if path not in removed}
         text = before + "".join(
             f"{path} {hashlib.sha256(data).hexdigest()}" for path, data in content.items()
         )
@@ -87,6 +96,11 @@ class Request:
     query: dict[str, str]
     headers: dict[str, str]
     """Names in lower case."""
+    body: bytes = b""
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
 
     @property
     def token(self) -> str:
@@ -119,6 +133,18 @@ def cut(after: int, *, reset: bool = False) -> Act:
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         else:
             handler.connection.shutdown(socket.SHUT_RDWR)
+        handler.close_connection = True
+        handler.connection.close()
+        return True
+
+    return act
+
+
+def drop() -> Act:
+    """The connection ends without an answer, as if the machine had gone."""
+
+    def act(handler: _Handler, data: bytes) -> bool:
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         handler.close_connection = True
         handler.connection.close()
         return True
@@ -173,12 +199,20 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.handle_one()
 
+    def do_POST(self) -> None:
+        self.handle_one()
+
+    def do_PUT(self) -> None:
+        self.handle_one()
+
     def handle_one(self) -> None:
         split = urlsplit(self.path)
         request = Request(
             self.command, split.path, dict(parse_qsl(split.query, keep_blank_values=True)),
             {name.lower(): value for name, value in self.headers.items()},
         )  # fmt: skip
+        if length := int(self.headers.get("Content-Length", 0)):
+            request = replace(request, body=self.rfile.read(length))
         self.request_now = request
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.owner.take(self, request)
@@ -227,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
 class _Server:
     """A hub and its CDN, as a context manager."""
 
-    repositories: Mapping[str, Repository]
+    repositories: dict[str, Repository]
     token: str | None = None
     """What private repositories are shown for."""
     private: set[str] = field(default_factory=set[str])
@@ -236,6 +270,12 @@ class _Server:
     cdn_requests: list[Request] = field(default_factory=list[Request])
     """What its CDN was asked."""
     honors_ranges: bool = True
+    hidden: set[str] = field(default_factory=set[str])
+    """Paths that are answered as if there were nothing."""
+    writers: set[str] = field(default_factory=lambda: {"org"})
+    """The owners whose repositories the token may write to."""
+    stored: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    """SHA-256 -> large files that were sent, also those of no commit yet."""
 
     def __post_init__(self) -> None:
         self.ended, self.stalled = threading.Event(), threading.Event()
@@ -280,7 +320,10 @@ class _Server:
 
     def take(self, handler: _Handler, request: Request) -> None:
         self.requests.append(request)
-        self._route(handler, request)
+        if request.path.removeprefix("/api/v1") in self.hidden:
+            handler.answer(404, b'{"Code": 10010205001}', {"X-Error-Code": "RepoNotFound"})
+        else:
+            self._route(handler, request)
 
     def _route(self, handler: _Handler, request: Request) -> None:
         raise NotImplementedError
@@ -307,8 +350,34 @@ class _Server:
         location = f"{self.cdn_endpoint}/{digest}/{quote(path)}?Signature=secret"
         handler.answer(302, b"", {**headers, "Location": location})
 
+    def _may_write(self, name: str, request: Request) -> bool:
+        return bool(self.token and self.token in request.token) and name.partition("/")[0] in self.writers
+
+    def _upload_place(self, digest: str) -> str:
+        """Where a large file is to be sent: to the CDN."""
+        return f"{self.cdn_endpoint}/upload/{digest}?Signature=secret"
+
+    def _take_upload(self, handler: _Handler, request: Request) -> None:
+        digest = request.path.removeprefix("/upload/").partition("/")[0]
+        if self._act(handler, request.path, b""):
+            return
+        if part := request.query.get("part"):
+            self.stored[f"{digest} {int(part):05}"] = request.body
+        elif hashlib.sha256(request.body).hexdigest() == digest:
+            self.stored[digest] = request.body
+        else:
+            handler.answer(400)
+            return
+        handler.answer(200, b"", {"ETag": f'"{part or digest}"'})
+
     def _take_cdn(self, handler: _Handler, request: Request) -> None:
         self.cdn_requests.append(request)
+        if request.method == "PUT":
+            self._take_upload(handler, request)
+            return
+        if request.method == "POST":
+            handler.answer(200, b"{}")
+            return
         _, digest, path = request.path.split("/", 2)
         data = self._objects.get(digest)
         if data is None:
@@ -325,6 +394,11 @@ class HuggingFaceServer(_Server):
 
     page: int = 1000
     """Entries of a tree in one answer."""
+    part_size: int | None = None
+    """Bytes of a part of a large file that is sent; None for files as a whole."""
+    verify_endpoint: str | None = None
+    """Where sent files are to be confirmed, if not here."""
+    licenses: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def environment(self) -> dict[str, str]:
@@ -333,7 +407,20 @@ class HuggingFaceServer(_Server):
 
     def _route(self, handler: _Handler, request: Request) -> None:
         parts = [unquote(part) for part in request.path.strip("/").split("/")]
-        if parts[0] == "api" and len(parts) == 2:
+        if request.method == "POST":
+            self._take_post(handler, request, parts)
+        elif parts == ["api", "whoami-v2"]:
+            if self.token and self.token in request.token:
+                handler.tell(
+                    {
+                        "name": "user",
+                        "type": "user",
+                        "orgs": [{"name": each} for each in sorted(self.writers)],
+                    }
+                )
+            else:
+                handler.answer(401, b"{}", {"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif parts[0] == "api" and len(parts) == 2:
             self._search(handler, request, parts[1])
         elif parts[0] == "api":
             prefix = "datasets/" if parts[1] == "datasets" else ""
@@ -368,6 +455,10 @@ class HuggingFaceServer(_Server):
     def _api(self, handler: _Handler, request: Request, name: str, rest: list[str]) -> None:
         if self._act(handler, request.path, b"") or not (repository := self._found(handler, request, name)):
             return
+        if not rest:
+            about = {"id": name.removeprefix("datasets/"), "sha": repository.head, "siblings": []}
+            handler.tell({**about, "private": name in self.private})
+            return
         if rest[0] == "refs":
             named = [{"name": each, "targetCommit": commit} for each, commit in repository.branches.items()]
             handler.tell({"branches": named, "tags": [], "converts": []})
@@ -377,8 +468,11 @@ class HuggingFaceServer(_Server):
             handler.answer(404, b'{"error": "Invalid rev id"}', {"X-Error-Code": "RevisionNotFound"})
         elif rest[0] == "revision":
             handler.tell(
-                {"id": name.removeprefix("datasets/"), "sha": commit, "siblings": [], "private": False}
-            )
+                {
+                    "id": name.removeprefix("datasets/"), "sha": commit, "siblings": [], "private": name in self.private,
+                    **({"cardData": {"license": self.licenses[name]}} if name in self.licenses else {}),
+                }
+            )  # fmt: skip
         else:
             entries = [_tree_entry(path, data) for path, data in sorted(repository.commits[commit].items())]
             folders = sorted({path.rpartition("/")[0] for path in repository.commits[commit]} - {""})
@@ -389,6 +483,113 @@ class HuggingFaceServer(_Server):
             more = start + self.page < len(entries)
             link = f'<{self.endpoint}{request.path}?recursive=true&expand=false&cursor={start + self.page}>; rel="next"'
             handler.tell(entries[start : start + self.page], {"Link": link} if more else {})
+
+    def _take_post(self, handler: _Handler, request: Request, parts: list[str]) -> None:
+        if self._act(handler, request.path, b""):
+            return
+        if parts == ["api", "repos", "create"]:
+            self._create(handler, request)
+        elif parts == ["api", "validate-yaml"]:
+            self._validate(handler, request)
+        elif parts[-3:] == ["lfs", "objects", "batch"]:
+            self._batch(handler, request, f"{parts[0]}/{parts[1].removesuffix('.git')}")
+        elif parts[0] == "lfs":
+            self._confirm(handler, request, parts)
+        elif parts[:2] == ["api", "models"] and (
+            repository := self._found(handler, request, "/".join(parts[2:4]))
+        ):
+            name = "/".join(parts[2:4])
+            if not self._may_write(name, request):
+                handler.answer(
+                    403, b'{"error": "Forbidden: pass `create_pr=1` or use a token with write access."}'
+                )
+            elif parts[4] == "branch":
+                repository.commit({}, parts[5])
+                handler.tell({})
+            elif (commit := repository.branches.get(parts[5])) is None:
+                handler.answer(404, b'{"error": "Invalid rev id"}', {"X-Error-Code": "RevisionNotFound"})
+            elif parts[4] == "preupload":
+                known = repository.commits[commit]
+                handler.tell({"files": [_upload_mode(each, known) for each in request.json["files"]]})
+            else:
+                self._commit(handler, request, name, repository, parts[5])
+
+    def _create(self, handler: _Handler, request: Request) -> None:
+        name = f"{request.json['organization']}/{request.json['name']}"
+        if not (self.token and self.token in request.token):
+            handler.answer(401, b"{}", {"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif not self._may_write(name, request):
+            said = (
+                f'You don\'t have the rights to create a model under the namespace "{name.partition("/")[0]}"'
+            )
+            handler.answer(403, json.dumps({"error": said}).encode())
+        elif name in self.repositories:
+            handler.answer(409, b'{"error": "You already created this model repo"}')
+        else:
+            self.repositories[name] = Repository({".gitattributes": b"*.safetensors filter=lfs"})
+            if request.json.get("visibility") == "private":
+                self.private.add(name)
+            handler.tell({"url": f"{self.endpoint}/{name}", "name": name})
+
+    def _validate(self, handler: _Handler, request: Request) -> None:
+        import yaml
+
+        front = (
+            yaml.safe_load(request.json["content"].split("---")[1])
+            if "---" in request.json["content"]
+            else {}
+        )
+        wrong = [each for each in front.get("base_model", []) if ":" in each]
+        errors = [{"message": f'"base_model" with value "{each}" is not valid'} for each in wrong]
+        warnings = [] if front else [{"message": "empty or missing yaml metadata in repo card"}]
+        handler.answer(400 if errors else 200, json.dumps({"errors": errors, "warnings": warnings}).encode())
+
+    def _batch(self, handler: _Handler, request: Request, name: str) -> None:
+        if not self._may_write(name, request):
+            handler.answer(403, b"{}")
+            return
+        objects: list[dict[str, Any]] = []
+        for each in request.json["objects"]:
+            digest, size = each["oid"], each["size"]
+            if digest in self.stored:
+                objects.append(each)
+                continue
+            upload: dict[str, Any] = {"href": self._upload_place(digest), "header": {}}
+            if self.part_size and size > self.part_size:
+                count = -(-size // self.part_size)
+                places = {f"{n:05}": f"{self._upload_place(digest)}&part={n}" for n in range(1, count + 1)}
+                upload = {
+                    "href": f"{self.endpoint}/lfs/complete/{digest}",
+                    "header": {"chunk_size": str(self.part_size), **places},
+                }
+            verify = {"href": f"{self.verify_endpoint or self.endpoint}/lfs/verify"}
+            objects.append({**each, "actions": {"upload": upload, "verify": verify}})
+        handler.tell({"transfer": "multipart" if self.part_size else "basic", "objects": objects})
+
+    def _confirm(self, handler: _Handler, request: Request, parts: list[str]) -> None:
+        digest = request.json["oid"]
+        if parts[1] == "complete":
+            data = b"".join(self.stored[key] for key in sorted(self.stored) if key.startswith(f"{digest} "))
+            if hashlib.sha256(data).hexdigest() == digest:
+                self.stored[digest] = data
+        handler.answer(200 if digest in self.stored else 404, b"{}")
+
+    def _commit(
+        self, handler: _Handler, request: Request, name: str, repository: Repository, branch: str
+    ) -> None:
+        files: dict[str, bytes] = {}
+        removed: list[str] = []
+        for line in request.body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self.stored[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                removed.append(value["path"])
+        commit = repository.commit(files, branch, removed=removed)
+        handler.tell({"commitOid": commit, "commitUrl": f"{self.endpoint}/{name}/commit/{commit}"})
 
     def _resolve(self, handler: _Handler, request: Request, name: str, revision: str, path: str) -> None:
         if not (repository := self._found(handler, request, name)):
@@ -416,6 +617,9 @@ class ModelScopeServer(_Server):
     changed it last. Repositories' default branch is `master`.
     """
 
+    created: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """What was said of each repository that was made."""
+
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs to be told."""
@@ -423,6 +627,12 @@ class ModelScopeServer(_Server):
 
     def _route(self, handler: _Handler, request: Request) -> None:
         parts = request.path.removeprefix("/api/v1/").split("/")
+        if request.method == "POST":
+            self._take_post(handler, request, parts)
+            return
+        if len(parts) == 3 and parts[0] == "models":
+            self._tell_of(handler, request, "/".join(parts[1:]))
+            return
         if not request.path.startswith("/api/v1/") or len(parts) < 4:
             handler.answer(404)
             return
@@ -447,6 +657,56 @@ class ModelScopeServer(_Server):
             else:
                 self._hand_out(handler, path, repository.commits[commit][path], {})
 
+    def _tell_of(self, handler: _Handler, request: Request, name: str) -> None:
+        if name not in self.repositories or not self._allowed(name, request):
+            handler.answer(404, _envelope(None, 10010205001, "record not found"))
+        else:
+            owner, _, short = name.partition("/")
+            visibility = 1 if name in self.private else 5
+            handler.answer(200, _envelope({"Path": owner, "Name": short, "Visibility": visibility}))
+
+    def _take_post(self, handler: _Handler, request: Request, parts: list[str]) -> None:
+        if self._act(handler, request.path, b""):
+            return
+        if not (self.token and self.token in request.token):
+            handler.answer(401, _envelope(None, 10010205002, "user not logged in"))
+            return
+        body = request.json
+        name = f"{body['Path']}/{body['Name']}" if parts == ["models"] else "/".join(parts[2:4])
+        if not self._may_write(name, request):
+            handler.answer(403, _envelope(None, 10010205003, f"no permission in {name.partition('/')[0]}"))
+        elif parts == ["models"]:
+            if name in self.repositories:
+                handler.answer(400, _envelope(None, 10010101001, "the name is already used"))
+                return
+            self.repositories[name] = Repository({"README.md": b"---\nlicense: x\n---\n"}, "master")
+            self.created.append(body)
+            if body["Visibility"] == 1:
+                self.private.add(name)
+            handler.answer(200, _envelope({"Path": body["Path"], "Name": body["Name"]}))
+        elif parts[4] == "info":
+            wanted = [each for each in body["objects"] if each["oid"] not in self.stored]
+            objects = [
+                {**each, "actions": {"upload": {"href": self._upload_place(each["oid"])}}} for each in wanted
+            ]
+            handler.answer(200, _envelope({"objects": objects}))
+        else:
+            self._commit(handler, body, self.repositories[name], parts[5])
+
+    def _commit(self, handler: _Handler, body: Any, repository: Repository, branch: str) -> None:
+        files: dict[str, bytes] = {}
+        removed: list[str] = []
+        for each in body["actions"]:
+            if each["action"] == "delete":
+                removed.append(each["path"])
+            else:
+                large = each["type"] == "lfs"
+                files[each["path"]] = (
+                    self.stored[each["sha256"]] if large else base64.b64decode(each["content"])
+                )
+        commit = repository.commit(files, branch, removed=removed)
+        handler.answer(200, _envelope({"CommitId": commit}))
+
     def _list(self, handler: _Handler, request: Request, repository: Repository) -> None:
         commit = repository.find(request.query["Revision"])
         if commit is None:
@@ -468,6 +728,15 @@ class ModelScopeServer(_Server):
             entries = entries[start : start + size]
         latest = {"Id": "", "ShortId": commit[:8]}
         handler.answer(200, _envelope({"Files": entries, "IsVisual": 0, "LatestCommitter": latest}))
+
+
+def _upload_mode(entry: dict[str, Any], known: Mapping[str, bytes]) -> dict[str, Any]:
+    """How a file is to be sent, and the digest of the one that is there."""
+    path = entry["path"]
+    large = path.endswith(LFS)
+    there = known.get(path)
+    digest = None if there is None else hashlib.sha256(there).hexdigest() if large else git_blob(there)
+    return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": digest}
 
 
 def git_blob(data: bytes) -> str:

@@ -26,6 +26,8 @@ SETTINGS = [
     {"granularity": "layer", "preprocess": "ties", "density": 0.3},
     {"granularity": "task", "preprocess": "ties"},
     {"granularity": "layer", "adapt_on": ["three", "one"]},
+    {"granularity": "layer", "objective": "experts"},
+    {"granularity": "task", "objective": "experts", "split": "train", "adapt_on": ["two", "three"]},
 ]
 
 
@@ -35,11 +37,13 @@ def test_ada_merging_is_adam_through_the_merge(
 ) -> None:
     world, settings = clip.world, {"steps": 6, "learning_rate": 1e-2, **settings}
     got = learned(world, tmp_path, "ada_merging", **settings)
-    aside = ("split", "adapt_on", "preprocess", "density")
+    aside = ("split", "adapt_on", "preprocess", "density", "objective")
     other = {key: value for key, value in settings.items() if key not in aside}
     if "preprocess" in settings:
         other["density"] = settings.get("density", 0.2)
     sight = clip.sight(settings.get("adapt_on", tuple(CLASSES)), settings.get("split", "test"))
+    if settings.get("objective") == "experts":
+        sight = sight.of_experts(world.tuned)
     want = ada_merging(sight, world.base, world.tuned, **other)
     agrees(got, want, settings["learning_rate"], 2e-5 if "clamp" in settings else 2e-6)
     moved = got[1]["coefficients"] - settings.get("start", 0.3)

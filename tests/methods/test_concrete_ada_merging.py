@@ -30,6 +30,16 @@ def test_concrete_ada_merging_is_two_descents_and_then_adam(
     agrees(got, want, 1e-2, 1e-4)
 
 
+def test_the_experts_labels_take_the_place_of_the_entropy(clip: ExactClip, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "granularity": "task", "mask_steps": 2, "steps": 2, "learning_rate": 1e-2, "mask_rate": 1e-2,
+        "inner_rate": 0.05,
+    }  # fmt: skip
+    got = learned(clip.world, tmp_path, "concrete_ada_merging", objective="experts", **settings)
+    sight = clip.sight().of_experts(clip.world.tuned)
+    agrees(got, concrete_ada_merging(sight, clip.world.base, clip.world.tuned, **settings), 1e-2, 1e-4)
+
+
 def test_concrete_ada_merging_under_a_mask_of_ones_is_ada_merging(
     adapted_world: AdaptedWorld, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_people_get_percent_and_programs_fractions() -> None:
     }  # fmt: skip
     assert table.text("md").splitlines()[:4] == [
         "| model | method | mnist | dtd | average |", "| :-- | :-- | --: | --: | --: |",
-        "| one | ties | 75.0 | 50.0 | 62.5 |", "| two | - | 90.0 | - | 90.0 |",
+        "| one | ties | 75.0 | 50.0 | 62.5 |", "| two | - | **90.0** | - | **90.0** |",
     ]  # fmt: skip
 
 
@@ -138,7 +139,9 @@ def test_intervals_are_wilsons_and_said_to_be() -> None:
     assert isinstance(average, Estimate)
     assert high - low > average.high - average.low > (high - low) / 2
     assert "Wilson" in table.notes[0]
-    assert column(table, "average")[1] == pytest.approx((0.9, *wilson(900, 1000), None))
+    average = column(table, "average")[1]
+    assert isinstance(average, Estimate)
+    assert average[:3] == pytest.approx((0.9, *wilson(900, 1000)))
 
 
 @pytest.mark.parametrize("form", ["tsv", "csv", "json", "md", "latex", "html"])
@@ -163,6 +166,41 @@ def test_every_option_is_in_every_format(form: str, transpose: bool) -> None:
     if form in ("md", "latex", "html"):
         assert "±" in text or r"$\pm$" in text
         assert "unpaired" in text
+
+
+def best(table: Table) -> list[tuple[object, str]]:
+    """(model, column) of each bold number."""
+    return sorted((table.rows[row][0], names(table)[place]) for row, place in table.best)
+
+
+def test_the_best_merge_is_bold_and_nothing_that_is_no_merge() -> None:
+    merge = replace(result("a", "average", mnist=0.7, dtd=0.2), models={"mnist": "hf:org/mnist"})
+    expert = result("expert", mnist=0.95, dtd=0.1)
+    expert = replace(expert, checkpoint={**expert.checkpoint, "path": "hf:org/mnist"})
+    base, trained = result("base", "pretrained", mnist=0.9), result("t", "finetune --lora", mnist=0.9)
+    every = [merge, expert, base, trained, *THREE[::2]]
+    table = report(every, normalized=True, reference="clip-vit-base-patch32-ta8", reference_rows=True)
+    assert table.kinds[:7] == ("merge", "model", "base", "model", "merge", "ceiling", "published")
+    assert table.rules == {5, 6}
+    assert best(table) == [
+        ("a", "mnist"), ("a", "mnist (norm.)"), ("b", "average"), ("b", "average (norm.)"), ("b", "dtd"), ("b", "dtd (norm.)"),
+    ]  # fmt: skip
+
+
+def test_the_best_loss_is_the_least() -> None:
+    assert best(report(THREE, metric="loss")) == [("a", "mnist"), ("b", "average"), ("b", "dtd")]
+
+
+def test_equal_numbers_are_bold_together_and_one_merge_alone_is_not() -> None:
+    assert best(report([result("a", "ties", mnist=0.5), result("b", "ties", mnist=0.5)])) == [
+        ("a", "average"), ("a", "mnist"), ("b", "average"), ("b", "mnist"),
+    ]  # fmt: skip
+    assert best(report([THREE[0], result("base", "pretrained", mnist=0.9), THREE[2]])) == []
+
+
+def test_of_models_without_a_merge_the_best_model_is_bold() -> None:
+    models = [result(each, "finetune", mnist=0.5 + 0.1 * rank) for rank, each in enumerate("ab")]
+    assert best(report([*models, THREE[2]])) == [("b", "average"), ("b", "mnist")]
 
 
 def test_a_difference_from_counts_is_said_to_be_unpaired() -> None:
@@ -283,6 +321,7 @@ def test_predictions_of_other_images_are_refused(tmp_path: Path) -> None:
         ({"fine_tuned": "x.json"}, "--fine-tuned: is for `--normalized`"),
         ({"against": "tow"}, r"--against: no result is called `tow` \(did you mean `two`"),
         ({"predictions": ["p.parquet"]}, "--predictions: compare with which model"),
+        ({"p_values": True, "against": "one"}, "--p-values: a test needs the predictions of both models"),
         ({"reference_rows": True}, "--reference-rows: of which table"),
         ({"plot_kind": "bars"}, "--plot-kind: there is no picture to draw"),
         ({"plot": "r.png", "plot_kind": "bar"}, r"--plot-kind: expected one of .*, got `bar` \(did you mean `bars`"),

@@ -10,9 +10,11 @@ from mergecli.results.statistics import (
     Count,
     Pair,
     difference_interval,
+    holm,
     mcnemar,
     mean_interval,
     paired_bootstrap,
+    permutation,
     wilson,
 )
 
@@ -127,3 +129,76 @@ def test_the_bootstrap_interval_holds_the_truth_about_as_often_as_it_says() -> N
         low, high = paired_bootstrap([Pair(int(d[0]), int(d[1]), int(d.sum())) for d in drawn], resamples=500)
         held += low <= truth <= high
     assert 0.90 <= held / 300 <= 0.99  # 95 % +- 4 standard deviations
+
+
+def every_outcome(tasks: list[Pair]) -> float:
+    """The permutation test, by going through every way in which the coins can fall."""
+    seen = sum((each.first_only - each.second_only) / each.images for each in tasks)
+    coins = [1 / each.images for each in tasks for _ in range(each.first_only + each.second_only)]
+    fallen = [abs(sum(side * coin for side, coin in zip(sides, coins, strict=True)))
+              for sides in product((1, -1), repeat=len(coins))]  # fmt: skip
+    return sum(each >= abs(seen) - 1e-12 for each in fallen) / len(fallen)
+
+
+def test_the_permutation_test_of_one_task_is_mcnemars() -> None:
+    for first, second in product(range(5), repeat=2):
+        pair = [Pair(first, second, 20)]
+        assert permutation(pair) == mcnemar(first, second) == pytest.approx(every_outcome(pair))
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        [Pair(5, 1, 10), Pair(3, 2, 40)],
+        [Pair(4, 0, 30), Pair(4, 0, 30), Pair(3, 0, 30)],
+        [Pair(1, 6, 7), Pair(4, 2, 50)],
+        [Pair(0, 0, 5), Pair(2, 0, 9)],
+        [Pair(0, 0, 5), Pair(0, 0, 9)],
+    ],
+)
+def test_the_permutation_test_counts_outcomes_that_are_as_far_from_no_difference(tasks: list[Pair]) -> None:
+    expected = every_outcome(tasks)
+    spread = sqrt(expected * (1 - expected) / 100_000)
+    assert permutation(tasks) == pytest.approx(expected, abs=5 * spread + 1e-5)
+    mirrored = [Pair(each.second_only, each.first_only, each.images) for each in tasks]
+    assert permutation(mirrored) == pytest.approx(expected, abs=5 * spread + 1e-5)
+
+
+def test_the_permutation_test_is_never_certain_and_the_same_every_time() -> None:
+    tasks = [Pair(500, 0, 1000), Pair(400, 10, 1000)]
+    assert permutation(tasks) == permutation(tasks) == 1 / 100_001
+
+
+def test_models_that_are_equally_good_differ_significantly_as_seldom_as_the_test_says() -> None:
+    random = np.random.default_rng(7)
+    found = []
+    for _ in range(300):
+        won, lost = random.binomial(150, 0.1, 2), random.binomial(60, 0.2, 2)
+        tasks = [Pair(int(won[0]), int(won[1]), 150), Pair(int(lost[0]), int(lost[1]), 60)]
+        found.append(permutation(tasks, draws=1000))
+    assert np.mean(np.array(found) < 0.05) <= 0.05 + 3 * sqrt(0.05 * 0.95 / 300)
+    assert 0.4 <= np.mean(np.array(found) < 0.5) <= 0.6
+
+
+def step_down(values: list[float], level: float) -> list[bool]:
+    """Which hypotheses Holm's procedure rejects, step by step as it is defined."""
+    left, rejected = dict(enumerate(values)), [False] * len(values)
+    while left:
+        place = min(left, key=left.__getitem__)
+        if left[place] > level / len(left):
+            break
+        rejected[place] = True
+        del left[place]
+    return rejected
+
+
+def test_corrected_p_values_reject_what_holms_procedure_rejects() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1, 1]
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
+    random = np.random.default_rng(1)
+    for _ in range(50):
+        values = [float(each) for each in random.random(6) ** 4]
+        for level in (0.01, 0.05, 0.2):
+            assert [each <= level for each in holm(values)] == step_down(values, level)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from mergecli.results.cells import Column, Estimate
+from mergecli.results.cells import Column, Estimate, Shows
 from mergecli.results.tables import FORMATS, Table
 from mergecli.runtime.errors import UsageError
 
@@ -15,7 +15,7 @@ PLAIN = Table((Column("model"), Column("mnist", "percent")), (("one", 0.75), ("t
 ESTIMATES = Table(
     (Column("model"), Column("mnist", "percent"), Column("mnist (diff.)", "points")),
     (
-        ("one", Estimate(0.75, 0.7, 0.78), Estimate(0.01, -0.02, 0.03, False)),
+        ("one", Estimate(0.75, 0.7, 0.78), Estimate(0.01, -0.02, 0.04, False)),
         ("two", Estimate(0.74, 0.7, 0.75), None),
     ),
     notes=("how to read it",),
@@ -34,14 +34,14 @@ def test_latex_escapes_what_it_must_and_uses_booktabs() -> None:
     ).text("latex")
 
 
-def test_people_see_the_longer_side_of_an_interval_and_what_chance_may_do() -> None:
+def test_people_see_the_longer_side_of_an_interval() -> None:
     lines = ESTIMATES.text("md").splitlines()
     assert lines[2:] == [
-        "| one | 75.0 ±5.0 | +1.0 ±3.0 n.s. |", "| two | 74.0 ±4.0 | - |", "", "- warning: what is wrong",
+        "| one | 75.0 ±5.0 | +1.0 ±3.0 |", "| two | 74.0 ±4.0 | - |", "", "- warning: what is wrong",
         "- how to read it",
     ]  # fmt: skip
     latex = ESTIMATES.text("latex").splitlines()
-    assert latex[4] == r"one & 75.0 $\pm$5.0 & +1.0 $\pm$3.0 n.s. \\"
+    assert latex[4] == r"one & 75.0 $\pm$5.0 & +1.0 $\pm$3.0 \\"
     assert latex[-2:] == ["% warning: what is wrong", "% how to read it"]
 
 
@@ -50,12 +50,62 @@ def test_programs_get_both_ends_of_an_interval_in_columns_of_their_own() -> None
     assert rows == [
         ["model", "mnist", "mnist low", "mnist high", "mnist (diff.)", "mnist (diff.) low", "mnist (diff.) high",
          "mnist (diff.) significant"],
-        ["one", "0.75", "0.7", "0.78", "0.01", "-0.02", "0.03", "false"],
+        ["one", "0.75", "0.7", "0.78", "0.01", "-0.02", "0.04", "false"],
         ["two", "0.74", "0.7", "0.75", "", "", "", ""],
     ]  # fmt: skip
     one, two = json.loads(ESTIMATES.text("json"))
     assert (one["mnist high"], one["mnist (diff.) significant"]) == (0.78, False)
     assert (two["mnist low"], two["mnist (diff.) low"]) == (0.7, None)
+
+
+@pytest.mark.parametrize(
+    ("significant", "shows", "text"),
+    [
+        (False, "interval", "+2.7 ±2.4"), (False, "test", "+2.7 n.s."), (True, "test", "+2.7"), (False, "number", "+2.7"),
+    ],
+)  # fmt: skip
+def test_a_number_has_one_sign_of_its_certainty(significant: bool, shows: Shows, text: str) -> None:
+    value = Estimate(0.027, 0.003, 0.051, significant, shows)
+    assert Column("x", "points").text(value) == text
+    rows = Table((Column("x", "points"),), ((value,),)).text("tsv").splitlines()
+    assert rows[1] == f"0.027\t0.003\t0.051\t{str(significant).lower()}"
+
+
+def test_a_probability_has_three_decimals_or_is_below_them() -> None:
+    shown = [Column("p", "probability").text(each) for each in (1.0, 0.0421, 0.001, 0.00099, 0.0)]
+    assert shown == ["1.000", "0.042", "0.001", "<0.001", "<0.001"]
+
+
+RANKED = Table(
+    (Column("model"), Column("mnist", "percent", better="higher")),
+    (("a_b", 0.75), ("top", 0.9), ("c", 0.5)),
+    kinds=("merge", "ceiling", "merge"),
+    best=frozenset({(0, 1)}),
+)
+
+
+def test_the_best_number_is_bold_and_the_ceiling_between_rules() -> None:
+    assert RANKED.text("md").splitlines() == [
+        "| model | mnist |", "| :-- | --: |", "| a_b | **75.0** |", "|   |   |", "| top | 90.0 |", "|   |   |", "| c | 50.0 |",
+    ]  # fmt: skip
+    assert RANKED.text("latex").splitlines()[1:-2] == [
+        r"\toprule", r"model & mnist \\", r"\midrule", r"a\_b & \textbf{75.0} \\", r"\midrule", r"top & 90.0 \\",
+        r"\midrule", r"c & 50.0 \\",
+    ]  # fmt: skip
+    page = RANKED.text("html")
+    assert '<tr class=ceiling><th scope="row" title="top">' in page
+    assert '<td class="number share best" data-sort="0.75"' in page
+    assert page.count(" best") == 1
+    assert "75.0" not in RANKED.text("tsv")
+
+
+def test_what_is_bold_and_apart_stays_so_when_transposed() -> None:
+    turned = RANKED.transposed()
+    assert turned.text("md").splitlines()[2] == "| mnist | **75.0** | 90.0 | 50.0 |"
+    assert turned.text("latex").splitlines()[0] == r"\begin{tabular}{lr|r|r}"
+    assert turned.text("html").count(" apart") == 2
+    last = replace(RANKED, rows=RANKED.rows[:2], kinds=RANKED.kinds[:2]).transposed()
+    assert last.text("latex").splitlines()[0] == r"\begin{tabular}{lr|r}"
 
 
 def test_no_number_is_minus_nothing() -> None:
@@ -69,7 +119,7 @@ def test_transposed_columns_become_rows_and_cells_keep_their_units() -> None:
         "|  | one | two |",
         "| :-- | --: | --: |",
         "| mnist | 75.0 ±5.0 | 74.0 ±4.0 |",
-        "| mnist (diff.) | +1.0 ±3.0 n.s. | - |",
+        "| mnist (diff.) | +1.0 ±3.0 | - |",
     ]
     assert json.loads(turned.text("json"))[0] == {
         "": "mnist", "one": 0.75, "one low": 0.7, "one high": 0.78, "one significant": None,
@@ -152,6 +202,13 @@ def test_a_latex_row_may_begin_with_a_bracket_or_a_star() -> None:
     assert in_a_cell("[b]", "latex") == "{}[b]"
     assert in_a_cell("*", "latex") == "{}*"
     assert in_a_cell("a\nb", "latex") == r"a\textbackslash nb"
+
+
+def test_latex_shows_the_signs_that_its_text_font_lacks() -> None:
+    assert in_a_cell("a<b>|c", "latex") == "a$<$b$>$$|$c"
+    assert "<0.001" not in Table((Column("p", "probability"),), ((0.0,),)).text("latex").replace(
+        "$<$0.001", ""
+    )
 
 
 @pytest.mark.parametrize("form", [each for each in FORMATS if each != "table"])

@@ -167,9 +167,9 @@ def adapt(
     """
     import torch
 
-    from mergecli.merging.learning.objective import entropy_objective
+    from mergecli.merging.learning.objective import tower_objective
 
-    objective = entropy_objective(work, method, surveyed, ranks, device)
+    objective = tower_objective(work, method, surveyed, ranks, device)
     tasks, total, mean = len(work.models.tuned), method.total_steps, 0.0
     with torch.no_grad():
         loop = LoopState(partial, work.key, method.begin(objective), method.phases, method.patience)
@@ -185,16 +185,17 @@ def adapt(
                     change()
                     loop.add(losses, method.traced(loop.state))
                 if progress is not None and is_first():
-                    progress(f"adapting: mean entropy {mean:.3f}", loop.number, total)
+                    progress(f"adapting: mean {method.loss[0]} {mean:.3f}", loop.number, total)
                 loop.save_sometimes()
             kept = {key: each.cpu() for key, each in method.finish(objective, loop.state).items()}
-        except BaseException:
+        except BaseException as error:
             with interrupts.deferred():
                 loop.save()
+            interrupts.tell(error, lambda: f"{loop.number} of {total} steps of learning are kept")
             raise
     if not math.isfinite(mean):
         raise InputError(
-            f"adapting: the entropy is {mean} in step {loop.step + 1}",
+            f"adapting: the {method.loss[0]} is {mean} in step {loop.step + 1}",
             f"use lower learning rates (`learning_rate` is {method.learning_rate:g})",
         )
     return kept, loop.trace(tasks)

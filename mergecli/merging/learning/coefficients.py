@@ -16,6 +16,7 @@ from mergecli.merging.learning.files import (
     LearningFiles,
     expect,
     finite,
+    is_whole,
     json_field,
     read_learned,
     share,
@@ -84,7 +85,7 @@ def _file(work: LearningWork, progress: Progress | None) -> Path:
     from mergecli.merging.learning.task_learning import learn_tasks
 
     path = _folder(work) / f"{work.key}.safetensors"
-    if not path.exists():
+    if not is_whole(path):
         _write(path, work, learn_tasks(work, _folder(work) / "tasks", progress))
     return path
 
@@ -97,10 +98,10 @@ def _adapted_file(work: LearningWork, method: Adapted, progress: Progress | None
     others = "".join(f"-{getattr(method, key)}" for key in sorted(method.not_learned_from))
     path, partial = folder / f"{work.key}{others}.safetensors", folder / f"{work.key}.partial.safetensors"
     ranks, device = join(models.device)
-    if not ranks.all(path.exists(), device):
-        like = next(iter(sorted(folder.glob(f"{work.key}-*.safetensors"))), None)
-        if ranks.all(like is not None, device):
-            kept = _like(like, method, models) if like and is_first_here() else {}
+    if not ranks.all(is_whole(path), device):
+        like = next(iter(sorted(folder.glob(f"{work.key}-*.safetensors"))), folder / "none")
+        if ranks.all(is_whole(like), device):
+            kept = _like(like, method, models) if is_first_here() else {}
         else:
             surveyed = method.survey(ModelPasses(models, method.unit, progress if is_first() else None))
             state, trace = adapt(work, method, surveyed, partial, progress, ranks, device)

@@ -17,10 +17,13 @@ from mergecli.methods._learned import Learner
 from mergecli.methods._settings import frozen
 from mergecli.recipe.schema import Recipe
 from mergecli.results.tables import Table
+from mergecli.runtime.distributed import are_several, is_first_here
 from mergecli.runtime.errors import InputError, UsageError, listed, quoted, toml_text
 from mergecli.storage.atomic import check_target, check_targets, refuse_inputs, whole_file, write_text
+from mergecli.storage.cache import kept
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences
+from mergecli.storage.store import home
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +147,8 @@ def read_learned(
     stored.expect_checksums(CURE)
     if metadata.get("method") != name:
         raise UsageError(
-            f"{path}: was learned by `{metadata.get('method')}`, the recipe's method is `{name}`"
+            f"{path}: was learned by `{metadata.get('method')}`, the recipe's method is `{name}`",
+            f"use `--method {metadata.get('method')}`, or learn again without `--coefficients`",
         )
     known, settings, looked, _ = (
         json_field(stored, key) for key in ("tasks", "settings_table", "adapted_on", "seed")
@@ -153,7 +157,8 @@ def read_learned(
         raise _silent(path)
     if known != list(tasks):
         raise InputError(
-            f"{path}: is for the models {quoted(map(str, known))}, in this order; these are {quoted(tasks)}"
+            f"{path}: is for the models {quoted(map(str, known))}, in this order; these are {quoted(tasks)}",
+            "name the same models in that order, or learn again without `--coefficients`",
         )
     free = {*ours, *from_file, *method.not_recorded}
     given = {key: frozen(value) for key, value in recipe.settings.items() if key not in free}
@@ -168,6 +173,18 @@ def read_learned(
     used = methods.create(name, {key: value for key, value in every.items() if value is not None})
     assert isinstance(used, Learner)
     return used, stored
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file is there.
+
+    One process finds out that a file of the store is damaged as it reads it, and begins again. Of several none can: the
+    others are at other places. So the first of each machine looks at all of it now, and removes it if it is damaged, with a
+    note.
+    """
+    if path.exists() and are_several() and is_first_here() and path.is_relative_to(home()):
+        return kept(path, "it is made", lambda stored: stored.digest()) is not None
+    return path.exists()
 
 
 def json_field(stored: Checkpoint, key: str) -> Any:

@@ -1,16 +1,17 @@
-"""What methods that adapt minimize: the entropy of a merged tower's predictions on unlabeled images, and its gradients."""
+"""What methods that adapt minimize: the loss of a merged tower's predictions on unlabeled images, and its gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from mergecli.clip.preprocessing import Normalization
+from mergecli.merging.learning.experts import ExpertLabels, expert_labels
 from mergecli.merging.learning.work import LearningWork
 from mergecli.merging.models import Models
-from mergecli.methods._adapted import Adapted, entropy
+from mergecli.methods._adapted import Adapted, entropy, expert_loss
 from mergecli.methods._base import Group, Unit, uniform
 from mergecli.methods._learned import State
 from mergecli.methods._mixture import Installed, Routed
@@ -57,6 +58,8 @@ class TaskBatches:
     pixels: Pixels
     head: Tensor
     """(C, D) unit vectors."""
+    expert: ExpertLabels | None = None
+    """What the task's own model predicts; None where the loss is the entropy."""
 
     def rows(self, batch: int, size: int, seed: int) -> Tensor:
         """(B,) the images of batch number `batch`: every epoch takes all of them, in an order of its own; the last batch
@@ -70,7 +73,7 @@ class TaskBatches:
         return torch.randperm(len(self.pixels), generator=generator)[number * size : (number + 1) * size]
 
 
-class EntropyObjective:
+class TowerObjective:
     """The `Objective` of methods that adapt, on the vision tower of a CLIP."""
 
     def __init__(
@@ -107,8 +110,8 @@ class EntropyObjective:
         self.weights: Mapping[str, Tensor] = {name: self._parameters[name].data for name in names}
         self._routes: list[Tensor] = []
 
-    def entropies_and_gradients(self, batch: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """(T,) mean entropies on batch number `batch` of every task, and name -> (...) gradient of their sum."""
+    def losses_and_gradients(self, batch: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(T,) mean losses on batch number `batch` of every task, and name -> (...) gradient of their sum."""
         import torch
 
         losses = torch.zeros(len(self.tasks), device=self._clip.device)
@@ -132,11 +135,15 @@ class EntropyObjective:
 
         from mergecli.clip.model import features
 
-        batches = [each.pixels.rows(each.rows(batch, self._size, self._seed)) for each in together]
+        chosen = [each.rows(batch, self._size, self._seed) for each in together]
+        batches = [each.pixels.rows(rows) for each, rows in zip(together, chosen, strict=True)]
         image = features(self._clip, self._normalized(torch.cat(batches)))  # (B, D)
         image = self._clip.model.logit_scale.exp() * image / image.norm(dim=-1, keepdim=True)
         parts = image.split([len(batch) for batch in batches])
-        own = [entropy(part @ each.head.T) for each, part in zip(together, parts, strict=True)]
+        own = [
+            _loss(part @ each.head.T, each, rows)
+            for each, part, rows in zip(together, parts, chosen, strict=True)
+        ]
         torch.stack(own).sum().backward()
         if self._installed is not None:
             found = [each.mean(0) for each in self._installed.routes().values()]
@@ -167,9 +174,17 @@ class EntropyObjective:
         return uniform(self._seed, name, label, 0, weight.numel()).view(weight.shape).to(weight.device)
 
 
-def entropy_objective(
+def _loss(logits: Tensor, task: TaskBatches, rows: Tensor) -> Tensor:
+    """() the loss of (B, C) logits of some of a task's images."""
+    if task.expert is None:
+        return entropy(logits)
+    labels, confidences = (each[rows].to(logits.device) for each in task.expert)
+    return expert_loss(logits, labels, confidences)
+
+
+def tower_objective(
     work: LearningWork, method: Adapted, surveyed: State, ranks: Ranks, device: str
-) -> EntropyObjective:
+) -> TowerObjective:
     """The objective with everything that it needs in memory: a CLIP, heads, and base and task vectors or routers.
 
     Raises:
@@ -188,14 +203,19 @@ def entropy_objective(
     own = [name for number, name in enumerate(work.tasks) if number % ranks.count == ranks.own]
     batches = _task_batches(work, method, clip, own)
     clip.drop_text_tower()
+    if method.objective == "experts":
+        batches = [
+            replace(each, expert=expert_labels(work, clip, each.name, each.pixels, each.head))
+            for each in batches
+        ]
     tasks, size, seed = list(models.tuned), method.batch_size, work.recipe.seed
     if isinstance(method, Routed):
         installed = _installed(models, method, clip, device)
-        return EntropyObjective(clip, tasks, {}, {}, batches, size, seed, ranks, installed)
+        return TowerObjective(clip, tasks, {}, {}, batches, size, seed, ranks, installed)
     base, deltas = _prepared(models, method, surveyed, device)
     masks = work.needed.get("masks")
     read = masks.read if masks else None
-    return EntropyObjective(clip, tasks, base, deltas, batches, size, seed, ranks, read_mask=read)
+    return TowerObjective(clip, tasks, base, deltas, batches, size, seed, ranks, read_mask=read)
 
 
 def _prepared(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from mergecli.clip.pixels import batches
 from mergecli.formats.opening import model_path
@@ -17,6 +15,7 @@ from mergecli.storage.atomic import write_errors
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.safetensors_format import bytes_of
 from mergecli.storage.safetensors_writer import SafetensorsWriter
+from mergecli.storage.scratch import Scratch
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
@@ -79,7 +78,7 @@ class StatisticsRun:
                 if not bool(value.isfinite().all()):
                     raise InputError(
                         f"{title}: `{name}` comes out as NaN or infinity",
-                        "look at the weights with `mergecli info`",
+                        "its training diverged, or the file is damaged: take an earlier checkpoint",
                     )
                 writer.write(name, value.detach().cpu().contiguous())
 
@@ -109,19 +108,6 @@ class StatisticsRun:
 
 Report = Callable[[int, int], None]
 """Called with how much is done, and the total."""
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """A folder for files without a name, which vanish when `stack` ends or the program dies."""
-
-    folder: Path
-    stack: ExitStack
-
-    def file(self) -> IO[bytes]:
-        """A new one, to write and read."""
-        with write_errors(self.folder):
-            return self.stack.enter_context(tempfile.TemporaryFile(dir=self.folder))
 
 
 class TaskProbe:

@@ -8,19 +8,20 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
-from mergecli.data.tasks import find
 from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
-from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
-from mergecli.merging.learning.files import Learned, LearningFiles
+from mergecli.merging.learning.calibration import CalibrationTask, calibration_task, task_of
+from mergecli.merging.learning.files import Learned, LearningFiles, is_whole
 from mergecli.merging.merge_target import MergeTarget
 from mergecli.merging.models import Models
 from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.schema import Recipe
+from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.errors import InputError, listed, toml_text
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
@@ -115,14 +116,15 @@ def files_for(
 
     assert recipe.base is not None
     assert models.base is not None
-    name, settings = methods.name_of(method), methods.table_of(method, without=method.merge_time)
+    name = method.measured_as or methods.name_of(method)
+    settings = methods.table_of(method, without=method.merge_time)
     if method.shuffle:
         settings["seed"] = recipe.seed
     common: dict[str, Any] = {"method": name, "settings": settings}
     common["clip"] = surroundings(model_path(recipe.base), head=method.needs_head)
     found: list[StatisticsFile] = []
     if folder is None:
-        expect_all([], recipe, [find(name, recipe) for name in models.tuned])
+        expect_all([], recipe, [task_of(name, recipe) for name in models.tuned])
     for tasks in [tuple(models.tuned)] if method.joint else [(task,) for task in models.tuned]:
         title = name if method.joint else tasks[0]
         path = folder / f"{title}.safetensors" if folder else None
@@ -151,19 +153,20 @@ def measure_missing(
 
     Several processes share the missing files: each measures some of them whole, and all wait for the last.
     """
-    missing = [each for each in files if not each.path.exists()]
+    ranks, device = join(models.device)
+    missing = [each for each in files if not ranks.all(is_whole(each.path), device)]
     for each in files:
         if each not in missing:
             _opened(each, models, method).close()
-    ranks, device = join(models.device)
     wait()  # nobody writes before all have looked
     if own := missing[ranks.own :: ranks.count]:
         from mergecli.merging.learning.probe import StatisticsRun
 
         tasks = [one for each in own for one in each.tasks]
         run = StatisticsRun(method, replace(models, device=device), recipe, tasks)
-        for each in own:
-            run.write(each.path, each.tasks, each.metadata(), progress if is_first() else None)
+        with interrupts.telling(partial(_kept, files)):
+            for each in own:
+                run.write(each.path, each.tasks, each.metadata(), progress if is_first() else None)
     wait()
     if lost := [each.path for each in missing if not each.path.exists()]:
         raise InputError(
@@ -171,6 +174,11 @@ def measure_missing(
             "name a folder that all machines see, or copy the files",
         )
     return tuple(each.name for each in missing)
+
+
+def _kept(files: Sequence[StatisticsFile]) -> str:
+    count = sum(each.path.exists() for each in files)
+    return f"{count} of {len(files)} files of statistics are kept" if count else ""
 
 
 def _opened(file: StatisticsFile, models: Models, method: Calibrated) -> Checkpoint:
@@ -194,12 +202,12 @@ def _check(stored: Checkpoint, file: StatisticsFile, models: Models, method: Cal
         raise InputError(f"{file.path}: does not say what it was measured on", "delete it") from error
     wanted = json.loads(json.dumps({"inputs": file.inputs, "measured": file.measured}))
     wrong = [
-        f"`{key}`: it was measured on {'nothing' if before is None else toml_text(before)}, wanted is {toml_text(after)}"
+        f"`{key}`: expected {toml_text(after)}, got {'nothing' if before is None else toml_text(before)}"
         for key, before, after in table_differences(found, wanted, only_new=True)
     ]
     layout = {name: Form(shape, dtype) for name, (dtype, shape) in method.layout(models.shapes).items()}
     if wrong := wrong or differences(stored.entries, layout):
         raise InputError(
-            f"{file.path}: was not measured on what is merged:\n{listed(wrong)}",
+            f"{file.path}: is of another measurement than this merge needs:\n{listed(wrong)}",
             "name another folder, or delete the file: then it is measured again",
         )

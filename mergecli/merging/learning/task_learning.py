@@ -10,6 +10,7 @@ from mergecli.clip.pixels import micro_batch_size
 from mergecli.merging.learning.work import LearningWork
 from mergecli.methods._learned import State
 from mergecli.methods._task_learner import TaskLearner
+from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError
 from mergecli.runtime.progress import Progress
 from mergecli.storage.cache import kept
@@ -46,7 +47,10 @@ def learn_tasks(work: LearningWork, folder: Path, progress: Progress | None) -> 
         part = kept(path, "it is learned", lambda stored: {key: stored.read(key) for key in stored.entries})
         if part is None:
             clip = clip or _clip(work, method)
-            part = method.learn_task(_probe(work, clip, task, progress))
+            with interrupts.telling(
+                lambda: f"{len(found)} of {len(work.tasks)} tasks are kept" if found else ""
+            ):
+                part = method.learn_task(_probe(work, clip, task, progress))
             facts = about(f"{what} of one task", task=task, what=f"{what} of {task}")
             save_tensors(part, path, facts, checked=True)
         found.append(part)
@@ -109,7 +113,7 @@ class TowerFeatures:
         if not bool(result.isfinite().all()):
             raise InputError(
                 f"{stored.path}: gives features of {self.task} that are NaN or infinity",
-                "look at the weights with `mergecli info`",
+                "its training diverged, or the file is damaged: take an earlier checkpoint",
             )
         return result
 

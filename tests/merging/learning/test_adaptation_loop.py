@@ -50,11 +50,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 def test_an_interruption_in_the_middle_of_a_step_leaves_it_out(
     world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mergecli.merging.learning.objective import EntropyObjective
+    from mergecli.merging.learning.objective import TowerObjective
 
-    original, calls = EntropyObjective.entropies_and_gradients, 0
+    original, calls = TowerObjective.losses_and_gradients, 0
 
-    def entropies_and_gradients(self: EntropyObjective, draw: int) -> Any:
+    def losses_and_gradients(self: TowerObjective, draw: int) -> Any:
         nonlocal calls
         calls += 1
         if calls == 6:  # the second half of the third step
@@ -62,7 +62,7 @@ def test_an_interruption_in_the_middle_of_a_step_leaves_it_out(
         return original(self, draw)
 
     settings = {"mask_steps": 4, "steps": 2, "order": "published"}
-    monkeypatch.setattr(EntropyObjective, "entropies_and_gradients", entropies_and_gradients)
+    monkeypatch.setattr(TowerObjective, "losses_and_gradients", losses_and_gradients)
     with pytest.raises(KeyboardInterrupt):
         learn(world, tmp_path, "concrete_ada_merging", **settings)
     resumed = learn(world, tmp_path, "concrete_ada_merging", **settings)

@@ -4,7 +4,7 @@ differentiates it; Adam is torch's own. In float64, so that differences are our 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,14 +20,34 @@ class Sight:
     """(weights, pixels, place of the task) -> (B, C) logits."""
     batches: Callable[[int], list[tuple[int, Tensor]]]
     """Number of the draw -> the place of each task that is looked at, and its pixels."""
+    experts: Sequence[Weights] = ()
+    """The tasks' own models, whose predictions are the labels; none where the loss is the entropy."""
+
+    def of_experts(self, experts: Sequence[Weights]) -> Sight:
+        """The same with the loss of SyMerge."""
+        return replace(self, experts=[{n: v.double() for n, v in each.items()} for each in experts])
 
     def loss(self, weights: Mapping[str, Tensor], draw: int) -> tuple[Tensor, list[float]]:
-        """() the sum of the entropies, and each."""
+        """() the sum of the losses, and each."""
         each: list[Tensor] = []
         for place, pixels in self.batches(draw):
             chances = self.classify(weights, pixels, place).softmax(-1)
+            if self.experts:
+                each.append(self._imitation(chances, pixels, place))
+                continue
             each.append((-chances * torch.log(chances + 1e-8)).sum(-1).mean())
         return torch.stack(each).sum(), torch.stack(each).tolist()
+
+    def _imitation(self, chances: Tensor, pixels: Tensor, place: int) -> Tensor:
+        """() the mean of -log p over the expert's classes, image by image, without those where the merged model differs
+        and is surer."""
+        with torch.no_grad():
+            wanted = self.classify(self.experts[place], pixels, place).softmax(-1)
+        kept = []
+        for own, other in zip(chances, wanted, strict=True):
+            if own.argmax() == other.argmax() or other.max() >= own.max():
+                kept.append(-own[other.argmax()].log())
+        return torch.stack(kept).mean() if kept else chances.sum() * 0
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,21 @@ Matrices = Callable[[Sequence[Tensor]], Tensor]
 
 
 def by_matrix(
-    base: Weights, tuned: Sequence[Weights], merge: Matrices, scaling_factor: float = 1.0
+    base: Weights,
+    tuned: Sequence[Weights],
+    merge: Matrices,
+    scaling_factor: float = 1.0,
+    *,
+    positions: bool = False,
 ) -> Weights:
-    """theta_0 + scaling_factor tau, tau from `merge` for matrices, else the mean of the task vectors."""
+    """theta_0 + scaling_factor tau, tau from `merge` for matrices, else the mean of the task vectors.
+
+    `positions`: the position embedding is a matrix too.
+    """
     result = {}
     for name, value in floats(base).items():
         deltas = [model[name].double() - value.double() for model in tuned]
-        if value.dim() == 2 and value.numel() and "position" not in name:
+        if value.dim() == 2 and value.numel() and (positions or "position" not in name):
             merged = merge(deltas)
         else:
             merged = sum(deltas) / len(deltas)

@@ -1,0 +1,91 @@
+"""The normal equation M C = D of methods that fit what task vectors give on some inputs, and its solutions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mergecli.methods._svd import gram
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class NormalEquation:
+    """C = sum_i w_i t_i^T t_i  (I, I)  and  D = sum_i w_i tau_i t_i^T t_i  (O, I), in float64, task by task."""
+
+    def __init__(self) -> None:
+        self._left: Tensor | None = None
+        self._right: Tensor | None = None
+
+    def add(self, delta: Tensor, seen: Tensor | None = None, weight: float = 1.0) -> None:
+        """Adds a task: its (O, I) task vector tau_i, and what stands for its inputs, t_i, by default the same."""
+        wide = delta.double()
+        inputs = wide if seen is None or seen is delta else seen.double()
+        squares = gram(inputs)
+        # t^T t is as large as I squared; where the matrix is wide, (tau t^T) t costs less
+        shown = wide @ squares if len(inputs) >= inputs.shape[1] else (wide @ inputs.T) @ inputs
+        self._add(squares, shown, weight)
+
+    def add_squares(self, delta: Tensor, squares: Tensor) -> None:
+        """Adds a task by its (O, I) task vector and the (I, I) t_i^T t_i, both float64; the latter is overwritten."""
+        self._add(squares, delta @ squares, 1.0)
+
+    def _add(self, squares: Tensor, shown: Tensor, weight: float) -> None:
+        if self._left is None or self._right is None:
+            self._left, self._right = squares.mul_(weight), shown.mul_(weight)
+        else:
+            self._left.add_(squares, alpha=weight)
+            self._right.add_(shown, alpha=weight)
+
+    @property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """C and D."""
+        assert self._left is not None
+        assert self._right is not None
+        return self._left, self._right
+
+    def truncated(self, cutoff: float) -> Tensor:
+        """(O, I) D C^+, without the eigenvalues up to `cutoff` of the largest."""
+        values, vectors = self._spectrum()
+        kept = values > cutoff * values[-1:]
+        vectors = vectors[:, kept]
+        return ((self.sides[1] @ vectors) / values[kept]) @ vectors.T
+
+    def ridge(self, ridge: float) -> Tensor:
+        """(O, I) D (C + ridge)^-1; D C^+ where that cannot be told from a division by 0."""
+        import torch
+
+        left, right = self.sides
+        left = left.clone()
+        left.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(left)
+        if int(failed):
+            return self.truncated(len(left) * torch.finfo(left.dtype).eps)
+        return torch.cholesky_solve(right.T, factor).T
+
+    def filtered(self, start: Tensor, rank: int | None, time: float) -> Tensor:
+        """(O, I) M_0 + (D - M_0 C) Q diag(h / lambda) Q^T, C = Q diag(lambda) Q^T,  h_k = 1 - exp(-t lambda_k) for the `rank`
+        largest eigenvalues and 0 for others; without a rank it is that of `participation`."""
+        left, right = self.sides
+        values, vectors = self._spectrum()
+        values, vectors = values.flip(0), vectors.flip(1)
+        kept = participation(values) if rank is None else min(rank, len(values))
+        values, vectors = values[:kept], vectors[:, :kept]
+        resolved = values > len(left) * 2.0**-52 * values[:1]
+        values, vectors = values[resolved], vectors[:, resolved]
+        shares = -(-time * values).expm1()
+        moved = (right - start.double() @ left) @ vectors
+        return start.double() + (moved * (shares / values)) @ vectors.T
+
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        import torch
+
+        values, vectors = torch.linalg.eigh(self.sides[0])
+        return values.clamp_(min=0), vectors
+
+
+def participation(values: Tensor) -> int:
+    """(sum_k sigma_k)^2 / sum_k sigma_k^2, rounded, at least 1: how many of the directions with (k,) variances sigma_k^2 carry the
+    weight."""
+    total = float(values.sum())
+    return max(1, round(float(values.sqrt().sum()) ** 2 / total)) if total else 1
