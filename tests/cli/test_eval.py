@@ -208,8 +208,8 @@ def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["x.safetensors", "--tasks", "mnist"], 2, "error: no CLIP to evaluate with"),
-        (["x.safetensors", "--clip", "base"], 2, "error: no tasks to evaluate on"),
+        (["x.safetensors", "--tasks", "mnist"], 2, "error: there is no CLIP to evaluate with"),
+        (["x.safetensors", "--clip", "base"], 2, "error: there are no tasks to evaluate on"),
         (["x.safetensors", "--recipe", "r.toml", "--tasks", "wram"], 2, "error: unknown task `wram` (did you mean `warm`?)"),
         (["x.safetensors", "--recipe", "r.toml"], 3, "error: x.safetensors: no such file or folder"),
         (["warm.safetensors", "--recipe", "r.toml", "--tasks", "mnist"], 3, "error: hf:ylecun/mnist: has not been fetched"),
@@ -227,7 +227,7 @@ def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
         (["warm.safetensors", "--recipe", "r.toml", "--corruption", ""], 2, "error: --corruption: is empty"),
         (["warm.safetensors", "--recipe", "r.toml", "--tasks", ","], 2, "error: --tasks: is empty"),
         (["warm.safetensors", "--recipe", "r.toml", "--severity", "4"], 2, "error: --severity: there is no corruption"),
-        (["--clip", "base", "--tasks", "mnist"], 2, "error: no checkpoint to evaluate"),
+        (["--clip", "base", "--tasks", "mnist"], 2, "error: there is no checkpoint to evaluate"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_said(

@@ -139,7 +139,7 @@ def test_a_picture_in_a_page_takes_the_colour_of_its_text() -> None:
 
 
 def test_there_are_only_the_plots_there_are(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"r.gif: a plot is a .png, .svg, .pdf file"):
+    with pytest.raises(UsageError, match=r"r.gif: expected a .png, .svg or .pdf file"):
         plots.require_matplotlib(tmp_path / "r.gif")
     with pytest.raises(UsageError, match="got `pie`"):
         plots.check_kind("pie")

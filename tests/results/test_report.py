@@ -325,7 +325,7 @@ def test_predictions_of_other_images_are_refused(tmp_path: Path) -> None:
         ({"reference_rows": True}, "--reference-rows: of which table"),
         ({"plot_kind": "bars"}, "--plot-kind: there is no picture to draw"),
         ({"plot": "r.png", "plot_kind": "bar"}, r"--plot-kind: expected one of .*, got `bar` \(did you mean `bars`"),
-        ({"plot": "r.gif"}, "r.gif: a plot is a .png, .svg, .pdf file"),
+        ({"plot": "r.gif"}, "r.gif: expected a .png, .svg or .pdf file"),
         ({"plot": "r.svg", "output": "r.svg", "format": "md"}, "r.svg: two outputs have this name"),
         ({"output": "r.xls"}, r"r.xls: expected a .md or .tex or .json or .csv or .tsv or .html file"),
     ],
