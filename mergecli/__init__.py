@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from mergecli.evaluation.sweep import Swept as Swept
     from mergecli.evaluation.sweep import sweep as sweep
     from mergecli.formats.info import info as info
+    from mergecli.hub.doctor import Examined as Examined
+    from mergecli.hub.doctor import doctor as doctor
     from mergecli.hub.fetch import Fetched as Fetched
     from mergecli.hub.fetch import fetch as fetch
     from mergecli.hub.push import Pushed as Pushed
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from mergecli.merging.pool import ModelPool as ModelPool
     from mergecli.merging.taskvector import taskvector as taskvector
     from mergecli.recipe.schema import Recipe as Recipe
+    from mergecli.results.plan import Plan as Plan
+    from mergecli.results.plan import plan as plan
     from mergecli.results.report import report as report
     from mergecli.results.result import Evaluation as Evaluation
     from mergecli.runtime.errors import HubError as HubError

@@ -30,27 +30,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mergecli"
 
-KINDS = {
-    "Calibrated": (
-        "Calibration data",
-        "These look at some training images of each task, without labels. What they measure is a file that is used again.",
-    ),
-    "Adapted": (
-        "Unlabeled images",
-        "Test-time adaptation: these learn coefficients or masks on images without labels. What they learn is a file.",
-    ),
-    "Routed": ("Routed", "Each image, or each token, gets weights of its own. The file holds more than one tower."),
-    "Conditioned": (
-        "Task-conditioned",
-        "Each task has its own tower, or its own correction. You say which task an image belongs to.",
-    ),
-    "Modifier": ("Modifiers", "These change the task vectors before, or the result after, any method that needs weights only."),
-}  # fmt: skip
-"""Base class -> title and what it needs; the others need weights only."""
-WEIGHTS = ("Weights only", "These need the checkpoints and nothing else.")
-ORDER = ("Modifier", "Conditioned", "Routed", "Calibrated", "Adapted")
-"""Which kind counts where a method is of several."""
-
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Puts the methods into the navigation, by what they need."""
@@ -113,20 +92,13 @@ def _method_file(name: str) -> str:
     return f"methods/{name}.md"
 
 
-def _kind(name: str) -> str | None:
-    bases = {each.__name__ for each in methods.find(name).__mro__}
-    return next((kind for kind in ORDER if kind in bases), None)
-
-
 def _groups() -> list[tuple[str, str, list[str]]]:
-    """Title, what it needs, and names, of each group of methods; every method is in one."""
-    found = [(*WEIGHTS, [name for name in methods.names() if _kind(name) is None])]
-    found += [
-        (*about, [name for name in methods.names() if _kind(name) == kind]) for kind, about in KINDS.items()
-    ]
-    if not all(names for *_, names in found):
-        raise ValueError("a group of methods is empty: is a base class called otherwise?")
-    return found
+    """Title, what it needs, and names, of each kind of methods; every method is of one."""
+    return [
+        (f"{kind[0].upper()}{kind[1:]}", f"{needs[0].upper()}{needs[1:]}.",
+         [name for name in methods.names() if methods.find(name).kind == kind])
+        for kind, needs in methods.KINDS.items()
+    ]  # fmt: skip
 
 
 def _methods_index() -> str:

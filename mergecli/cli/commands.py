@@ -17,5 +17,6 @@ COMMANDS = {
     "cache": "mergecli.cli.cache",
     "methods": "mergecli.cli.methods",
     "tasks": "mergecli.cli.tasks",
+    "doctor": "mergecli.cli.doctor",
 }
 """Command -> its module, in the order of `--help`. The function in it has the module's name."""

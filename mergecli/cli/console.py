@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import warnings
-from collections.abc import Generator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import IO, TYPE_CHECKING, TextIO
 
@@ -28,6 +29,17 @@ def line(text: str) -> None:
     """A line of data on stdout, or several."""
     spinner.stop()
     print(visible(text, keep="\n\t"))
+
+
+def prose(text: str) -> None:
+    """Sentences on stdout; on a terminal long lines are wrapped between words."""
+    width = _width()
+    if width is None:
+        line(text)
+        return
+    from mergecli.cli.layout import prose
+
+    line(prose(visible(text, keep="\n\t"), width))
 
 
 def path(written: Path) -> None:
@@ -153,13 +165,17 @@ def drop_output() -> None:
     os.dup2(null, 1)
 
 
-def table(content: Table, form: str | None) -> None:
-    """The table on stdout: drawn on a terminal, TSV in a pipe, or in the format asked for."""
+def table(content: Table, form: str | None, drawn: Sequence[Table] = ()) -> None:
+    """The table on stdout: drawn on a terminal, TSV in a pipe, or in the format asked for.
+
+    Args:
+        drawn: the same as several tables, each with a title, for terminals.
+    """
     spinner.stop()
     if form is None:
         form = "table" if sys.stdout.isatty() else "tsv"
     if form == "table":
-        _drawn(content)
+        _draw(drawn or [content])
     else:
         sys.stdout.write(content.text(form))
 
@@ -175,29 +191,28 @@ def check_format(form: str | None) -> str | None:
     return form
 
 
-def _drawn(content: Table) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
+def _draw(tables: Sequence[Table]) -> None:
+    from mergecli.cli.layout import laid_out
 
-    def written(text: str) -> Text:
-        return Text(visible(text))  # a string would be read as markup, which `ties[b]` and `:x:` are not
+    encoding = (sys.stdout.encoding or "utf-8").lower()
+    laid = laid_out(tables, _width(), "─" if "utf" in encoding else "-")
+    lines = [*laid.lines]
+    for number, start, stop in sorted(
+        laid.bold, reverse=True
+    ):  # from the right, so that places stay what they are
+        each = lines[number]
+        lines[number] = each[:start] + _painted(each[start:stop], "", sys.stdout) + each[stop:]
+    for each in lines:
+        print(each)
+    for each in laid.notes:
+        note(each)
 
-    title = written(content.title) if content.title else None
-    drawn = RichTable(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for column in content.columns:
-        drawn.add_column(
-            written(column.name), justify="left" if column.unit == "text" else "right", no_wrap=True
-        )
-    for row in content.rows:
-        cells = zip(content.columns, row, strict=True)
-        drawn.add_row(*(written(column.text(value)) for column, value in cells))
-    console = Console(highlight=False)
-    needed = console.measure(drawn, options=console.options.update(width=10_000)).maximum
-    # a narrow terminal wraps a line, but cut numbers would be lost; without a height rich takes a dumb one for 80 wide
-    console.size = (max(console.width, needed), console.height)
-    console.print(drawn)
+
+def _width() -> int | None:
+    """The width of the terminal that stdout is, or what `COLUMNS` says; None of a file or pipe, which has none."""
+    if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
+        return None
+    return shutil.get_terminal_size().columns
 
 
 def progress() -> AbstractContextManager[Progress | None]:
@@ -216,4 +231,4 @@ def _title() -> str:
 
 def _painted(text: str, color: str, stream: IO[str]) -> str:
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
-    return text if plain else f"\x1b[1;{color}m{text}\x1b[0m"
+    return text if plain else f"\x1b[{';'.join(filter(None, ('1', color)))}m{text}\x1b[0m"

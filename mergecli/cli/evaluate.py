@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergecli.cli import amounts, console, ending, options
+from mergecli.cli.dry_run import show_plan
 from mergecli.cli.thresholds import check_thresholds, parse_thresholds
 from mergecli.runtime.errors import UsageError
 
@@ -129,6 +131,8 @@ def evaluate(
     ] = None,
     keep: Annotated[Path | None, typer.Option("--keep", metavar="DIR", help="With --sweep: keep the checkpoints.")] = None,
     plot: options.Plot = None,
+    dry_run: options.DryRun = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     form: options.Format = None,
     changes: options.Set = None,
 ) -> None:  # fmt: skip
@@ -146,6 +150,7 @@ def evaluate(
     """
     if min_average is not None and not 0 <= min_average <= 1:
         raise UsageError(f"--min-average: expected a fraction from 0 to 1, got {min_average:g}")
+    form = "json" if as_json and form is None else form
     console.check_format(form)
     from mergecli.evaluation.evaluate import evaluate
     from mergecli.recipe.reading import recipe_of
@@ -177,12 +182,16 @@ def evaluate(
         if recipe is None:
             raise UsageError("--sweep: there is nothing to merge", "name a recipe with `--recipe`")
         with console.progress() as progress:
-            found = evaluate_sweep(
-                recipe, sweep, method=method, changes=changes or [], select=select, keep=keep, output=output, plot=plot,
+            work = partial(
+                evaluate_sweep, recipe, sweep, method=method, changes=changes or [], select=select, keep=keep, output=output, plot=plot,
                 device=device, progress=progress, tasks=named, batch_size=batch_size, split=split, limit=limit,
                 corruption=corruption, severity=severity or 1, dtype=dtype, workers=workers, cache=cache, cache_size=cache_size,
                 fresh=fresh, routing=routing,
             )  # fmt: skip
+            if dry_run:
+                show_plan(work, form)
+                return
+            found = work()
         console.table(found.table, form)
         console.note(found.note)
         ending.did(f"evaluated {amounts.count(len(found.results), 'merge')} on {_tasks(found.results)}")
@@ -194,13 +203,17 @@ def evaluate(
     if (other := next((name for name, value in swept.items() if value), None)) is not None:
         raise UsageError(f"{other}: belongs to a sweep", "say over what with `--sweep KEY=VALUES`")
     with console.progress() as progress:
-        results = evaluate(
-            named_sources(checkpoints or []) or (), recipe=known, only=options.names("--only", only),
+        work = partial(
+            evaluate, named_sources(checkpoints or []) or (), recipe=known, only=options.names("--only", only),
             individual=individual, clip=clip, tasks=named, batch_size=batch_size, split=split, limit=limit,
             corruption=corruption, severity=severity or 1, device=device, dtype=dtype, workers=workers, cache=cache,
             cache_size=cache_size, fresh=fresh, routing=routing, output=output, predictions=predictions, features=features,
             routes=routes, progress=progress,
         )  # fmt: skip
+        if dry_run:
+            show_plan(work, form)
+            return
+        results = work()
     console.table(accuracy_table(results), form)
     models = results[0].models if individual else results
     ending.did(f"evaluated {amounts.count(len(models), 'checkpoint')} on {_tasks(results)}")

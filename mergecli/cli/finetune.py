@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergecli.cli import amounts, console, ending, options
+from mergecli.cli.dry_run import show_plan
 from mergecli.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ def finetune(
     save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between saved resume files.")] = 500,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming an interrupted training.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="Of the output: float32, float16 or bfloat16.")] = "float32",
+    dry_run: options.DryRun = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written, or the plan, as JSON.")] = False,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write losses and accuracies of each step (.csv).")] = None,
     tensorboard: Annotated[
         Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write them for TensorBoard.")
@@ -77,24 +81,33 @@ def finetune(
         raise UsageError(f"--schedule: expected cosine or constant, got `{schedule}`")
     if recipe is None and base is None:
         raise UsageError("there is no base to start from", "name a recipe, or the base with `--base`")
+    from dataclasses import asdict
+
     from mergecli.recipe.reading import recipe_of
     from mergecli.runtime.distributed import is_first
     from mergecli.training.finetune import finetune
 
     known = recipe_of(recipe, changes=changes or []) if recipe else None
     with console.progress() as progress:
-        done = finetune(
-            known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
+        work = partial(
+            finetune, known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
             weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
             lora=lora, l_lora=l_lora, rank=rank, alpha=alpha, target_modules=target_modules, lora_dropout=lora_dropout,
             validate_every=validate_every, validation_split=validation_split, trace=trace, tensorboard=tensorboard,
             device=device, dtype=dtype, save_every=save_every, fresh=fresh, progress=progress,
         )  # fmt: skip
+        if dry_run:
+            show_plan(work, "json" if as_json else None)
+            return
+        done = work()
     if is_first():
         ending.did(f"trained {amounts.count(done.steps - done.resumed_from, 'step')}{_best(done)}")
         ending.wrote(done.path)
         ending.wrote_beside(trace, tensorboard)
-        console.path(done.path)
+        if as_json:
+            console.json({**asdict(done), "path": str(done.path)})
+        else:
+            console.path(done.path)
 
 
 def _best(done: Finetuned) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mergecli.cli import console, ending, options
+from mergecli.cli.dry_run import show_plan
 from mergecli.runtime.errors import UsageError
 
 
@@ -55,7 +57,8 @@ def merge(
     tensorboard: Annotated[
         Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write the same for TensorBoard.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was written and its digests as JSON.")] = False,
+    dry_run: options.DryRun = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written and its digests, or the plan, as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Merge fine-tuned models into one checkpoint; prints its path.
 
@@ -92,22 +95,21 @@ def merge(
             if card:
                 raise UsageError("--card: a sweep writes several models, and a folder has one card")
             points = points_of(what, sweep, base=base, method=method, changes=changes or [])
-            written = merge_sweep(
-                points,
-                output,
-                device=device,
-                statistics=statistics,
-                coefficients=coefficients,
+            work = partial(
+                merge_sweep, points, output, device=device, statistics=statistics, coefficients=coefficients,
                 progress=progress,
-            )
+            )  # fmt: skip
         else:
-            written = [
-                merge(
-                    what, output=output, base=base, method=method, changes=changes or [], device=device,
-                    shard_size=shard_size, card=card, statistics=statistics, coefficients=coefficients,
-                    save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
-                )
-            ]  # fmt: skip
+            work = partial(
+                merge, what, output=output, base=base, method=method, changes=changes or [], device=device,
+                shard_size=shard_size, card=card, statistics=statistics, coefficients=coefficients,
+                save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
+            )  # fmt: skip
+        if dry_run:
+            show_plan(work, "json" if as_json else None)
+            return
+        done = work()
+    written = done if isinstance(done, tuple) else (done,)
     for text in dict.fromkeys(text for each in written for text in each.warnings):
         console.warning(text)
     if not is_first():

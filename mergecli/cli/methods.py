@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergecli.cli import console, ending, options
 from mergecli.runtime.errors import toml_text
+
+if TYPE_CHECKING:
+    from mergecli.methods import Method
+    from mergecli.results.tables import Table
 
 
 def methods(
@@ -33,20 +38,47 @@ def methods(
         classes = {each: registry.find(each) for each in registry.names()}
         rows = tuple((each, method.title, _reads(method.passes)) for each, method in classes.items())
         table = Table((Column("method"), Column("what it does"), Column("cost")), rows)
-        console.table(table, "json" if as_json else form)
+        console.table(table, "json" if as_json else form, drawn=_of_each_kind(classes))
         return
     described = _described(name)
     if as_json or form == "json":
         console.json(described)
         return
-    console.line(f"{name}: {described['title']}\n")
-    console.line(f"{described['equation']}\n")
+    console.prose(f"{name}: {described['title']}\n")
+    console.prose(f"{described['equation']}\n")
     for setting in described["settings"]:
         default = "required" if setting["required"] else f"default {toml_text(setting['default'])}"
-        console.line(f"method.{setting['name']}  {setting['expected']}; {default}")
-        console.line(f"    {' '.join(setting['documentation'].split())}")
-    console.line(f"{chr(10) if described['settings'] else ''}cost   {described['cost']}")
-    console.line(f"paper  {described['paper']}")
+        console.prose(f"method.{setting['name']}  {setting['expected']}; {default}")
+        console.prose(f"    {' '.join(setting['documentation'].split())}")
+    console.prose(f"{chr(10) if described['settings'] else ''}kind   {described['kind']}")
+    console.prose(f"cost   {described['cost']}")
+    console.prose(f"paper  {described['paper']}")
+
+
+def _of_each_kind(classes: Mapping[str, type[Method]]) -> list[Table]:
+    """A table for each kind of method."""
+    from mergecli import methods as registry
+    from mergecli.results.cells import Column
+    from mergecli.results.tables import Table
+
+    columns = (
+        Column("method"),
+        Column("what it does"),
+        Column("needs", optional=True),
+        Column("reads", "count", optional=True),
+    )
+    return [
+        Table(
+            columns,
+            tuple(
+                (name, each.title, ", ".join(each.needed()) or "-", each.passes)
+                for name, each in classes.items()
+                if each.kind == kind
+            ),
+            title=f"{kind}: {needs}",
+        )
+        for kind, needs in registry.KINDS.items()
+    ]
 
 
 def _described(name: str) -> dict[str, Any]:
@@ -61,6 +93,7 @@ def _described(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "title": method.title,
+        "kind": method.kind,
         "equation": inspect.getdoc(method),
         "settings": settings,
         "cost": "; ".join(

@@ -49,6 +49,9 @@ Format = Annotated[
 Base = Annotated[
     str | None, typer.Option("--base", metavar="SOURCE", help="The base model: hf:, ms:, toy: or a path.")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only check everything and show what would be done; write nothing.")
+]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .svg or .pdf file.")]
 
 

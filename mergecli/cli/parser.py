@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer import Context
 from typer.core import TyperCommand, TyperOption
 
 from mergecli.runtime import verbosity
@@ -60,7 +59,7 @@ class Command(TyperCommand):
             _option(["--debug"], _debug, _DEBUG),
         ]
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
         try:
             return super().invoke(ctx)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from mergecli.data.overview import SplitFound
     from mergecli.data.tasks import Task
+    from mergecli.results.tables import Table
 
 
 def tasks(
@@ -49,8 +50,6 @@ def tasks(
     mergecli tasks birds --recipe recipe.toml --plot birds.png
     """
     from mergecli.data import tasks as registry
-    from mergecli.results.cells import Column
-    from mergecli.results.tables import Table
 
     console.check_format(form)
     if recipe is None and plot is not None:
@@ -62,14 +61,10 @@ def tasks(
     ending.did("listed the tasks" if name is None else f"showed {name}")
     known = {} if recipe is not None else registry.sets()
     if name is None or name in known:
-        chosen = [registry.find(each) for each in (registry.names() if name is None else known[name])]
-        columns = (Column("task"), Column("classes", "count"), Column("prompts", "count"), Column("data"),
-                   Column("what it is"))  # fmt: skip
-        rows = tuple(
-            (each.name, len(each.classes or ()), len(each.templates), str(each.data), each.description)
-            for each in chosen
-        )
-        console.table(Table(columns, rows), "json" if as_json else form)
+        table = _listed(registry.names() if name is None else known[name])
+        groups = registry.listed() if name is None else {}
+        drawn = [replace(_listed(tasks), title=title) for title, tasks in groups.items()]
+        console.table(table, "json" if as_json else form, drawn)
         return
     from mergecli.recipe.reading import recipe_of
 
@@ -78,9 +73,9 @@ def tasks(
     if recipe is not None:
         from mergecli.data import overview
 
-        found = overview.found_for(task)
         if plot is not None:
             overview.contact_sheet(task, plot)
+        found = overview.found_for(task)
     described: dict[str, object] = {
         "name": task.name, "description": task.description, "data": str(task.data), "config": task.config,
         "split": task.split, "train_split": task.train_split, "classes": task.classes, "templates": task.templates,
@@ -98,28 +93,43 @@ def tasks(
         _show_split(each)
 
 
+def _listed(names: Sequence[str]) -> Table:
+    """A row for each task."""
+    from mergecli.data import tasks as registry
+    from mergecli.results.cells import Column
+    from mergecli.results.tables import Table
+
+    columns = (Column("task"), Column("classes", "count", optional=True), Column("prompts", "count", optional=True),
+               Column("data", optional=True), Column("what it is"))  # fmt: skip
+    rows = tuple(
+        (each.name, len(each.classes or ()), len(each.templates), str(each.data), each.description)
+        for each in map(registry.find, names)
+    )
+    return Table(columns, rows)
+
+
 def _show(task: Task, note: str, *, with_classes: bool) -> None:
-    console.line(f"{task.name}: {task.description}\n")
-    console.line(f"data     {task.data}" + (f" ({task.config})" if task.config else ""))
-    console.line(f"splits   {task.split} (evaluated), {task.train_split} (training)")
-    console.line(f"prompts  {task.templates[0]}")
+    console.prose(f"{task.name}: {task.description}\n")
+    console.prose(f"data     {task.data}" + (f" ({task.config})" if task.config else ""))
+    console.prose(f"splits   {task.split} (evaluated), {task.train_split} (training)")
+    console.prose(f"prompts  {task.templates[0]}")
     for template in task.templates[1:]:
-        console.line(f"         {template}")
+        console.prose(f"         {template}")
     for number, each in enumerate((task.classes or ()) if with_classes else ()):
-        console.line(f"{'classes' if number == 0 else '':8} {number:>3}  {each}")
+        console.prose(f"{'classes' if number == 0 else '':8} {number:>3}  {each}")
     if note:
-        console.line(f"names    {note}")
+        console.prose(f"names    {note}")
 
 
 def _show_split(found: SplitFound) -> None:
     if found.problem:
-        console.line(f"\nsplit `{found.split}`: cannot be used: {found.problem}")
+        console.prose(f"\nsplit `{found.split}`: cannot be used: {found.problem}")
         return
-    console.line(
+    console.prose(
         f"\nsplit `{found.split}`: {found.images:,} images, {len(found.classes):,} classes ({found.matched})"
     )
     if found.left_out:
-        console.line(f"left out {found.left_out}")
+        console.prose(f"left out {found.left_out}")
     rows = [("label", "images", "in the data", "in the prompts")]
     rows += [
         (str(each.label), f"{each.images:,}", " + ".join(each.data_names) or "-", each.name)
@@ -127,4 +137,4 @@ def _show_split(found: SplitFound) -> None:
     ]
     wide = [max(len(row[column]) for row in rows) for column in range(3)]
     for label, images, own, name in rows:
-        console.line(f"  {label:>{wide[0]}}  {images:>{wide[1]}}  {own:{wide[2]}}  {name}".rstrip())
+        console.prose(f"  {label:>{wide[0]}}  {images:>{wide[1]}}  {own:{wide[2]}}  {name}".rstrip())

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,6 +97,11 @@ def head_key(clip: Clip, text: str, classes: Sequence[str], templates: Sequence[
     return sha256(json.dumps(about).encode()).hexdigest()[:32]
 
 
+def has_head(clip: Clip, text: str, classes: Sequence[str], templates: Sequence[str], max_size: int) -> bool:
+    """Whether `cached_head` finds the head in the cache."""
+    return bool(max_size) and cache_path("heads", head_key(clip, text, classes, templates)).exists()
+
+
 def cached_head(
     clip: Clip, classes: Sequence[str], templates: Sequence[str], text: str, max_size: int
 ) -> Tensor:
@@ -131,19 +136,9 @@ def zero_shot_head(clip: Clip, classes: Sequence[str], templates: Sequence[str])
     Raises:
         InputError: a prompt has more tokens than the text tower takes.
     """
-    limit = int(clip.model.config.text_config.max_position_embeddings)
     rows: list[Tensor] = []
     for name in classes:
-        prompts = [template.replace("{}", name) for template in templates]
-        batch = clip.tokenizer(prompts, padding=True, return_tensors="pt")
-        length = int(batch["input_ids"].shape[1])
-        if length > limit:
-            longest = max(prompts, key=len)
-            raise InputError(
-                f"class `{name}`: a prompt has {length} tokens, the text tower takes {limit}: `{longest[:80]}`",
-                "shorten the class name or the template",
-            )
-        _expect_tokens(clip, name, prompts, batch["input_ids"])
+        batch = _tokens(clip, name, templates)
         pooled = clip.model.text_model(
             input_ids=batch["input_ids"].to(clip.device),
             attention_mask=batch["attention_mask"].to(clip.device),
@@ -153,6 +148,28 @@ def zero_shot_head(clip: Clip, classes: Sequence[str], templates: Sequence[str])
         mean = text.mean(dim=0)
         rows.append(mean / mean.norm())
     return torch.stack(rows)
+
+
+def check_prompts(clip: Clip, classes: Sequence[str], templates: Sequence[str]) -> None:
+    """Raises InputError if the text tower cannot read one of the prompts: found before the work."""
+    for name in classes:
+        _tokens(clip, name, templates)
+
+
+def _tokens(clip: Clip, name: str, templates: Sequence[str]) -> Any:
+    """The tokens of a class's prompts, known to be some that the text tower can read."""
+    limit = int(clip.model.config.text_config.max_position_embeddings)
+    prompts = [template.replace("{}", name) for template in templates]
+    batch = clip.tokenizer(prompts, padding=True, return_tensors="pt")
+    length = int(batch["input_ids"].shape[1])
+    if length > limit:
+        longest = max(prompts, key=len)
+        raise InputError(
+            f"class `{name}`: a prompt has {length} tokens, the text tower takes {limit}: `{longest[:80]}`",
+            "shorten the class name or the template",
+        )
+    _expect_tokens(clip, name, prompts, batch["input_ids"])
+    return batch
 
 
 def _expect_tokens(clip: Clip, name: str, prompts: Sequence[str], tokens: Tensor) -> None:

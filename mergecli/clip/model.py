@@ -17,6 +17,7 @@ from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import expect_finite, whole_folder, write_text
 from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences, leave_out_hint, other_architecture
+from mergecli.storage.file_state import expect_unchanged
 from mergecli.storage.metadata import model_folder_files
 from mergecli.storage.safetensors_writer import save_tensors
 
@@ -59,7 +60,8 @@ def load_clip(path: Path) -> Clip:
         if not path.is_dir() or not stored.is_whole_clip:
             raise InputError(
                 f"{path}: is not a whole CLIP",
-                why_foreign(stored) or "a base is a folder with both towers and a tokenizer",
+                (path.is_dir() and why_foreign(stored))
+                or "a base is a folder with both towers and a tokenizer",
             )
     _expect(path, "config.json")
     _expect(path, "preprocessor_config.json", "processor_config.json")
@@ -83,6 +85,8 @@ def load_clip(path: Path) -> Clip:
             raise
         except Exception as error:
             raise InputError(f"{path}: cannot be loaded as a CLIP: {str(error).splitlines()[0]}") from error
+    for file, state in zip(stored.files, stored.states, strict=True):
+        expect_unchanged(file, state)
     wrong = [f"lacks tensor `{name}`" for name in sorted(_not_filled(model, path, info["missing_keys"]))]
     wrong += [f"`{name}` has another shape than its config says" for name, *_ in info["mismatched_keys"]]
     if wrong:

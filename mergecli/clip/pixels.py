@@ -99,7 +99,7 @@ def cached_pixels(clip: Clip, images: Images, processing: Processing | None = No
         for _ in decoded_batches(clip, images, how, 8 * BLOCK):
             interrupts.check()
         found = stored_pixels(clip, images, how)
-    return found or _decoded_each_time(clip, images, how)
+    return found or decoded_alone(clip, images, how)
 
 
 def chunks(clip: Clip, images: Images, how: Processing, size: int, room: int) -> Generator[Pixels]:
@@ -127,7 +127,7 @@ def chunks(clip: Clip, images: Images, how: Processing, size: int, room: int) ->
             for batch in islice(batches, -(-(count - filled) // size)):
                 chunk[filled : filled + len(batch)] = batch
                 filled += len(batch)
-            yield _in_memory(chunk, labels[done : done + count])
+            yield in_memory(chunk, labels[done : done + count])
             done += count
 
 
@@ -204,7 +204,8 @@ def _readable(images: Images, numbers: range, found: Any) -> Any:
     return found
 
 
-def _decoded_each_time(clip: Clip, images: Images, how: Processing) -> Pixels:
+def decoded_alone(clip: Clip, images: Images, how: Processing) -> Pixels:
+    """The images without the cache: each is decoded by this process whenever it is used."""
     import torch
 
     def read(numbers: Sequence[int]) -> Tensor:
@@ -215,7 +216,8 @@ def _decoded_each_time(clip: Clip, images: Images, how: Processing) -> Pixels:
     return Pixels(torch.tensor(images.labels), None, read)
 
 
-def _in_memory(stored: Tensor, labels: Tensor) -> Pixels:
+def in_memory(stored: Tensor, labels: Tensor) -> Pixels:
+    """(N, 3, H, W) uint8 images and their (N,) labels."""
     import torch
 
     return Pixels(labels, stored, lambda numbers: stored[torch.tensor(numbers)])
@@ -295,7 +297,7 @@ def _opened(clip: Clip, images: Images, how: Processing, shape: tuple[int, ...])
     if mapped is None:
         return None
     touch(path)
-    return _StoredImages(mapped, _decoded_each_time(clip, images, how).read)
+    return _StoredImages(mapped, decoded_alone(clip, images, how).read)
 
 
 class _Store:

@@ -97,6 +97,20 @@ def sets() -> dict[str, tuple[str, ...]]:
 
 
 @cache
+def listed() -> dict[str, tuple[str, ...]]:
+    """What is to be said of a set -> its tasks: every built-in task once, in the order of `names`."""
+    written = tomllib.loads(_PROMPTS.with_name("task_sets.toml").read_text("utf-8"))["listed"]
+    about = {name: f"{what}; `mergecli fetch` brings the images" for name, what in written.items()}
+    about["toy8"] = "nothing is needed, mergecli draws the images"
+    left = list(names())
+    found: dict[str, tuple[str, ...]] = {}
+    for name, what in about.items():
+        found[f"{name}: {what}"] = chosen = tuple(each for each in left if each in sets()[name])
+        left = [each for each in left if each not in chosen]
+    return {**found, "others": tuple(left)} if left else found
+
+
+@cache
 def names() -> tuple[str, ...]:
     """The names of all built-in tasks: published ones in the order of their tables, then others, then toy tasks."""
     order = list(max(sets().values(), key=len))

@@ -206,6 +206,7 @@ def _evaluate_open(
         settings,
         own_task_only=individual,
         predictions=predictions is not None,
+        outputs=[*targets, *([Path(predictions)] if predictions is not None else [])],
         progress=progress,
     )
     names = [task.name for task in tasks] if individual else None

@@ -74,6 +74,12 @@ class LayerFeatures:
             self._writer.write(name, torch.cat(states), first * self._width)
 
 
+def feature_size(clip: Clip, images: int) -> int:
+    """Bytes of the file of so many images."""
+    config = clip.model.config.vision_config
+    return images * (4 * config.num_hidden_layers * config.hidden_size + 2 * 8)
+
+
 def feature_file(folder: Path | None, tower: str, task: str, several: bool) -> Path | None:
     """The file for one tower's features on one task; each of several towers has its own folder."""
     if folder is None:

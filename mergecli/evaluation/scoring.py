@@ -11,14 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 from mergecli.evaluation import counting
 from mergecli.evaluation.counting import Counts, CountsFile, Job, ModelSlot, load_counts
-from mergecli.evaluation.features import LayerFeatures, feature_file, features_metadata, saved_with
+from mergecli.evaluation.features import (
+    LayerFeatures,
+    feature_file,
+    feature_size,
+    features_metadata,
+    saved_with,
+)
+from mergecli.evaluation.plan import PlannedCounts, evaluation_plan
 from mergecli.evaluation.routes import Routes, RouteSums
 from mergecli.evaluation.settings import Scores, Settings, Tower
 from mergecli.formats.mixture import mixture_of
+from mergecli.results.plan import Plan
 from mergecli.results.result import TaskScore
 from mergecli.runtime import interrupts
+from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.errors import UsageError
 from mergecli.runtime.notes import note
+from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import cache_path
 
 if TYPE_CHECKING:
@@ -42,6 +52,7 @@ def score(
     *,
     own_task_only: bool = False,
     predictions: bool = False,
+    outputs: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> Scores:
     """The score of every tower on every task, with the other parts of the CLIP in `folder`.
@@ -51,13 +62,14 @@ def score(
     Args:
         own_task_only: each tower only on the task that has its name.
         predictions: whether one row for each image is wanted.
+        outputs: files that the results go to, for the plan of a dry run.
 
     Raises:
         InputError: a tower or a data set does not fit, which is found before the first image; or an image cannot be read.
     """
     import torch
 
-    from mergecli.clip.heads import clip_digests
+    from mergecli.clip.heads import check_prompts, clip_digests, has_head
     from mergecli.clip.model import load_clip
     from mergecli.data.images import task_images
     from mergecli.data.splits import sha256_digest
@@ -88,6 +100,23 @@ def score(
     clip.model.visual_projection.to(getattr(torch, settings.dtype))
     processing = sha256_digest(clip.processor.to_json_string())
     scores = Scores([{} for _ in towers], {}, clip_digests(folder), processing, [])
+    for each in every:
+        if not has_head(clip, scores.clip.text, each.classes, each.task.templates, settings.max_size):
+            check_prompts(clip, each.classes, each.task.templates)
+    wanted = [
+        (tower, each)
+        for each in every
+        for tower in towers
+        if not own_task_only or tower.name == each.task.name
+    ]
+    several = len(towers) > 1 and not own_task_only
+    _check_space(clip, wanted, settings, several=several)
+
+    def planned() -> Plan:
+        counts = [PlannedCounts(*each, _is_counted(clip, *each, settings, scores.clip)) for each in wanted]
+        return evaluation_plan(clip, counts, settings, scores.clip, outputs, several=several)
+
+    work_begins(planned)
     weights: list[dict[str, Weights]] = [{} for _ in towers]
     slots = [ModelSlot(clip, settings.routing)]
     pairs = len(tasks) if own_task_only else len(tasks) * len(towers)
@@ -116,6 +145,27 @@ def score(
         if each
     ]
     return scores
+
+
+def _check_space(
+    clip: Clip, wanted: Sequence[tuple[Tower, TaskImages]], settings: Settings, *, several: bool
+) -> None:
+    """Raises InputError if the disk has no room for the features."""
+    sizes: dict[Path, int] = {}
+    for tower, of_task in wanted:
+        if file := feature_file(settings.features, tower.name, of_task.task.name, several):
+            sizes[file] = feature_size(clip, len(of_task.images))
+    check_space(sizes)
+
+
+def _is_counted(
+    clip: Clip, tower: Tower, of_task: TaskImages, settings: Settings, digests: ClipDigests
+) -> bool:
+    """Whether an evaluation that was interrupted has counted the tower on the task."""
+    if not settings.max_size or settings.fresh or settings.features or settings.routes:
+        return False
+    path = cache_path("results", _key(clip, tower, of_task, settings, digests))
+    return load_counts(CountsFile(path, "", settings.max_size), of_task.images.labels) is not None
 
 
 def _tell(images: Images) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from mergecli.evaluation.evaluate import evaluate, forget, tasks_of
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.sweep_points import Point, merge_batch, point_files, points_of
 from mergecli.results.cells import Cell, Column
+from mergecli.results.plan import Plan, Work, check, plan
 from mergecli.results.result import Evaluation
 from mergecli.results.statistics import Count, difference_interval
 from mergecli.results.tables import Table
+from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.errors import UsageError, toml_text
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
@@ -143,6 +147,14 @@ def sweep(
         warn_of_others(kept, {path.name for path in point_files(points, kept)})
     split = evaluation.pop("split", None)
     shared: dict[str, Any] = {**evaluation, "device": device, "progress": progress}
+    # no merge is there yet: the base stands for all, which routes no batches
+    base = partial(evaluate, recipe=known, only=["base"], **shared)
+    if shared.get("routing") == "batch":
+        base = partial(base, routing="sample")
+    for each in dict.fromkeys((select or split, split)):
+        check(base, split=each)
+    confirm = partial(base, split=split) if select else None
+    work_begins(partial(_plan, points, kept, targets, device, partial(base, split=select or split), confirm))
     results: list[Evaluation] = []
     unfinished: list[Path] = []
     shared["unfinished"] = unfinished
@@ -176,6 +188,51 @@ def sweep(
         _draw(swept, axis, Path(plot))
     forget(unfinished)
     return swept
+
+
+def _plan(
+    points: Sequence[Point],
+    kept: Path | None,
+    outputs: Sequence[Path],
+    device: str,
+    base: Callable[[], object],
+    confirm: Callable[[], object] | None,
+) -> Plan:
+    """The plan of a sweep, from those of its first merges and of an evaluation of the base in place of a merge.
+
+    Args:
+        confirm: evaluates the base on the tasks' own split, where the best point is chosen on another.
+    """
+    began = time.perf_counter()
+    batches = [batch for _, batch in _batches(points, kept)]
+    merges = plan(merge_batch, batches[0], kept or Path(gettempdir()) / "mergecli-sweep", device=device)
+    evaluation, confirmation = plan(base), plan(confirm) if confirm else None
+    work: list[Work] = []
+    for each in merges.work:
+        share = len(points) / len(batches[0])
+        if each.work == "write" and kept is None:
+            each = replace(each, file="a temporary folder")
+        if each.work in ("read", "merge"):
+            each = replace(
+                each, passes=(each.passes or 0) * len(batches), seconds=(each.seconds or 0.0) * share
+            )
+        if each.work != "check":
+            work.append(each)
+    count = len(points)
+    for each in evaluation.work:
+        if each.work == "evaluate":
+            what = each.what.replace("base", f"{count} merges", 1)
+            seconds = count * (each.seconds or 0.0)
+            each = replace(each, what=what, images=count * (each.images or 0), cached=None, seconds=seconds)
+        if each.work in ("head", "decode", "evaluate"):
+            work.append(each)
+    for each in confirmation.work if confirmation else ():
+        if each.work in ("head", "decode", "evaluate"):
+            what = each.what.replace("base", "the best merge", 1) if each.work == "evaluate" else each.what
+            work.append(replace(each, what=what))
+    work += [Work("write", "results", str(path)) for path in outputs]
+    memory = max(each.memory for each in (merges, evaluation, confirmation) if each)
+    return Plan("eval", tuple(work), memory, time.perf_counter() - began)
 
 
 def _batches(points: Sequence[Point], kept: Path | None) -> Iterator[tuple[int, Sequence[Point]]]:

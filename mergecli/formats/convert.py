@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -37,13 +38,16 @@ def is_pickled(path: Path) -> bool:
 
 
 def needs_conversion(path: Path) -> bool:
-    """Whether mergecli can read `path` only after `convert`: it is pickled, or has open_clip's or a wrapper's names.
+    """Whether `path` can be used only after `convert`: it is pickled, or a folder with open_clip's names, as which
+    transformers cannot load it. A safetensors file with such names is read as it is.
 
     Raises:
         InputError: it is missing, damaged, or has names of open_clip but not the tensors of a CLIP.
     """
     if is_pickled(path):
         return True
+    if not path.is_dir():
+        return False
     with open_checkpoint(path) as stored:
         return renaming(
             path, {name: entry.shape for name, entry in stored.entries.items()}, opened=True
@@ -144,8 +148,8 @@ def why_foreign(stored: Checkpoint) -> str:
     if not plan.changes:
         return ""
     return (
-        f"{stored.path} has open_clip's names: `mergecli fetch {stored.path}` rewrites it once, and from then on that is "
-        "read in its place"
+        f"{stored.path} has open_clip's names: `mergecli fetch {shlex.quote(str(stored.path))}` rewrites it once, and from "
+        "then on that is read in its place"
     )
 
 

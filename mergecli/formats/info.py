@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mergecli.formats.coefficients import Coefficients, coefficients_of
 from mergecli.data.contamination import findings_of
 from mergecli.formats.lora_files import Adapter, is_adapter, open_adapter
 from mergecli.formats.mixture import mixture_of
+from mergecli.formats.open_clip_names import read_through
 from mergecli.formats.opening import is_model, model_path, open_source
+from mergecli.runtime.errors import InputError
+from mergecli.storage.atomic import check_targets
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.sources import Source, parse_source
@@ -39,6 +43,9 @@ class Info:
     """Whether it can be merged and evaluated, as far as its kind says."""
     adapter: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of an adapter: its method, rank, scaling, modules and base."""
+    coefficients: Coefficients | None = None
+    """What the method learned for each task and tensor: of a file of coefficients, and of what was merged with them if the store
+    still has them."""
     mixture: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of a mixture: its tasks, whether it routes or is task-conditioned, and how large it is beside one tower."""
     warnings: tuple[str, ...] = ()
@@ -50,14 +57,45 @@ class Info:
         return inputs_of(self.metadata)
 
 
-def info(checkpoint: str | Path) -> Info:
+def info(checkpoint: str | Path, *, plot: str | Path | None = None) -> Info:
     """What the checkpoint is, how large, with which tensors, and where it says it comes from.
 
     `FILE#TASK` is the tower that a mixture has for a task: it is computed for its digest, and has no file of its own.
 
+    Args:
+        plot: a heat-map of the learned coefficients, tasks by layers (PNG, SVG or PDF by its suffix).
+
     Raises:
-        InputError: it is missing or damaged, or there is no tower for the task.
+        InputError: it is missing or damaged, there is no tower for the task, or with `plot` no coefficients are known.
+        UsageError: the picture cannot be written.
     """
+    if plot is None:
+        return _opened(checkpoint)
+    from mergecli.results.plots import require_matplotlib
+
+    require_matplotlib(Path(plot))
+    check_targets([(Path(plot), ())], {})
+    found = _opened(checkpoint)
+    known_coefficients(found).plot(Path(plot))
+    return found
+
+
+def known_coefficients(found: Info) -> Coefficients:
+    """The learned coefficients; raises InputError if there are none, or not here."""
+    if found.coefficients is not None:
+        return found.coefficients
+    if digest := found.inputs.get("coefficients"):
+        raise InputError(
+            f"{found.path}: the coefficients that it was merged with ({digest}) are not in the store",
+            "name the file of them, which `mergecli merge --save-coefficients` writes",
+        )
+    raise InputError(
+        f"{found.path}: has no learned coefficients",
+        "methods such as `ada_merging` learn some: `mergecli methods`",
+    )
+
+
+def _opened(checkpoint: str | Path) -> Info:
     source = parse_source(str(checkpoint), Path())
     path = model_path(source)
     if source.task is not None:
@@ -67,7 +105,7 @@ def info(checkpoint: str | Path) -> Info:
         adapter = open_adapter(path)
         with adapter.stored as stored:
             return replace(_info(source, stored), kind="adapter", is_model=True, adapter=_about(adapter))
-    with open_checkpoint(path) as whole:
+    with read_through(open_checkpoint(path)) as whole:
         return _info(source, whole)
 
 
@@ -88,6 +126,7 @@ def _info(source: Source, whole: Checkpoint) -> Info:
         digest=each.digest(),
         metadata=each.metadata,
         is_model=is_model(each),
+        coefficients=coefficients_of(each),
         mixture=_about_mixture(each) if each.is_mixture else {},
         warnings=tuple(found.text for found in findings_of(source, each)),
     )

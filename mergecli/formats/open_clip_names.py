@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli.runtime.errors import InputError, listed, quoted
-from mergecli.storage.checkpoint import VISION, canonical_names
+from mergecli.storage.checkpoint import VISION, Checkpoint, TensorEntry, canonical_names
+from mergecli.storage.checksums import ChunkHashes
+from mergecli.storage.lazy_checkpoint import BlockReader, LazyCheckpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +47,14 @@ class Origin:
         if self.scalar:
             return tensor.view(())
         return tensor.t() if self.transposed else tensor
+
+    def shape_of(self, shape: Shape) -> Shape:
+        """The shape of ours, where the old tensor has this one."""
+        if self.third is not None:
+            return (shape[0] // 3, *shape[1:])
+        if self.scalar:
+            return ()
+        return shape[::-1] if self.transposed else shape
 
     def problem(self, shape: Shape) -> str:
         """Why a tensor of this shape cannot become ours; empty if it can."""
@@ -167,3 +178,42 @@ def _blocks(ours: str, root: str, names: Iterable[str]) -> dict[str, Origin]:
 
 def _pair(ours: str, theirs: str) -> dict[str, Origin]:
     return {f"{ours}.{kind}": Origin(f"{theirs}.{kind}") for kind in ("weight", "bias")}
+
+
+def read_through(stored: Checkpoint) -> Checkpoint:
+    """The checkpoint under our names, whose tensors are read where they lie in the file; itself if they are ours already,
+    or are not those of one CLIP."""
+    try:
+        plan = renaming(
+            stored.path, {name: entry.shape for name, entry in stored.entries.items()}, opened=True
+        )
+    except InputError:
+        return stored  # whoever compares it with others says what is wrong
+    if not plan.changes:
+        return stored
+    entries: dict[str, TensorEntry] = {}
+    readers: list[BlockReader] = []
+    for number, (name, origin) in enumerate(sorted(plan.origins.items())):
+        old = stored.entries[origin.name]
+        entries[name] = TensorEntry(old.dtype, origin.shape_of(old.shape), number, 0)
+        first = (origin.third or 0) * entries[name].size
+        readers.append(partial(_transposed if origin.transposed else _part, stored, origin.name, first))
+    return LazyCheckpoint(
+        path=stored.path,
+        entries=entries,
+        metadata=stored.metadata,
+        files=stored.files,
+        descriptors=(),
+        hashes=ChunkHashes(),
+        states=(),
+        readers=tuple(readers),
+        sources=(stored,),
+    )
+
+
+def _part(stored: Checkpoint, name: str, first: int, start: int, stop: int, into: Tensor) -> None:
+    stored.read_entries(name, first + start, first + stop, into=into)
+
+
+def _transposed(stored: Checkpoint, name: str, _: int, start: int, stop: int, into: Tensor) -> None:
+    into.copy_(stored.read(name).t().flatten()[start:stop])

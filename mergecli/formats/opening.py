@@ -9,6 +9,7 @@ from pathlib import Path
 from mergecli.formats.lora import adapted
 from mergecli.formats.lora_files import expect_base, is_adapter, open_adapter
 from mergecli.formats.mixture import mixture_of
+from mergecli.formats.open_clip_names import read_through
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.checkpoint import MIXTURE, TASK_VECTOR, Checkpoint, open_checkpoint
 from mergecli.storage.lazy_checkpoint import rounded
@@ -49,7 +50,9 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             added = path
         else:
             under = replace(source, adapter=None, dtype=None, leave_out=())
-            opened = _of_task(_model(stack.enter_context(open_checkpoint(path, cure=cure))), source)
+            opened = _of_task(
+                _model(stack.enter_context(read_through(open_checkpoint(path, cure=cure)))), source
+            )
             if opened.is_mixture and (added or source.dtype):
                 raise InputError(
                     f"{source}: holds several towers, to which no `{'adapter' if added else 'dtype'}` applies",
@@ -97,7 +100,7 @@ def _of_task(opened: Checkpoint, source: Source) -> Checkpoint:
 
 def model_path(source: Source) -> Path:
     """Where the weights that a source means can be read: at their own path, or at that of their conversion on this
-    machine, if `fetch` has made it of a pickle, or of open_clip's names.
+    machine, if `fetch` has made it of a pickle, or of a whole CLIP's folder with open_clip's names.
 
     Raises:
         InputError: there is nothing at the source.

@@ -37,6 +37,11 @@ class Hub(Protocol):
     """
 
     @property
+    def endpoint(self) -> str:
+        """The URL of the hub."""
+        ...
+
+    @property
     def host(self) -> str:
         """Where requests go: a host name, with its port if that is not the usual one."""
         ...

@@ -13,7 +13,7 @@ from mergecli.formats.opening import open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.models import open_models
 from mergecli.methods._base import Group, total
-from mergecli.methods._depth import depths, layer_of
+from mergecli.methods._depth import parts_of
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.progress import Progress
@@ -98,10 +98,10 @@ def cos_sim(
         check_targets([(Path(target), ()) for target in (output, layers, plot) if target], models.paths)
         import torch
 
-        parts = {name: _part(name, depth) for name, depth in depths(models.floats).items()}
+        parts = parts_of(models.floats)
         products = {
             part: torch.zeros(len(models.tuned), len(models.tuned), dtype=torch.float64)
-            for part in sorted(set(parts.values()), key=lambda part: _ORDER.get(part, part.zfill(6)))
+            for part in dict.fromkeys(parts.values())
         }
         done = 0
 
@@ -140,16 +140,6 @@ def _towers(recipe: Recipe) -> dict[str, Source]:
             tasks = mixture_of(opened).tasks if opened.is_mixture else ()
         towers |= {f"{name}#{task}": replace(source, task=task) for task in tasks} or {name: source}
     return towers
-
-
-_ORDER = {"before": "", "after": "~"}
-
-
-def _part(name: str, depth: float) -> str:
-    layer = layer_of(name)
-    if layer is None:
-        return "before" if depth == 0 else "after"
-    return str(layer)
 
 
 def _cosines(products: Tensor) -> Matrix:

@@ -8,19 +8,20 @@ so that the same inputs and recipe give the same bytes. Of a whole CLIP only the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
-from mergecli.merging.learning.files import Learned, LearningFiles
-from mergecli.merging.learning.learn import learn
+from mergecli.merging.learning.files import Learned, Learning, LearningFiles
+from mergecli.merging.learning.learn import learning
+from mergecli.merging.merge_plan import merge_plan
 from mergecli.merging.merge_target import MergeTarget, cast
 from mergecli.merging.models import ModelPasses, Models, open_models
-from mergecli.methods._base import Group, Method, TwoPass
+from mergecli.methods._base import DataDriven, Group, Method, TwoPass, Unit
 from mergecli.methods._bitmasks import packed_size
 from mergecli.methods._calibrated import Calibrated
 from mergecli.methods._mixture import extra_values, outcomes
@@ -28,6 +29,7 @@ from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.results.card import write_card
 from mergecli.runtime.distributed import is_first
+from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_space
@@ -35,6 +37,9 @@ from mergecli.storage.cache import made_again
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.scratch import Scratch
 from mergecli.storage.sizes import parse_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -154,11 +159,22 @@ def _merge_points(
             files.refuse_inputs(each, models.paths)
             each.check(models)
         check_space({each.path: each.size(models) for each in targets})
-        found: dict[str, Learned] = {}
+        found: dict[str, Learning] = {}
         for each in targets:
             if _key(each.method) not in found:
-                found[_key(each.method)] = learn(models, each, files, stack, progress)
-        learned = [_learned_for(each, found[_key(each.method)]) for each in targets]
+                found[_key(each.method)] = learning(models, each, files, stack)
+        merges = [(each, found[_key(each.method)]) for each in targets]
+        expected = [_learned_for(each, learning.expected) for each, learning in merges]
+        work_begins(
+            lambda: merge_plan(
+                models,
+                [(each, learning) for each, (_, learning) in zip(expected, merges, strict=True)],
+                size,
+                partial(_rehearse, expected),
+            )
+        )
+        done = {key: each.learn(progress) for key, each in found.items()}
+        learned = [_learned_for(each, done[_key(each.method)]) for each in targets]
         return _stream(models, learned, size, progress)
 
 
@@ -175,34 +191,18 @@ def _stream(
     targets = [each.target for each in learned]
     if not is_first():  # the first of several processes writes
         return tuple(_merged(models, each, {}) for each in targets)
-    unit, fused = max(each.method.unit for each in targets), any(each.method.fuses for each in targets)
-    passes = ModelPasses(models, unit, progress, fused)
     with ExitStack() as stack:
         folder = next(each for each in targets[0].path.absolute().parents if each.is_dir())
-        known = _surveys(learned, replace(passes, scratch=Scratch(folder, stack)))
+        passes = _passes(models, learned, Scratch(folder, stack), progress)
+        known = _surveys(learned, passes)
         writers = [
             each.target.open(models, size, stack, [*models.read, *each.files], each.about) for each in learned
         ]
-        dtypes = [{name: dtype for name, (dtype, _) in each.layout(models).items()} for each in targets]
-        packed = [each.packed(models) for each in targets]
-
-        def work(start: int, group: Group) -> None:
-            for number, target in enumerate(targets):
-                own = group.copy() if number + 1 < len(targets) else group
-                for each in [own] if target.method.fuses else own.apart():
-                    for key, result in outcomes(target.method, each, known[number]).items():
-                        data, row_size = cast(result, dtypes[number][key], key), packed[number].get(key)
-                        if row_size is None:
-                            writers[number].write(key, data, start)
-                            continue
-                        for row, part in enumerate(data):
-                            writers[number].write(key, part, row * row_size + packed_size(start))
-
-        for _ in passes.run("merging", work):
-            pass
+        _merge_blocks(passes, models, learned, known, [each.write for each in writers])
         for number, target in enumerate(targets):
+            dtypes = {name: dtype for name, (dtype, _) in target.layout(models).items()}
             for key, result in extra_values(target.method, known[number]).items():
-                writers[number].write(key, cast(result, dtypes[number][key], key))
+                writers[number].write(key, cast(result, dtypes[key], key))
         digests = models.digests()
         merged: list[Merged] = []
         for each, writer in zip(learned, writers, strict=True):
@@ -218,6 +218,67 @@ def _stream(
 
 def _card(target: MergeTarget, digest: str) -> Path | None:
     return write_card(target.path, target.sources, digest) if target.has_card else None
+
+
+def _passes(
+    models: Models, learned: Sequence[Learned], scratch: Scratch, progress: Progress | None
+) -> ModelPasses:
+    """Passes for all the merges: what one of them must be given together, all are."""
+    methods = [each.target.method for each in learned]
+    unit, fused = max(each.unit for each in methods), any(each.fuses for each in methods)
+    return ModelPasses(models, unit, progress, fused, scratch)
+
+
+def _merge_blocks(
+    passes: ModelPasses,
+    models: Models,
+    learned: Sequence[Learned],
+    known: Sequence[Any],
+    writes: Sequence[Write],
+) -> None:
+    """The last pass: every block is merged once for each target, and written."""
+    targets = [each.target for each in learned]
+    dtypes = [{name: dtype for name, (dtype, _) in each.layout(models).items()} for each in targets]
+    packed = [each.packed(models) for each in targets]
+
+    def work(start: int, group: Group) -> None:
+        for number, target in enumerate(targets):
+            own = group.copy() if number + 1 < len(targets) else group
+            for each in [own] if target.method.fuses else own.apart():
+                for key, result in outcomes(target.method, each, known[number]).items():
+                    data, row_size = cast(result, dtypes[number][key], key), packed[number].get(key)
+                    if row_size is None:
+                        writes[number](key, data, start)
+                        continue
+                    for row, part in enumerate(data):
+                        writes[number](key, part, row * row_size + packed_size(start))
+
+    for _ in passes.run("merging", work):
+        pass
+
+
+def _rehearse(learned: Sequence[Learned], sample: Models, merges: bool) -> None:
+    """What a merge computes, or only its surveys, of some of the tensors; what is not learned yet is left out."""
+    able = [
+        each for each in learned if each.value is not None or not isinstance(each.target.method, DataDriven)
+    ]
+    if not able:
+        for _ in ModelPasses(sample, Unit.ENTRY, None).map(lambda group: group.tasks):
+            pass
+        return
+    with ExitStack() as stack:
+        passes = _passes(sample, able, Scratch(Path(), stack, in_memory=True), None)
+        known = _surveys(able, passes)
+        if merges:
+            _merge_blocks(passes, sample, able, known, [_write_nothing] * len(able))
+
+
+def _write_nothing(name: str, data: Tensor, start: int) -> None:
+    del name, data, start
+
+
+Write = Callable[[str, "Tensor", int], None]
+"""Takes the name of a tensor, entries of it, and the number of the first."""
 
 
 def _merged(models: Models, target: MergeTarget, inputs: Mapping[str, str]) -> Merged:

@@ -22,7 +22,7 @@ from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.atomic import check_target, whole_folder
 from mergecli.storage.checkpoint import MIXTURE
 from mergecli.storage.metadata import UNKNOWN_DIGEST, about, model_folder_files
-from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES, TORCH_NAMES, entry_count
+from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, TORCH_NAMES, layout_size
 from mergecli.storage.safetensors_writer import SafetensorsWriter, ShardedWriter
 from mergecli.storage.sources import Source
 
@@ -91,7 +91,7 @@ class MergeTarget:
 
     def size(self, models: Models) -> int:
         """Bytes of what is written."""
-        return sum(entry_count(shape) * DTYPE_BYTES[dtype] for dtype, shape in self.layout(models).values())
+        return layout_size(self.layout(models))
 
     def check(self, models: Models) -> None:
         """Raises InputError if the method writes more than one tower, and cannot from tensors of these names."""
@@ -123,6 +123,17 @@ class MergeTarget:
             **more,
         )
 
+    def writer(
+        self, path: Path, models: Models, size: int | None, inputs: Iterable[str], more: Mapping[str, str]
+    ) -> SafetensorsWriter | ShardedWriter:
+        """What writes the weights to the file or folder `path`; nothing is written before it is entered."""
+        layout, placeholder = self.layout(models), self.metadata(dict.fromkeys(inputs, UNKNOWN_DIGEST), more)
+        if not self.path.suffix and size:
+            return ShardedWriter(path, layout, placeholder, size)
+        return SafetensorsWriter(
+            path if self.path.suffix else path / "model.safetensors", layout, placeholder
+        )
+
     def open(
         self,
         models: Models,
@@ -132,20 +143,12 @@ class MergeTarget:
         more: Mapping[str, str],
     ) -> SafetensorsWriter | ShardedWriter:
         """The writer, to which copied tensors are written already; the file is whole when `stack` ends."""
-        layout, placeholder = self.layout(models), self.metadata(dict.fromkeys(inputs, UNKNOWN_DIGEST), more)
-        if self.path.suffix:
-            writer = SafetensorsWriter(self.path, layout, placeholder)
-        else:
-            folder = stack.enter_context(whole_folder(self.path, (CARD,) if self.has_card else ()))
+        path = self.path
+        if not path.suffix:
+            path = stack.enter_context(whole_folder(self.path, (CARD,) if self.has_card else ()))
             for name, text in model_folder_files(models.reference.path).items():
-                (folder / name).write_text(text, encoding="utf-8")
-            whole = folder / "model.safetensors"
-            writer = (
-                ShardedWriter(folder, layout, placeholder, size)
-                if size
-                else SafetensorsWriter(whole, layout, placeholder)
-            )
-        stack.enter_context(writer)
+                (path / name).write_text(text, encoding="utf-8")
+        writer = stack.enter_context(self.writer(path, models, size, inputs, more))
         for name in models.others:
             writer.write(name, models.reference.read(name))
         return writer

@@ -10,14 +10,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergecli.methods._base import DataDriven, Method, PerTensor, TwoPass
+from mergecli.methods._base import KINDS, DataDriven, Method, PerTensor, TwoPass
 from mergecli.methods._mixture import Mixture
 from mergecli.methods._modifier import Modifier
 from mergecli.methods._settings import Setting, meant_setting, setting_problems, settings_of, settled
 from mergecli.runtime.errors import UsageError, nearest
 
 __all__ = [
-    "DataDriven", "Method", "Modifier", "PerTensor", "Setting", "SettingsError", "TwoPass", "create", "find", "key_prefixes", "meant_setting",
+    "KINDS", "DataDriven", "Method", "Modifier", "PerTensor", "Setting", "SettingsError", "TwoPass", "create", "find", "key_prefixes", "meant_setting",
     "name_of", "names", "settings", "table_of",
 ]  # fmt: skip
 

@@ -84,6 +84,7 @@ class Objective(Protocol):
 class Adapted(Learner):
     """Methods that adapt the merged model by steps of descent, on images of all tasks at once."""
 
+    kind = "test-time"
     looks_at: ClassVar[str] = "unlabeled images of every task"
     needs_head = True
     not_recorded: ClassVar[frozenset[str]] = frozenset({"vectors_on"})

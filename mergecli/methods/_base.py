@@ -189,6 +189,17 @@ class Groups(Protocol):
         ...
 
 
+KINDS = {
+    "weights only": "the checkpoints and nothing else",
+    "a few images": "training images of each task, without labels, measured once",
+    "test-time": "images of each task, without labels, to learn from",
+    "routed": "no task is named: each image or token has weights of its own",
+    "task-conditioned": "you name the task of each image, which has a tower of its own",
+    "modifiers": "another method, whose input or output they change",
+}
+"""Kind of method -> what such methods need, in a few words, in the order of lists."""
+
+
 @dataclass(frozen=True)
 class Method:
     """What all kinds share. A method's docstring is its equation; each setting is documented under its field."""
@@ -197,6 +208,8 @@ class Method:
     """The method's name and one line about it, for lists."""
     paper: ClassVar[str]
     """Where it comes from."""
+    kind: ClassVar[str] = "weights only"
+    """One of `KINDS`."""
     needs_base: ClassVar[bool] = True
     """Whether the method cannot merge without a base."""
     elementwise: ClassVar[bool] = True
@@ -215,6 +228,11 @@ class Method:
     """Name in papers or other tools -> the setting, `key=value`, that gives that version; empty where the defaults do."""
     not_recorded: ClassVar[frozenset[str]] = frozenset()
     """Settings that no number depends on; results do not record them."""
+
+    @classmethod
+    def needed(cls) -> list[str]:
+        """What must be there besides the fine-tuned models, a word each."""
+        return ["base"] * cls.needs_base + ["images"] * (cls.looks_at != Method.looks_at)
 
     @property
     def unit(self) -> Unit:

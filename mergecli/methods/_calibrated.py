@@ -104,6 +104,7 @@ class Statistics(Protocol):
 class Calibrated(DataDriven):
     """What such methods share: statistics are measured once for each task, and kept as files."""
 
+    kind = "a few images"
     kept_as = "statistics"
     looks_at: ClassVar[str] = "training images of every task, unlabeled"
     measured_as: ClassVar[str] = ""

@@ -17,6 +17,17 @@ def layer_of(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def parts_of(names: Iterable[str]) -> dict[str, str]:
+    """Name -> part of the network: a layer's number, or what comes `before` or `after` all layers. Parts follow each other as
+    in the network."""
+    order = {"before": "", "after": "~"}
+    parts: dict[str, str] = {}
+    for name, depth in depths(names).items():
+        layer = layer_of(name)
+        parts[name] = str(layer) if layer is not None else "before" if depth == 0 else "after"
+    return dict(sorted(parts.items(), key=lambda item: order.get(item[1], item[1].zfill(6))))
+
+
 def depths(names: Iterable[str]) -> dict[str, float]:
     """Name -> depth from 0, the first layer, to 1, the last.
 

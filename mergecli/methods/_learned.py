@@ -31,6 +31,8 @@ class LearnedTensors:
     tasks: tuple[str, ...]
     names: tuple[str, ...]
     """The merged tensors; the columns of tensors that have one."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the merged tensors, in that order."""
     tensors: Mapping[str, Tensor]
     seed: int
     """What random masks are drawn from."""
@@ -63,6 +65,10 @@ class Learner(DataDriven):
     """What a merged tower calls the file among its inputs; no task has such a name."""
     lists_tensors: ClassVar[bool] = True
     """Whether what is learned belongs to the models' tensors, whose names the file then lists."""
+
+    @classmethod
+    def needed(cls) -> list[str]:
+        return [*super().needed(), *["merged tower"] * ("merged_tower" in cls.needs)]
 
     @property
     def loss(self) -> tuple[str, str]:

@@ -78,6 +78,8 @@ class Mixture(Method):
 class Conditioned(Mixture):
     """Task-conditioned mixtures: every task has a tower of its own, computed from the file as it is read."""
 
+    kind = "task-conditioned"
+
     def correction(self, index: int, read: Read, /) -> Callable[[Tensor], Tensor] | None:
         """Corrects (B, D) unit image features of task number `index` before they are compared with classes; None if nothing does."""
         del index, read
@@ -110,6 +112,7 @@ class Installed(Protocol):
 class Routed(Mixture):
     """Mixtures that need not be given the task: they weigh the tasks for each image or token."""
 
+    kind = "routed"
     own_tower: ClassVar[str] = "the tower that it computes when everything goes to the task"
     """What `weights` gives for a task, in a few words for metadata."""
     routes_batches: ClassVar[bool] = True

@@ -18,6 +18,7 @@ Result = TypeVar("Result")
 class Modifier(TwoPass):
     """Methods that change the input (`before`) or the output (`after`) of another method, the setting `of`."""
 
+    kind = "modifiers"
     passes: ClassVar[int] = 1
     keeps_group: ClassVar[bool] = False
     """Whether `after` looks at the group, which the other method may have overwritten: then it gets a copy."""

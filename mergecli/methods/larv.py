@@ -27,7 +27,7 @@ class Surveyed(NamedTuple):
 
 @dataclass(frozen=True)
 class Larv(Modifier):
-    """`of` merges s_l tau_i in place of tau_i,  l = 1 ... L the tensor's layer:
+    """theta = what `of` merges of theta_0 + s_l tau_i,  l = 1 ... L the tensor's layer:
 
     e = the mean of r_eff(W_0) / (r_eff(tau_i) + 1e-12),  r_eff(A) = exp(-sum_j p_j log p_j),  p_j = sigma_j^2 / sum sigma^2
     c = the mean of (|W_0 tau_i^T - tau_i W_0^T| + |W_0^T tau_i - tau_i^T W_0|) / (2 |W_0| |tau_i|)

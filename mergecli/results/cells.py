@@ -49,6 +49,8 @@ class Column:
 
     name: str
     unit: Unit = "text"
+    optional: bool = False
+    """Whether a narrow terminal may do without it."""
     better: Literal["higher", "lower"] | None = None
     """Which of its numbers are good ones; None where that is no question."""
     apart: bool = False

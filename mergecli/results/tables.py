@@ -38,6 +38,8 @@ class Table:
     """Figures, as HTML, after the table on its page."""
     origins: tuple[str, ...] = ()
     """The origin of each row, as HTML, at the end of the page."""
+    alike: bool = False
+    """Whether the columns after the first say the same of one thing each, so that a terminal may show some at a time."""
     kinds: tuple[str, ...] = ()
     """What each row is, such as `merge`; a `ceiling` is apart from the others. Empty where rows are all alike."""
     best: frozenset[tuple[int, int]] = frozenset()
@@ -63,7 +65,7 @@ class Table:
             heads, *rows = self._plain()
             if form == "json":
                 return json.dumps([dict(zip(heads, row, strict=True)) for row in rows], indent=2) + "\n"
-            return csv_text([heads, *rows]) if form == "csv" else _tsv_text([heads, *rows])
+            return csv_text([heads, *rows], mark="," if form == "csv" else "\t")
         heads = [visible(column.name) for column in self.columns]
         right = [column.unit != "text" for column in self.columns]
         if form == "md":
@@ -156,31 +158,25 @@ def _extras(cells: Sequence[str | float | Estimate | None]) -> tuple[str, ...]:
     return ("low", "high") if estimates else ()
 
 
-def csv_text(rows: Iterable[Sequence[Plain]], number: Callable[[float], str] = "{:.6g}".format) -> str:
-    """Rows as CSV. A text that a spreadsheet would compute gets an apostrophe before it, which is how one says that it
-    is a text."""
-    return _separated(rows, ",", lambda text: f"'{text}" if _is_formula(text) else text, number)
-
-
-def _tsv_text(rows: Iterable[Sequence[Plain]]) -> str:
-    return _separated(rows, "\t", str, "{:.6g}".format)
-
-
-def _separated(
-    rows: Iterable[Sequence[Plain]], mark: str, safe: Callable[[str], str], number: Callable[[float], str]
+def csv_text(
+    rows: Iterable[Sequence[Plain]], number: Callable[[float], str] = "{:.6g}".format, mark: str = ","
 ) -> str:
+    """Rows as CSV or, with a tab as `mark`, as TSV. A text that a spreadsheet would compute gets an apostrophe before it,
+    which is how one says that it is a text."""
+
     def written(value: Plain) -> str:
         """A value in a text file; empty for None."""
         if isinstance(value, str):
-            return safe(visible(value, keep="\t"))
+            text = visible(value, keep="\t")
+            return f"'{text}" if _is_formula(text) else text
         if isinstance(value, bool):
             return str(value).lower()
         return number(value) if isinstance(value, float) else "" if value is None else str(value)
 
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter=mark, lineterminator="\n")
+    file = io.StringIO()
+    writer = csv.writer(file, delimiter=mark, lineterminator="\n")
     writer.writerows([written(value) for value in row] for row in rows)
-    return text.getvalue()
+    return file.getvalue()
 
 
 def _is_formula(text: str) -> bool:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from mergecli.runtime.dry_run import is_dry
 from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, either, quoted
 from mergecli.storage.unfinished import locked, new_name, remove_leftovers
 
@@ -50,8 +51,9 @@ def check_target(path: Path, *, folder: bool = False) -> None:
         InputError: it cannot be written.
     """
     check_name(path, folder=folder)
-    for place in (path.parent, path) if folder else (path.parent,):
-        remove_leftovers(place)
+    if not is_dry():
+        for place in (path.parent, path) if folder else (path.parent,):
+            remove_leftovers(place)
     with write_errors(path):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.lstat()  # refuses a name that is too long
@@ -59,12 +61,25 @@ def check_target(path: Path, *, folder: bool = False) -> None:
         while not os.path.lexists(nearest):
             nearest = nearest.parent
         _refuse_of_others(path)
-        trial = new_name(nearest / path.name)  # in what is no folder it fails as the file itself would
+        _try_to_write(nearest, path.name)
+
+
+def _try_to_write(folder: Path, name: str) -> None:
+    """Raises OSError if no file can be made in the folder; where the system can make one without a name, none is seen."""
+    if hasattr(os, "O_TMPFILE"):
         try:
-            trial.open("xb").close()
-        finally:
-            with contextlib.suppress(OSError):
-                trial.unlink()
+            os.close(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600))
+            return
+        except OSError as error:
+            # some file systems have no such files, and say so in these ways
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+    trial = new_name(folder / name)  # in what is no folder it fails as the file itself would
+    try:
+        trial.open("xb").close()
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink()
 
 
 def _refuse_of_others(path: Path) -> None:
@@ -159,6 +174,7 @@ def whole_file(path: Path) -> Generator[IO[bytes]]:
     """
     check_name(path)
     temporary = new_name(path)
+    _refuse_in_dry_run(path)
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -170,6 +186,12 @@ def whole_file(path: Path) -> Generator[IO[bytes]]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _refuse_in_dry_run(path: Path) -> None:
+    """Raises InputError in a dry run. What comes so far is a cache, which does without the file as where the disk is full."""
+    if is_dry():
+        raise InputError(f"{path}: is not written in a dry run")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -188,6 +210,7 @@ def whole_folder(path: Path, replaced: Collection[str] = ()) -> Generator[Path]:
     caller removes those `replaced`.
     """
     check_name(path, folder=True)
+    _refuse_in_dry_run(path)
     whole = path.absolute()
     # inside a folder that is there, which may be a disk of its own
     temporary = new_name(whole / whole.name if whole.is_dir() else whole)

@@ -9,12 +9,14 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mergecli.runtime.distributed import are_several
+from mergecli.runtime.dry_run import is_dry
 from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, did_you_mean
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.checksums import DamagedFileError
@@ -139,8 +141,9 @@ def kept(path: Path, what: str, read: Callable[[Checkpoint], T]) -> T | None:
 
 def remove_damaged(error: DamagedFileError, what: str) -> None:
     """Removes a file that can be made again, if the disk can be written, and says so."""
-    with contextlib.suppress(OSError):
-        error.file.unlink(missing_ok=True)
+    if not is_dry():
+        with contextlib.suppress(OSError):
+            error.file.unlink(missing_ok=True)
     warnings.warn(f"{error.message}; {what} again", MergecliWarning, stacklevel=2)
 
 
@@ -154,6 +157,7 @@ def made_again(work: Callable[[], T]) -> T:
     """
     gone: set[Path] = set()
     while True:
+        token = _gone.set(frozenset(gone))
         try:
             return work()
         except DamagedFileError as error:
@@ -162,12 +166,24 @@ def made_again(work: Callable[[], T]) -> T:
                 raise
             gone.add(error.file)
             remove_damaged(error, "it is made")
+        finally:
+            _gone.reset(token)
+
+
+_gone: ContextVar[frozenset[Path]] = ContextVar("gone", default=frozenset())
+"""Damaged files that are removed, or in a dry run would be."""
+
+
+def is_stored(path: Path) -> bool:
+    """Whether a file that a method measured or learned is there; in a dry run one that was found damaged is none."""
+    return path.exists() and not (is_dry() and path in _gone.get())
 
 
 def touch(path: Path) -> None:
     """Notes that the file was used just now, if the disk can be written."""
-    with contextlib.suppress(OSError):
-        os.utime(path)
+    if not is_dry():
+        with contextlib.suppress(OSError):
+            os.utime(path)
 
 
 def allowed_size(given: str | int | None = None) -> int:
@@ -187,7 +203,7 @@ def allowed_size(given: str | int | None = None) -> int:
 
 def make_room(size: int, max_size: int) -> bool:
     """Whether a new file of so many bytes may be written; what was used longest ago is removed for it."""
-    if size > max_size:
+    if size > max_size or is_dry():
         return False
     parts = [file for file in _files() if file.path.suffix == ".part"]
     left = [file for file in parts if is_leftover(file.path) or time.time() - file.used > _STALE]

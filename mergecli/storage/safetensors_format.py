@@ -66,6 +66,11 @@ def entry_count(shape: tuple[int, ...]) -> int:
     return count
 
 
+def layout_size(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes of tensors of these dtypes and shapes together."""
+    return sum(entry_count(shape) * DTYPE_BYTES[dtype] for dtype, shape in layout.values())
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor's entries in order; of a contiguous tensor its own memory, to be read into."""
     import torch

@@ -60,6 +60,8 @@ class ShardedWriter:
             )
             for number, names in enumerate(shards)
         ]
+        self.size = sum(writer.size for writer in self._writers)
+        """Bytes of all files but the index."""
         self._pieces: dict[tuple[str, int], str] = {}
         self._stack = ExitStack()
         self.digest = ""
@@ -161,7 +163,8 @@ class SafetensorsWriter:
             self._starts[name], self._left[name] = offset, size
             offset += size
         self._header = self._header_with(blank(layout))
-        self._size = len(self._header) + offset
+        self.size = len(self._header) + offset
+        """Bytes of the file."""
         self.path = path
 
     def __enter__(self) -> SafetensorsWriter:
@@ -169,7 +172,7 @@ class SafetensorsWriter:
         try:
             descriptor = self._file.fileno()
             with contextlib.suppress(AttributeError):
-                _reserve(descriptor, self._size)
+                _reserve(descriptor, self.size)
             os.pwrite(descriptor, self._header, 0)
         except BaseException as error:
             if not self._whole.__exit__(type(error), error, error.__traceback__):

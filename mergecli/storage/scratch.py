@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,11 +22,21 @@ class Scratch:
 
     folder: Path
     stack: ExitStack
+    in_memory: bool = False
+    """Whether they are in memory and no files at all: a dry run writes nothing."""
 
     def file(self) -> IO[bytes]:
         """A new one, to write and read."""
+        if self.in_memory:
+            return self.stack.enter_context(_memory_file())
         with write_errors(self.folder):
             return self.stack.enter_context(tempfile.TemporaryFile(dir=self.folder))
+
+
+def _memory_file() -> IO[bytes]:
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("mergecli"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 class TensorShelf:
@@ -51,8 +62,6 @@ class TensorShelf:
 
     def get(self, name: str, /) -> Tensor:
         """(n,) its entries; several threads may ask at once."""
-        import os
-
         import torch
 
         start, count = self._places[name]

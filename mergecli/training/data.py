@@ -81,6 +81,12 @@ class TrainingTask:
             recorded["validation"] = about
         return recorded
 
+    def check(self, clip: Clip) -> None:
+        """Raises InputError if the text tower cannot read one of the prompts."""
+        from mergecli.clip.heads import check_prompts
+
+        check_prompts(clip, self.classes, self.task.templates)
+
     def prepare(self, clip: Clip, text: str, views: int) -> PreparedTask:
         """The task with its zero-shot head and its images decoded.
 
@@ -94,8 +100,7 @@ class TrainingTask:
             wait()  # the first process of a machine decodes, the others read its cache
         head = cached_head(clip, self.classes, self.task.templates, text, allowed_size())
         held = None if self.validation is None else _decoded(clip, self.validation)
-        # a short training reads few of the images: decoding all of them would take longer
-        images = _decoded(clip, self.images, keep=4 * views >= len(self.images))
+        images = _decoded(clip, self.images, keep=is_kept(self.images, views))
         if is_first_here():
             wait()
         return PreparedTask(self.task.name, head, images, held)
@@ -128,6 +133,11 @@ class PreparedTask:
                 number += 1
 
 
+def is_kept(images: Images, views: int) -> bool:
+    """Whether all images are decoded once and kept: a short training reads few of them, and all would take longer."""
+    return 4 * views >= len(images)
+
+
 def tasks_metadata(tasks: Sequence[TrainingTask]) -> dict[str, Any]:
     """The tasks as the output records them."""
     if len(tasks) == 1:
@@ -148,8 +158,8 @@ def _decoded(clip: Clip, images: Images, keep: bool = True) -> Pixels:
     found = cached_pixels(clip, images, cache) if keep else stored_pixels(clip, images, cache)
     if found is None:
         return cached_pixels(clip, images, Processing())
-    is_kept = not keep or found.stored is not None or stored_pixels(clip, images, cache) is not None
-    if is_kept or found.read([0]).nbytes * len(images) > IN_MEMORY:
+    stays = not keep or found.stored is not None or stored_pixels(clip, images, cache) is not None
+    if stays or found.read([0]).nbytes * len(images) > IN_MEMORY:
         return found
     parts: list[Tensor] = []
     for start in range(0, len(images), 256):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first, join, wait
+from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.errors import UsageError
 from mergecli.storage.atomic import check_space, refuse_inputs
 from mergecli.storage.sources import Source, parse_source
@@ -143,7 +144,8 @@ def finetune(
     from mergecli.training.data import tasks_metadata
     from mergecli.training.loop import DivergedError, Training
     from mergecli.training.lora import add_adapter
-    from mergecli.training.resume import TrainingState
+    from mergecli.training.plan import training_plan
+    from mergecli.training.resume import TrainingState, state_file, state_size
 
     source, tasks = _base_and_tasks(recipe, task, base, data, bool(validate_every), validation_split)
     with open_source(source) as stored:
@@ -158,14 +160,18 @@ def finetune(
         clip.tower.requires_grad_(True)
     clip.model.to(usable_device(own_device))
     trained = {name: each for name, each in clip.tower.named_parameters() if each.requires_grad}
+    for each in tasks:
+        each.check(clip)
     entries = sum(each.numel() for each in trained.values())
-    check_space({target: entries * getattr(torch, dtype).itemsize})
+    size = entries * getattr(torch, dtype).itemsize
+    check_space({target: size, state_file(target): state_size(entries, validates=bool(validate_every))})
     digests = clip_digests(model_path(source))
     trained_on = {"base": base_digest, **tasks_metadata(tasks)}
     rest = {"clip": digests._asdict(), "processing": json.loads(clip.processor.to_json_string())}
     state = TrainingState(
         target, trained, {**asdict(settings), **trained_on, **rest}, len(tasks), ranks, fresh=fresh
     )
+    work_begins(lambda: training_plan(clip, tasks, state, settings, size))
 
     def kept() -> str:
         return f"{state.step} of {steps} steps are kept in {state.path}" if state.path.exists() else ""

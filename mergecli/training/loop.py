@@ -93,6 +93,13 @@ class Training:
                 save()
             raise
 
+    def rehearse(self) -> None:
+        """Makes a step on the first batch of each task."""
+        batches = [each.batches(self.settings.images_per_step, self.settings.seed, 0) for each in self.tasks]
+        losses, _ = self._gradients(batches)
+        self.state.record_finite()
+        self._update(losses)
+
     def _expect_finite(self, losses: Sequence[float]) -> None:
         """Raises DivergedError if one of the (T,) losses of the current weights is NaN or infinite."""
         state = self.state

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli.runtime.distributed import Ranks, is_first
+from mergecli.runtime.dry_run import is_dry
 from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, listed, toml_text
 from mergecli.storage.checkpoint import open_checkpoint
 from mergecli.storage.metadata import about, table_differences
@@ -25,6 +26,12 @@ COUNTERS = ("step", "updates", "best_step", "scale", "growth")
 def state_file(output: Path) -> Path:
     """The resume file beside `output`."""
     return output.with_name(f".{output.name.removesuffix('.safetensors')}.resume.safetensors")
+
+
+def state_size(entries: int, *, validates: bool) -> int:
+    """Bytes of the resume file of so many trained entries: weights, two moments and, where there are validations, the best
+    weights."""
+    return 4 * entries * (1 + len(MOMENTS) + validates)
 
 
 @dataclass(frozen=True)
@@ -154,9 +161,10 @@ class TrainingState:
                 torch.zeros((), device=self.device)
             )  # initializes it: a process may have no image of the first step
         self.work = work
-        if fresh and is_first():
+        if fresh and is_first() and not is_dry():
             self.path.unlink(missing_ok=True)
-        self._load(ranks)
+        if not (fresh and is_dry()):
+            self._load(ranks)
 
     @property
     def step(self) -> int:

@@ -15,7 +15,7 @@ LISTS = {"methods", "tasks"}
 """Commands without a function: Python has the rooms `mergecli.methods` and `mergecli.data.tasks`."""
 ONLY_IN_THE_PROGRAM = {"as_json", "form", "min_average", "min_task", "sweep"}
 ONLY_IN_PYTHON = {"progress", "note", "settings", "format", "data", "unfinished"}
-CHOICES_OF_WHAT_IS_PRINTED = {"info": {"keys", "recipe"}}
+CHOICES_OF_WHAT_IS_PRINTED = {"info": {"keys", "recipe", "coefficients"}}
 SAME = {"models": "recipe"}
 
 
@@ -33,6 +33,8 @@ def test_a_command_and_its_function_have_the_same_parameters(name: str) -> None:
         program -= (
             set(inspect.signature(mergecli.sweep).parameters) - python
         )  # `--sweep` makes it `mergecli.sweep`
+    if name != "fetch":
+        program -= {"dry_run"}  # `mergecli.plan` of the function
     if name in ("evaluate", "finetune"):
         program -= {"changes"}  # the recipe is read by the command
     assert program == python

@@ -74,12 +74,11 @@ def test_on_a_terminal_there_is_a_drawn_table(tmp_path: Path) -> None:
 
 
 def test_a_narrow_terminal_cuts_no_number(tmp_path: Path) -> None:
-    lines = on_a_terminal(["tasks", "ta8"], tmp_path, COLUMNS="20", TERM="dumb").splitlines()
-    assert [line.split()[:2] for line in lines if line[:1] == " " and line.split()][2:] == [
-        ["sun397", "397"], ["stanford-cars", "196"], ["resisc45", "45"], ["eurosat", "10"], ["svhn", "10"],
-        ["gtsrb", "43"], ["mnist", "10"], ["dtd", "47"],
-    ]  # fmt: skip
-    assert "…" not in "".join(lines)
+    out = on_a_terminal(["tasks", "ta8"], tmp_path, COLUMNS="20", TERM="dumb", NO_COLOR="1")
+    lines = out.partition("note:")[0].splitlines()
+    assert max(map(len, lines)) <= 20
+    counts = [line.split()[1] for line in lines if line.startswith("   classes:")]
+    assert counts == ["397", "196", "45", "10", "10", "43", "10", "47"]
 
 
 def test_errors_are_colored_on_a_terminal_only_and_not_with_no_color(tmp_path: Path) -> None:

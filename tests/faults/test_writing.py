@@ -156,7 +156,7 @@ def test_a_disk_without_room_is_told_before_anything_is_computed(
 ) -> None:
     free = shutil.disk_usage(world.folder)._replace(free=50_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    monkeypatch.setattr("mergecli.merging.merge.learn", None)
+    monkeypatch.setattr("mergecli.merging.merge.learning", None)
     monkeypatch.setattr("mergecli.merging.taskvector._subtract", None)
     size = sum(each.numel() * each.element_size() for each in world.base.values())
     (world.folder / "r.toml").write_text(

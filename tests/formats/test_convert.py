@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
@@ -18,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergecli.formats.convert import convert, is_pickled, needs_conversion
+from mergecli.formats.opening import open_source
 from mergecli.runtime.errors import InputError, UsageError
+from mergecli.storage.sources import parse_source
 from tests.conftest import Run, Weights, assert_same
-from tests.support.tiny_clip import make_tiny_clip
+from tests.support.tiny_clip import make_image_folder, make_tiny_clip
 
 BLOCK = {
     "ln_1": "layer_norm1",
@@ -274,7 +277,7 @@ def test_safetensors_with_old_names_need_no_pickle(tmp_path: Path, clip: Path) -
     ours = load_file(clip / "model.safetensors")
     old = {name: value.contiguous() for name, value in as_open_clip(ours).items()}
     save_file(old, tmp_path / "old.safetensors", {"kind": "task vector"})
-    assert needs_conversion(tmp_path / "old.safetensors")
+    assert not needs_conversion(tmp_path / "old.safetensors")  # it is read as it is
     assert not is_pickled(tmp_path / "old.safetensors")
     new = convert(tmp_path / "old.safetensors", tmp_path / "new.safetensors")
     assert_same(load_file(new), ours)
@@ -481,26 +484,46 @@ def test_a_dictionary_further_inside_is_pointed_at(tmp_path: Path, content: obje
 
 
 @pytest.mark.parametrize("prefix", ["", "model.clip."])
-def test_safetensors_with_names_of_open_clip_are_read_as_their_conversion_once_there_is_one(
+def test_safetensors_with_names_of_open_clip_are_read_as_they_are(
     tmp_path: Path, clip: Path, run: Run, prefix: str
 ) -> None:
     ours = load_file(clip / "model.safetensors")
-    save_file(
-        {name: each.contiguous() for name, each in as_open_clip(ours, prefix).items()},
-        tmp_path / "a.safetensors",
+    theirs = {name: each.contiguous() for name, each in as_open_clip(ours, prefix).items()}
+    save_file(theirs, tmp_path / "a b.safetensors")
+    assert run("fetch", "a b.safetensors").out == "a b.safetensors\n"
+    model = "birds=a b.safetensors"
+    for base, method in ((clip, "task_arithmetic"), ("a b.safetensors", "iso_c")):
+        ended = run("merge", "--base", base, model, "--method", method, "-o", "m.safetensors")
+        assert (ended.status, ended.rest) == (0, "")
+        tower = {name: each for name, each in ours.items() if name.startswith("vision_model.")}
+        assert_same(load_file(tmp_path / "m.safetensors"), tower)
+    known, said = (run("info", each, "--json").out for each in (clip, "a b.safetensors"))
+    assert json.loads(said)["digest"] == json.loads(known)["digest"]
+    with open_source(parse_source("a b.safetensors", tmp_path)) as opened:
+        assert_same({name: opened.read(name) for name in opened.entries}, ours)
+
+
+def test_a_base_with_names_of_open_clip_is_named_with_the_command_that_rewrites_it(
+    tmp_path: Path, clip: Path, run: Run
+) -> None:
+    ours = load_file(clip / "model.safetensors")
+    folder = shutil.copytree(clip, tmp_path / "a base")
+    theirs = {name: each.contiguous() for name, each in as_open_clip(ours).items()}
+    save_file(theirs, folder / "model.safetensors")
+    make_image_folder(tmp_path / "data")
+    (tmp_path / "r.toml").write_text(
+        'base = "a base"\n[eval]\ntasks = ["birds"]\n[tasks.birds]\ndata = "data"\ntemplates = ["a {}"]\n'
     )
-    command = ["merge", "--base", clip, "a.safetensors", "--method", "task_arithmetic", "-o", "m.safetensors"]
+    command = ["eval", clip, "--recipe", "r.toml", "-o", "r.json"]
     before = run(*command)
     assert before.status == 3
-    assert before.err.splitlines()[-1] == (
-        "hint: a.safetensors has open_clip's names: `mergecli fetch a.safetensors` rewrites it once, and from then on "
-        "that is read in its place"
-    )
-    assert run("fetch", "a.safetensors").status == 0
+    assert before.rest.splitlines()[-2:] == [
+        "error: a base: is not a whole CLIP",
+        "hint: a base has open_clip's names: `mergecli fetch 'a base'` rewrites it once, and from then on that is read in "
+        "its place",
+    ]
+    assert run("fetch", "a base").status == 0
     assert run(*command).status == 0
-    tower = {name: each for name, each in ours.items() if name.startswith("vision_model.")}
-    assert_same(load_file(tmp_path / "m.safetensors"), tower)
-    assert "whole CLIP" in run("info", "a.safetensors").out
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergecli.methods._depth import depths, layer_of
+from mergecli.methods._depth import depths, layer_of, parts_of
 from tests.support.layered_world import DEPTHS
 
 
@@ -19,3 +19,11 @@ def test_depth_is_read_from_the_names_of_several_libraries() -> None:
     )  # fmt: skip
     assert list(found.values()) == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
     assert depths(["layers.0.a", "b"]) == {"layers.0.a": 0, "b": 0}
+
+
+def test_parts_follow_each_other_as_in_the_network() -> None:
+    names = ["post_layernorm.bias", "layers.10.a", "layers.2.a", "embeddings.weight"]
+    assert parts_of(names) == {
+        "embeddings.weight": "before", "layers.2.a": "2", "layers.10.a": "10", "post_layernorm.bias": "after",
+    }  # fmt: skip
+    assert [*parts_of(names)] == ["embeddings.weight", "layers.2.a", "layers.10.a", "post_layernorm.bias"]

@@ -151,8 +151,8 @@ def test_a_tsv_cell_with_a_tab_is_quoted_and_read_back() -> None:
 def in_a_cell(name: str, form: str) -> str:
     """How a name is written in a table of that form."""
     text = Table((Column("model"), Column("x", "percent")), ((name, 0.5),)).text(form)
-    if form == "csv":
-        return list(csv.reader(io.StringIO(text)))[1][0]
+    if form in ("csv", "tsv"):
+        return list(csv.reader(io.StringIO(text), delimiter="," if form == "csv" else "\t"))[1][0]
     if form == "md":
         return text.splitlines()[2].removeprefix("| ").removesuffix(" | 50.0 |")
     return text.splitlines()[4].partition(" & 50.0")[0]
@@ -189,8 +189,9 @@ def test_markdown_footnotes_are_lines_without_html() -> None:
         ("\t=1", "'\t=1"), ("\uff1d1", "'\uff1d1"), ("-", "-"), ("a=1", "a=1"), ("'=1", "'=1"), ("a\r\nb", r"a\r\nb"),
     ],
 )  # fmt: skip
-def test_a_csv_cell_from_a_name_is_a_text_to_a_spreadsheet(name: str, written: str) -> None:
-    assert in_a_cell(name, "csv") == written
+@pytest.mark.parametrize("form", ["csv", "tsv"])
+def test_a_cell_from_a_name_is_a_text_to_a_spreadsheet(form: str, name: str, written: str) -> None:
+    assert in_a_cell(name, form) == written
 
 
 def test_numbers_of_csv_files_keep_their_signs() -> None:

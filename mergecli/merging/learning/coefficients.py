@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,9 @@ from mergecli import methods
 from mergecli.merging.learning.files import (
     KIND,
     Learned,
+    Learning,
     LearningFiles,
+    LearningPlan,
     expect,
     finite,
     is_whole,
@@ -30,22 +33,24 @@ from mergecli.methods._learned import LearnedTensors, Learner, Need, State
 from mergecli.methods._task_learner import TaskLearner
 from mergecli.recipe.schema import recipe_text
 from mergecli.results.cells import Column
+from mergecli.results.plan import Work
 from mergecli.results.tables import Table
-from mergecli.runtime.distributed import is_first, is_first_here, join, wait
+from mergecli.runtime.distributed import are_several, is_first, is_first_here, join, wait
 from mergecli.runtime.errors import InputError
 from mergecli.runtime.progress import Progress
+from mergecli.storage.atomic import check_space
+from mergecli.storage.cache import is_stored
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import about
+from mergecli.storage.safetensors_format import layout_size
 from mergecli.storage.store import home
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def coefficients(
-    models: Models, target: MergeTarget, files: LearningFiles, stack: ExitStack, progress: Progress | None
-) -> Learned:
-    """What the target's method learned, read from a file or learned now; files stay open until `stack` ends.
+def coefficients(models: Models, target: MergeTarget, files: LearningFiles, stack: ExitStack) -> Learning:
+    """What the target's method learned, in a file, or has to learn; files stay open until `stack` ends.
 
     Raises:
         UsageError: a file that the method needs is not named, there are no images for a task, or the file given is of
@@ -58,60 +63,113 @@ def coefficients(
         method, needed = open_needed(models, method, recipe, stack, learns=files.coefficients is None)
         files.refuse_inputs(target, {TITLES[need]: each.files[0] for need, each in needed.items()})
     if isinstance(method, TaskLearner) and not is_first():
-        return Learned(replace(target, method=method))  # the first of several processes learns, and writes
-    path = files.coefficients or _file(LearningWork.of(models, method, recipe, needed), progress)
-    named = {SETTINGS[need] for need in method.needs} - method.changeable
-    used, stored = read_learned(
-        path, method, recipe, models.tuned, stack,
-        ours={key: getattr(method, key) for key in method.changeable if key in recipe.settings},
-        from_file={*named, *(key for key in method.derived if not getattr(method, key))},
-    )  # fmt: skip
-    merged = needed.get("merged_tower")
-    tower = None if merged is None else _reader(merged, models)
-    learned, _ = _checked(stored, used, models, tower)
-    if is_first():
-        if files.save_coefficients is not None:
-            stored.digest()  # which looks at all of it: a damaged file is not copied
-        share(path, trace_table(learned, used, json_field(stored, "adapted_on")), files)
-    kept = {TITLES["merged_tower"]: merged} if merged else {}
-    facts = {"adapted_on": stored.metadata["adapted_on"]}
-    return Learned(replace(target, method=used), learned, {**kept, used.file_title: stored}, facts)
+        nothing = Learned(replace(target, method=method))
+        return Learning(nothing, (), lambda _: nothing)  # the first of several processes learns, and writes
+    work, path = None, files.coefficients
+    if path is None:
+        work = LearningWork.of(models, method, recipe, needed)
+        path = _path(work)
+        if not is_stored(path):
+            check_space({path: layout_size(_layout(work))})
+            if _like(path, work) is None:
+                work.check()
+
+    def opened() -> Learned:
+        named = {SETTINGS[need] for need in method.needs} - method.changeable
+        used, stored = read_learned(
+            path, method, recipe, models.tuned, stack,
+            ours={key: getattr(method, key) for key in method.changeable if key in recipe.settings},
+            from_file={*named, *(key for key in method.derived if not getattr(method, key))},
+        )  # fmt: skip
+        merged = needed.get("merged_tower")
+        tower = None if merged is None else _reader(merged, models)
+        learned, _ = _checked(stored, used, models, tower)
+        kept = {TITLES["merged_tower"]: merged} if merged else {}
+        facts = {"adapted_on": stored.metadata["adapted_on"]}
+        return Learned(replace(target, method=used), learned, {**kept, used.file_title: stored}, facts)
+
+    def learn(progress: Progress | None) -> Learned:
+        if work is not None:
+            _learn(path, work, progress)
+        found = known or opened()
+        if is_first():
+            assert isinstance(found.target.method, Learner)
+            stored = found.files[found.target.method.file_title]
+            if files.save_coefficients is not None:
+                stored.digest()  # which looks at all of it: a damaged file is not copied
+            looked_at = json_field(stored, "adapted_on")
+            share(path, trace_table(found.value, found.target.method, looked_at), files)
+        return found
+
+    # of several processes, the first of each machine looks later whether the file is whole
+    known = opened() if work is None or (is_stored(path) and not are_several()) else None
+    if work is None or known:
+        assert known is not None
+        return Learning(known, list(known.files), learn)
+    expected = Learned(replace(target, method=method), about={"adapted_on": json.dumps(work.looked_at)})
+    names = [*([TITLES["merged_tower"]] if "merged_tower" in needed else []), method.file_title]
+    return Learning(expected, names, learn, partial(_plan, path, work), is_known=False)
 
 
-def _file(work: LearningWork, progress: Progress | None) -> Path:
+def _plan(path: Path, work: LearningWork) -> LearningPlan:
+    """What is learned, about how long that takes, and the file of it."""
+    from mergecli.merging.learning.expected import expected
+
+    size = layout_size(_layout(work))
+    written = Work("write", work.method.file_title, str(path), bytes=size)  # and the trace
+    if _like(path, work) is not None:
+        return LearningPlan([Work("learn", methods.name_of(work.method), cached=True, seconds=0.0), written])
+    found = expected(work, path.parent / "tasks")
+    return replace(found, work=[*found.work, written])
+
+
+def _layout(work: LearningWork) -> dict[str, tuple[str, tuple[int, ...]]]:
+    shapes = work.method.file_shapes(len(work.models.tuned), work.models.shapes)
+    return {key: ("F32", shape) for key, shape in shapes.items()}
+
+
+def _path(work: LearningWork) -> Path:
     """The file of the store with what the method learns on these models and images."""
+    method = work.method
+    others = "".join(f"-{getattr(method, key)}" for key in sorted(method.not_learned_from))
+    return _folder(work) / f"{work.key}{others}.safetensors"
+
+
+def _like(path: Path, work: LearningWork) -> Path | None:
+    """A file that differs from the one at `path` only in settings that the learning does not read."""
+    return next(iter(sorted(path.parent.glob(f"{work.key}-*.safetensors"))), None)
+
+
+def _learn(path: Path, work: LearningWork, progress: Progress | None) -> None:
+    """Learns what the file at `path` holds, and writes it, unless it is there."""
     if isinstance(work.method, Adapted):
-        return _adapted_file(work, work.method, progress)
+        _adapt(path, work, work.method, progress)
+        return
     from mergecli.merging.learning.task_learning import learn_tasks
 
-    path = _folder(work) / f"{work.key}.safetensors"
     if not is_whole(path):
-        _write(path, work, learn_tasks(work, _folder(work) / "tasks", progress))
-    return path
+        _write(path, work, learn_tasks(work, path.parent / "tasks", progress))
 
 
-def _adapted_file(work: LearningWork, method: Adapted, progress: Progress | None) -> Path:
+def _adapt(path: Path, work: LearningWork, method: Adapted, progress: Progress | None) -> None:
     """The same for a method that adapts, in which all processes take part."""
     from mergecli.merging.learning.adaptation_loop import adapt
 
-    models, folder = work.models, _folder(work)
-    others = "".join(f"-{getattr(method, key)}" for key in sorted(method.not_learned_from))
-    path, partial = folder / f"{work.key}{others}.safetensors", folder / f"{work.key}.partial.safetensors"
+    models, unfinished = work.models, path.with_name(f"{work.key}.partial.safetensors")
     ranks, device = join(models.device)
     if not ranks.all(is_whole(path), device):
-        like = next(iter(sorted(folder.glob(f"{work.key}-*.safetensors"))), folder / "none")
+        like = _like(path, work) or path.with_name("none")
         if ranks.all(is_whole(like), device):
-            kept = _like(like, method, models) if is_first_here() else {}
+            kept = _renewed(like, method, models) if is_first_here() else {}
         else:
             surveyed = method.survey(ModelPasses(models, method.unit, progress if is_first() else None))
-            state, trace = adapt(work, method, surveyed, partial, progress, ranks, device)
+            state, trace = adapt(work, method, surveyed, unfinished, progress, ranks, device)
             kept = {**surveyed, **state, **trace}
         if is_first_here() and not path.exists():
             _write(path, work, {key: each for key, each in kept.items() if not key.startswith(UNSAVED)})
         if is_first():
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         wait()
-    return path
 
 
 def _folder(work: LearningWork) -> Path:
@@ -132,7 +190,7 @@ def _write(path: Path, work: LearningWork, tensors: State) -> None:
     save_tensors({key: each.contiguous() for key, each in tensors.items()}, path, metadata, checked=True)
 
 
-def _like(path: Path, method: Learner, models: Models) -> State:
+def _renewed(path: Path, method: Learner, models: Models) -> State:
     """What the method would learn, taken from a file that differs only in settings that the learning does not read."""
     with open_checkpoint(path, checked=True) as stored:
         _, renewed = _checked(stored, method, models)
@@ -182,7 +240,7 @@ def _checked(
         if not key.startswith(method.streamed)
     }
     seed, tasks = json_field(stored, "seed"), tuple(models.tuned)
-    learned = LearnedTensors(tasks, tuple(names), held, seed, _reader(stored, models), tower)
+    learned = LearnedTensors(tasks, tuple(names), shapes, held, seed, _reader(stored, models), tower)
     before = json_field(stored, "settings_table")
     if all(getattr(method, key) == before.get(key) for key in method.changeable):
         return learned, {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,13 @@ from mergecli.methods._base import DataDriven
 from mergecli.methods._learned import Learner
 from mergecli.methods._settings import frozen
 from mergecli.recipe.schema import Recipe
+from mergecli.results.plan import Work
 from mergecli.results.tables import Table
 from mergecli.runtime.distributed import are_several, is_first_here
 from mergecli.runtime.errors import InputError, UsageError, listed, quoted, toml_text
+from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_target, check_targets, refuse_inputs, whole_file, write_text
-from mergecli.storage.cache import kept
+from mergecli.storage.cache import is_stored, kept
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences
 from mergecli.storage.store import home
@@ -48,6 +50,29 @@ class Learned:
     """Name -> file that the merge reads besides the models."""
     about: Mapping[str, str] = field(default_factory=dict[str, str])
     """Metadata of the merged file."""
+
+
+@dataclass(frozen=True)
+class LearningPlan:
+    """What a dry run says of the learning."""
+
+    work: Sequence[Work] = ()
+    memory: int = 0
+    """Bytes that it holds, as far as the measurement has not held them."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What the method of one merge has to learn: everything is checked, and nothing is learned yet."""
+
+    expected: Learned
+    """What `learn` will return, as far as it is known: perhaps without a value and files."""
+    inputs: Sequence[str]
+    """The names of the files."""
+    learn: Callable[[Progress | None], Learned]
+    plan: Callable[[], LearningPlan] = LearningPlan
+    is_known: bool = True
+    """Whether `expected` has everything, because files have it already."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +209,7 @@ def is_whole(path: Path) -> bool:
     """
     if path.exists() and are_several() and is_first_here() and path.is_relative_to(home()):
         return kept(path, "it is made", lambda stored: stored.digest()) is not None
-    return path.exists()
+    return is_stored(path)
 
 
 def json_field(stored: Checkpoint, key: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
-from mergecli.merging.learning.statistics import files_for, measure_missing
+from mergecli.merging.learning.statistics import Measurement, files_for
 from mergecli.merging.models import open_models
 from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.reading import recipe_of
@@ -85,5 +85,5 @@ def measure(
         if not all(each.path.exists() for each in files):  # a folder that has them all may be read-only
             check_target(target, folder=True)
         warn_of_others(target, {each.path.name for each in files}, models.paths.values())
-        new = measure_missing(files, models, chosen, recipe, progress)
+        new = Measurement.of(files, models, chosen, recipe).measure(progress)
     return Measured({each.name: each.path for each in files}, new)

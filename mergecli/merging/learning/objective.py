@@ -16,7 +16,6 @@ from mergecli.methods._base import Group, Unit, uniform
 from mergecli.methods._learned import State
 from mergecli.methods._mixture import Installed, Routed
 from mergecli.runtime import interrupts
-from mergecli.runtime.errors import InputError, quoted
 from mergecli.storage.cache import allowed_size
 from mergecli.storage.checkpoint import VISION
 
@@ -190,15 +189,7 @@ def tower_objective(
     Raises:
         InputError: the base and the models do not fit together.
     """
-    from mergecli.clip.model import check_tower
-
-    models = work.models
-    assert models.base is not None
-    clip = work.load_clip()
-    check_tower(clip, models.base)
-    known = {VISION + name for name, _ in clip.tower.named_parameters()}
-    if unknown := [name for name in models.floats if name not in known]:
-        raise InputError(f"the base has no {quoted(unknown)}", "only vision towers can be adapted")
+    models, clip = work.models, work.load_clip()
     clip.model.to(device)
     own = [name for number, name in enumerate(work.tasks) if number % ranks.count == ranks.own]
     batches = _task_batches(work, method, clip, own)

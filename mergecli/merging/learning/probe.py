@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -37,13 +38,10 @@ class StatisticsRun:
         self, method: Calibrated, models: Models, recipe: Recipe, tasks: Sequence[CalibrationTask]
     ) -> None:
         from mergecli.clip.heads import zero_shot_head
-        from mergecli.clip.model import check_tower, load_clip
 
-        assert recipe.base is not None
         self._method, self._models, self._seed = method, models, recipe.seed
-        self._clip: Clip = load_clip(model_path(recipe.base))
-        for each in models.tuned.values():
-            check_tower(self._clip, each)
+        self.layout = method.layout(models.shapes)
+        self._clip = fitting_clip(method, models, recipe, tasks)
         self._clip.model.to(models.device)
         self._heads = {
             each.name: zero_shot_head(self._clip, each.classes, each.templates)
@@ -64,7 +62,6 @@ class StatisticsRun:
         Raises:
             InputError: a model gives NaN or infinity, or an image cannot be read.
         """
-        layout = self._method.layout(self._models.shapes)
         title = tasks[0].name if len(tasks) == 1 else f"{len(tasks)} tasks"
 
         def report(done: int, total: int) -> None:
@@ -72,8 +69,11 @@ class StatisticsRun:
                 progress(f"{title}: measuring", done, total)
 
         with ExitStack() as stack:
-            writer = stack.enter_context(SafetensorsWriter(path, layout, metadata, checked=True))
-            measured = stack.enter_context(closing(self._measured(tasks, path.parent, report)))
+            writer = stack.enter_context(SafetensorsWriter(path, self.layout, metadata, checked=True))
+            scratch = Scratch(path.parent, stack)
+            measured = stack.enter_context(
+                closing(self._measured(tasks, scratch, self._method.examples, report))
+            )
             for name, value in measured:
                 if not bool(value.isfinite().all()):
                     raise InputError(
@@ -82,28 +82,75 @@ class StatisticsRun:
                     )
                 writer.write(name, value.detach().cpu().contiguous())
 
+    def images(self, tasks: Sequence[CalibrationTask]) -> int:
+        """How many images of these tasks are looked at."""
+        return sum(min(self._method.examples, len(each.images)) for each in tasks if each.images)
+
+    def expected_seconds(self, tasks: Sequence[CalibrationTask]) -> float:
+        """About how long `write` takes for these tasks: as many seconds an image as a few images take more than one."""
+        wanted = max(min(self._method.examples, len(each.images)) for each in tasks if each.images)
+        self._seconds(tasks, 1)  # what is loaded or begun the first time counts once
+        one, few = self._seconds(tasks, 1), min(FEW, wanted)
+        if few == 1 or one > LONG:
+            return one * wanted
+        each = max(self._seconds(tasks, few) - one, 0.0) / (few - 1)
+        return one + each * (wanted - 1)
+
+    def _seconds(self, tasks: Sequence[CalibrationTask], examples: int) -> float:
+        began = time.perf_counter()
+        with ExitStack() as stack:
+            scratch = Scratch(Path(), stack, in_memory=True)
+            for _ in self._measured(tasks, scratch, examples, _report_nothing):
+                pass
+        return time.perf_counter() - began
+
     def _measured(
-        self, tasks: Sequence[CalibrationTask], folder: Path, report: Report
+        self, tasks: Sequence[CalibrationTask], scratch: Scratch, examples: int, report: Report
     ) -> Generator[tuple[str, Tensor]]:
         from mergecli.clip.model import set_tower
         from mergecli.data.images import drawn
 
         method, models = self._method, self._models
         seed = self._seed if method.shuffle else None
-        chosen = [drawn(each.images, method.examples, seed) for each in tasks if each.images]
+        chosen = [drawn(each.images, examples, seed) for each in tasks if each.images]
         assert len(chosen) == len(tasks), "images are missing"
-        with ExitStack() as stack:
-            scratch = Scratch(folder, stack)
-            if method.joint:
-                assert models.base is not None
-                tuned = tuple(models.tuned.values())
-                joint = JointTaskProbe(self._clip, tuned, models.base, chosen, scratch, report)
-                yield from method.measure_jointly(joint)
-                return
-            (one,) = tasks
-            set_tower(self._clip, models.tuned[one.name])
-            probe = TaskProbe(self._clip, chosen[0], self._heads.get(one.name), scratch, report)
-            yield from method.measure(probe)
+        if method.joint:
+            assert models.base is not None
+            tuned = tuple(models.tuned.values())
+            joint = JointTaskProbe(self._clip, tuned, models.base, chosen, scratch, report)
+            yield from method.measure_jointly(joint)
+            return
+        (one,) = tasks
+        set_tower(self._clip, models.tuned[one.name])
+        probe = TaskProbe(self._clip, chosen[0], self._heads.get(one.name), scratch, report)
+        yield from method.measure(probe)
+
+
+def _report_nothing(done: int, total: int) -> None:
+    del done, total
+
+
+FEW = 9
+"""Images that are measured to know how long many take."""
+LONG = 2.0
+"""Seconds that one image may take for more to be measured."""
+
+
+def fitting_clip(
+    method: Calibrated, models: Models, recipe: Recipe, tasks: Sequence[CalibrationTask]
+) -> Clip:
+    """The CLIP with which a method measures these tasks; raises InputError if models or prompts do not fit it."""
+    from mergecli.clip.heads import check_prompts
+    from mergecli.clip.model import check_tower, load_clip
+
+    assert recipe.base is not None
+    clip = load_clip(model_path(recipe.base))
+    for each in models.tuned.values():
+        check_tower(clip, each)
+    for each in tasks:
+        if each.task and method.needs_head:
+            check_prompts(clip, each.classes, each.templates)
+    return clip
 
 
 Report = Callable[[int, int], None]

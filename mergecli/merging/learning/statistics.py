@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,22 +16,28 @@ from mergecli import methods
 from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.learning.calibration import CalibrationTask, calibration_task, task_of
-from mergecli.merging.learning.files import Learned, LearningFiles, is_whole
+from mergecli.merging.learning.files import Learned, Learning, LearningFiles, LearningPlan, is_whole
 from mergecli.merging.merge_target import MergeTarget
 from mergecli.merging.models import Models
 from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.schema import Recipe
+from mergecli.results.plan import Work
 from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first, join, wait
+from mergecli.runtime.dry_run import is_dry
 from mergecli.runtime.errors import InputError, listed, toml_text
+from mergecli.storage.atomic import check_space
+from mergecli.storage.cache import is_stored
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences
 from mergecli.storage.metadata import about, table_differences
+from mergecli.storage.safetensors_format import layout_size
 from mergecli.storage.store import home
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergecli.merging.learning.probe import StatisticsRun
     from mergecli.runtime.progress import Progress
 
 KIND = "statistics"
@@ -82,10 +88,8 @@ class StatisticsFile:
         return about(KIND, method=method, inputs=self.inputs, measured=json.dumps(self.measured))
 
 
-def statistics(
-    models: Models, target: MergeTarget, files: LearningFiles, stack: ExitStack, progress: Progress | None
-) -> Learned:
-    """The statistics of these models, open until `stack` ends; those that no file holds yet are measured.
+def statistics(models: Models, target: MergeTarget, files: LearningFiles, stack: ExitStack) -> Learning:
+    """The statistics of these models, open until `stack` ends; those that no file holds yet are to be measured.
 
     Raises:
         InputError: the images are missing; or a file is damaged, or was measured on something else.
@@ -93,15 +97,30 @@ def statistics(
     method, recipe = target.method, target.recipe
     assert isinstance(method, Calibrated)
     wanted = files_for(models, method, recipe, files.statistics)
-    measure_missing(wanted, models, method, recipe, progress)
-    opened = {
-        f"statistics of {each.name}": stack.enter_context(_opened(each, models, method)) for each in wanted
-    }
-    facts: dict[str, Any] = {}
-    for each in opened.values():
-        facts |= json.loads(each.metadata["measured"])["tasks"]
-    stored = StoredStatistics(tuple(opened.values()), models.device)
-    return Learned(target, stored, opened, {"measured": json.dumps(facts)})
+    measurement = Measurement.of(wanted, models, method, recipe)
+
+    def opened() -> Learned:
+        found = {
+            f"statistics of {each.name}": stack.enter_context(_opened(each, models, method))
+            for each in wanted
+        }
+        facts = _facts(json.loads(each.metadata["measured"]) for each in found.values())
+        stored = StoredStatistics(tuple(found.values()), models.device)
+        return Learned(target, stored, found, {"measured": json.dumps(facts)})
+
+    def learned(progress: Progress | None) -> Learned:
+        measurement.measure(progress)
+        return opened()
+
+    is_known = is_dry() and not measurement.missing
+    expected = Learned(target, about={"measured": json.dumps(_facts([each.measured for each in wanted]))})
+    names = [f"statistics of {each.name}" for each in wanted]
+    return Learning(opened() if is_known else expected, names, learned, measurement.plan, is_known)
+
+
+def _facts(measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Task -> what its images are, from what the files say that they were measured on."""
+    return {task: facts for each in measured for task, facts in each["tasks"].items()}
 
 
 def files_for(
@@ -128,7 +147,7 @@ def files_for(
     for tasks in [tuple(models.tuned)] if method.joint else [(task,) for task in models.tuned]:
         title = name if method.joint else tasks[0]
         path = folder / f"{title}.safetensors" if folder else None
-        may_lack = path is not None and path.exists()
+        may_lack = path is not None and is_stored(path)
         looked = tuple(
             calibration_task(task, method.split, recipe, may_lack_images=may_lack) for task in tasks
         )
@@ -142,38 +161,74 @@ def files_for(
     return found
 
 
-def measure_missing(
-    files: Sequence[StatisticsFile],
-    models: Models,
-    method: Calibrated,
-    recipe: Recipe,
-    progress: Progress | None,
-) -> tuple[str, ...]:
-    """Checks the files that exist, measures those that do not, and returns the names of the new ones.
+@dataclass(frozen=True)
+class Measurement:
+    """The files of statistics that are still missing, and what measures them."""
 
-    Several processes share the missing files: each measures some of them whole, and all wait for the last.
-    """
-    ranks, device = join(models.device)
-    missing = [each for each in files if not ranks.all(is_whole(each.path), device)]
-    for each in files:
-        if each not in missing:
-            _opened(each, models, method).close()
-    wait()  # nobody writes before all have looked
-    if own := missing[ranks.own :: ranks.count]:
-        from mergecli.merging.learning.probe import StatisticsRun
+    missing: Sequence[StatisticsFile]
+    own: Sequence[StatisticsFile]
+    """Those that this process measures: several processes share them, each measures some of them whole."""
+    new_run: Callable[[], StatisticsRun]
+    kept: Callable[[], str]
+    """What is kept after an interruption."""
 
+    @classmethod
+    def of(
+        cls, files: Sequence[StatisticsFile], models: Models, method: Calibrated, recipe: Recipe
+    ) -> Measurement:
+        """Checks the files that exist, and whether those that do not can be measured.
+
+        Raises:
+            InputError: a file is damaged or of something else; or models, prompts or the space do not suffice for the others.
+        """
+        ranks, device = join(models.device)
+        missing = [each for each in files if not ranks.all(is_whole(each.path), device)]
+        for each in files:
+            if each not in missing:
+                _opened(each, models, method).close()
+        check_space({each.path: layout_size(method.layout(models.shapes)) for each in missing})
+        wait()  # nobody writes before all have looked
+        own = missing[ranks.own :: ranks.count]
         tasks = [one for each in own for one in each.tasks]
-        run = StatisticsRun(method, replace(models, device=device), recipe, tasks)
-        with interrupts.telling(partial(_kept, files)):
-            for each in own:
-                run.write(each.path, each.tasks, each.metadata(), progress if is_first() else None)
-    wait()
-    if lost := [each.path for each in missing if not each.path.exists()]:
-        raise InputError(
-            f"{lost[0]}: was measured by another process, and is not here",
-            "name a folder that all machines see, or copy the files",
-        )
-    return tuple(each.name for each in missing)
+        if own:
+            from mergecli.merging.learning.probe import fitting_clip
+
+            fitting_clip(method, models, recipe, tasks)  # and dropped: many merges may wait for their turn
+
+        def new_run() -> StatisticsRun:
+            from mergecli.merging.learning.probe import StatisticsRun
+
+            return StatisticsRun(method, replace(models, device=device), recipe, tasks)
+
+        return cls(missing, own, new_run, partial(_kept, files))
+
+    def measure(self, progress: Progress | None) -> tuple[str, ...]:
+        """Measures what is missing, and returns its names; all processes wait for the last."""
+        if self.own:
+            run = self.new_run()
+            with interrupts.telling(self.kept):
+                for each in self.own:
+                    run.write(each.path, each.tasks, each.metadata(), progress if is_first() else None)
+        wait()
+        if lost := [each.path for each in self.missing if not each.path.exists()]:
+            raise InputError(
+                f"{lost[0]}: was measured by another process, and is not here",
+                "name a folder that all machines see, or copy the files",
+            )
+        return tuple(each.name for each in self.missing)
+
+    def plan(self) -> LearningPlan:
+        """How many images are looked at, and about how long that takes."""
+        if not self.own:
+            return LearningPlan()
+        work: list[Work] = []
+        run = self.new_run()
+        for each in self.own:
+            seconds = run.expected_seconds(each.tasks)
+            work.append(Work("measure", each.name, images=run.images(each.tasks), seconds=seconds))
+            size, name = layout_size(run.layout), f"statistics of {each.name}"
+            work.append(Work("write", name, str(each.path), tensors=len(run.layout), bytes=size))
+        return LearningPlan(work)
 
 
 def _kept(files: Sequence[StatisticsFile]) -> str:

@@ -43,10 +43,10 @@ def learn_tasks(work: LearningWork, folder: Path, progress: Progress | None) -> 
     found: list[State] = []
     clip: Clip | None = None
     for task in work.tasks:
-        path = folder / f"{work.task_key(task)}.safetensors"
+        path = part_file(work, folder, task)
         part = kept(path, "it is learned", lambda stored: {key: stored.read(key) for key in stored.entries})
         if part is None:
-            clip = clip or _clip(work, method)
+            clip = clip or _clip(work)
             with interrupts.telling(
                 lambda: f"{len(found)} of {len(work.tasks)} tasks are kept" if found else ""
             ):
@@ -57,14 +57,14 @@ def learn_tasks(work: LearningWork, folder: Path, progress: Progress | None) -> 
     return method.joined(found)
 
 
-def _clip(work: LearningWork, method: TaskLearner) -> Clip:
-    """The CLIP without its text tower, on the device."""
-    from mergecli.clip.model import check_tower
+def part_file(work: LearningWork, folder: Path, task: str) -> Path:
+    """The file of what is learned for one task."""
+    return folder / f"{work.task_key(task)}.safetensors"
 
+
+def _clip(work: LearningWork) -> Clip:
+    """The CLIP without its text tower, on the device."""
     clip = work.load_clip()
-    for each in (*work.needed.values(), *work.models.tuned.values()):
-        check_tower(clip, each)
-    method.check_features(int(clip.model.config.projection_dim))
     clip.model.to(work.models.device)
     clip.drop_text_tower()
     return clip

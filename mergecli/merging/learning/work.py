@@ -20,8 +20,8 @@ from mergecli.methods._adapted import Adapted
 from mergecli.methods._learned import Learner, Need
 from mergecli.methods._task_learner import TaskLearner
 from mergecli.recipe.schema import Recipe
-from mergecli.runtime.errors import UsageError, quoted
-from mergecli.storage.checkpoint import Checkpoint
+from mergecli.runtime.errors import InputError, UsageError, quoted
+from mergecli.storage.checkpoint import VISION, Checkpoint
 
 if TYPE_CHECKING:
     from mergecli.clip.heads import ClipDigests
@@ -75,11 +75,31 @@ class LearningWork:
         assert self.recipe.base is not None
         return model_path(self.recipe.base)
 
-    def load_clip(self) -> Clip:
-        """The CLIP, on the CPU."""
-        from mergecli.clip.model import load_clip
+    def check(self) -> None:
+        """Raises InputError if the towers, or the prompts of the tasks, do not fit the CLIP."""
+        from mergecli.clip.heads import check_prompts
 
-        return load_clip(self.clip_folder)
+        clip = self.load_clip()
+        if self.method.needs_head:
+            for task in self.tasks.values():
+                check_prompts(clip, task.classes, task.templates)
+
+    def load_clip(self) -> Clip:
+        """The CLIP, on the CPU; raises InputError if the towers that are put into it do not fit."""
+        from mergecli.clip.model import check_tower, load_clip
+
+        clip, method = load_clip(self.clip_folder), self.method
+        if isinstance(method, TaskLearner):
+            for each in (*self.needed.values(), *self.models.tuned.values()):
+                check_tower(clip, each)
+            method.check_features(int(clip.model.config.projection_dim))
+            return clip
+        assert self.models.base is not None
+        check_tower(clip, self.models.base)
+        known = {VISION + name for name, _ in clip.tower.named_parameters()}
+        if unknown := [name for name in self.models.floats if name not in known]:
+            raise InputError(f"the base has no {quoted(unknown)}", "only vision towers can be adapted")
+        return clip
 
     @property
     def inputs(self) -> dict[str, str]:

@@ -141,15 +141,11 @@ def heatmap(chart: Chart) -> Figure:
     figure, axes = canvas(0.075 * longest + 0.62 * (len(tasks) + 1) + 0.9, 0.34 * len(models) + 1.5)
     flat = [value for row in chart.values for value in row if value is not None] + list(chart.averages)
     low = 10 * (min(flat) // 10) if chart.top else min(flat)
-    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
-    palette = ListedColormap(
-        [colormaps["YlGnBu"](step / 320) for step in range(256)]
-    )  # without the darkest fifth
-    colors: Any = ScalarMappable(Normalize(low, chart.top or max(*flat, low + 1e-9)), palette)
+    colors: Any = ScalarMappable(Normalize(low, chart.top or max(*flat, low + 1e-9)), _palette())
     for i, (row, average) in enumerate(zip(chart.values, chart.averages, strict=True)):
         for j, value in enumerate([*row, average]):
             x = j + 0.18 * (j == len(tasks))
@@ -181,25 +177,60 @@ def heatmap(chart: Chart) -> Figure:
 
 
 @styled
-def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], path: Path) -> None:
-    """A square of similarities with the numbers in the cells; the colors span the values off the diagonal."""
-    size = max(3.2, 0.55 * len(names) + 1.6)
-    figure, axes = canvas(size + 0.6, size)
-    others = [value for i, row in enumerate(values) for j, value in enumerate(row) if i != j]
-    low, high = min(0.0, *others, 0.0), max(0.1, *others, 0.1)
-    image = axes.imshow(values, cmap="GnBu", vmin=low, vmax=high)
-    shown = labels(names)
-    axes.set_xticks(range(len(names)), shown, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), shown)
+def heat_map(
+    names: Sequence[str],
+    values: Sequence[Sequence[float]],
+    path: Path,
+    *,
+    columns: Sequence[str] | None = None,
+    label: str = "cosine similarity",
+    x_label: str = "",
+) -> None:
+    """Writes a table with its numbers in colored cells. Without names of its own for the columns it is a square of
+    similarities: the colors span the values off the diagonal, which is gray."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    across = names if columns is None else columns
+    figure, axes = canvas(max(3.2, 0.55 * len(across) + 1.6) + 0.6, max(2.4, 0.55 * len(names) + 1.6))
+    apart = {(i, i) for i in range(len(names))} if columns is None else set[tuple[int, int]]()
+    cells = {(i, j): value for i, row in enumerate(values) for j, value in enumerate(row)}
+    scaled = [value for at, value in cells.items() if at not in apart] or [0.0]
+    digits = 2 if max(scaled) - min(scaled) > 0.05 else 3
+    spare = max(0.0, 0.1 - (max(scaled) - min(scaled))) / 2  # values that hardly differ look alike
+    colors: Any = ScalarMappable(Normalize(min(scaled) - spare, max(scaled) + spare), _palette())
+    for (i, j), value in cells.items():
+        red, green, blue, _ = (0.88, 0.88, 0.88, 1) if (i, j) in apart else colors.to_rgba(value)
+        axes.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, color=(red, green, blue), linewidth=0))
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        axes.text(
+            j,
+            i,
+            f"{round(value, digits) + 0.0:.{digits}f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if dark else "black",
+        )
+    axes.set_xlim(-0.5, len(across) - 0.5)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_aspect("equal")
+    axes.set_xticks(range(len(across)), labels(across), rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), labels(names))
+    axes.set_xlabel(x_label)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            color = "white" if (value - low) > 0.6 * (high - low) else "black"
-            shown_value = f"{round(value, 2) + 0.0:.2f}"
-            axes.text(j, i, shown_value, ha="center", va="center", fontsize=8, color=color)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity", extend="max")
+    figure.colorbar(colors, ax=axes, shrink=0.8, label=label).outline.set_visible(False)
     save(figure, path)
+
+
+def _palette() -> Any:
+    """Colors from light to dark, without the darkest fifth."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap([colormaps["YlGnBu"](step / 320) for step in range(256)])
 
 
 def _patch(number: int) -> Any:
