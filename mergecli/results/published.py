@@ -56,7 +56,9 @@ def columns(rows: Sequence[Row], reference: Reference, intervals: bool = False) 
         )
     warnings = departures([row.result for row in rows if row.result], reference)
     other = [line for line in warnings if line.startswith(_OTHER.format(reference.name))]
-    short = f"evaluated otherwise than `{reference.name}` in {len(other)} ways, from which differences may come"
+    short = (
+        f"evaluated otherwise than `{reference.name}` in {len(other)} ways, from which differences may come"
+    )
     return Block(found, notes, warnings, {short: other} if len(other) > FEW else {})
 
 

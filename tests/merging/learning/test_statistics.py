@@ -169,9 +169,7 @@ def refused(zoo: Zoo, match: str, method: str = "fisher", **more: Any) -> InputE
 
 def test_statistics_of_other_settings_models_data_prompts_or_methods_are_refused(zoo: Zoo) -> None:
     merged(zoo, "fisher")
-    error = refused(
-        zoo, "`measured.settings.examples`: expected 9, got 8", settings={"examples": 9}
-    )
+    error = refused(zoo, "`measured.settings.examples`: expected 9, got 8", settings={"examples": 9})
     assert "delete the file" in error.hint
     refused(zoo, '`measured.method`: expected "reg_mean", got "fisher"', method="reg_mean")
     prompts = {name: replace(table, templates=("{}!",)) for name, table in zoo.recipe.tasks.items()}
