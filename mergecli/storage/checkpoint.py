@@ -351,7 +351,7 @@ def _files(path: Path) -> list[Path]:
         models = sorted(each.name for each in path.glob("*/") if _has_weights(each))
         raise InputError(
             f"{path}: has no `model.safetensors`",
-            f"name one of the models in it: {quoted(path / name for name in models)}" if models else "",
+            f"name one of the models in it: {quoted(str(path / name) for name in models)}" if models else "",
         )
     if path.name.endswith(".index.json"):
         try:
