@@ -64,9 +64,8 @@ def parse_axis(text: str) -> Axis:
             + (f" (did you mean `method.{text}`?)" if is_setting else "")
         )
     try:
-        values = (
-            _range(written, text) if _RANGE.fullmatch(written) else tuple(map(parse_value, _split(written)))
-        )
+        is_range = written.count(":") == 2 or _WITHOUT_STEP.fullmatch(written)
+        values = _range(written, text) if is_range else tuple(map(parse_value, _split(written)))
     except ValueError as error:
         raise UsageError(f"sweep `{text}`: {error}") from error
     if not values:
@@ -149,8 +148,8 @@ def point_files(points: Sequence[Point], folder: Path) -> dict[Path, Recipe]:
     return {folder / f"{point.name}.safetensors": point.recipe for point in points}
 
 
-_RANGE = re.compile(r"\s*[-+]?[.\d][^:,]*(:[^:,]*){1,2}")
-"""What is meant as `FIRST:LAST:STEP`, also without its step."""
+_WITHOUT_STEP = re.compile(r"[-+]?[.\d][^:,]*:[^:,]*")
+"""What is meant as `FIRST:LAST:STEP`, though its step was left out."""
 
 
 def _range(written: str, text: str) -> tuple[Any, ...]:

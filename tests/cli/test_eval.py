@@ -212,7 +212,7 @@ def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
         (["x.safetensors", "--clip", "base"], 2, "error: there are no tasks to evaluate on"),
         (["x.safetensors", "--recipe", "r.toml", "--tasks", "wram"], 2, "error: unknown task `wram` (did you mean `warm`?)"),
         (["x.safetensors", "--recipe", "r.toml"], 3, "error: x.safetensors: no such file or folder"),
-        (["warm.safetensors", "--recipe", "r.toml", "--tasks", "mnist"], 3, "error: hf:ylecun/mnist: has not been fetched"),
+        (["warm.safetensors", "--recipe", "r.toml", "--tasks", "mnist"], 3, "error: hf:datasets/ylecun/mnist (task `mnist`): has not been fetched"),
         (["warm.safetensors", "--recipe", "r.toml", "--split", "tset"], 2, "error: "),
         (["warm.safetensors", "--recipe", "r.toml", "--set", "tasks.warm.classes=[\"a\",\"b\"]"], 3, "error: data/warm (task `warm`): split `test`: the data have 3 classes, the task has 2"),
         (["warm.safetensors", "--recipe", "r.toml", "--min-average", "70"], 2, "error: --min-average: expected a fraction"),
