@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mergecli.hub.doctor import Examined as Examined
     from mergecli.hub.doctor import doctor as doctor
     from mergecli.hub.fetch import Fetched as Fetched
+    from mergecli.hub.fetch import LockNotWrittenError as LockNotWrittenError
     from mergecli.hub.fetch import fetch as fetch
     from mergecli.hub.push import Pushed as Pushed
     from mergecli.hub.push import push as push
@@ -32,14 +33,20 @@ if TYPE_CHECKING:
     from mergecli.results.plan import plan as plan
     from mergecli.results.report import report as report
     from mergecli.results.result import Evaluation as Evaluation
+    from mergecli.results.result import Evaluations as Evaluations
+    from mergecli.results.result import TaskScore as TaskScore
+    from mergecli.results.tables import Table as Table
     from mergecli.runtime.errors import HubError as HubError
     from mergecli.runtime.errors import InputError as InputError
     from mergecli.runtime.errors import MergecliError as MergecliError
     from mergecli.runtime.errors import MergecliWarning as MergecliWarning
     from mergecli.runtime.errors import UsageError as UsageError
+    from mergecli.runtime.progress import Progress as Progress
     from mergecli.storage.cache import cache as cache
+    from mergecli.storage.checksums import DamagedFileError as DamagedFileError
     from mergecli.training.finetune import Finetuned as Finetuned
     from mergecli.training.finetune import finetune as finetune
+    from mergecli.training.loop import DivergedError as DivergedError
 
 
 def _homes() -> dict[str, str]:

@@ -55,6 +55,7 @@ def pages() -> dict[str, str]:
     found |= {_method_file(name): _method(name) for name in methods.names()}
     found["changelog.md"] = (ROOT / "CHANGELOG.md").read_text("utf-8")
     found["index.md"] = _start()
+    found["guide/notebook.md"] = _notebook()
     return found
 
 
@@ -83,6 +84,17 @@ def _start() -> str:
         text,
         flags=re.DOTALL,
     )
+
+
+def _notebook() -> str:
+    """The notebook as a page: its texts, its code, and what that prints."""
+    notebook = json.loads((ROOT / "docs" / "notebook.ipynb").read_text("utf-8"))
+    parts: list[str] = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        parts += [f"```text\n{''.join(each['text']).rstrip()}\n```" for each in cell.get("outputs", [])]
+    return "\n\n".join([*parts, "The page is [a notebook](../notebook.ipynb).\n"])
 
 
 # methods

@@ -773,7 +773,7 @@ def commands(record: Record) -> None:
         "eval": ["eval", "ties.safetensors", "emr=toy:digits", "--recipe", place, "--limit", "10", "-o", "results"],
         "eval of a sweep": ["eval", "--recipe", place, "--sweep", "method.density=0.2,0.5", "--limit", "8", "--select", "train"],
         "report": ["report", "results/ties.json", "results/emr.json", "--against", "ties", "-o", "report.md"],
-        "measure": ["measure", place, "--method", "fisher", "--set", "method.examples=4", "--only", "shapes", "-o", "measured"],
+        "measure": ["measure", place, "--method", "fisher", "--set", "method.examples=4", "--task", "shapes", "-o", "measured"],
         "extract": ["extract", "toy:digits", "--base", BASE, "--rank", "2", "-o", "adapter", "--json"],
         "finetune": ["finetune", "--base", BASE, "--task", "digits", "--steps", "2", "--batch-size", "4", "-o", "tuned.safetensors"],
         "info": ["info", "ties.safetensors"],
@@ -922,7 +922,7 @@ def mistakes(record: Record) -> None:
 SHORTHANDS = {
     "merge": "merge --base base.safetensors t1.safetensors t2.safetensors",
     "ties": "--method ties -o m.safetensors",
-    "eval": "eval toy:base --clip toy:base --tasks digits --limit 4",
+    "eval": "eval toy:base --clip toy:base --task digits --limit 4",
     "tune": "finetune --base toy:base --task digits --steps 1",
 }
 MISTAKES = {
@@ -979,8 +979,8 @@ MISTAKES = {
     "sweep with a twin": "{merge} --method ties --sweep method.density=0.1,0.1 -o swept",
     "no CLIP": "eval t1.safetensors -o x.json",
     "no tasks": "eval toy:base --clip toy:base",
-    "unknown task": "eval toy:base --clip toy:base --tasks mnits",
-    "data not in the store": "eval toy:base --clip toy:base --tasks mnist",
+    "unknown task": "eval toy:base --clip toy:base --task mnits",
+    "data not in the store": "eval toy:base --clip toy:base --task mnist",
     "a percentage": "{eval} --min-average 70",
     "threshold": "{eval} --min-average 1",
     "threshold of a task": "{eval} --min digits=1",
@@ -988,7 +988,7 @@ MISTAKES = {
     "severity alone": "{eval} --severity 2",
     "unknown routing": "{eval} --routing token",
     "unknown split": "{eval} --split tset",
-    "no tower": "eval t1.safetensors --clip toy:base --tasks digits",
+    "no tower": "eval t1.safetensors --clip toy:base --task digits",
     "select without a sweep": "{eval} --select validation",
     "missing result": "report missing.json",
     "not a result": "report text.json",

@@ -158,7 +158,7 @@ def main() -> None:
     lines = ["| method | average | size |", "| :-- | --: | --: |"]
     if given.pace:
         lines = ["| method | average | size | images/s |", "| :-- | --: | --: | --: |"]
-    for name, more in (("base", ["toy:base", "--clip", "toy:base", "--tasks", "toy8"]),
+    for name, more in (("base", ["toy:base", "--clip", "toy:base", "--task", "toy8"]),
                        ("fine-tuned", ["--individual", "--recipe", RECIPE])):  # fmt: skip
         if not (given.folder / f"{name}.json").exists():
             call("eval", *more, "-o", given.folder / f"{name}.json")

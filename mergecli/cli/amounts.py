@@ -18,5 +18,7 @@ def duration(seconds: float) -> str:
 
 
 def memory(size: int) -> str:
-    """`640 MB`, `1.24 GB`."""
+    """`1.6 kB`, `1.6 MB`, `640 MB`, `1.24 GB`."""
+    if size < 10e6:
+        return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -14,14 +14,15 @@ import typer
 
 from mergecli.cli import console, ending, spinner
 from mergecli.cli.commands import COMMANDS
-from mergecli.cli.parser import Command, Debug, Interrupted, Quiet, Verbose
+from mergecli.cli.parser import Command, Debug, Group, Interrupted, Quiet, Verbose
 from mergecli.cli.parser_errors import message_of
 from mergecli.runtime import interrupts, verbosity
 from mergecli.runtime.distributed import is_first
-from mergecli.runtime.errors import ExitStatus, MergecliError
+from mergecli.runtime.errors import ExitStatus, MergecliError, ThresholdError
 
 app = typer.Typer(
     name="mergecli",
+    cls=Group,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -78,7 +79,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         ending.say()
         return int(status) if isinstance(status, int) else ExitStatus.DONE
     except MergecliError as error:
-        ending.say()
+        if isinstance(error, ThresholdError):  # the command did its work
+            ending.say()
         if verbosity.debug:
             console.traceback()
         console.error(error.message, error.hint, error.details)
@@ -117,7 +119,6 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _interrupted(error: BaseException | None) -> int:
     spinner.stop()
-    ending.say()
     if verbosity.debug:
         console.traceback()
     if is_first():

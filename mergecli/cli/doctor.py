@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergecli.cli import console, ending
+from mergecli.cli import amounts, console, ending
 from mergecli.runtime.errors import HubError, InputError
 
 _BYTES = ("bytes", "memory", "free", "may_grow_to")
@@ -38,7 +38,7 @@ def doctor(
     with console.progress() as progress:
         found = doctor(online=online, progress=progress)
     compared = sum(each["sample"]["compared"] for each in (found.store, found.cache))
-    ending.did(f"compared the digests of {ending.count(compared, 'file')}")
+    ending.did(f"compared the digests of {amounts.count(compared, 'file')}")
     wrong = (*found.damaged, *found.problems)
     silent = [hub for hub, about in found.hubs.items() if about["seconds"] is None]
     if as_json:

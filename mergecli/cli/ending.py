@@ -17,6 +17,7 @@ from mergecli.cli.amounts import duration, memory
 from mergecli.runtime import verbosity
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import MergecliError
+from mergecli.runtime.memory import peak_memory
 
 
 @dataclass
@@ -99,18 +100,6 @@ def _digest(path: Path) -> str:
         with path.open("rb") as opened:
             return "sha256:" + hashlib.file_digest(opened, "sha256").hexdigest()
     return ""
-
-
-def peak_memory() -> int:
-    """The most bytes of memory that this process has held."""
-    # ru_maxrss is that of the parent where it was larger when it started us, so it is asked last
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _peak_of_gpu() -> str:

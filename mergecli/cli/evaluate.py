@@ -37,14 +37,15 @@ def evaluate(
         str | None, typer.Option("--clip", metavar="SOURCE", help="The CLIP whose text tower makes the heads.")
     ] = None,
     tasks: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--tasks", metavar="TASK,...", autocompletion=options.complete_tasks,
-            help="Tasks or sets such as ta8; `mergecli tasks` lists them.",
+            "--task", metavar="TASK", autocompletion=options.complete_tasks,
+            help="A task, or a set such as ta8; `mergecli tasks` lists them. Repeatable.",
         ),
     ] = None,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="NAME,...", help="Which of the recipe's models; `base` is its base.")
+        list[str] | None,
+        typer.Option("--model", metavar="NAME", help="Which of the recipe's models; `base` is its base. Repeatable."),
     ] = None,
     individual: Annotated[
         bool, typer.Option("--individual", help="Each model only on the task it is named after, in one result.")
@@ -91,7 +92,7 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Images at a time.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="DTYPE", help="Of the forward pass: float32, bfloat16 or float16.")
+        str, typer.Option("--precision", metavar="DTYPE", help="Of the forward pass: float32, bfloat16 or float16.")
     ] = "float32",
     workers: Annotated[
         int | None,
@@ -132,7 +133,6 @@ def evaluate(
     keep: Annotated[Path | None, typer.Option("--keep", metavar="DIR", help="With --sweep: keep the checkpoints.")] = None,
     plot: options.Plot = None,
     dry_run: options.DryRun = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     form: options.Format = None,
     changes: options.Set = None,
 ) -> None:  # fmt: skip
@@ -144,13 +144,12 @@ def evaluate(
 
     mergecli eval --individual --recipe recipe.toml -o out/fine-tuned.json
 
-    mergecli eval toy:base toy:digits --clip toy:base --tasks toy8
+    mergecli eval toy:base toy:digits --clip toy:base --task toy8
 
     mergecli eval --recipe recipe.toml --method ties --sweep method.scaling_factor=0.1:1.0:0.1 --select validation
     """
     if min_average is not None and not 0 <= min_average <= 1:
         raise UsageError(f"--min-average: expected a fraction from 0 to 1, got {min_average:g}")
-    form = "json" if as_json and form is None else form
     console.check_format(form)
     from mergecli.evaluation.evaluate import evaluate
     from mergecli.recipe.reading import recipe_of
@@ -158,7 +157,9 @@ def evaluate(
     from mergecli.results.result import result_files
     from mergecli.storage.sources import named_sources
 
-    chosen = {"--tasks": tasks, "--only": only, "--split": split, "--corruption": corruption}
+    named = list(options.names("--task", tasks)) or None
+    models = options.names("--model", only)
+    chosen = {"--split": split, "--corruption": corruption}
     for option, text in chosen.items():
         if text is not None and not text.strip(" ,"):
             raise UsageError(f"{option}: is empty", "leave the option out for its default")
@@ -167,13 +168,12 @@ def evaluate(
     if changes and recipe is None:
         raise UsageError("--set: there is no recipe to change", "name one with `--recipe`")
     known = recipe_of(recipe, method=method, changes=changes or []) if recipe else None
-    named = tasks.split(",") if tasks else None
     thresholds = parse_thresholds(min_task or [], named, known) if min_task else {}
     swept = {"--method": method, "--select": select, "--keep": keep, "--plot": plot}
     if sweep:
         from mergecli.evaluation.sweep import sweep as evaluate_sweep
 
-        whole = {"a checkpoint": checkpoints, "--only": only, "--individual": individual, "--predictions": predictions,
+        whole = {"a checkpoint": checkpoints, "--model": only, "--individual": individual, "--predictions": predictions,
                  "--features": features, "--routes": routes, "--clip": clip}  # fmt: skip
         if (other := next((name for name, value in whole.items() if value), None)) is not None:
             raise UsageError(
@@ -204,7 +204,7 @@ def evaluate(
         raise UsageError(f"{other}: belongs to a sweep", "say over what with `--sweep KEY=VALUES`")
     with console.progress() as progress:
         work = partial(
-            evaluate, named_sources(checkpoints or []) or (), recipe=known, only=options.names("--only", only),
+            evaluate, named_sources(checkpoints or []) or (), recipe=known, only=models,
             individual=individual, clip=clip, tasks=named, batch_size=batch_size, split=split, limit=limit,
             corruption=corruption, severity=severity or 1, device=device, dtype=dtype, workers=workers, cache=cache,
             cache_size=cache_size, fresh=fresh, routing=routing, output=output, predictions=predictions, features=features,
@@ -215,8 +215,8 @@ def evaluate(
             return
         results = work()
     console.table(accuracy_table(results), form)
-    models = results[0].models if individual else results
-    ending.did(f"evaluated {amounts.count(len(models), 'checkpoint')} on {_tasks(results)}")
+    shown = results[0].models if individual else results
+    ending.did(f"evaluated {amounts.count(len(shown), 'checkpoint')} on {_tasks(results)}")
     ending.wrote(*result_files([str(each.checkpoint["name"]) for each in results], output))
     ending.wrote_beside(predictions, features, routes)
     check_thresholds(results, thresholds, min_average)

@@ -53,7 +53,7 @@ def fetch(
     ] = False,
     changes: options.Set = None,
 ) -> None:
-    """Bring models and data to this machine; prints one local path a line. The only command that uses the network.
+    """Bring models and data to this machine; prints one local path a line. It and push alone reach the internet.
 
     Beside each recipe it writes a lock (recipe.lock) with commits, sizes and SHA-256; --locked fetches exactly these.
     Ctrl-C loses nothing that has arrived: the same command resumes.

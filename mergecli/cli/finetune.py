@@ -21,7 +21,7 @@ def finetune(
         list[str],
         typer.Option(
             "--task", metavar="TASK", autocompletion=options.complete_tasks,
-            help="Task to train on. Repeatable: several at once, their losses summed.",
+            help="Task to train on. Repeatable: several at once, their losses summed.", show_default=False,
         ),
     ],
     output: Annotated[
@@ -90,7 +90,7 @@ def finetune(
     known = recipe_of(recipe, changes=changes or []) if recipe else None
     with console.progress() as progress:
         work = partial(
-            finetune, known, task=task, base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
+            finetune, known, task=options.names("--task", task), base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
             weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
             lora=lora, l_lora=l_lora, rank=rank, alpha=alpha, target_modules=target_modules, lora_dropout=lora_dropout,
             validate_every=validate_every, validation_split=validation_split, trace=trace, tensorboard=tensorboard,

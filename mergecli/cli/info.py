@@ -37,7 +37,6 @@ def info(
         Path | None, typer.Option("--plot", help="Draw the learned coefficients: a .png, .svg or .pdf file.")
     ] = None,
     form: options.Format = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
     """Describe checkpoints: parameters, dtypes, keys, digest, what they were made from, and what was learned.
 
@@ -59,7 +58,7 @@ def info(
             console.warning(f"{each.path}: {line}")
     one = found[0]
     ending.did(f"read {one.path}" if len(found) == 1 else f"read {len(found)} files")
-    if as_json:
+    if form == "json" and not (keys or recipe or coefficients):
         shown = [asdict(each) for each in found]
         console.json(shown if len(shown) > 1 else shown[0])
     elif recipe:

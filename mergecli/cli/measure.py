@@ -21,7 +21,7 @@ def measure(
         ),
     ] = None,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="TASK,...", help="Which of the recipe's tasks; none: all.")
+        list[str] | None, typer.Option("--task", metavar="TASK", help="Which of the recipe's tasks; none: all. Repeatable.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     changes: options.Set = None,
@@ -40,7 +40,7 @@ def measure(
 
     with console.progress() as progress:
         done = measure(
-            recipe, output=output, method=method, only=options.names("--only", only), device=device,
+            recipe, output=output, method=method, only=options.names("--task", only), device=device,
             changes=changes or [], progress=progress,
         )  # fmt: skip
     if not is_first():

@@ -27,6 +27,9 @@ def merge(
         ),
     ] = None,
     changes: options.Set = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="DTYPE", help="Of the output: same, float32, float16 or bfloat16.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="Where the method computes: cpu, cuda, cuda:1, ...")] = "cpu",
     shard_size: Annotated[
         str | None, typer.Option("--shard-size", metavar="SIZE", help="Split a folder's weights, such as 2GB.")
@@ -94,14 +97,15 @@ def merge(
                 raise UsageError("a sweep has no single file of coefficients to save, trace or plot")
             if card:
                 raise UsageError("--card: a sweep writes several models, and a folder has one card")
-            points = points_of(what, sweep, base=base, method=method, changes=changes or [])
+            changed = [*(changes or []), *([] if dtype is None else [f'dtype="{dtype}"'])]
+            points = points_of(what, sweep, base=base, method=method, changes=changed)
             work = partial(
                 merge_sweep, points, output, device=device, statistics=statistics, coefficients=coefficients,
                 progress=progress,
             )  # fmt: skip
         else:
             work = partial(
-                merge, what, output=output, base=base, method=method, changes=changes or [], device=device,
+                merge, what, output=output, base=base, method=method, changes=changes or [], dtype=dtype, device=device,
                 shard_size=shard_size, card=card, statistics=statistics, coefficients=coefficients,
                 save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
             )  # fmt: skip

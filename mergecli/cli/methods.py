@@ -22,7 +22,6 @@ def methods(
         typer.Argument(metavar="[NAME]", autocompletion=options.complete_methods, help="One method."),
     ] = None,
     form: options.Format = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
 ) -> None:
     """List the merging methods, or show one: its equation, settings, cost and paper.
 
@@ -38,10 +37,10 @@ def methods(
         classes = {each: registry.find(each) for each in registry.names()}
         rows = tuple((each, method.title, _reads(method.passes)) for each, method in classes.items())
         table = Table((Column("method"), Column("what it does"), Column("cost")), rows)
-        console.table(table, "json" if as_json else form, drawn=_of_each_kind(classes))
+        console.table(table, form, drawn=_of_each_kind(classes))
         return
     described = _described(name)
-    if as_json or form == "json":
+    if form == "json":
         console.json(described)
         return
     console.prose(f"{name}: {described['title']}\n")

@@ -55,15 +55,16 @@ DryRun = Annotated[
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .svg or .pdf file.")]
 
 
-def names(option: str, written: str | None) -> tuple[str, ...]:
-    """The names between commas, without those that are empty; none where the option is not given.
+def names(option: str, written: list[str] | None) -> tuple[str, ...]:
+    """The names that an option was given, once or more, each time one or several with commas between them; none where it is
+    not given.
 
     Raises:
         UsageError: it is given, and all of them are empty.
     """
-    found = tuple(name.strip() for name in (written or "").split(",") if name.strip())
-    if written is not None and not found:
-        raise UsageError(f"{option}: expected names with commas between them, got `{written}`")
+    found = tuple(name.strip() for text in written or () for name in text.split(",") if name.strip())
+    if written and not found:
+        raise UsageError(f"{option}: is empty", "leave the option out for its default")
     return found
 
 

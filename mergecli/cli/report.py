@@ -35,8 +35,12 @@ def report(
     ascending: Annotated[bool, typer.Option("--ascending", help="With --sort: smallest first.")] = False,
     metric: Annotated[str, typer.Option("--metric", metavar="accuracy|loss", help="What the cells are.")] = "accuracy",
     seen: Annotated[
-        str, typer.Option("--seen", metavar="TASK,...", help="Tasks whose models were merged: adds averages of seen and unseen tasks.")
-    ] = "",
+        list[str] | None,
+        typer.Option(
+            "--seen", metavar="TASK", autocompletion=options.complete_tasks,
+            help="A task whose model was merged: adds averages of seen and unseen tasks. Repeatable.",
+        ),
+    ] = None,
     normalized: Annotated[
         bool, typer.Option("--normalized", help="Add accuracies divided by those of the fine-tuned models.")
     ] = False,
@@ -92,12 +96,13 @@ def report(
 
     mergecli report out/*.json --against base --intervals -o report.html
     """
+    from mergecli.results.card import card_path
     from mergecli.results.report import report
 
     chosen: Any = console.check_format(form)
     measure: Any = metric
     table = report(
-        results, sort=sort, ascending=ascending, metric=measure, seen=seen, normalized=normalized,
+        results, sort=sort, ascending=ascending, metric=measure, seen=",".join(options.names("--seen", seen)), normalized=normalized,
         fine_tuned=fine_tuned, intervals=intervals, against=against, predictions=predictions or (), p_values=p_values,
         reference=reference, reference_rows=reference_rows, transpose=transpose, plot=plot, plot_kind=plot_kind,
         output=output, format=chosen, card=card,
@@ -105,7 +110,7 @@ def report(
     console.table(table, form)
     ending.did(f"compared {amounts.count(len(results), 'result')}")
     ending.wrote(*([output] if output else []))
-    ending.wrote_beside(plot)
+    ending.wrote_beside(plot, card_path(card) if card else None)
     _warn(table)
     for line in table.notes:
         console.note(line)

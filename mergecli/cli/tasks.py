@@ -38,7 +38,6 @@ def tasks(
         ),
     ] = None,
     form: options.Format = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
 ) -> None:
     """List the built-in tasks, or show one: its data, class names and prompts. A set's name lists its tasks.
 
@@ -64,7 +63,7 @@ def tasks(
         table = _listed(registry.names() if name is None else known[name])
         groups = registry.listed() if name is None else {}
         drawn = [replace(_listed(tasks), title=title) for title, tasks in groups.items()]
-        console.table(table, "json" if as_json else form, drawn)
+        console.table(table, form, drawn)
         return
     from mergecli.recipe.reading import recipe_of
 
@@ -85,7 +84,7 @@ def tasks(
         described["note"] = note
     if recipe is not None:
         described["found"] = [asdict(each) for each in found]
-    if as_json or form == "json":
+    if form == "json":
         console.json(described)
         return
     _show(task, note, with_classes=recipe is None)

@@ -84,9 +84,10 @@ def _steps(folder: Path) -> dict[str, Any] | None:
     """What the image processor in a folder does; None if there is none, or its file cannot be read."""
     both, own = (_json(folder / name) for name in ("processor_config.json", "preprocessor_config.json"))
     found: Any = cast("dict[str, Any]", both).get("image_processor") if isinstance(both, dict) else None
-    table = cast("dict[str, Any]", found if isinstance(found, dict) else own)
-    if not isinstance(table, dict):
+    given: object = found if isinstance(found, dict) else own
+    if not isinstance(given, dict):
         return None
+    table = cast("dict[str, Any]", given)
     known = {**_USUAL, **{name: value for name, value in table.items() if name in _USUAL}}
     return {name: _one_spelling(name, known[name]) if known[use] else None for name, use in _USED_IF.items()}
 

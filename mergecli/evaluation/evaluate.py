@@ -20,9 +20,10 @@ from mergecli.formats.mixture import LEFT_OUT, mixture_of
 from mergecli.formats.opening import model_path, open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
-from mergecli.results.result import FINE_TUNED, Evaluation, result_files, write_predictions
+from mergecli.results.result import FINE_TUNED, Evaluation, Evaluations, result_files, write_predictions
 from mergecli.results.suspicions import too_good
 from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, quoted
+from mergecli.runtime.progress import shown
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.metadata import looked_at, made_of
 from mergecli.storage.sources import Source, parse_source
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from mergecli.evaluation.settings import Scores
     from mergecli.methods._mixture import Routing
     from mergecli.recipe.schema import Recipe
-    from mergecli.runtime.progress import Progress
+    from mergecli.runtime.progress import AnyProgress, Progress
     from mergecli.storage.checkpoint import Checkpoint
 
 
@@ -60,9 +61,9 @@ def evaluate(
     predictions: str | Path | None = None,
     features: str | Path | None = None,
     routes: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
     unfinished: list[Path] | None = None,
-) -> tuple[Evaluation, ...]:
+) -> Evaluations:
     """One result for each checkpoint, in order: counts, accuracy and loss on every task.
 
     A checkpoint is a path or a source such as `toy:digits`; a task vector is added to the base first. Text
@@ -128,6 +129,7 @@ def evaluate(
     used = [task for task in chosen if not individual or task.name in dict(named)]
     expect_all([base, *dict(named).values()], known, used)
     with contextlib.ExitStack() as files:
+        report = files.enter_context(shown(progress))
         opened = [
             Candidate(name, source, files.enter_context(open_source(source, base))) for name, source in named
         ]
@@ -146,11 +148,11 @@ def evaluate(
                 )
         results = _evaluate_open(
             models, base, chosen, settings, individual=individual, output=output, predictions=predictions,
-            progress=progress, unfinished=unfinished,
+            progress=report, unfinished=unfinished,
         )  # fmt: skip
     for each in too_good(results):
         warnings.warn(each.text, MergecliWarning, stacklevel=2)
-    return results
+    return Evaluations(results)
 
 
 def _warn_of_contamination(models: Sequence[Candidate], tasks: Sequence[str], individual: bool) -> None:
@@ -177,7 +179,7 @@ def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[T
     if not wanted:
         raise UsageError(
             "there are no tasks to evaluate on",
-            "name tasks or a set such as `ta8` with `--tasks`; `mergecli tasks` lists them",
+            "name tasks or a set such as `ta8` with `--task`; `mergecli tasks` lists them",
         )
     return [registry.find(name, recipe) for name in registry.expand(wanted, recipe)]
 
@@ -341,6 +343,6 @@ def _tower(name: str, source: Source, opened: Checkpoint) -> Tower:
     if left_out := opened.metadata.get(LEFT_OUT):
         raise InputError(
             f"{source}: is a tower without {left_out}, which the method's accuracy comes from",
-            "evaluate the whole file, on this task with `--tasks`",
+            "evaluate the whole file, on this task with `--task`",
         )
     return Tower(name, source.label, opened)

@@ -49,7 +49,7 @@ class Settings:
         """Raises UsageError if dtype, routing or corruption are unknown, or a number is below 1."""
         if self.dtype not in DTYPES:
             near = did_you_mean(self.dtype, DTYPES)
-            raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got `{self.dtype}`{near}")
+            raise UsageError(f"precision: expected one of {', '.join(DTYPES)}, got `{self.dtype}`{near}")
         if self.routing not in ROUTINGS:
             near = did_you_mean(self.routing, ROUTINGS)
             raise UsageError(f"routing: expected one of {', '.join(ROUTINGS)}, got `{self.routing}`{near}")

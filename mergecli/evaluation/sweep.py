@@ -20,7 +20,7 @@ from mergecli.results.statistics import Count, difference_interval
 from mergecli.results.tables import Table
 from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.errors import UsageError, toml_text
-from mergecli.runtime.progress import Progress
+from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.store import locate
 
@@ -102,7 +102,7 @@ def sweep(
     output: str | Path | None = None,
     plot: str | Path | None = None,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
     **evaluation: Any,
 ) -> Swept:
     """Merges the recipe's models once for each value of some settings, and evaluates each merge.
@@ -158,12 +158,14 @@ def sweep(
     results: list[Evaluation] = []
     unfinished: list[Path] = []
     shared["unfinished"] = unfinished
-    with TemporaryDirectory(prefix="mergecli-sweep-", ignore_cleanup_errors=True) as temporary:
+    scratch = TemporaryDirectory(prefix="mergecli-sweep-", ignore_cleanup_errors=True)
+    with scratch as temporary, shown(progress) as report:
+        shared["progress"] = report
         folder = Path(temporary)
         for following, batch in _batches(points, kept):
             files = {
                 each.path.stem: each.path
-                for each in merge_batch(batch, kept or folder, device=device, progress=progress)
+                for each in merge_batch(batch, kept or folder, device=device, progress=report)
             }
             found = evaluate(files, recipe=points[0].recipe, split=select or split, **shared)
             results += [_labeled(result, point) for result, point in zip(found, batch, strict=True)]

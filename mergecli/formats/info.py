@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mergecli.formats.coefficients import Coefficients, coefficients_of
 from mergecli.data.contamination import findings_of
+from mergecli.formats.coefficients import Coefficients, coefficients_of
 from mergecli.formats.lora_files import Adapter, is_adapter, open_adapter
 from mergecli.formats.mixture import mixture_of
 from mergecli.formats.open_clip_names import read_through

@@ -19,7 +19,7 @@ from mergecli.hub.environment import reason_of
 from mergecli.hub.retry import RetryPolicy
 from mergecli.hub.session import Session
 from mergecli.runtime.errors import MergecliError
-from mergecli.runtime.progress import Progress
+from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.cache import allowed_size
 from mergecli.storage.health import Health, cache_health, store_health
 from mergecli.storage.sources import HUBS, Source
@@ -60,13 +60,14 @@ class Examined:
     """What else is wrong, such as libraries that are missing or too old."""
 
 
-def doctor(*, online: bool = False, progress: Progress | None = None) -> Examined:
+def doctor(*, online: bool = False, progress: AnyProgress | None = None) -> Examined:
     """Versions, devices, sizes and health of the store and the cache.
 
     Args:
         online: also ask both hubs whether they can be reached; nothing else opens a socket.
     """
-    store, cache = store_health(home(), progress), cache_health(home() / "cache", progress)
+    with shown(progress) as report:
+        store, cache = store_health(home(), report), cache_health(home() / "cache", report)
     versions, problems = _versions()
     return _anonymous(
         Examined(

@@ -1,4 +1,4 @@
-"""`fetch`: recipes and sources to local paths; the only verb that opens a socket."""
+"""`fetch`: recipes and sources to local paths; one of the two verbs that reach the internet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mergecli.recipe.lock import Key
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import HubError, InputError, MergecliError, UsageError, did_you_mean, listed
-from mergecli.runtime.progress import Progress
+from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.sources import HUBS
 from mergecli.storage.store import Store, home, locate
 
@@ -82,7 +82,7 @@ def fetch(
     allow_pickle: bool = False,
     token_to_endpoint: bool = False,
     changes: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Fetched:
     """Brings what recipes and sources name to the store, and writes beside each recipe the lock that repeats it.
@@ -115,11 +115,17 @@ def fetch(
     given = [sources] if isinstance(sources, str | Path | Recipe) else list(sources)
     requests = gather(given, changes, tuple(only) or KINDS, locked, how.platform)
     store = Store(Path(into) if into is not None else home())
-    session = Session(store, RetryPolicy(note=note), jobs, allow_pickle, token_to_endpoint, progress)
     _check_paths(requests, store, how)
+    with shown(progress) as report:
+        session = Session(store, RetryPolicy(note=note), jobs, allow_pickle, token_to_endpoint, report)
+        return _fetch(given, requests, session, how)
+
+
+def _fetch(given: Sequence[str | Path | Recipe], requests: Requests, session: Session, how: _How) -> Fetched:
+    store = session.store
     local = _local_checkpoints(requests, session)
     resolved, failures = _resolve_all(requests, session, how)
-    if verify:
+    if how.verify:
         _refuse_damage(resolved, failures, store, given)
     files = _missing_files(resolved, session)
     unknown: list[Download] = []
@@ -133,7 +139,7 @@ def fetch(
         for key, each in resolved.items():
             if key not in failures and not each.locked:
                 write_reference(store, each.source, each.commit)
-    if how.downloads or verify:
+    if how.downloads or how.verify:
         whole = {key: each for key, each in resolved.items() if key not in failures}
         failures |= add_missing_checksums(whole, session)
     _raise_failures(failures, requests, how, given)

@@ -69,10 +69,6 @@ class HuggingFace:
         self._timeouts = constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT
 
     @property
-    def endpoint(self) -> str:
-        return self._endpoint
-
-    @property
     def host(self) -> str:
         return self._host
 

@@ -14,19 +14,16 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergecli.hub.client import LocalFile, Remote, TransientError
 from mergecli.hub.hugging_face import HuggingFace
 from mergecli.hub.limits import same_origin
 from mergecli.hub.outgoing import Outgoing
 from mergecli.hub.requirements import named
-from mergecli.hub.retry import retried
+from mergecli.hub.retry import RetryPolicy, retried
 from mergecli.runtime.errors import HubError, InputError, did_you_mean
 from mergecli.storage.sources import DEFAULT_BRANCH, Source
-
-if TYPE_CHECKING:
-    from mergecli.hub.session import Session
 
 SILENT_SECONDS = 300.0
 """Without a byte in either direction, while a file is sent or a commit is made."""
@@ -35,12 +32,12 @@ SILENT_SECONDS = 300.0
 class HuggingFacePublisher:
     """The hub as models are brought to it."""
 
-    def __init__(self, hub: HuggingFace, session: Session) -> None:
+    def __init__(self, hub: HuggingFace, stop: threading.Event, policy: RetryPolicy) -> None:
         from huggingface_hub import HfApi
 
         from mergecli.storage.metadata import version
 
-        self._hub, self._session = hub, session
+        self._hub, self._stop, self._policy = hub, stop, policy
         self._api: Any = HfApi(
             endpoint=hub.endpoint,
             token=hub.token or False,
@@ -52,7 +49,7 @@ class HuggingFacePublisher:
 
     @contextmanager
     def working(self) -> Generator[None]:
-        with _limited(self._hub.endpoint), _quiet(self._session):
+        with _limited(self._hub.endpoint), _quiet(self._policy):
             yield
 
     def check(self, target: Source) -> None:
@@ -72,7 +69,7 @@ class HuggingFacePublisher:
                     except RepositoryNotFoundError:
                         return None
 
-            return retried(action, self._session.stop, self._session.policy)
+            return retried(action, self._stop, self._policy)
 
         about = ask(None)
         if about is None:
@@ -101,7 +98,7 @@ class HuggingFacePublisher:
                         raise self._no_room(target, error) from error
                     raise
 
-        retried(action, self._session.stop, self._session.policy)
+        retried(action, self._stop, self._policy)
 
     def _no_room(self, target: Source, error: Any) -> Exception:
         """Why no repository could be made, with what this user could have meant."""
@@ -123,7 +120,7 @@ class HuggingFacePublisher:
             with self._calling(target):
                 self._api.create_branch(target.name, branch=target.revision, exist_ok=True)
 
-        retried(action, self._session.stop, self._session.policy)
+        retried(action, self._stop, self._policy)
 
     def upload(self, target: Source, file: LocalFile, tell: Callable[[int], None]) -> None:
         from huggingface_hub import CommitOperationAdd
@@ -132,7 +129,7 @@ class HuggingFacePublisher:
         addition.upload_info.sha256 = bytes.fromhex(
             file.sha256
         )  # known already: the library would read it again
-        with self._calling(target, file.path), Outgoing(file.file, self._session.stop, tell) as content:
+        with self._calling(target, file.path), Outgoing(file.file, self._stop, tell) as content:
             addition.path_or_fileobj = content  # what is open goes by HTTP
             self._api.preupload_lfs_files(
                 target.name, [addition], revision=_branch(target), free_memory=False, num_threads=1
@@ -263,15 +260,13 @@ def _limited(endpoint: str) -> Generator[None]:
 
 
 @contextmanager
-def _quiet(session: Session) -> Generator[None]:
+def _quiet(policy: RetryPolicy) -> Generator[None]:
     """Keeps what the library warns of from the terminal, but for what the hub says about the card, which becomes a note."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         text = str(message)
-        if text.startswith("Warnings while validating") and session.policy.note:
-            session.policy.note(
-                "README.md: " + "; ".join(line.removeprefix("- ") for line in text.splitlines()[1:])
-            )
+        if text.startswith("Warnings while validating") and policy.note:
+            policy.note("README.md: " + "; ".join(line.removeprefix("- ") for line in text.splitlines()[1:]))
 
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

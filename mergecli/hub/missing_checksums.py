@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mergecli.hub.download import CommitKey, acquire, commit_key
+from mergecli.hub.requirements import named
 from mergecli.hub.resolve import Resolved
 from mergecli.hub.session import Session
 from mergecli.hub.store import add_checksums, commit_lock, sha256_of
@@ -90,7 +91,7 @@ def _checksums(weights: _Weights, session: Session) -> str:
     if sha256_of(path, session.stop) != file.sha256:
         raise InputError(
             f"{path}: is damaged: its SHA-256 is not {file.sha256[:16]}...",
-            "delete what is damaged and fetch again",
+            f"delete what is damaged, then run `mergecli fetch {named(weights.of.requirement.source)}`",
         )
     return checksums_of(path) or ""
 

@@ -72,10 +72,6 @@ class ModelScope:
         self._lists: dict[tuple[Source, str], list[dict[str, Any]]] = {}
 
     @property
-    def endpoint(self) -> str:
-        return self._endpoint
-
-    @property
     def host(self) -> str:
         return self._host
 

@@ -7,20 +7,18 @@ by one, and what has arrived stays although no commit follows, so that a push th
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergecli.hub.client import LocalFile, Remote
 from mergecli.hub.model_scope import ModelScope
 from mergecli.hub.outgoing import Outgoing
 from mergecli.hub.requirements import named
-from mergecli.hub.retry import retried
+from mergecli.hub.retry import RetryPolicy, retried
 from mergecli.runtime.errors import HubError, quoted
 from mergecli.storage.sources import DEFAULT_BRANCH, Source
-
-if TYPE_CHECKING:
-    from mergecli.hub.session import Session
 
 _PRIVATE, _PUBLIC = 1, 5
 _OTHER = "Other"
@@ -29,8 +27,8 @@ _OTHER = "Other"
 class ModelScopePublisher:
     """The hub as models are brought to it."""
 
-    def __init__(self, hub: ModelScope, session: Session) -> None:
-        self._hub, self._session = hub, session
+    def __init__(self, hub: ModelScope, stop: threading.Event, policy: RetryPolicy) -> None:
+        self._hub, self._stop, self._policy = hub, stop, policy
         self._client = hub.client
 
     @contextmanager
@@ -51,7 +49,7 @@ class ModelScopePublisher:
                 except NotExistError:
                     return None
 
-        about = retried(ask, self._session.stop, self._session.policy)
+        about = retried(ask, self._stop, self._policy)
         if about is None:
             if (target.revision or DEFAULT_BRANCH["ms"]) != DEFAULT_BRANCH["ms"]:
                 raise _no_branch(target, [DEFAULT_BRANCH["ms"]])
@@ -90,7 +88,7 @@ class ModelScopePublisher:
                         ) from error
                     raise
 
-        retried(action, self._session.stop, self._session.policy)
+        retried(action, self._stop, self._policy)
 
     def make_branch(self, target: Source) -> None:
         raise _no_branch(target, [])
@@ -100,13 +98,13 @@ class ModelScopePublisher:
             return
 
         def action() -> None:
-            with self._calling(target, file.path), Outgoing(file.file, self._session.stop, tell) as content:
+            with self._calling(target, file.path), Outgoing(file.file, self._stop, tell) as content:
                 objects = [{"oid": file.sha256, "size": file.size}]
                 place = self._client.validate_blobs(target.name, "model", objects).get(file.sha256)
                 if place is not None:
                     self._client.upload_blob(place, content, file.size)
 
-        retried(action, self._session.stop, self._session.policy)
+        retried(action, self._stop, self._policy)
 
     def commit(
         self, target: Source, files: Sequence[LocalFile], removed: Sequence[str], message: str
@@ -131,7 +129,7 @@ class ModelScopePublisher:
                     target.name, "model", operations, message, target.revision or DEFAULT_BRANCH["ms"]
                 )
 
-        retried(action, self._session.stop, self._session.policy)
+        retried(action, self._stop, self._policy)
 
     def url(self, target: Source) -> str:
         return f"{self._hub.endpoint}/models/{target.name}"

@@ -18,7 +18,7 @@ from mergecli.results.card_file import CARD, CardFile
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import HubError, InputError, UsageError
 from mergecli.runtime.notes import note as remark
-from mergecli.runtime.progress import Progress
+from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.checkpoint import open_checkpoint
 from mergecli.storage.metadata import version
 from mergecli.storage.sources import DEFAULT_BRANCH, HUBS, Source
@@ -58,7 +58,7 @@ def push(
     dry_run: bool = False,
     jobs: int = 4,
     token_to_endpoint: bool = False,
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Pushed:
     """Brings a model to a hub: its repository is made if there is none, and gets one commit with what differs.
@@ -84,15 +84,28 @@ def push(
         raise UsageError(f"--jobs: expected at least 1, got {jobs}")
     source = _target(target, revision)
     paths = _paths(Path(folder))
-    license = _license(Path(folder) / CARD)
     if offline_by_environment():
         raise HubError(
             f"{named(source)}: a push needs a network",
             "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it",
         )
-    session = Session(Store(home()), RetryPolicy(note=note), jobs, False, token_to_endpoint, progress)
-    publisher = session.publisher(source)
-    publisher.check(source)
+    with shown(progress) as report:
+        session = Session(Store(home()), RetryPolicy(note=note), jobs, False, token_to_endpoint, report)
+        publisher = session.publisher(source)
+        publisher.check(source)
+        return _push(publisher, source, Path(folder), paths, private, dry_run, session)
+
+
+def _push(
+    publisher: Publisher,
+    source: Source,
+    folder: Path,
+    paths: Sequence[Path],
+    private: bool,
+    dry_run: bool,
+    session: Session,
+) -> Pushed:
+    license = _license(folder / CARD)
     with publisher.working():
         there = publisher.look(source)
         if private and there is not None and not there.is_private:
@@ -100,7 +113,7 @@ def push(
                 f"{named(source)}: is public already, and `--private` is for a new repository",
                 "make it private on its page, or choose another name",
             )
-        files = _hashed(Path(folder), paths, session)
+        files = _hashed(folder, paths, session)
         changes = _changes(files, there)
         creates = "repository" if there is None else "" if there.commit else "branch"
         is_private = private if there is None else there.is_private
@@ -224,12 +237,15 @@ def _send(
 
         publisher.upload(target, file, tell)
 
+    arrived = 0
     try:
-        for _, result in session.in_threads(partial(upload, file) for file in sent):
-            if isinstance(result, Exception):
-                raise result
-        if sent or removed:
-            publisher.commit(target, sent, removed, f"Pushed by mergecli {version()}")
+        with interrupts.telling(lambda: f"{arrived} of {len(sent)} files have arrived and are kept"):
+            for _, result in session.in_threads(partial(upload, file) for file in sent):
+                if isinstance(result, Exception):
+                    raise result
+                arrived += 1
+            if sent or removed:
+                publisher.commit(target, sent, removed, f"Pushed by mergecli {version()}")
     except TransientError as error:
         raise HubError(f"{named(target)}: {error.reason}", "try again: what has arrived is kept") from error
 

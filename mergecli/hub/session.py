@@ -48,18 +48,18 @@ class Session:
 
     def publisher(self, target: Source) -> Publisher:
         """The target's hub, as models are brought to it."""
+        trusts = self.token_to_endpoint
         if target.kind == "hf":
             from mergecli.hub.hugging_face import HuggingFace
             from mergecli.hub.hugging_face_push import HuggingFacePublisher
 
-            return HuggingFacePublisher(
-                HuggingFace(self.stop, self.policy, token_to_endpoint=self.token_to_endpoint), self
-            )
+            hub = HuggingFace(self.stop, self.policy, token_to_endpoint=trusts)
+            return HuggingFacePublisher(hub, self.stop, self.policy)
         from mergecli.hub.model_scope import ModelScope
         from mergecli.hub.model_scope_push import ModelScopePublisher
 
         return ModelScopePublisher(
-            ModelScope(self.stop, self.policy, token_to_endpoint=self.token_to_endpoint), self
+            ModelScope(self.stop, self.policy, token_to_endpoint=trusts), self.stop, self.policy
         )
 
     def read(self, source: Source, commit: str, file: RemoteFile) -> bytes:

@@ -16,7 +16,7 @@ from mergecli.methods._base import Group, total
 from mergecli.methods._depth import parts_of
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
-from mergecli.runtime.progress import Progress
+from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.atomic import check_targets, write_text
 from mergecli.storage.sources import Source
 
@@ -76,7 +76,7 @@ def cos_sim(
     layers: str | Path | None = None,
     plot: str | Path | None = None,
     changes: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
 ) -> Similarities:
     """Cosine similarities between task vectors, over all their entries.
 
@@ -94,6 +94,7 @@ def cos_sim(
     expect_all([recipe.base, *recipe.tuned.values()], recipe)
     recipe = replace(recipe, tuned=_towers(recipe))
     with ExitStack() as stack:
+        report = stack.enter_context(shown(progress))
         models = open_models(recipe, stack, needs="deltas")
         check_targets([(Path(target), ()) for target in (output, layers, plot) if target], models.paths)
         import torch
@@ -112,8 +113,8 @@ def cos_sim(
         for part, count, product in models.map(look):
             products[part] += product
             done += count
-            if progress:
-                progress("comparing", done, models.size)
+            if report:
+                report("comparing", done, models.size)
     whole = total(torch.stack(list(products.values())))
     result = Similarities(
         names=tuple(models.tuned),

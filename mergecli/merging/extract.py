@@ -20,7 +20,7 @@ from mergecli.methods._svd import decompose
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
 from mergecli.runtime.errors import UsageError, did_you_mean
-from mergecli.runtime.progress import Progress
+from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.atomic import expect_finite, refuse_inputs, whole_folder
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.metadata import about, inputs_of
@@ -64,7 +64,7 @@ def extract(
     energy: float | None = None,
     modules: Sequence[str] = (),
     dtype: str = "float32",
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
 ) -> Extracted:
     """Writes the folder `output` with an adapter that plain peft loads: the truncated SVD of each weight's change.
 
@@ -96,6 +96,7 @@ def extract(
     check_adapter_folder(target)
     recipe = recipe_of({_NAME: str(source)}, base=base)
     with ExitStack() as stack:
+        report = stack.enter_context(shown(progress))
         models = open_models(recipe, stack, needs="deltas")
         refuse_inputs(target, models.paths)
         reference = models.reference
@@ -110,8 +111,8 @@ def extract(
         changes: dict[str, _Change] = {}
         for name, change in models.map(work, unit=Unit.TENSOR):
             changes[name] = change
-            if progress:
-                progress("extracting", len(changes), len(models.floats))
+            if report:
+                report("extracting", len(changes), len(models.floats))
         found = {module: changes[name] for name, module in chosen.items()}
         config = _config(reference, recipe, {module: change.rank for module, change in found.items()})
         # of a task vector the base is known, though it is not read

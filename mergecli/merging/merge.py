@@ -25,13 +25,13 @@ from mergecli.methods._base import DataDriven, Group, Method, TwoPass, Unit
 from mergecli.methods._bitmasks import packed_size
 from mergecli.methods._calibrated import Calibrated
 from mergecli.methods._mixture import extra_values, outcomes
-from mergecli.recipe.reading import recipe_of
+from mergecli.recipe.reading import Override, recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.results.card import write_card
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.errors import UsageError, quoted
-from mergecli.runtime.progress import Progress
+from mergecli.runtime.progress import AnyProgress, Progress, shown
 from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import made_again
 from mergecli.storage.metadata import inputs_of
@@ -68,6 +68,7 @@ def merge(
     method: str | None = None,
     settings: Mapping[str, Any] | None = None,
     changes: Sequence[str] = (),
+    dtype: str | None = None,
     device: str = "cpu",
     shard_size: str | None = None,
     card: bool | None = None,
@@ -77,7 +78,7 @@ def merge(
     trace: str | Path | None = None,
     plot: str | Path | None = None,
     tensorboard: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
 ) -> Merged:
     """Merges fine-tuned models into one checkpoint at `output`, never holding more than a block of each.
 
@@ -88,6 +89,7 @@ def merge(
         method: a method's name; replaces the recipe's.
         settings: the method's settings, with `method`.
         changes: further changes to the recipe, each `key=value` as for `--set`.
+        dtype: of the output, in place of the recipe's: same, float32, float16 or bfloat16.
         device: where the method computes; files are read and written by the CPU.
         shard_size: of the files of a folder, such as `2GB`; by default there is one file.
         card: whether a model card is written, `README.md` in the folder or beside the file; by default for a folder.
@@ -102,13 +104,17 @@ def merge(
     Raises:
         UsageError: the recipe is wrong. InputError: a model is missing, damaged, or does not fit the others.
     """
-    recipe = recipe_of(recipe, base=base, method=method, settings=settings, changes=changes)
+    written_in = [Override("dtype", dtype, "--dtype")] if dtype is not None else []
+    recipe = recipe_of(
+        recipe, base=base, method=method, settings=settings, changes=changes, overrides=written_in
+    )
     given = (statistics, coefficients, save_coefficients, trace, plot, tensorboard)
     files = LearningFiles(*(None if each is None else Path(each) for each in given))
     points = {Path(output): recipe}
-    return merge_points(
-        points, device=device, shard_size=shard_size, files=files, card=card, progress=progress
-    )[0]
+    with shown(progress) as report:
+        return merge_points(
+            points, device=device, shard_size=shard_size, files=files, card=card, progress=report
+        )[0]
 
 
 def merge_points(
@@ -163,16 +169,12 @@ def _merge_points(
         for each in targets:
             if _key(each.method) not in found:
                 found[_key(each.method)] = learning(models, each, files, stack)
-        merges = [(each, found[_key(each.method)]) for each in targets]
-        expected = [_learned_for(each, learning.expected) for each, learning in merges]
-        work_begins(
-            lambda: merge_plan(
-                models,
-                [(each, learning) for each, (_, learning) in zip(expected, merges, strict=True)],
-                size,
-                partial(_rehearse, expected),
-            )
-        )
+        learnings = [found[_key(each.method)] for each in targets]
+        expected = [
+            _learned_for(*each) for each in zip(targets, (one.expected for one in learnings), strict=True)
+        ]
+        merges = list(zip(expected, learnings, strict=True))
+        work_begins(lambda: merge_plan(models, merges, size, partial(_rehearse, expected)))
         done = {key: each.learn(progress) for key, each in found.items()}
         learned = [_learned_for(each, done[_key(each.method)]) for each in targets]
         return _stream(models, learned, size, progress)

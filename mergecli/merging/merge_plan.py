@@ -13,6 +13,7 @@ from mergecli import methods
 from mergecli.merging.learning.files import Learned, Learning
 from mergecli.merging.models import BLOCK, Models, Result
 from mergecli.methods._base import Group, Unit
+from mergecli.results.card import card_path
 from mergecli.results.plan import Plan, Work
 from mergecli.runtime import interrupts
 from mergecli.runtime.memory import peak_memory
@@ -40,6 +41,8 @@ def merge_plan(
         merges: what each is expected to have learned, and the learning, which several may share.
     """
 
+    smallest = min(models.shapes, key=lambda name: prod(models.shapes[name]))
+    _one(_of_tensors(models, [smallest]), rehearse)  # what is loaded the first time, as the merge does
     began = time.perf_counter()
     recipe = merges[0][0].target.recipe
     found = _rehearsed(models, max(each.target.method.unit for each, _ in merges), rehearse)
@@ -58,6 +61,8 @@ def merge_plan(
         size = target.writer(target.path, models, shard_size, inputs, each.about).size
         name, tensors = methods.name_of(target.method), len(target.layout(models))
         work.append(Work("write", name, str(target.path), tensors=tensors, bytes=size, seconds=size / WRITES))
+        if target.has_card:
+            work.append(Work("write", f"card of {name}", str(card_path(target.path))))
     memory = peak_memory() + max(each.memory for each in learned)
     return Plan("merge", tuple(work), memory, time.perf_counter() - began)
 
@@ -73,8 +78,6 @@ class _Rehearsal:
 def _rehearsed(models: Models, unit: Unit, rehearse: Rehearse) -> _Rehearsal:
     """Merges some of the tensors, and computes from their time that of all."""
     shapes = models.shapes
-    smallest = min(shapes, key=lambda name: prod(shapes[name]))
-    _one(_of_tensors(models, [smallest]), rehearse)  # what is loaded or begun the first time
     if unit is not Unit.TENSOR or models.size <= SMALL:
         chosen = _some_of_each_shape(shapes)
         passes, seconds = _one(_of_tensors(models, chosen), rehearse)

@@ -11,7 +11,7 @@ from mergecli.merging.models import Models, open_models
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean
-from mergecli.runtime.progress import Progress
+from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.atomic import check_space, check_target, check_targets, refuse_inputs, warn_of_others
 from mergecli.storage.checkpoint import TASK_VECTOR
 from mergecli.storage.metadata import UNKNOWN_DIGEST, about
@@ -27,7 +27,7 @@ def taskvector(
     base: str | Path | None = None,
     dtype: str = "float32",
     changes: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
 ) -> tuple[Path, ...]:
     """The files with fine-tuned minus base: one at `output`, or one a task in the folder `output` for a recipe.
 
@@ -59,6 +59,7 @@ def taskvector(
         recipe = recipe_of(named_sources([str(tuned)]), base=base, changes=changes)
         targets = dict.fromkeys(recipe.tuned, target)
     with ExitStack() as stack:
+        report = stack.enter_context(shown(progress))
         models = open_models(recipe, stack, needs="base")
         for name, each in models.tuned.items():
             if each.is_task_vector:
@@ -72,8 +73,8 @@ def taskvector(
         for number, (name, path) in enumerate(targets.items()):
             one = replace(recipe, tuned={name: recipe.tuned[name]}, dtype=dtype)
             _subtract(Models(models.base, {name: models.tuned[name]}), one, path)
-            if progress:
-                progress("subtracting", number + 1, len(targets))
+            if report:
+                report("subtracting", number + 1, len(targets))
     return tuple(targets.values())
 
 

@@ -147,7 +147,7 @@ def named_models(
     """Name and source of each checkpoint that a call means: those it names, or else the recipe's models."""
     if checkpoints and only:
         raise UsageError(
-            "--only: chooses among the recipe's models, and checkpoints were named too",
+            "--model: chooses among the recipe's models, and checkpoints were named too",
             "leave out one of the two",
         )
     leave_out = known.leave_out if known else ()

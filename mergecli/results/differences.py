@@ -156,12 +156,13 @@ def columns(
     for why in dict.fromkeys(each.why for each in untested):
         on = dict.fromkeys(each.task for each in untested if each.why == why)
         warnings.append(f"predictions: {why} {quoted(on)}: compared unpaired")
-    parts = [_DIFFERENCE.format(name=against.name)]
+    notes = [_DIFFERENCE.format(name=against.name)]
     if tested:
-        parts += [_TESTED, *([_MARK] if shows == "test" else []), *([_P] if p_values else []), _BOOTSTRAP]
+        verdict = _TESTED + _MARK * (shows == "test") + _P * p_values
+        notes = [f"{notes[0]} {verdict}", _BOOTSTRAP]
     if any(each.p is None for each in every):
-        parts.append(_OTHERS + _UNPAIRED if tested else _UNPAIRED)
-    return Block(shown, [" ".join(parts)], warnings[not uneven :])
+        notes.append(_UNPAIRED)
+    return Block(shown, notes, warnings[not uneven :])
 
 
 def _cells(column: Sequence[_Difference | None], shows: Shows) -> tuple[list[Cell], list[Cell]]:
@@ -182,20 +183,19 @@ def _cells(column: Sequence[_Difference | None], shows: Shows) -> tuple[list[Cel
 
 _DIFFERENCE = "(diff.): accuracy minus that of `{name}`, in points."
 _TESTED = (
-    "Where there are predictions of both, the same images are compared in pairs: by McNemar's exact test for a task, by its "
+    "Where there are predictions of both, they are compared image by image: by McNemar's exact test for a task, by its "
     "permutation test for the average (100,000 draws, seed 0), Holm-corrected for the number of rows."
 )
-_MARK = "n.s.: not significant, p >= 0.05."
-_P = "(p): the corrected p-value."
+_MARK = " n.s.: not significant, p >= 0.05."
+_P = " (p): the corrected p-value."
 _BOOTSTRAP = (
-    "The 95 % interval of such a difference, which `--intervals` shows, is that of a paired bootstrap (10,000 resamples of "
-    "the images within each task, seed 0)."
+    "The 95 % interval of a tested difference, which `--intervals` shows, is a paired bootstrap's (10,000 resamples of the "
+    "images within each task, seed 0)."
 )
-_OTHERS = "The other differences have their interval. "
 _UNPAIRED = (
-    "±: longer side of the 95 % interval for two independent proportions (Newcombe), unpaired: as if they had been "
-    "evaluated on different images, and so too wide for the same ones; `--predictions` makes it paired. Not corrected for "
-    "making many comparisons."
+    "±: longer side of the 95 % interval of a difference that is not tested, for two independent proportions (Newcombe), "
+    "unpaired: as if they had been evaluated on different images, and so too wide for the same ones; `--predictions` makes "
+    "it paired. Not corrected for making many comparisons."
 )
 
 

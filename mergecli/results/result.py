@@ -6,11 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mergecli.results.frames import frame
 from mergecli.runtime.errors import InputError, UsageError, quoted
 from mergecli.storage.atomic import whole_file
 from mergecli.storage.table_reader import TableReader
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SCHEMA = "mergecli.eval/1"
 FINE_TUNED = "fine-tuned"
@@ -92,6 +96,14 @@ class Evaluation:
             loss=sum(score.loss for score in scores) / len(self.tasks),
         )
 
+    def to_frame(self) -> DataFrame:
+        """A row a task, as a pandas DataFrame.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        return Evaluations([self]).to_frame()
+
     def to_json(self) -> str:
         """The text of the result file."""
         values: dict[str, Any] = {
@@ -113,6 +125,26 @@ class Evaluation:
             "average": asdict(self.average),
         }
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+class Evaluations(tuple[Evaluation, ...]):
+    """Results in order: a tuple that pandas can have."""
+
+    def to_frame(self) -> DataFrame:
+        """A row a result and task, as a pandas DataFrame: `model`, `method`, `task`, and what is known of its score.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        rows = [
+            (each.name, each.checkpoint.get("method"), task, *(getattr(score, key) for key in _IN_FRAMES))
+            for each in self
+            for task, score in each.tasks.items()
+        ]
+        return frame(rows, ("model", "method", "task", *_IN_FRAMES))
+
+
+_IN_FRAMES = ("accuracy", "loss", "correct", "images", "split", "limit", "corruption", "severity")
 
 
 def read_result(path: str | Path) -> Evaluation:

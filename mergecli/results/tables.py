@@ -9,11 +9,15 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from mergecli.results.cells import Cell, Column, Estimate, Plain, Quantity
+from mergecli.results.frames import frame
 from mergecli.runtime.errors import UsageError
 from mergecli.runtime.visible import visible
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Format = Literal["table", "tsv", "csv", "json", "md", "latex", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -66,7 +70,8 @@ class Table:
         if form in ("tsv", "csv", "json"):
             heads, *rows = self._plain()
             if form == "json":
-                return json.dumps([dict(zip(heads, row, strict=True)) for row in rows], indent=2) + "\n"
+                keys = [head or "name" for head in heads]
+                return json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2) + "\n"
             return csv_text([heads, *rows], mark="," if form == "csv" else "\t")
         heads = [visible(column.name) for column in self.columns]
         right = [column.unit != "text" for column in self.columns]
@@ -89,6 +94,15 @@ class Table:
             )
             return f"\\begin{{tabular}}{{{align}}}\n{inner}\n\\end{{tabular}}\n{self._footnotes('% ', str)}"
         raise UsageError(f"format: expected one of {', '.join(FORMATS)}, got `{form}`")
+
+    def to_frame(self) -> DataFrame:
+        """The table as a pandas DataFrame, with the columns of `csv`.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        heads, *rows = self._plain()
+        return frame(rows, [str(head) for head in heads])
 
     @property
     def rules(self) -> frozenset[int]:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.errors import UsageError
+from mergecli.runtime.progress import shown
 from mergecli.storage.atomic import check_space, refuse_inputs
 from mergecli.storage.sources import Source, parse_source
 from mergecli.training.output import TrainedModel
@@ -21,7 +23,7 @@ from mergecli.training.trace import TraceFiles, trace_table
 
 if TYPE_CHECKING:
     from mergecli.recipe.schema import Recipe
-    from mergecli.runtime.progress import Progress
+    from mergecli.runtime.progress import AnyProgress, Progress
     from mergecli.training.data import TrainingTask
 
 _AVERAGED_STEPS = 100
@@ -75,7 +77,7 @@ def finetune(
     dtype: str = "float32",
     save_every: int = 500,
     fresh: bool = False,
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
 ) -> Finetuned:
     """Trains the vision tower of a base, or an adapter for it, on training images, and writes it to `output`.
 
@@ -182,12 +184,12 @@ def finetune(
     names = [each.name for each in prepared]
     began, first, seen = time.perf_counter(), state.step, 0
 
-    def report(loss: float, images: int) -> None:
+    def report(told: Progress | None, loss: float, images: int) -> None:
         nonlocal seen
         seen += images
-        if progress is not None and is_first():
+        if told is not None and is_first():
             speed = seen / (time.perf_counter() - began)
-            progress(f"{trained_on['task']}: loss {loss:.3f}, {speed:.0f} images/s", state.step, steps)
+            told(f"{trained_on['task']}: loss {loss:.3f}, {speed:.0f} images/s", state.step, steps)
 
     def record() -> None:
         if is_first() and state.losses:
@@ -199,8 +201,8 @@ def finetune(
 
     model = TrainedModel(clip, adapter, source, base_digest, settings, trained_on)
     try:
-        with interrupts.telling(kept):
-            Training(clip, prepared, state, settings, ranks).run(save_every, report, save)
+        with interrupts.telling(kept), shown(progress) as told:
+            Training(clip, prepared, state, settings, ranks).run(save_every, partial(report, told), save)
     except DivergedError as error:
         saved = model.write_last_good(state)
         record()

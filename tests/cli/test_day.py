@@ -48,8 +48,8 @@ def test_the_day_of_the_readme_on_toys(tmp_path: Path) -> None:
         mergecli fetch $R | xargs ls -d > fetched.txt
         mergecli cos-sim $(mergecli taskvector $R -o tv/) -o out/cos.csv --plot out/cos.png | head -2 | cut -f 1-3
         mergecli merge $R --method ties --set method.density=0.2 -o out/ties.safetensors
-        mergecli eval out/ties.safetensors --recipe $R --tasks digits,colours -o out/ties.json > /dev/null
-        mergecli eval toy:base --recipe $R --tasks digits,colours -o out/base.json --min-average 0.4 > /dev/null
+        mergecli eval out/ties.safetensors --recipe $R --task digits,colours -o out/ties.json > /dev/null
+        mergecli eval toy:base --recipe $R --task digits,colours -o out/base.json --min-average 0.4 > /dev/null
         mergecli report out/*.json | cut -f 1,2
         """,
         tmp_path,

@@ -291,3 +291,34 @@ def test_a_training_that_was_interrupted_is_planned_from_where_it_stopped(
         assert run(*FINETUNE, "--batch-size", "2").status == 130
     assert planned() == (2, 4)
     assert planned("--fresh") == (3, 6)
+
+
+def test_a_disk_without_room_for_features_statistics_or_a_resume_file_is_told_before_the_work(
+    place: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = load_file(place / "one.safetensors").values()
+    tower = sum(each.numel() for each in tensors)
+    statistics = 2 * (4 * tower + 8 * len(tensors))  # with the sum of squares of each tensor, as float64
+    usage = shutil.disk_usage(place)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * tower + 1000))
+    measure = ["measure", "recipe.toml", "--method", "fisher", "-o", "statistics"]
+    fisher = [f"statistics/{name}.safetensors" for name in ("one", "two")]
+    features = 7 * 2 * 16 * 4 + 7 * 16
+    for command, file, needed in (
+        (measure, fisher[1], statistics),
+        (
+            [*MERGE[:2], "--method", "fisher", "--statistics", "statistics", *MERGE[-2:]],
+            fisher[1],
+            statistics,
+        ),
+        (FINETUNE, ".tuned.resume.safetensors", 4 * 4 * tower),
+    ):
+        ended = run(*command)
+        assert ended.status == 3
+        assert f"error: {file}: {needed:,} bytes are to be written, and the disk has room for " in ended.err
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=features - 1))
+    ended = run(*EVAL, "--tasks", "one", "--features", "features")
+    assert ended.status == 3
+    assert f"error: features/one.safetensors: {features:,} bytes are to be written" in ended.err
+    assert not (place / "statistics").exists()
+    assert not (place / "features").exists()

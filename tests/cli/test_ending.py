@@ -67,7 +67,7 @@ def test_what_failed_has_no_such_line_and_help_has_none(world: World, run: Run) 
 
 def test_a_threshold_that_is_not_met_is_told_after_what_was_done(run: Run) -> None:
     ended = run(
-        "eval", "toy:base", "--clip", "toy:base", "--tasks", "digits", "--limit", 5, "-o", "r.json", "--min-average", 1
+        "eval", "toy:base", "--clip", "toy:base", "--task", "digits", "--limit", 5, "-o", "r.json", "--min-average", 1
     )  # fmt: skip
     assert ended.status == 5
     assert ended.end.startswith("evaluated 1 checkpoint on 1 task, wrote r.json (sha256:")

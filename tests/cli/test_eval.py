@@ -64,9 +64,9 @@ def test_without_a_checkpoint_every_model_of_the_recipe_is_evaluated(place: Path
 
 
 def test_only_chooses_among_the_recipes_models(place: Path, run: Run) -> None:
-    ended = run("eval", "--only", "base,cold", "--recipe", "r.toml")
+    ended = run("eval", "--model", "base,cold", "--recipe", "r.toml")
     assert [line.split("\t")[0] for line in ended.out.splitlines()] == ["model", "base", "cold"]
-    ended = run("eval", "--only", "clod", "--recipe", "r.toml")
+    ended = run("eval", "--model", "clod", "--recipe", "r.toml")
     assert (ended.status, ended.rest) == (2, "error: the recipe has no model `clod` (did you mean `cold`?)\n")
 
 
@@ -181,7 +181,7 @@ def test_an_evaluation_that_was_stopped_does_only_what_is_left_and_ends_with_the
 
 def test_options_of_an_evaluation_stand_in_its_result(place: Path, run: Run) -> None:
     ended = run(
-        "eval", "warm.safetensors", "--recipe", "r.toml", "-o", "r.json", "--limit", 6, "--dtype", "bfloat16",
+        "eval", "warm.safetensors", "--recipe", "r.toml", "-o", "r.json", "--limit", 6, "--precision", "bfloat16",
         "--corruption", "jpeg_compression", "--severity", 3, "--workers", 2, "--cache-size", "1MB", "--fresh",
         "--features", "features", MERGECLI_HOME=place / "home",
     )  # fmt: skip
@@ -208,11 +208,11 @@ def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["x.safetensors", "--tasks", "mnist"], 2, "error: there is no CLIP to evaluate with"),
+        (["x.safetensors", "--task", "mnist"], 2, "error: there is no CLIP to evaluate with"),
         (["x.safetensors", "--clip", "base"], 2, "error: there are no tasks to evaluate on"),
-        (["x.safetensors", "--recipe", "r.toml", "--tasks", "wram"], 2, "error: unknown task `wram` (did you mean `warm`?)"),
+        (["x.safetensors", "--recipe", "r.toml", "--task", "wram"], 2, "error: unknown task `wram` (did you mean `warm`?)"),
         (["x.safetensors", "--recipe", "r.toml"], 3, "error: x.safetensors: no such file or folder"),
-        (["warm.safetensors", "--recipe", "r.toml", "--tasks", "mnist"], 3, "error: hf:datasets/ylecun/mnist (task `mnist`): has not been fetched"),
+        (["warm.safetensors", "--recipe", "r.toml", "--task", "mnist"], 3, "error: hf:datasets/ylecun/mnist (task `mnist`): has not been fetched"),
         (["warm.safetensors", "--recipe", "r.toml", "--split", "tset"], 2, "error: "),
         (["warm.safetensors", "--recipe", "r.toml", "--set", "tasks.warm.classes=[\"a\",\"b\"]"], 3, "error: data/warm (task `warm`): split `test`: the data have 3 classes, the task has 2"),
         (["warm.safetensors", "--recipe", "r.toml", "--min-average", "70"], 2, "error: --min-average: expected a fraction"),
@@ -221,13 +221,13 @@ def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
         (["warm.safetensors", "--recipe", "r.toml", "--min", "wram=0.5"], 2, "error: unknown task `wram`"),
         (["warm.safetensors", "--recipe", "r.toml", "--min", "mnist=0.5"], 2, "error: --min mnist=0.5: `mnist` is not among the tasks"),
         (["warm.safetensors", "--recipe", "r.toml", "--corruption", "fog"], 2, "error: unknown corruption `fog`"),
-        (["warm.safetensors", "--recipe", "r.toml", "--dtype", "float8"], 2, "error: dtype: expected one of float32, bfloat16, float16, got `float8`"),
+        (["warm.safetensors", "--recipe", "r.toml", "--precision", "float8"], 2, "error: precision: expected one of float32, bfloat16, float16, got `float8`"),
         (["warm.safetensors", "--recipe", "r.toml", "--device", "cuda:7"], 2, "error: device `cuda:7`: cannot be used here"),
         (["warm.safetensors", "--recipe", "r.toml", "--min", "warm=0.1", "--min", "warm=0.9"], 2, "error: --min warm=0.9: `warm` has one already, 0.1"),
         (["warm.safetensors", "--recipe", "r.toml", "--corruption", ""], 2, "error: --corruption: is empty"),
-        (["warm.safetensors", "--recipe", "r.toml", "--tasks", ","], 2, "error: --tasks: is empty"),
+        (["warm.safetensors", "--recipe", "r.toml", "--task", ","], 2, "error: --task: is empty"),
         (["warm.safetensors", "--recipe", "r.toml", "--severity", "4"], 2, "error: --severity: there is no corruption"),
-        (["--clip", "base", "--tasks", "mnist"], 2, "error: there is no checkpoint to evaluate"),
+        (["--clip", "base", "--task", "mnist"], 2, "error: there is no checkpoint to evaluate"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_said(
@@ -261,7 +261,7 @@ def test_finetune_prints_a_path_that_every_other_command_accepts(place: Path, ru
 def test_a_sweep_prints_a_row_a_point_and_names_the_best(tmp_path: Path, run: Run) -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "toy.toml"
     ended = run(
-        "eval", "--recipe", recipe, "--method", "ties", "--sweep", "method.scaling_factor=0.0,0.3", "--tasks", "digits",
+        "eval", "--recipe", recipe, "--method", "ties", "--sweep", "method.scaling_factor=0.0,0.3", "--task", "digits",
         "--limit", 30, "--select", "validation", "-o", "swept", "--plot", "curve.png",
     )  # fmt: skip
     lines = ended.out.splitlines()
@@ -272,7 +272,7 @@ def test_a_sweep_prints_a_row_a_point_and_names_the_best(tmp_path: Path, run: Ru
     assert "is the best on validation; on the tasks' own split it has" in ended.rest
     ended = run("report", "swept/best.json", *sorted((tmp_path / "swept").glob("ties*.json")), "--plot", "again.png", "--plot-kind", "sweep")  # fmt: skip
     assert ended.status == 0, ended.rest
-    ended = run("eval", "--recipe", recipe, "--method", "smile", "--set", "method.gate_rank=2", "--sweep", "method.rank=4", "--tasks", "digits", "--limit", 3)  # fmt: skip
+    ended = run("eval", "--recipe", recipe, "--method", "smile", "--set", "method.gate_rank=2", "--sweep", "method.rank=4", "--task", "digits", "--limit", 3)  # fmt: skip
     assert ended.status == 0, ended.rest
 
 

@@ -52,7 +52,7 @@ def test_where_nothing_is_kept_it_says_so(world: World, run: Run, monkeypatch: p
 def test_an_evaluation_keeps_the_tasks_that_are_counted(
     run: Run, monkeypatch: pytest.MonkeyPatch, checkpoints: list[str], what: str
 ) -> None:
-    command = ("eval", *checkpoints, "--clip", "toy:base", "--tasks", "digits,letters", "--limit", 5)
+    command = ("eval", *checkpoints, "--clip", "toy:base", "--task", "digits,letters", "--limit", 5)
     with monkeypatch.context() as patch:
         press_at_call(patch, scoring, "_counts", 2)
         ended = run(*command, "--quiet")

@@ -22,7 +22,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_tasks_measured_one_by_one_give_the_files_of_all_at_once(recipe: Path, run: Run) -> None:
     command = ("measure", "zoo.toml", "--method", "reg_mean", *FEW, "-o")
-    outs = [run(*command, "two", "--only", tasks).out for tasks in ("a,c", "b")]
+    outs = [run(*command, "two", "--task", tasks).out for tasks in ("a,c", "b")]
     assert outs == ["two/a.safetensors\ntwo/c.safetensors\n", "two/b.safetensors\n"]
     ended = run(*command, "one")
     assert (ended.status, ended.err) == (0, "")
@@ -47,9 +47,9 @@ def test_a_method_that_measures_nothing_is_a_usage_error(recipe: Path, run: Run)
 
 
 def test_only_takes_names_and_no_empty_ones(recipe: Path, run: Run) -> None:
-    command = ("measure", "zoo.toml", "--method", "reg_mean", *FEW, "-o", "s", "--only")
+    command = ("measure", "zoo.toml", "--method", "reg_mean", *FEW, "-o", "s", "--task")
     ended = run(*command, "b,,")
     assert (ended.status, ended.out) == (0, "s/b.safetensors\n"), ended.err
     ended = run(*command, " ,")
     assert (ended.status, ended.out) == (2, "")
-    assert "--only: expected names with commas between them, got ` ,`" in ended.err
+    assert "--task: is empty" in ended.err

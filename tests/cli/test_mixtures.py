@@ -25,7 +25,7 @@ def files(tmp_path: Path) -> Path:
 
 def test_mixtures_are_evaluated_and_reported_with_their_size_and_routes(files: Path, run: Run) -> None:
     done = run(
-        "eval", "smile.safetensors", "emr.safetensors", "toy:base", "--clip", "toy:base", "--tasks", "digits,shapes",
+        "eval", "smile.safetensors", "emr.safetensors", "toy:base", "--clip", "toy:base", "--task", "digits,shapes",
         "--limit", 8, "--routes", "routes", "-o", "out",
     )  # fmt: skip
     assert done.status == 0, done.err
@@ -34,9 +34,7 @@ def test_mixtures_are_evaluated_and_reported_with_their_size_and_routes(files: P
     assert heads == "task,layer,digits,shapes"
     assert {row.split(",")[0] for row in rows} == {"digits", "shapes"}
     assert {file.name for file in (files / "routes").iterdir()} == {"smile.csv", "smile.png"}
-    refused = run(
-        "eval", "smile.safetensors", "--clip", "toy:base", "--tasks", "digits", "--routing", "batch"
-    )
+    refused = run("eval", "smile.safetensors", "--clip", "toy:base", "--task", "digits", "--routing", "batch")
     assert (refused.status, refused.out) == (2, "")
     assert refused.err.startswith(
         "error: --routing: none of the checkpoints holds a tower that routes batches"
@@ -89,7 +87,7 @@ def test_a_file_of_ours_of_an_unknown_kind_is_shown_and_refused_as_a_model(files
         about: dict[str, str] = stored.metadata()
     save_file(load_file(files / "emr.safetensors"), files / "later.safetensors", {**about, "kind": "banana"})
     assert "kind\tbanana (no model that this version knows)\n" in run("info", "later.safetensors").out
-    refused = run("eval", "later.safetensors", "--clip", "toy:base", "--tasks", "digits")
+    refused = run("eval", "later.safetensors", "--clip", "toy:base", "--task", "digits")
     assert (refused.status, refused.out) == (3, "")
     assert refused.err == (
         "error: later.safetensors: its kind: expected checkpoint, task vector or mixture, got `banana`\n"

@@ -152,7 +152,7 @@ def test_the_version_names_what_matters(run: Run) -> None:
         ("mergecli merge --method ti", {"ties"}),
         ("mergecli methods task", {"task_arithmetic"}),
         ("mergecli tasks eu", {"eurosat"}),
-        ("mergecli eval --tasks mnist,eu", {"mnist,eurosat"}),
+        ("mergecli eval --task mnist,eu", {"mnist,eurosat"}),
         ("mergecli report --reference clip-vit-l", {"clip-vit-large-patch14-ta8"}),
     ],
 )

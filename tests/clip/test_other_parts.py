@@ -222,12 +222,12 @@ def test_an_evaluation_says_it_once_and_counts_with_the_base_s_parts_unless_aske
     (tmp_path / "r.toml").write_text(
         'base = "base"\n[tuned]\ntints = "birds"\n[tasks.tints]\ndata = "data"\ntemplates = ["a {}."]\n'
     )
-    ended = run("eval", "--recipe", "r.toml", "--only", "tints", "-o", "r.json")
+    ended = run("eval", "--recipe", "r.toml", "--model", "tints", "-o", "r.json")
     assert ended.status == 0
     assert [line for line in ended.err.splitlines() if not line.startswith("note")][:2] == [
         EVALUATED,
         "  `tints`: text tower, text projection, visual projection, logit scale (to use them: `--clip birds`)",
     ]
-    ended = run("eval", "--recipe", "r.toml", "--only", "tints", "--clip", "birds", "-o", "own.json")
+    ended = run("eval", "--recipe", "r.toml", "--model", "tints", "--clip", "birds", "-o", "own.json")
     assert ended.status == 0
     assert "differ" not in ended.err

@@ -82,7 +82,7 @@ COMMANDS = {
     "method": ["methods", "half_way"],
     "merge": ["merge", "--base", "base.safetensors", "a.safetensors", "b.safetensors", "--method", "half_way", "-o", "m.safetensors"],
     "task": ["tasks", "tints"],
-    "eval": ["eval", "clip", "--clip", "clip", "--tasks", "tints", "-o", "r.json"],
+    "eval": ["eval", "clip", "--clip", "clip", "--task", "tints", "-o", "r.json"],
     "help": ["--help"],
     "count": ["count", "base.safetensors"],
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,16 @@ def test_eight_models_in_half_precision_take_little_memory(
     done = subprocess.run([sys.executable, "-c", MEASURE, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) <= most
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "tsv_m"])
+def test_a_dry_run_expects_the_memory_that_the_merge_takes_within_a_factor_of_one_and_a_half(
+    models: list[Path], tmp_path: Path, method: str
+) -> None:
+    base, *tuned = map(str, models)
+    command = ["--base", base, *tuned, "--method", method, "-o", str(tmp_path / "m.safetensors")]
+    program = [sys.executable, "-m", "mergecli", "merge", *command, "--dry-run", "--json"]
+    planned = json.loads(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run([sys.executable, "-c", MEASURE, *command], capture_output=True, text=True)
+    real = int(done.stdout.splitlines()[-1]) << 20
+    assert planned["memory"] / 1.5 < real < planned["memory"] * 1.5

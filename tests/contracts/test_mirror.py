@@ -33,7 +33,7 @@ def test_a_command_and_its_function_have_the_same_parameters(name: str) -> None:
         program -= (
             set(inspect.signature(mergecli.sweep).parameters) - python
         )  # `--sweep` makes it `mergecli.sweep`
-    if name != "fetch":
+    if name in ("merge", "evaluate", "finetune"):
         program -= {"dry_run"}  # `mergecli.plan` of the function
     if name in ("evaluate", "finetune"):
         program -= {"changes"}  # the recipe is read by the command

@@ -49,7 +49,7 @@ WRONG = [
     (["merge", "a.safetensors", "--method", "average", "-o", "x.bin"], 2),
     (["taskvector", "a.safetensors", "-o", "x.safetensors"], 2),
     (["eval", "a.safetensors", "-o", "x.json"], 2),
-    (["eval", "a.safetensors", "--clip", "b", "--tasks", "mnits"], 2),
+    (["eval", "a.safetensors", "--clip", "b", "--task", "mnits"], 2),
     (["eval", "a.safetensors", "--min-average", "70"], 2),
     (["cos-sim", "missing.safetensors"], 3),
     (["report", "missing.json"], 3),

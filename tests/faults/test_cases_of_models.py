@@ -22,7 +22,7 @@ def test_a_clip_tuned_in_both_towers_is_evaluated_with_the_base_s_and_that_is_sa
     tmp_path: Path, run: Run
 ) -> None:
     case = CASES / "both_towers_tuned"
-    ended = run("eval", "--recipe", case / "recipe.toml", "--only", "birds", "-o", "out.json")
+    ended = run("eval", "--recipe", case / "recipe.toml", "--model", "birds", "-o", "out.json")
     assert ended.status == 0
     assert ended.err.splitlines()[:2] == [
         "warning: these models differ from ../base outside of the vision tower, and are evaluated with its text tower and "
@@ -32,7 +32,15 @@ def test_a_clip_tuned_in_both_towers_is_evaluated_with_the_base_s_and_that_is_sa
     ]
     score = json.loads((tmp_path / "out.json").read_text())["tasks"]["birds"]
     own = run(
-        "eval", "--recipe", case / "recipe.toml", "--only", "birds", "--clip", case / "clip", "-o", "own.json"
+        "eval",
+        "--recipe",
+        case / "recipe.toml",
+        "--model",
+        "birds",
+        "--clip",
+        case / "clip",
+        "-o",
+        "own.json",
     )
     assert own.status == 0
     assert "warning" not in own.err
@@ -41,7 +49,7 @@ def test_a_clip_tuned_in_both_towers_is_evaluated_with_the_base_s_and_that_is_sa
 
 def test_a_processor_of_another_size_is_one_error_before_anything_starts(tmp_path: Path, run: Run) -> None:
     case = CASES / "processor_of_other_size"
-    ended = run("eval", "--recipe", case / "recipe.toml", "--only", "birds", "-o", "out.json")
+    ended = run("eval", "--recipe", case / "recipe.toml", "--model", "birds", "-o", "out.json")
     assert (ended.status, ended.out) == (3, "")
     assert ended.err.splitlines()[-2:] == [
         f"error: {case / 'clip'}: its image processor gives 16 x 16 pixels, its vision tower takes 24 x 24",

@@ -33,7 +33,7 @@ def test_it_is_counted_right_and_one_line_says_what_was_counted(
 ) -> None:
     task = "food101" if case == "food101_names" else "birds"
     recipe = CASES / case / "recipe.toml"
-    ended = run("eval", "--recipe", recipe, "--only", task, "-o", "out.json", "--no-cache")
+    ended = run("eval", "--recipe", recipe, "--model", task, "-o", "out.json", "--no-cache")
     assert (ended.status, ended.rest) == (0, "")
     assert re.fullmatch(rf"note: .*: split `\w+`: {re.escape(line)}\n", ended.err)
     score = json.loads(Path("out.json").read_text())["tasks"][task]
@@ -59,7 +59,7 @@ def test_it_is_counted_right_and_one_line_says_what_was_counted(
 )
 def test_it_is_refused(run: Run, case: str, message: str) -> None:
     ended = run(
-        "eval", "--recipe", CASES / case / "recipe.toml", "--only", "birds", "-o", "out.json", "--no-cache"
+        "eval", "--recipe", CASES / case / "recipe.toml", "--model", "birds", "-o", "out.json", "--no-cache"
     )
     assert (ended.status, ended.out) == (3, "")
     assert re.fullmatch(
@@ -78,7 +78,8 @@ def test_published_names_score_the_images_as_the_published_model_was_trained(
         text = text.replace('data = "data"', f'data = "{CASES}/food101_names/data"\n{names}')
         (tmp_path / "r.toml").write_text(text)
         assert (
-            run("eval", "--recipe", "r.toml", "--only", "food101", "-o", "out.json", "--no-cache").status == 0
+            run("eval", "--recipe", "r.toml", "--model", "food101", "-o", "out.json", "--no-cache").status
+            == 0
         )
         scores.append(json.loads(Path("out.json").read_text())["tasks"]["food101"])
     assert scores[0]["loss"] != scores[1]["loss"]

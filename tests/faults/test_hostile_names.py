@@ -68,7 +68,7 @@ def test_progress_on_a_terminal_shows_names_as_text(
     [
         ["info", f"{EVIL}.safetensors"], ["report", EVIL], ["methods", EVIL], ["tasks", EVIL], ["fetch", f"hf:{EVIL}"],
         [f"--{EVIL}"], ["cos-sim", EVIL, EVIL], ["merge", EVIL, "--method", EVIL, "-o", EVIL], ["cache", EVIL],
-        ["merge", f"{EVIL}.toml", "-o", "x.safetensors"], ["eval", EVIL, "--tasks", EVIL, "--clip", EVIL],
+        ["merge", f"{EVIL}.toml", "-o", "x.safetensors"], ["eval", EVIL, "--task", EVIL, "--clip", EVIL],
     ],
 )  # fmt: skip
 def test_a_message_quotes_a_hostile_name_as_escapes(run: Run, command: list[str]) -> None:

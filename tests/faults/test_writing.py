@@ -126,7 +126,7 @@ def test_two_merges_to_one_target_leave_one_whole_file(world: World, run: Run) -
         ["taskvector", "t1.safetensors", "--base", "base.safetensors", "-o", "-"],
         ["cos-sim", "--base", "base.safetensors", "t1.safetensors", "t2.safetensors", "-o", "-"],
         ["extract", "t1.safetensors", "--base", "base.safetensors", "--rank", "1", "-o", "-"],
-        ["eval", "toy:base", "--clip", "toy:base", "--tasks", "digits", "--limit", "1", "-o", "-"],
+        ["eval", "toy:base", "--clip", "toy:base", "--task", "digits", "--limit", "1", "-o", "-"],
         ["finetune", "--base", "toy:base", "--task", "digits", "--steps", "1", "-o", "-"],
         ["report", "r.json", "-o", "-"],
     ],

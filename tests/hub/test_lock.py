@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from mergecli.hub.fetch import fetch
 from mergecli.recipe.lock import Lock, LockedSource, lock_path, pin, pinned_source, read_lock, write_lock
 from mergecli.recipe.reading import recipe_of
+from mergecli.results.licenses import licenses, strictest
 from mergecli.runtime.errors import HubError, InputError, UsageError
 from mergecli.storage.sources import parse_source
 from mergecli.storage.store import StoredFile, locate
@@ -325,3 +327,19 @@ def test_what_was_a_pickle_is_locked_as_such_and_never_opened_without_leave(
         fetch(recipe, locked=True, into=tmp_path / "other")
     other = fetch(recipe, locked=True, into=tmp_path / "other", allow_pickle=True).paths[0]
     assert (other / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_the_license_that_the_hub_gives_is_in_the_store_and_in_the_lock(
+    hubs: Hubs, recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hubs.hf.licenses = {"org/base": "mit", "org/tuned": "apache-2.0"}
+    fetch(recipe, only=["models"])
+    lock = lock_path(recipe)
+    assert {each.source: each.license for each in read_lock(lock).sources.values()} == {
+        "hf:org/base": "mit", "hf:org/tuned": "apache-2.0"
+    }  # fmt: skip
+    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "another"))
+    fetch(recipe, only=["models"], locked=True)
+    sources = [parse_source(each, tmp_path) for each in ("hf:org/base", "hf:org/tuned")]
+    pinned = [replace(each, pinned=read_lock(lock).sources[False, str(each)].origin) for each in sources]
+    assert strictest(licenses(pinned))[0] == "apache-2.0"

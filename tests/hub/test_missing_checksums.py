@@ -77,7 +77,7 @@ def test_damaged_weights_get_none_and_are_refused(hubs: Hubs, run: Run, how: lis
     ended = run("fetch", "hf:org/tuned", *how)
     assert (ended.status, ended.out) == (3, "")
     assert f"{weights}: is damaged: its SHA-256 is not " in ended.err
-    assert ended.err.endswith("hint: delete what is damaged and fetch again\n")
+    assert ended.err.endswith("hint: delete what is damaged, then run `mergecli fetch hf:org/tuned`\n")
     assert manifest(folder)["checksums"] == {}
 
 

@@ -63,7 +63,7 @@ def test_a_new_repository_gets_the_files_of_the_folder_and_none_that_is_hidden(
     url = f"{hub.endpoint}/org/ties" if prefix == "hf" else f"{hub.endpoint}/models/org/ties"
     size = sum((folder / name).stat().st_size for name in FILES)
     assert (ended.status, ended.out) == (0, f"{url}\n")
-    assert ended.err.splitlines()[0].startswith(f"pushed 3 files, {size:,} bytes")
+    assert ended.end.startswith(f"pushed 3 files, {size:,} bytes")
     found = there(hubs, prefix)
     assert {name: found[name] for name in FILES} == {name: (folder / name).read_bytes() for name in FILES}
     assert set(found) <= {*FILES, ".gitattributes"}
@@ -96,7 +96,7 @@ def test_a_dry_run_tells_what_differs_and_writes_nothing(
     assert [line.split("\t")[::2] for line in ended.out.splitlines()] == [
         ["file", "state"], *([name, "new"] for name in FILES)
     ]  # fmt: skip
-    assert "to a new private repository, " in ended.err
+    assert "to a new private repository, " in ended.end
     assert "org/ties" not in hub_of(hubs, prefix).repositories
     assert {each.method for each in hub_of(hubs, prefix).requests} == {"GET"}
     push(folder, f"{prefix}:org/ties", token_to_endpoint=True)
@@ -115,7 +115,7 @@ def test_nothing_is_sent_twice(hubs: Hubs, prefix: str, folder: Path, run: Run) 
     before = len(hub.repositories["org/ties"].commits)
     hubs.forget()
     ended = run("push", "ties", f"{prefix}:org/ties", "--token-to-endpoint")
-    assert ended.err.splitlines()[0].startswith("nothing differs: nothing was pushed")
+    assert ended.end.startswith("nothing differs: nothing was pushed")
     assert len(hub.repositories["org/ties"].commits) == before
     assert {each.method for each in hub.requests} == {"GET"}
     assert hub.cdn_requests == []
@@ -189,6 +189,7 @@ def test_ctrl_c_loses_no_file_that_has_arrived(hubs: Hubs, prefix: str, folder: 
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (130, "")
     assert "Traceback" not in err
+    assert "3 of 4 files have arrived and are kept" in err
     hubs.forget()
     push(folder, f"{prefix}:org/ties", token_to_endpoint=True)
     assert [each.path for each in hub.cdn_requests] == [f"/upload/{second}"]

@@ -60,8 +60,10 @@ def test_the_pairs_that_have_predictions_are_tested_and_the_others_compared_unpa
         "predictions: there are none of `one` on `dtd`: compared unpaired",
         "predictions: there are none of `none` on `mnist`, `dtd`: compared unpaired",
     )
-    for part in ("McNemar", "n.s.", "The other differences have their interval", "unpaired"):
-        assert part in table.notes[0]
+    for part, note in zip(
+        ("n.s.: not significant", "paired bootstrap", "unpaired"), table.notes, strict=True
+    ):
+        assert part in note
 
 
 def test_p_values_are_corrected_for_the_number_of_rows_and_decide_alone(tmp_path: Path) -> None:
@@ -87,6 +89,7 @@ def test_p_values_are_corrected_for_the_number_of_rows_and_decide_alone(tmp_path
         "| b | - | 65.0 | 65.0 | +15.0 | 0.062 | +15.0 | 0.062 |"
     ]
     assert "n.s." not in table.notes[0]
+    assert table.notes[0].endswith("(p): the corrected p-value.")
     marked = report(models, **options).text("md").splitlines()  # pyright: ignore[reportArgumentType]
     assert marked[3].endswith("| +15.0 n.s. | +15.0 n.s. |")
     assert marked[5].endswith("| +25.0 | +25.0 |")

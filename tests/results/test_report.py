@@ -215,7 +215,8 @@ def test_a_difference_from_counts_is_said_to_be_unpaired() -> None:
     assert (worse.value, worse.significant) == (pytest.approx(-0.3), True)
     assert average.low < -0.1 < average.high < 0
     assert [cell.significant for cell in table.rows[2][-3:] if isinstance(cell, Estimate)] == [False] * 3
-    assert "unpaired" in table.notes[0]
+    assert [note.partition(":")[0] for note in table.notes] == ["(diff.)", "±"]
+    assert "unpaired" in table.notes[1]
 
 
 def test_predictions_make_small_differences_count(tmp_path: Path) -> None:
@@ -229,9 +230,9 @@ def test_predictions_make_small_differences_count(tmp_path: Path) -> None:
     assert (unpaired.value, unpaired.significant) == (paired.value, False)
     assert paired.significant is True
     assert 0 < paired.low < 0.01 < paired.high
-    note = report(both, against="b", predictions=[file]).notes[0]
-    assert "McNemar" in note
-    assert "paired bootstrap" in note
+    notes = report(both, against="b", predictions=[file]).notes
+    assert "McNemar" in notes[0]
+    assert "paired bootstrap" in notes[1]
 
 
 def test_five_images_that_only_one_model_had_right_are_chance(tmp_path: Path) -> None:
@@ -327,7 +328,7 @@ def test_predictions_of_other_images_are_refused(tmp_path: Path) -> None:
         ({"plot": "r.png", "plot_kind": "bar"}, r"--plot-kind: expected one of .*, got `bar` \(did you mean `bars`"),
         ({"plot": "r.gif"}, "r.gif: expected a .png, .svg or .pdf file"),
         ({"plot": "r.svg", "output": "r.svg", "format": "md"}, "r.svg: two outputs have this name"),
-        ({"output": "r.xls"}, r"r.xls: expected a .md or .tex or .json or .csv or .tsv or .html file"),
+        ({"output": "r.xls"}, r"r.xls: expected a .md, .tex, .json, .csv, .tsv or .html file"),
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(

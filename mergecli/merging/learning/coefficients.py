@@ -108,7 +108,7 @@ def coefficients(models: Models, target: MergeTarget, files: LearningFiles, stac
         return Learning(known, list(known.files), learn)
     expected = Learned(replace(target, method=method), about={"adapted_on": json.dumps(work.looked_at)})
     names = [*([TITLES["merged_tower"]] if "merged_tower" in needed else []), method.file_title]
-    return Learning(expected, names, learn, partial(_plan, path, work), is_known=False)
+    return Learning(expected, names, learn, partial(_plan, path, work))
 
 
 def _plan(path: Path, work: LearningWork) -> LearningPlan:

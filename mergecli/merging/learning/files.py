@@ -71,8 +71,6 @@ class Learning:
     """The names of the files."""
     learn: Callable[[Progress | None], Learned]
     plan: Callable[[], LearningPlan] = LearningPlan
-    is_known: bool = True
-    """Whether `expected` has everything, because files have it already."""
 
 
 @dataclass(frozen=True)

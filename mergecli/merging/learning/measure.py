@@ -18,7 +18,7 @@ from mergecli.runtime.errors import UsageError, did_you_mean, quoted
 from mergecli.storage.atomic import check_name, check_target, warn_of_others
 
 if TYPE_CHECKING:
-    from mergecli.runtime.progress import Progress
+    from mergecli.runtime.progress import AnyProgress, shown
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def measure(
     changes: Sequence[str] = (),
     only: Sequence[str] = (),
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: AnyProgress | None = None,
 ) -> Measured:
     """Measures the statistics that a method needs of every model, for merges with `statistics=output`.
 
@@ -80,10 +80,11 @@ def measure(
         tuned = {name: source for name, source in recipe.tuned.items() if name in only}
         recipe = replace(recipe, tuned=tuned)
     with ExitStack() as stack:
+        report = stack.enter_context(shown(progress))
         models = open_models(recipe, stack, needs="base", device=device)
         files = files_for(models, chosen, recipe, target)
         if not all(each.path.exists() for each in files):  # a folder that has them all may be read-only
             check_target(target, folder=True)
         warn_of_others(target, {each.path.name for each in files}, models.paths.values())
-        new = Measurement.of(files, models, chosen, recipe).measure(progress)
+        new = Measurement.of(files, models, chosen, recipe).measure(report)
     return Measured({each.name: each.path for each in files}, new)

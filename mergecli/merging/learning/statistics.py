@@ -115,7 +115,7 @@ def statistics(models: Models, target: MergeTarget, files: LearningFiles, stack:
     is_known = is_dry() and not measurement.missing
     expected = Learned(target, about={"measured": json.dumps(_facts([each.measured for each in wanted]))})
     names = [f"statistics of {each.name}" for each in wanted]
-    return Learning(opened() if is_known else expected, names, learned, measurement.plan, is_known)
+    return Learning(opened() if is_known else expected, names, learned, measurement.plan)
 
 
 def _facts(measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def test_a_tasks_tower_without_its_correction_is_not_evaluated(zoo: Zoo, tmp_pat
     operate(zoo, tmp_path / "s.safetensors", steps=1)
     with pytest.raises(InputError, match="is a tower without the correction of its features") as raised:
         evaluate(f"{tmp_path}/s.safetensors#b", recipe=zoo.folder / "zoo.toml", tasks=["b"])
-    assert raised.value.hint == "evaluate the whole file, on this task with `--tasks`"
+    assert raised.value.hint == "evaluate the whole file, on this task with `--task`"
 
 
 def test_the_size_of_features_may_be_left_to_be_found(zoo: Zoo, tmp_path: Path) -> None:
