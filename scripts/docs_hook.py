@@ -215,7 +215,7 @@ def _tasks() -> str:
 
 
 def _cli() -> str:
-    program: Any = get_command(app)
+    program: Any = get_command(app())
     parts = [
         "# Commands\n",
         _help(program.help),

@@ -388,8 +388,9 @@ def merged(
         settings = {**settings, "weights": settings["weights"][: len(tuned)]}
     seed = f"seed={SEED}"
     mergecli.merge(
-        tuned, base=base, method=method, settings=settings, changes=[seed, *changes], output=output, **more
-    )
+        tuned, base=base, method=method, settings=settings, changes=[seed, *changes], output=output,
+        card=False, **more,
+    )  # fmt: skip
     return taken(output)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -20,16 +20,22 @@ from mergecli.runtime import interrupts, verbosity
 from mergecli.runtime.distributed import is_first
 from mergecli.runtime.errors import ExitStatus, MergecliError, ThresholdError
 
-app = typer.Typer(
-    name="mergecli",
-    cls=Group,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
-for _name, _module in COMMANDS.items():
-    app.command(_name, cls=Command)(getattr(import_module(_module), _module.rpartition(".")[2]))
+
+def app(names: Iterable[str] = tuple(COMMANDS)) -> typer.Typer:
+    """The parser of these commands."""
+    made = typer.Typer(
+        name="mergecli",
+        cls=Group,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    made.callback()(_main)
+    for name in names:
+        module = COMMANDS[name]
+        made.command(name, cls=Command)(getattr(import_module(module), module.rpartition(".")[2]))
+    return made
 
 
 def _version(wanted: bool) -> None:
@@ -41,8 +47,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def main(
+def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and exit.")
     ] = False,
@@ -71,8 +76,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    named = next((each for each in given if not each.startswith("-")), "")
     try:
-        status = app(args=arguments, prog_name="mergecli", standalone_mode=False)
+        parser = app([named] if named in COMMANDS else COMMANDS)  # others would only cost time
+        status = parser(args=arguments, prog_name="mergecli", standalone_mode=False)
         if status == ExitStatus.INTERRUPTED:  # while the parser was at work
             return _interrupted(None)
         sys.stdout.flush()

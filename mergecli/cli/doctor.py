@@ -89,7 +89,7 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 ),
             )
         elif isinstance(value, list):
-            yield words, "; ".join(value)
+            yield words, "; ".join(value) or "none"
         else:
             yield words, _text(name, value) + (" bytes" if value is not None and name in _BYTES else "")
 

@@ -11,7 +11,6 @@ import typer
 
 from mergecli.cli import console, ending, options
 from mergecli.runtime.errors import InputError, UsageError
-from mergecli.storage.cache import LASTING
 
 if TYPE_CHECKING:
     from mergecli.formats.info import Info
@@ -155,6 +154,8 @@ def _note(found: Info) -> str:
         return " (vision tower of a whole CLIP)"
     if found.is_model:
         return ""
+    from mergecli.storage.cache import LASTING
+
     return " (no model)" if found.kind in LASTING else " (no model that this version knows)"
 
 

@@ -72,7 +72,7 @@ def doctor(*, online: bool = False, progress: AnyProgress | None = None) -> Exam
     return _anonymous(
         Examined(
             versions=versions,
-            machine=_machine(),
+            machine=_machine(problems),
             store={**_about(store, "commits"), "free": _free(home())},
             cache={**_about(cache, "files"), "may_grow_to": _allowed(problems)},
             variables=tuple(
@@ -114,7 +114,25 @@ def _versions() -> tuple[dict[str, object], list[str]]:
     return versions, sorted(problems)
 
 
-def _machine() -> dict[str, object]:
+def _machine(problems: list[str]) -> dict[str, object]:
+    memory = None
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # no such names on this system
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    found: dict[str, object] = {"system": system, "processors": os.cpu_count(), "memory": memory}
+    try:
+        return found | _torch()
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # a library that it needs is missing, or does not fit
+        problems.append(f"torch cannot be used: {str(error).partition(chr(10))[0]}")
+        return found | {"devices": []}
+
+
+def _torch() -> dict[str, object]:
+    """How torch was built, its threads, and the devices that it can use."""
     import torch
 
     from mergecli.runtime.distributed import usable_device
@@ -134,16 +152,10 @@ def _machine() -> dict[str, object]:
             usable.append(each)
         except MergecliError:
             usable.append(f"{each}, cannot be used")
-    memory = None
-    with contextlib.suppress(ValueError, OSError, AttributeError):  # no such names on this system
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processors": os.cpu_count(),
         "torch_build": f"ROCm {hip}" if hip else build,
         "torch_instructions": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
-        "memory": memory,
         "devices": usable,
     }
 

@@ -166,7 +166,7 @@ def _paths(folder: Path) -> list[Path]:
     for path in weights:
         open_checkpoint(path).close()
     if folder / CARD not in found:
-        remark(f"{folder}: has no model card; `mergecli merge -o FOLDER` writes one")
+        remark(f"{folder}: has no model card, README.md")
     return found
 
 

@@ -93,7 +93,8 @@ def test_durations_are_read_easily(seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(999, "0 MB"), (640 * 10**6, "640 MB"), (1_240_000_000, "1.24 GB")]
+    ("size", "text"),
+    [(999, "1.0 kB"), (1_616_384, "1.6 MB"), (640 * 10**6, "640 MB"), (1_240_000_000, "1.24 GB")],
 )
 def test_memory_is_read_easily(size: int, text: str) -> None:
     assert amounts.memory(size) == text

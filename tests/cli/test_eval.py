@@ -60,7 +60,11 @@ def test_a_result_is_a_table_on_stdout_and_json_on_disk(place: Path, run: Run) -
 def test_without_a_checkpoint_every_model_of_the_recipe_is_evaluated(place: Path, run: Run) -> None:
     ended = run("eval", "--recipe", "r.toml", "-o", "out/")
     assert [line.split("\t")[0] for line in ended.out.splitlines()] == ["model", "base", "warm", "cold"]
-    assert sorted(file.name for file in (place / "out").iterdir()) == ["base.json", "cold.json", "warm.json"]
+    assert sorted(file.name for file in (place / "out").glob("*.json")) == [
+        "base.json",
+        "cold.json",
+        "warm.json",
+    ]
 
 
 def test_only_chooses_among_the_recipes_models(place: Path, run: Run) -> None:

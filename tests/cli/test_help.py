@@ -13,7 +13,7 @@ from mergecli.cli import COMMANDS, help
 from mergecli.cli.app import app
 from tests.conftest import Run
 
-PROGRAM: Any = get_command(app)
+PROGRAM: Any = get_command(app())
 
 
 @pytest.mark.parametrize("columns", [40, 80, 120])

@@ -16,7 +16,7 @@ from tests.conftest import Run, World
 
 RECIPE = 'base = "base.safetensors"\n[tuned]\nt1 = "t1.safetensors"\nt2 = "t2.safetensors"\n'
 TOYS = 'base = "toy:base"\n[tuned]\ndigits = "toy:digits"\nletters = "toy:letters"\n'
-PROGRAM: Any = get_command(app)
+PROGRAM: Any = get_command(app())
 
 
 def rewritten(command: str, *arguments: str) -> list[str]:

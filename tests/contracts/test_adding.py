@@ -149,5 +149,5 @@ def test_a_command_is_a_function_a_file_that_parses_and_a_line_in_the_table(
     added: tuple[Path, dict[str, Ended]],
 ) -> None:
     _, ended = added
-    assert "  count       Count the tensors of a checkpoint.\n" in ended["help"].out
+    assert "  count       Count the tensors of a checkpoint\n" in ended["help"].out
     assert ended["count"] == Ended(0, "2\n", "")

@@ -122,7 +122,7 @@ def test_every_command_is_run_or_shown() -> None:
     from mergecli.cli.app import app
 
     used = {line.split()[1] for block in blocks() for line in commands(block.text)}
-    assert {each.name for each in app.registered_commands} == used
+    assert {each.name for each in app().registered_commands} == used
 
 
 def test_the_methods_of_the_table_are_linked_once_each() -> None:
@@ -156,7 +156,7 @@ def test_every_option_exists_and_every_recipe_is_there(line: str) -> None:
 
     from mergecli.cli.app import app
 
-    command: Any = get_command(app).commands[line.split()[1]]  # pyright: ignore
+    command: Any = get_command(app()).commands[line.split()[1]]  # pyright: ignore
     known = {option for parameter in command.params for option in parameter.opts}
     for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*", line):
         assert option in known, f"`{option}` is no option of `{line.split()[1]}`"

@@ -50,7 +50,7 @@ def test_every_method_has_a_page_with_its_settings_and_paper(pages: dict[str, st
 def test_every_command_and_option_is_in_the_reference(pages: dict[str, str]) -> None:
     from typer.main import get_command
 
-    program: Any = get_command(app)
+    program: Any = get_command(app())
     for name, command in program.commands.items():
         part = pages["cli.md"].split(f"\n## {name}\n")[1].split("\n## ")[0]
         options = [each for each in command.params if each.param_type_name == "option"]
@@ -83,7 +83,7 @@ def test_pages_by_hand_lead_to_pages(pages: dict[str, str]) -> None:
 def test_options_and_commands_in_the_guides_exist() -> None:
     from typer.main import get_command
 
-    program: Any = get_command(app)
+    program: Any = get_command(app())
     known = {name: {option for each in command.params for option in each.opts} for name, command in program.commands.items()}  # fmt: skip
     for file in HANDWRITTEN:
         code = "\n".join(re.findall(r"^```sh\n(.*?)^```", file.read_text("utf-8"), re.MULTILINE | re.DOTALL))

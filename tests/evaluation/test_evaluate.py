@@ -212,7 +212,7 @@ def test_several_results_go_into_a_folder(place, recipe, tmp_path):
     evaluate(
         [place / "base", place / "tower.safetensors"], recipe=recipe, tasks=["tints"], output=tmp_path / "out"
     )
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["base.json", "tower.json"]
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.json")) == ["base.json", "tower.json"]
 
 
 def test_predictions_are_a_row_for_each_image(place, recipe, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,13 @@ def test_a_library_that_is_missing_is_a_problem(monkeypatch: pytest.MonkeyPatch)
         "torch is 1.0; mergecli needs torch>=2.4",
     )
     assert examined.versions["matplotlib"] is None
+
+
+def test_a_torch_that_cannot_be_imported_is_a_problem_and_no_bug(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    ended = run("doctor")
+    assert ended.status == 3
+    assert "torch cannot be used   import of torch halted" in ended.out
+    assert " devices      none" in ended.out

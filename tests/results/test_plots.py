@@ -130,6 +130,20 @@ def test_similarities_are_drawn_with_their_numbers(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "h.svg").read_text()
 
 
+def test_the_colors_of_similarities_span_what_is_off_the_diagonal(tmp_path: Path) -> None:
+    values = [[1.0, 0.1, 0.2], [0.1, 1.0, 0.3], [0.2, 0.3, 1.0]]
+    plots.heat_map(["a", "b", "c"], values, tmp_path / "h.svg")
+    cells = re.findall(
+        r'<path d="[^"]*" clip-path="[^"]*" style="fill: (#[0-9a-f]{6})"', (tmp_path / "h.svg").read_text()
+    )
+    assert len(cells) == 9
+    gray, lightest, _, darkest = cells[0], *cells[1:3], cells[5]
+    assert [cells[at] for at in (0, 4, 8)] == [gray] * 3
+    assert gray == "#e0e0e0"
+    assert (lightest, darkest) == ("#ffffd9", "#234da0")
+    assert cells.count(darkest) == cells.count(lightest) == 2
+
+
 def test_a_picture_in_a_page_takes_the_colour_of_its_text() -> None:
     chart = plots.Chart(("a",), ("x",), ((1.0,),), (1.0,))
     text = plots.svg(plots.bars(chart), "p")

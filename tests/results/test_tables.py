@@ -122,7 +122,7 @@ def test_transposed_columns_become_rows_and_cells_keep_their_units() -> None:
         "| mnist (diff.) | +1.0 ±3.0 | - |",
     ]
     assert json.loads(turned.text("json"))[0] == {
-        "": "mnist", "one": 0.75, "one low": 0.7, "one high": 0.78, "one significant": None,
+        "name": "mnist", "one": 0.75, "one low": 0.7, "one high": 0.78, "one significant": None,
         "two": 0.74, "two low": 0.7, "two high": 0.75,
     }  # fmt: skip
     assert (turned.notes, turned.warnings) == (ESTIMATES.notes, ESTIMATES.warnings)
@@ -131,7 +131,7 @@ def test_transposed_columns_become_rows_and_cells_keep_their_units() -> None:
 def test_models_of_one_name_stay_apart_when_transposed() -> None:
     table = Table((Column("model"), Column("x", "percent")), (("a", 0.1), ("a", 0.2), ("a (2)", 0.3)))
     assert json.loads(table.transposed().text("json")) == [
-        {"": "x", "a": 0.1, "a (2)": 0.2, "a (2) (2)": 0.3}
+        {"name": "x", "a": 0.1, "a (2)": 0.2, "a (2) (2)": 0.3}
     ]
 
 

@@ -82,6 +82,11 @@ class StatisticsFile:
     measured: Mapping[str, Any]
     """Method, settings and images."""
 
+    @property
+    def key(self) -> str:
+        """32 hex digits of all that the file depends on."""
+        return hashlib.sha256(json.dumps([self.inputs, self.measured]).encode()).hexdigest()[:32]
+
     def metadata(self) -> dict[str, str]:
         """The file's metadata."""
         method = str(self.measured["method"])
@@ -154,10 +159,8 @@ def files_for(
         facts = {each.name: each.facts(head=method.needs_head, most=method.examples) for each in looked}
         inputs = {"base": models.base.digest()} | {task: models.tuned[task].digest() for task in tasks}
         measured = common | {"tasks": facts}
-        if path is None:
-            key = hashlib.sha256(json.dumps([inputs, measured]).encode()).hexdigest()[:32]
-            path = home() / KIND / name / f"{key}.safetensors"
-        found.append(StatisticsFile(title, path, looked, inputs, measured))
+        each = StatisticsFile(title, path or Path(), looked, inputs, measured)
+        found.append(each if path else replace(each, path=home() / KIND / name / f"{each.key}.safetensors"))
     return found
 
 
