@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mergecli.merging.merge import Merged as Merged
     from mergecli.merging.merge import merge as merge
     from mergecli.merging.pool import ModelPool as ModelPool
+    from mergecli.merging.recommend import Recommendation as Recommendation
+    from mergecli.merging.recommend import recommend as recommend
     from mergecli.merging.taskvector import taskvector as taskvector
     from mergecli.recipe.schema import Recipe as Recipe
     from mergecli.results.plan import Plan as Plan

@@ -53,7 +53,7 @@ def _amounts(each: Work) -> str:
         amounts.count(each.steps, "step") if each.steps is not None else "",
         amounts.count(each.tensors, "tensor") if each.tensors is not None else "",
         amounts.memory(each.bytes) if each.bytes is not None else "",
-        amounts.count(each.passes, "time") if each.work == "read" and (each.passes or 0) > 1 else "",
+        amounts.count(each.passes, "time") if each.work == "read" and each.passes and each.passes > 1 else "",
         "from the cache" if each.cached else "",
     ]
     return ", ".join(filter(None, parts))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergecli.cli import console, ending, options
-from mergecli.runtime.errors import toml_text
+from mergecli.runtime.errors import UsageError, toml_text
 
 if TYPE_CHECKING:
     from mergecli.methods import Method
@@ -21,17 +21,46 @@ def methods(
         str | None,
         typer.Argument(metavar="[NAME]", autocompletion=options.complete_methods, help="One method."),
     ] = None,
+    recommend: Annotated[
+        str | None,
+        typer.Option(
+            "--recommend",
+            metavar="RECIPE",
+            help="Show three methods to try with the recipe's models and images.",
+        ),
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            "--images",
+            metavar="none|unlabeled",
+            help="Of --recommend: what images there are, whatever is found.",
+        ),
+    ] = None,
+    may_grow: Annotated[
+        bool,
+        typer.Option("--may-grow", help="Of --recommend: also methods whose file is larger than one model."),
+    ] = False,
     form: options.Format = None,
 ) -> None:
     """List the merging methods, or show one: its equation, settings, cost and paper.
 
     mergecli methods ties
+
+    mergecli methods --recommend recipes/toy.toml --may-grow
     """
     from mergecli import methods as registry
     from mergecli.results.cells import Column
     from mergecli.results.tables import Table
 
     console.check_format(form)
+    if recommend is not None:
+        if name is not None:
+            raise UsageError(f"--recommend: it takes no method, got `{name}`")
+        _recommend(recommend, images, may_grow, form)
+        return
+    if images is not None or may_grow:
+        raise UsageError("--images and --may-grow are options of --recommend", "add `--recommend RECIPE`")
     ending.did("listed the methods" if name is None else f"showed {name}")
     if name is None:
         classes = {each: registry.find(each) for each in registry.names()}
@@ -52,6 +81,33 @@ def methods(
     console.prose(f"{chr(10) if described['settings'] else ''}kind   {described['kind']}")
     console.prose(f"cost   {described['cost']}")
     console.prose(f"paper  {described['paper']}")
+
+
+def _recommend(recipe: str, images: str | None, may_grow: bool, form: str | None) -> None:
+    """Prints the methods to try with a recipe, each with the options of `merge` that choose it."""
+    from mergecli.merging.recommend import IMAGES, recommend
+    from mergecli.results.cells import Column
+    from mergecli.results.tables import Table
+
+    if images is not None and images not in IMAGES:
+        raise UsageError(f"--images: expected {' or '.join(f'`{each}`' for each in IMAGES)}, got `{images}`")
+    found = recommend(
+        recipe, images="unlabeled" if images == "unlabeled" else "none" if images else None, may_grow=may_grow
+    )
+    console.note(
+        f"{found.tasks} models, {found.adapters} of them adapters; {found.with_images} tasks have images here; "
+        f"images reckoned with: {found.images}; "
+        + ("the file may grow" if may_grow else "one model is wanted")
+    )
+    ending.did(f"looked at {recipe}")
+    if form is not None:
+        rows = tuple((each.options, each.why, each.cost) for each in found.suggestions)
+        console.table(Table((Column("options of merge"), Column("why"), Column("cost")), rows), form)
+        return
+    for number, each in enumerate(found.suggestions, 1):
+        console.prose(f"{number}. {each.options}")
+        console.prose(f"    why   {each.why}")
+        console.prose(f"    cost  {each.cost}")
 
 
 def _of_each_kind(classes: Mapping[str, type[Method]]) -> list[Table]:

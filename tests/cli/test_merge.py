@@ -105,6 +105,7 @@ def test_a_folder_loads_in_transformers_and_keeps_the_prefix(
     )  # fmt: skip
     assert (ended.status, ended.out) == (0, "merged\n"), ended.err
     assert sorted(file.name for file in (world.folder / "merged").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
     ]
@@ -159,7 +160,8 @@ def test_a_folder_can_be_sharded_and_holds_the_same(world: World, run: Run) -> N
     names = sorted(
         re.sub("model-[0-9a-f]{12}-", "model-", file.name) for file in (world.folder / "parts").iterdir()
     )
-    assert names == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)] + ["model.safetensors.index.json"]
+    parts = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert names == ["README.md", *parts, "model.safetensors.index.json"]
     digests = [json.loads(run("info", output, "--json").out)["digest"] for output in ("whole", "parts")]
     assert digests[0] == digests[1]
     run(*models, "-o", "parts")
