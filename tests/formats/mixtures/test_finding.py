@@ -47,9 +47,9 @@ def test_results_say_how_often_the_right_task_was_found(place: Path, file: Path,
     mean = sum(score.task_found or 0 for score in found.tasks.values()) / 3
     assert [row[4] for row in table.rows] == [pytest.approx(mean), None]
     assert (
-        "routing: `sim`, the file finds the task of each image, and its class among those of the true task; "
-        in ("".join(table.notes))
-    )
+        "routing: `task`, the task is given; "
+        "`sim`, the file finds the task of each image, and its class among those of the true task."
+    ) in table.notes
     assert (
         "task found: images for which the file found the right task, averaged over the tasks." in table.notes
     )
