@@ -136,3 +136,14 @@ def test_models_equal_to_the_base_give_the_base(zoo: Zoo, tmp_path: Path) -> Non
     recipe = replace(zoo.recipe, tuned=dict.fromkeys(zoo.recipe.tuned, zoo.recipe.base))  # type: ignore[arg-type]
     merge(recipe, method="esm", settings=FEW, output=tmp_path / "m.safetensors")
     assert_same(load_file(tmp_path / "m.safetensors"), dict(zoo.base))
+
+
+def test_a_sweep_over_what_the_survey_reads_gives_single_merges(zoo: Zoo) -> None:
+    from mergecli.merging.sweep_points import merge_sweep, points_of
+
+    settings = [f"method.{key}={value}" for key, value in FEW.items()]
+    points = points_of(
+        zoo.folder / "zoo.toml", ["method.eigenvalue_power=0,2"], base=None, method="esm", changes=settings
+    )
+    for each, power in zip(merge_sweep(points, zoo.folder / "swept2"), (0.0, 2.0), strict=True):
+        same_bytes(load_file(each.path), measured_merge(zoo, "esm", eigenvalue_power=power))
