@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mergecli.runtime.engines.contract import ENGINES, Engine
-from mergecli.runtime.errors import UsageError
+from mergecli.runtime.errors import InputError, UsageError
 
 
 def complete_methods(incomplete: str) -> list[str]:
@@ -71,8 +72,21 @@ def names(option: str, written: list[str] | None) -> tuple[str, ...]:
 
 
 def is_recipe(arguments: list[str]) -> bool:
-    """Whether the arguments are one recipe, and not models."""
-    return len(arguments) == 1 and arguments[0].endswith(".toml")
+    """Whether the arguments are one recipe, and not models.
+
+    Raises:
+        InputError: there is one, a bare name that is neither, and so most likely meant as a recipe.
+    """
+    if len(arguments) != 1:
+        return False
+    path = Path(arguments[0])
+    if not path.suffix and not set(arguments[0]) & set(":=#") and not os.path.exists(path):  # noqa: PTH110  a long name
+        from mergecli.storage.store import nearest_path
+
+        near = nearest_path(path)
+        meant = f" (did you mean `{near}`?)" if near else ""
+        raise InputError(f"{path}: no such file or recipe{meant}", "a recipe's name ends in `.toml`")
+    return path.suffix == ".toml"
 
 
 def _complete_engines(incomplete: str) -> list[str]:

@@ -280,7 +280,7 @@ def _add(job: Job, logits: Tensor, labels: Tensor) -> None:
     if not job.counts.add(logits.cpu(), labels):
         raise InputError(
             f"{job.checkpoint.path}: gives NaN or infinite logits on task `{job.task}`",
-            "look at the weights with `mergecli info`",
+            "its training diverged, the file is damaged, or `--dtype` is too narrow: `float32` is the widest",
         )
 
 

@@ -128,7 +128,7 @@ def evaluate(
         targets = result_files([FINE_TUNED] if individual else [name for name, _ in named], output)
         used = [task for task in chosen if not individual or task.name in dict(named)]
         if not engine.keep_going:
-            expect_all([base, *dict(named).values(), *(task.data for task in used)], known)
+            expect_all([base, *dict(named).values()], known, used)
         named = _told_apart(named)
         opened: list[Candidate] = []
         for name, source in named:

@@ -180,7 +180,7 @@ def sweep(
         stand_in = partial(stand_in, routing="sample")
     base, tasks, settings = asked(first, engine, device=device, split=select or split, **evaluation)
     if not engine.keep_going:
-        expect_all([base, *first.tuned.values(), *(task.data for task in tasks)], first)
+        expect_all([base, *first.tuned.values()], first, tasks)
     if engine.is_this_process and not engine.collect:
         for each in dict.fromkeys((select or split, split)):
             check(stand_in, split=each)

@@ -75,9 +75,8 @@ def parse_axis(text: str) -> Axis:
             + (f" (did you mean `method.{text}`?)" if is_setting else "")
         )
     try:
-        values = (
-            _range(written, text) if _RANGE.fullmatch(written) else tuple(map(parse_value, _split(written)))
-        )
+        is_range = written.count(":") == 2 or _WITHOUT_STEP.fullmatch(written)
+        values = _range(written, text) if is_range else tuple(map(parse_value, _split(written)))
     except ValueError as error:
         raise UsageError(f"sweep `{text}`: {error}") from error
     if not values:
@@ -207,8 +206,8 @@ def _looked_at(recipe: Recipe, method: DataDriven) -> list[object]:
     return [images, rest, files]
 
 
-_RANGE = re.compile(r"\s*[-+]?[.\d][^:,]*(:[^:,]*){1,2}")
-"""What is meant as `FIRST:LAST:STEP`, also without its step."""
+_WITHOUT_STEP = re.compile(r"[-+]?[.\d][^:,]*:[^:,]*")
+"""What is meant as `FIRST:LAST:STEP`, though its step was left out."""
 
 
 def _range(written: str, text: str) -> tuple[Any, ...]:

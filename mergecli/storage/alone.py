@@ -7,6 +7,8 @@ import os
 from collections.abc import Generator
 from pathlib import Path
 
+from mergecli.runtime.dry_run import is_dry
+
 
 @contextlib.contextmanager
 def alone(path: Path) -> Generator[None]:
@@ -16,7 +18,7 @@ def alone(path: Path) -> Generator[None]:
     The lock is a hidden file beside `path`, which goes again.
     """
     lock = path.with_name(f".{path.name}.lock")
-    descriptor = _locked(lock)
+    descriptor = None if is_dry() else _locked(lock)
     try:
         yield
     finally:

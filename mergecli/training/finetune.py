@@ -258,5 +258,5 @@ def base_and_tasks(
     source = parse_source(str(base), Path()) if base is not None else known.base if known else None
     if source is None:
         raise UsageError("no base to fine-tune", "name a recipe that has a `base`, or the base itself")
-    expect_all([source, *(each.data for each in chosen)], known)
+    expect_all([source], known, chosen)
     return source, [TrainingTask.of(each, validates, split) for each in chosen]
