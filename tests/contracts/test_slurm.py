@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,6 +43,7 @@ MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 KillWait=5
 SchedulerParameters=sched_interval=1
+FirstJobId={job}
 ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4
 PartitionName=all Nodes=ALL Default=YES State=UP
@@ -97,7 +99,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         other.bind(("127.0.0.1", 0))
         ports = one.getsockname()[1], other.getsockname()[1]
     user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-    (folder / "slurm.conf").write_text(CONF.format(host=host, ports=ports, user=user, folder=folder))
+    job = 1000 + os.getpid() % 10000  # of which the port of Ray is made
+    text = CONF.format(host=host, ports=ports, user=user, folder=folder, job=job)
+    (folder / "slurm.conf").write_text(text)
     given = own(folder) | {"SLURM_CONF": str(folder / "slurm.conf")}
     commands = {
         "munged": ["--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/key",
@@ -128,8 +132,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             said = "\n".join((folder / f"{name}.out").read_text()[-300:] for name in commands)
             pytest.skip(f"Slurm does not start here: {said}")
         yield given
-        subprocess.run(["scancel", "--full", f"--user={user}"], env=given, capture_output=True)
     finally:
+        with suppress(subprocess.TimeoutExpired):  # jobs outlive the daemons
+            while running and all(each.poll() is None for each in running):
+                subprocess.run(["scancel", f"--user={user}"], env=given, capture_output=True, timeout=20)
+                left = subprocess.run(["squeue", "-h"], env=given, capture_output=True, text=True, timeout=20)
+                if not left.stdout:
+                    break
+                time.sleep(1)
         for each in reversed(running):
             each.terminate()
             each.wait(30)
