@@ -318,7 +318,10 @@ def _checkpoint_facts(tower: Tower, base_digest: str, settings: Settings) -> dic
     kind = metadata.get("kind", "checkpoint")
     found = {"name": tower.name, "path": tower.label, "digest": digest, "kind": kind, "method": method}
     if tower.checkpoint.is_mixture:
-        found["routing"] = mixture_of(tower.checkpoint).routing(settings.routing) or "task"
+        mixture = mixture_of(tower.checkpoint)
+        found["routing"] = mixture.routing(settings.routing) or "task"
+        if mixture.has_heads:
+            found["heads"] = "learned"
     return found | made_of(metadata)[0]
 
 

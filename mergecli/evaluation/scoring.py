@@ -94,6 +94,9 @@ def score(
     remember = settings.max_size > 0
     every = [task_images(task, settings.split, settings.limit, remember=remember) for task in tasks]
     for each in every:
+        for tower in towers:
+            if not own_task_only or tower.name == each.task.name:
+                _expect_classes(tower, each)
         _tell(each.images)
     clip.model.to(device)
     clip.tower.to(getattr(torch, settings.dtype))
@@ -189,6 +192,15 @@ def _check(clip: Clip, tower: Tower, tasks: Sequence[Task]) -> tuple[str, ...]:
     for task in tasks:
         mixture.of_task(task.name)
     return ()
+
+
+def _expect_classes(tower: Tower, of_task: TaskImages) -> None:
+    """Raises InputError if a tower has a head for the task that is for other class names or prompts."""
+    from mergecli.data.tasks import digest
+
+    if tower.checkpoint.is_mixture:
+        digests = {"classes": digest(of_task.classes), "templates": digest(of_task.task.templates)}
+        mixture_of(tower.checkpoint).expect_classes(of_task.task.name, digests)
 
 
 def _routes_batches(tower: Tower) -> bool:
