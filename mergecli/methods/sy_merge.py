@@ -169,7 +169,9 @@ class SyMerge(Conditioned, Adapted):
         import torch
 
         heads = [(state[f"weight.{place}"], state[f"bias.{place}"]) for place in sorted(objective.heads)]
-        counts = [len(objective.heads[n][1]) if n in objective.heads else 0 for n in range(len(objective.tasks))]
+        counts = [
+            len(objective.heads[n][1]) if n in objective.heads else 0 for n in range(len(objective.tasks))
+        ]
         return {
             "coefficients": state["coefficients"].clamp(0, 1),
             WEIGHT: torch.cat([weight for weight, _ in heads]),

@@ -72,9 +72,7 @@ def test_sy_merge_is_adam_through_the_merge_and_the_heads(
         assert (bias - biases[place]).abs().max() < 1e-3 * rate
         assert bias.abs().max() > rate / 2
     names = [list(world.base)[number] for number in matter]
-    assert_same(
-        {name: tower[name].double() for name in names}, {name: merged[name] for name in names}, 2e-6
-    )
+    assert_same({name: tower[name].double() for name in names}, {name: merged[name] for name in names}, 2e-6)
 
 
 def test_without_rounds_it_is_task_arithmetic_with_zero_shot_heads(clip: ExactClip, tmp_path: Path) -> None:
@@ -114,7 +112,9 @@ def test_labels_of_the_images_change_nothing(tmp_path: Path) -> None:
 def test_only_images_on_which_the_merged_model_differs_and_is_surer_are_left_out() -> None:
     own = torch.tensor([[2.0, 1, 0], [1, 0.5, 0], [5, 0, 0]], dtype=torch.float64, requires_grad=True)
     expert = torch.tensor([[0.3, 0, 0], [0, 3, 0], [0, 1, 0.9]], dtype=torch.float64)
-    assert kept(own, expert) == [0, 1], "agrees though surer; differs, the expert is surer; differs and is surer"
+    assert kept(own, expert) == [0, 1], (
+        "agrees though surer; differs, the expert is surer; differs and is surer"
+    )
     confidences, labels = expert.softmax(1).max(1)
     loss = expert_loss(own, labels, confidences)
     assert loss.item() == pytest.approx(imitation(own, expert).item())  # type: ignore[union-attr]
