@@ -24,7 +24,7 @@ demo: .venv/installed ## the main job on the toy models: task vectors, merges, e
 test: .venv/installed ## tests that need no network and no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not slow and not gpu'
 
-slow: .venv/documents ## the long tests too, and the documentation built strictly
+slow: .venv/documents .venv/ray ## the long tests too, on a Ray cluster of this machine, and the documentation built strictly
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 check: lint types test ## before a commit: everything
@@ -42,6 +42,10 @@ format: .venv/installed ## put the code into shape
 
 docs: .venv/documents ## build the documentation into out/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(CURDIR) $(BIN)/mkdocs build --strict --quiet
+
+.venv/ray: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e '.[ray]'
+	@touch $@
 
 .venv/documents: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e '.[docs]'

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from mergecli.results.result import Evaluations as Evaluations
     from mergecli.results.result import TaskScore as TaskScore
     from mergecli.results.tables import Table as Table
+    from mergecli.runtime.engines.contract import Engine as Engine
+    from mergecli.runtime.engines.grid import FailedUnitsError as FailedUnitsError
     from mergecli.runtime.errors import HubError as HubError
     from mergecli.runtime.errors import InputError as InputError
     from mergecli.runtime.errors import MergecliError as MergecliError
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from mergecli.runtime.progress import Progress as Progress
     from mergecli.storage.cache import cache as cache
     from mergecli.storage.checksums import DamagedFileError as DamagedFileError
+    from mergecli.training.each import finetune_each as finetune_each
     from mergecli.training.finetune import Finetuned as Finetuned
     from mergecli.training.finetune import finetune as finetune
     from mergecli.training.loop import DivergedError as DivergedError

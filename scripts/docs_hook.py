@@ -277,7 +277,8 @@ def _api() -> str:
         "Every name below is imported from `mergecli` itself, when it is first used: `from mergecli import merge`.\n",
     ]
     names = sorted(mergecli.__all__, key=lambda name: (inspect.isclass(getattr(mergecli, name)), name))
-    parts += [f"::: {getattr(mergecli, name).__module__}.{name}\n" for name in names]
+    homes = mergecli._homes()  # an alias of a type has no module of its own
+    parts += [f"::: {homes[name]}.{name}\n" for name in names]
     return "\n".join(parts)
 
 

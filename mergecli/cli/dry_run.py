@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mergecli.cli import amounts, console
+from mergecli.cli import amounts, console, ending
 from mergecli.runtime.distributed import is_first
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def show_plan(work: Callable[[], object], form: str | None = None) -> None:
         console.json(found.to_json())
     else:
         console.table(found.table, form, [_drawn(found)])
-    console.remark(_totals(found))
+    ending.did(_totals(found))
 
 
 def _drawn(found: Plan) -> Table:
@@ -53,7 +53,7 @@ def _amounts(each: Work) -> str:
         amounts.count(each.steps, "step") if each.steps is not None else "",
         amounts.count(each.tensors, "tensor") if each.tensors is not None else "",
         amounts.memory(each.bytes) if each.bytes is not None else "",
-        amounts.count(each.passes, "time") if each.work == "read" and (each.passes or 0) > 1 else "",
+        amounts.count(each.passes, "time") if each.work == "read" and each.passes and each.passes > 1 else "",
         "from the cache" if each.cached else "",
     ]
     return ", ".join(filter(None, parts))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +13,7 @@ import typer
 from mergecli.cli import amounts, console, ending, options
 from mergecli.cli.dry_run import show_plan
 from mergecli.cli.thresholds import check_thresholds, parse_thresholds
+from mergecli.runtime.engines.contract import Engine
 from mergecli.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +28,9 @@ def _complete_corruptions(incomplete: str) -> list[str]:
     return [name for name in NAMES if name.startswith(incomplete)]
 
 
+@options.with_engine
 def evaluate(
+    engine: Engine,
     checkpoints: Annotated[
         list[str] | None,
         typer.Argument(metavar="[[NAME=]SOURCE...]", help="Checkpoints or task vectors; none: the recipe's models."),
@@ -147,6 +152,8 @@ def evaluate(
     mergecli eval toy:base toy:digits --clip toy:base --task toy8
 
     mergecli eval --recipe recipe.toml --method ties --sweep method.scaling_factor=0.1:1.0:0.1 --select validation
+
+    mergecli eval --recipe recipe.toml -o out/ --gpus all
     """
     if min_average is not None and not 0 <= min_average <= 1:
         raise UsageError(f"--min-average: expected a fraction from 0 to 1, got {min_average:g}")
@@ -169,6 +176,10 @@ def evaluate(
         raise UsageError("--set: there is no recipe to change", "name one with `--recipe`")
     known = recipe_of(recipe, method=method, changes=changes or []) if recipe else None
     thresholds = parse_thresholds(min_task or [], named, known) if min_task else {}
+    if engine.part and (
+        option := "--min-average" if min_average is not None else "--min" if min_task else None
+    ):
+        raise UsageError(f"{option}: a part of the units has no average", "give it with `--collect`")
     swept = {"--method": method, "--select": select, "--keep": keep, "--plot": plot}
     if sweep:
         from mergecli.evaluation.sweep import sweep as evaluate_sweep
@@ -181,17 +192,20 @@ def evaluate(
             )
         if recipe is None:
             raise UsageError("--sweep: there is nothing to merge", "name a recipe with `--recipe`")
-        with console.progress() as progress:
+        with console.progress() as progress, _the_others_shown(form):
             work = partial(
                 evaluate_sweep, recipe, sweep, method=method, changes=changes or [], select=select, keep=keep, output=output, plot=plot,
                 device=device, progress=progress, tasks=named, batch_size=batch_size, split=split, limit=limit,
                 corruption=corruption, severity=severity or 1, dtype=dtype, workers=workers, cache=cache, cache_size=cache_size,
-                fresh=fresh, routing=routing,
+                fresh=fresh, routing=routing, engine=engine,
             )  # fmt: skip
             if dry_run:
                 show_plan(work, form)
                 return
             found = work()
+        if engine.part:
+            ending.did(f"did part {engine.part} of the sweep")
+            return
         console.table(found.table, form)
         console.note(found.note)
         ending.did(f"evaluated {amounts.count(len(found.results), 'merge')} on {_tasks(found.results)}")
@@ -202,18 +216,21 @@ def evaluate(
         return
     if (other := next((name for name, value in swept.items() if value), None)) is not None:
         raise UsageError(f"{other}: belongs to a sweep", "say over what with `--sweep KEY=VALUES`")
-    with console.progress() as progress:
+    with console.progress() as progress, _the_others_shown(form):
         work = partial(
             evaluate, named_sources(checkpoints or []) or (), recipe=known, only=models,
             individual=individual, clip=clip, tasks=named, batch_size=batch_size, split=split, limit=limit,
             corruption=corruption, severity=severity or 1, device=device, dtype=dtype, workers=workers, cache=cache,
             cache_size=cache_size, fresh=fresh, routing=routing, output=output, predictions=predictions, features=features,
-            routes=routes, progress=progress,
+            routes=routes, engine=engine, progress=progress,
         )  # fmt: skip
         if dry_run:
             show_plan(work, form)
             return
         results = work()
+    if engine.part:
+        ending.did(f"did part {engine.part} of the evaluation")
+        return
     console.table(accuracy_table(results), form)
     shown = results[0].models if individual else results
     ending.did(f"evaluated {amounts.count(len(shown), 'checkpoint')} on {_tasks(results)}")
@@ -224,3 +241,17 @@ def evaluate(
 
 def _tasks(results: Sequence[Evaluation]) -> str:
     return amounts.count(len({task for each in results for task in each.tasks}), "task")
+
+
+@contextmanager
+def _the_others_shown(form: str | None) -> Generator[None]:
+    """After units have failed: a table of what could be put together all the same."""
+    from mergecli.results.report import accuracy_table
+    from mergecli.runtime.engines.grid import FailedUnitsError
+
+    try:
+        yield
+    except FailedUnitsError as error:
+        if error.results:
+            console.table(getattr(error.results, "table", None) or accuracy_table(error.results), form)
+        raise

@@ -10,13 +10,18 @@ import typer
 
 from mergecli.cli import amounts, console, ending, options
 from mergecli.cli.dry_run import show_plan
+from mergecli.runtime.engines.contract import Engine
 from mergecli.runtime.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mergecli.training.finetune import Finetuned
 
 
+@options.with_engine
 def finetune(
+    engine: Engine,
     task: Annotated[
         list[str],
         typer.Option(
@@ -60,6 +65,9 @@ def finetune(
         typer.Option("--validation-split", metavar="SPLIT", help="Default: validation, or a tenth held out of train."),
     ] = None,
     save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between saved resume files.")] = 500,
+    each: Annotated[
+        bool, typer.Option("--each", help="Train a model for each task, DIR/TASK.safetensors, in place of one for all.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming an interrupted training.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="Of the output: float32, float16 or bfloat16.")] = "float32",
     dry_run: options.DryRun = False,
@@ -76,6 +84,8 @@ def finetune(
     mergecli finetune --base toy:base --task digits --steps 200 --learning-rate 1e-4 -o digits.safetensors
 
     mergecli finetune --base toy:base --task digits --task letters --lora --validate-every 100 -o adapter
+
+    mergecli finetune recipe.toml --task ta8 --each -o experts/ --gpus all
     """
     if schedule not in ("cosine", "constant"):
         raise UsageError(f"--schedule: expected cosine or constant, got `{schedule}`")
@@ -85,21 +95,34 @@ def finetune(
 
     from mergecli.recipe.reading import recipe_of
     from mergecli.runtime.distributed import is_first
+    from mergecli.training.each import finetune_each
     from mergecli.training.finetune import finetune
 
     known = recipe_of(recipe, changes=changes or []) if recipe else None
+    if not each and engine != Engine():
+        raise UsageError("a single training is one unit of work", "`--each` trains a model for each task")
+    if each and (option := "--trace" if trace else "--tensorboard" if tensorboard else None):
+        raise UsageError(f"{option}: is for a single training, and does not go with --each")
+    verb = (
+        partial(finetune_each, engine=engine)
+        if each
+        else partial(finetune, trace=trace, tensorboard=tensorboard)
+    )
     with console.progress() as progress:
         work = partial(
-            finetune, known, task=options.names("--task", task), base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
+            verb, known, task=options.names("--task", task), base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
             weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
             lora=lora, l_lora=l_lora, rank=rank, alpha=alpha, target_modules=target_modules, lora_dropout=lora_dropout,
-            validate_every=validate_every, validation_split=validation_split, trace=trace, tensorboard=tensorboard,
+            validate_every=validate_every, validation_split=validation_split,
             device=device, dtype=dtype, save_every=save_every, fresh=fresh, progress=progress,
         )  # fmt: skip
         if dry_run:
             show_plan(work, "json" if as_json else None)
             return
         done = work()
+    if isinstance(done, tuple):
+        _tell_each(done, as_json)
+        return
     if is_first():
         ending.did(f"trained {amounts.count(done.steps - done.resumed_from, 'step')}{_best(done)}")
         ending.wrote(done.path)
@@ -108,6 +131,18 @@ def finetune(
             console.json({**asdict(done), "path": str(done.path)})
         else:
             console.path(done.path)
+
+
+def _tell_each(done: Sequence[Finetuned], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    ending.did(f"trained {amounts.count(len(done), 'model')}")
+    ending.wrote(*(each.path for each in done))
+    if as_json:
+        console.json([{**asdict(each), "path": str(each.path)} for each in done])
+        return
+    for each in done:
+        console.path(each.path)
 
 
 def _best(done: Finetuned) -> str:

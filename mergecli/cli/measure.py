@@ -8,9 +8,12 @@ from typing import Annotated
 import typer
 
 from mergecli.cli import amounts, console, ending, options
+from mergecli.runtime.engines.contract import Engine
 
 
+@options.with_engine
 def measure(
+    engine: Engine,
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Names base, models and tasks.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder; valid files in it are not measured again.")],
     method: Annotated[
@@ -41,7 +44,7 @@ def measure(
     with console.progress() as progress:
         done = measure(
             recipe, output=output, method=method, only=options.names("--task", only), device=device,
-            changes=changes or [], progress=progress,
+            changes=changes or [], engine=engine, progress=progress,
         )  # fmt: skip
     if not is_first():
         return

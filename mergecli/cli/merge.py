@@ -71,10 +71,9 @@ def merge(
 
     mergecli merge recipe.toml --method ties --sweep method.scaling_factor=0.1:0.5:0.1 -o swept/
     """
-    from mergecli.hub.fetched import expect_all
     from mergecli.merging.merge import merge
     from mergecli.runtime.distributed import is_first
-    from mergecli.storage.sources import named_sources, parse_source
+    from mergecli.storage.sources import named_sources
 
     if options.is_recipe(models):
         if base is not None:
@@ -84,7 +83,6 @@ def merge(
         if method is None and not any(
             change.startswith("method.name") for change in [*(changes or []), *(sweep or [])]
         ):
-            expect_all(parse_source(text, Path()) for text in named_sources(models).values())
             raise UsageError(
                 "no method is named", "name one with `--method NAME`; `mergecli methods` lists them"
             )

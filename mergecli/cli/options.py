@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mergecli.runtime.errors import UsageError
+from mergecli.runtime.engines.contract import ENGINES, Engine
+from mergecli.runtime.errors import InputError, UsageError
 
 
 def complete_methods(incomplete: str) -> list[str]:
@@ -68,5 +72,85 @@ def names(option: str, written: list[str] | None) -> tuple[str, ...]:
 
 
 def is_recipe(arguments: list[str]) -> bool:
-    """Whether the arguments are one recipe, and not models."""
-    return len(arguments) == 1 and arguments[0].endswith(".toml")
+    """Whether the arguments are one recipe, and not models.
+
+    Raises:
+        InputError: there is one, a bare name that is neither, and so most likely meant as a recipe.
+    """
+    if len(arguments) != 1:
+        return False
+    path = Path(arguments[0])
+    if not path.suffix and not set(arguments[0]) & set(":=#") and not os.path.exists(path):  # noqa: PTH110  a long name
+        from mergecli.storage.store import nearest_path
+
+        near = nearest_path(path)
+        meant = f" (did you mean `{near}`?)" if near else ""
+        raise InputError(f"{path}: no such file or recipe{meant}", "a recipe's name ends in `.toml`")
+    return path.suffix == ".toml"
+
+
+def _complete_engines(incomplete: str) -> list[str]:
+    return [name for name in ENGINES if name.startswith(incomplete)]
+
+
+def engine(
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine", metavar="local|ray", autocompletion=_complete_engines,
+            help="Where units of work run: processes of this machine, or a Ray cluster.",
+        ),
+    ] = "local",
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", metavar="N", min=1, help="Local processes. Default: 1, or one for each of --gpus."),
+    ] = None,
+    gpus: Annotated[
+        str | None, typer.Option("--gpus", metavar="all|N,...", help="Local GPUs, a process each; implies --device cuda.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster, or auto. Default: RAY_ADDRESS, else Ray starts here."),
+    ] = None,
+    gpus_per_unit: Annotated[
+        float | None,
+        typer.Option("--gpus-per-unit", metavar="X", help="Of Ray: GPUs of a unit, such as 1 or 0.5. Default: 1 with --device cuda."),
+    ] = None,
+    cpus_per_unit: Annotated[
+        int | None, typer.Option("--cpus-per-unit", metavar="N", min=1, help="Processors, and threads, of a unit.")
+    ] = None,
+    retries: Annotated[
+        int, typer.Option("--retries", metavar="N", min=0, help="How often a unit is tried again whose worker was lost.")
+    ] = 3,
+    part: Annotated[
+        str | None, typer.Option("--part", metavar="I/N", help="Do part I of N of the units only; see --collect.")
+    ] = None,
+    collect: Annotated[
+        bool, typer.Option("--collect", help="Put together what all parts have done; says which units are missing.")
+    ] = False,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Go on after a unit that fails, and tell at the end which have.")
+    ] = False,
+) -> Engine:  # fmt: skip
+    """The engine that these options mean."""
+    return Engine(
+        engine, jobs, gpus, address, gpus_per_unit, cpus_per_unit, retries, part, collect, keep_going
+    )
+
+
+ENGINE_OPTIONS = tuple(inspect.signature(engine, eval_str=True).parameters.values())
+
+
+def with_engine(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of `engine` after its own, in place of its parameter `engine`."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    every = [each for each in own if each.name != "engine"] + list(ENGINE_OPTIONS)
+
+    def run(**given: Any) -> None:
+        chosen = engine(**{each.name: given.pop(each.name) for each in ENGINE_OPTIONS})
+        command(engine=chosen, **given)
+
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    run.__annotations__ = {each.name: each.annotation for each in every}
+    run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    return run

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergecli.cli import amounts, console, ending, options
+from mergecli.runtime import verbosity
+
+if TYPE_CHECKING:
+    from mergecli.results.tables import Table
 
 
 def _complete_references(incomplete: str) -> list[str]:
@@ -107,7 +111,17 @@ def report(
     ending.did(f"compared {amounts.count(len(results), 'result')}")
     ending.wrote(*([output] if output else []))
     ending.wrote_beside(plot, card_path(card) if card else None)
-    for line in table.warnings:
-        console.warning(line)
+    _warn(table)
     for line in table.notes:
         console.note(line)
+
+
+def _warn(table: Table) -> None:
+    """The table's warnings, of which long lists are told in a line unless all is wanted."""
+    short = {} if verbosity.verbose else table.in_short
+    left_out = {line for lines in short.values() for line in lines}
+    for line in table.warnings:
+        if line not in left_out:
+            console.warning(line)
+    for line in short:
+        console.warning(f"{line}: `--verbose` lists them, and so does `-o report.html`")

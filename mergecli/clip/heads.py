@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergecli.clip.model import Clip, features
 from mergecli.runtime.errors import InputError
+from mergecli.storage.alone import alone
 from mergecli.storage.cache import cache_path, kept, make_room, touch
 from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
 from mergecli.storage.safetensors_writer import save_tensors
@@ -112,18 +113,26 @@ def cached_head(
         max_size: bytes that the cache may take; 0 uses none.
     """
     path = cache_path("heads", head_key(clip, text, classes, templates))
-    if max_size:
-        head = kept(path, "it is made", lambda stored: stored.read("head"))
-        if head is not None and head.shape[0] == len(classes):
-            touch(path)
-            return head.to(clip.device)
-    head = zero_shot_head(clip, classes, templates)
-    if make_room(head.nbytes, max_size):
-        named = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
-        what = f"{len(classes)} classes ({named}), {len(templates)} prompts each, {clip.path.name}"
-        with contextlib.suppress(InputError):
-            save_tensors({"head": head.cpu()}, path, {"what": what}, checked=True)
-    return head
+
+    def stored() -> Tensor | None:
+        head = kept(path, "it is made", lambda file: file.read("head")) if max_size else None
+        if head is None or head.shape[0] != len(classes):
+            return None
+        touch(path)
+        return head.to(clip.device)
+
+    if (head := stored()) is not None:
+        return head
+    with alone(path) if max_size else contextlib.nullcontext():
+        if (head := stored()) is not None:  # another process has made it meanwhile
+            return head
+        head = zero_shot_head(clip, classes, templates)
+        if make_room(head.nbytes, max_size):
+            named = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+            what = f"{len(classes)} classes ({named}), {len(templates)} prompts each, {clip.path.name}"
+            with contextlib.suppress(InputError):
+                save_tensors({"head": head.cpu()}, path, {"what": what}, checked=True)
+        return head
 
 
 @torch.no_grad()

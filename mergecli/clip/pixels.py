@@ -7,7 +7,7 @@ import json
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import islice
@@ -17,6 +17,7 @@ from mergecli.clip.preprocessing import Normalization, resize_and_crop_of
 from mergecli.data.decoding import Block, Corruption, Decoders, Unreadable, decode_block, workers_for
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError
+from mergecli.storage.alone import alone
 from mergecli.storage.cache import allowed_size, cache_path, kept, make_room, remove_damaged, touch
 from mergecli.storage.checksums import DamagedFileError
 from mergecli.storage.mapped import MappedTensor
@@ -96,9 +97,11 @@ def cached_pixels(clip: Clip, images: Images, processing: Processing | None = No
     how = processing or Processing(max_size=allowed_size())
     found = stored_pixels(clip, images, how)
     if found is None and make_room(_size(clip, images), how.max_size):
-        for _ in decoded_batches(clip, images, how, 8 * BLOCK):
-            interrupts.check()
-        found = stored_pixels(clip, images, how)
+        with _first_to_decode(clip, images, how):
+            found = stored_pixels(clip, images, how)
+            for _ in () if found else decoded_batches(clip, images, how, 8 * BLOCK):
+                interrupts.check()
+        found = found or stored_pixels(clip, images, how)
     return found or decoded_alone(clip, images, how)
 
 
@@ -116,7 +119,14 @@ def chunks(clip: Clip, images: Images, how: Processing, size: int, room: int) ->
         yield found
         return
     labels = torch.tensor(images.labels)
-    with contextlib.closing(decoded_batches(clip, images, how, size)) as batches:
+    with contextlib.ExitStack() as decoding:
+        decoding.enter_context(_first_to_decode(clip, images, how))
+        found = stored_pixels(clip, images, how)  # another process may have put them there meanwhile
+        if found is not None:
+            decoding.close()
+            yield found
+            return
+        batches = decoding.enter_context(contextlib.closing(decoded_batches(clip, images, how, size)))
         done = 0
         for first in batches:
             count = min(size * max(room // first.nbytes, 1), len(images) - done)
@@ -127,8 +137,11 @@ def chunks(clip: Clip, images: Images, how: Processing, size: int, room: int) ->
             for batch in islice(batches, -(-(count - filled) // size)):
                 chunk[filled : filled + len(batch)] = batch
                 filled += len(batch)
-            yield in_memory(chunk, labels[done : done + count])
             done += count
+            if done == len(images):
+                next(batches, None)  # which gives the file its name
+                decoding.close()  # nobody has to wait for the model
+            yield in_memory(chunk, labels[done - count : done])
 
 
 def stored_pixels(clip: Clip, images: Images, how: Processing) -> Pixels | None:
@@ -245,6 +258,12 @@ def _file(clip: Clip, images: Images, how: Processing) -> Path:
         "pillow": PIL.__version__,
     }
     return cache_path("pixels", sha256(json.dumps(about).encode()).hexdigest()[:32])
+
+
+def _first_to_decode(clip: Clip, images: Images, how: Processing) -> AbstractContextManager[None]:
+    """Other processes of the machine that want the same images wait, and find them in the cache."""
+    can_be_kept = _size(clip, images) <= how.max_size
+    return alone(_file(clip, images, how)) if can_be_kept else contextlib.nullcontext()
 
 
 class _StoredImages:

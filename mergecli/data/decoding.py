@@ -93,6 +93,8 @@ def decoded(encoded: EncodedImage) -> Image:
     Raises:
         UnreadableImageError: it is damaged, is not there, has pixels of an unknown range, or its file has changed.
     """
+    import PIL
+
     content = encoded.content
     if isinstance(content, tuple):
         from mergecli.data.toy.drawing import draw
@@ -110,6 +112,9 @@ def decoded(encoded: EncodedImage) -> Image:
         raise
     except MemoryError as error:
         raise UnreadableImageError("it needs more memory than there is") from error
+    except PIL.UnidentifiedImageError as error:
+        where = f": {content}" if isinstance(content, str) else ""
+        raise UnreadableImageError(f"it is no image of a kind that Pillow knows{where}") from error
     except Exception as error:  # a damaged file makes the decoders of Pillow raise errors of any kind
         raise UnreadableImageError(str(error) or type(error).__name__) from error
 

@@ -123,7 +123,10 @@ class Images:
 
     def cannot_read(self, row: int, reason: str, hint: str = "") -> InputError:
         """The error for a row whose image cannot be read."""
-        return InputError(f"{self.where}, image {row}: cannot be read: {reason}", hint)
+        return InputError(
+            f"{self.where}, image {row}: cannot be read: {reason}",
+            hint or "copy or fetch the data again, or take the image away",
+        )
 
 
 def load_images(task: Task, split: str | None = None, *, remember: bool = True) -> Images:

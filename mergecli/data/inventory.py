@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 
 from mergecli.data.names import normalized, sorted_names
 from mergecli.data.splits import VALIDATION_NAMES, split_of
-from mergecli.data.tables import SPLIT_NAMES, Columns, is_table, names_images
+from mergecli.data.tables import SPLIT_NAMES, SUFFIXES, Columns, is_table, names_images
 from mergecli.runtime.errors import InputError, quoted
 
 _SAME_SPLITS = (("train", "training"), ("test", "testing"), VALIDATION_NAMES)
@@ -136,6 +136,11 @@ def take_inventory(
     if root.is_file():
         if is_table(root.name):
             return Inventory("table", {}, tables=[root])
+        if root.suffix.lower() != ".parquet" and not _is_parquet(root):
+            raise InputError(
+                f"{where}: is neither a Parquet file nor a table of images ({', '.join(SUFFIXES)})",
+                "name such a file, or a folder",
+            )
         return Inventory("parquet", _parquet([_File((root.name,), str(root), True)], where))
     files = _walk(root)
     parquet = [
@@ -157,7 +162,13 @@ def take_inventory(
         if tables:
             return Inventory("table", {}, _images_in(files), tables)
         raise
-    return Inventory("table", {}, _images_in(files), tables) if tables and not found.kind else found
+    # a table that names no images is read all the same where there is nothing else: it says then what it lacks
+    return Inventory("table", {}, _images_in(files), tables or paths) if paths and not found.kind else found
+
+
+def _is_parquet(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(4) == b"PAR1"
 
 
 def _images_in(files: Sequence[_File]) -> dict[str, list[LeftOut]]:

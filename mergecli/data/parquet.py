@@ -130,7 +130,7 @@ def _reading(before: Mapping[Path, int], where: str) -> Generator[None]:
         expect_unchanged(file, state)
     if failure is not None:
         reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
-        raise InputError(f"{where}: cannot be read: {reason}") from failure
+        raise InputError(f"{where}: cannot be read: {reason}", "copy or fetch the data again") from failure
 
 
 def _check_schemas(files: Sequence[Path], schemas: Sequence[Any], where: str) -> None:

@@ -84,14 +84,16 @@ def read_tables(paths: Sequence[Path], root: Path, columns: Columns, where: str)
         before = state_of(table)
         rows = _read(table, where)
         expect_unchanged(table, before)
-        known = list(rows[0]) if rows else []
+        if not rows:
+            raise InputError(f"{where}: {table.name} has no rows")
+        known = list(rows[0])
         image, label = columns.find("image", known, PATH_COLUMNS), columns.find("label", known)
         if image is None or label is None:
             names = {"image": columns.image, "label": columns.label}
             lacking = quoted(names[use] for use, name in (("image", image), ("label", label)) if name is None)
             raise InputError(
                 f"{where}: {table.name} has no column {lacking}",
-                f"it has {quoted(known)}; `image` and `label` of the task's table name others",
+                f"it has {quoted(known)}; `image` and `label` of the task's table in the recipe name others",
             )
         fixed = _split_of_table(table, root)
         for number, row in enumerate(rows):
@@ -113,8 +115,6 @@ def read_tables(paths: Sequence[Path], root: Path, columns: Columns, where: str)
             f"{where}: {len(unsaid):,} rows such as `{unsaid[0]}` do not say their split, the others do",
             "a column `split` says it",
         )
-    if not found:
-        raise InputError(f"{where}: {quoted(path.name for path in paths)} has no rows")
     return dict(found)
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from mergecli.clip.pixels import micro_batch_size
 from mergecli.formats.mixture import mixture_of
 from mergecli.methods._mixture import Installed, Routing
 from mergecli.runtime.errors import InputError
-from mergecli.storage.cache import kept, make_room
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,43 +78,31 @@ class Counts:
         return bool(losses.isfinite().all())
 
 
-class CountsFile(NamedTuple):
-    """The file of the cache that holds a tower's counts on a task until the results are written."""
-
-    path: Path
-    what: str
-    """What `mergecli cache` says of it."""
-    max_size: int
-    """Bytes that the cache may grow to; 0 keeps nothing."""
-
-
-def save_counts(counts: Counts, file: CountsFile) -> None:
-    """Writes the counts, so that an evaluation that is interrupted later need not repeat them; nothing if there is no room."""
+def counts_file(counts: Counts, metadata: Mapping[str, str]) -> bytes:
+    """The counts as the bytes of a safetensors file with checksums."""
     import torch
 
     from mergecli.storage.safetensors_writer import save_tensors
 
-    if not make_room(40 * len(counts.labels), file.max_size):
-        return
-    columns: dict[str, Any] = {each.name: getattr(counts, each.name) for each in fields(Counts)}
-    dtypes = {name: torch.int64 if name in ("labels", "chosen") else torch.float64 for name in columns}
-    tensors = {name: torch.tensor(values, dtype=dtypes[name]) for name, values in columns.items()}
-    with suppress(InputError):
-        save_tensors(tensors, file.path, {"what": file.what}, checked=True)
+    dtypes = {"labels": torch.int32, "chosen": torch.int32, "probabilities": torch.float32}
+    tensors = {
+        each.name: torch.tensor(getattr(counts, each.name), dtype=dtypes.get(each.name, torch.float64))
+        for each in fields(Counts)
+    }
+    with TemporaryDirectory(prefix="mergecli-counts-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "counts.safetensors"
+        save_tensors(tensors, path, metadata, checked=True)
+        return path.read_bytes()
 
 
-def load_counts(file: CountsFile, labels: Sequence[int]) -> Counts | None:
-    """The counts in the file; None if there is none, or if it is damaged or has other labels."""
-
-    def read(stored: Checkpoint) -> Counts:
-        return Counts(**{each.name: stored.read(each.name).tolist() for each in fields(Counts)})
-
-    counts = kept(file.path, "its images are counted", read)
-    fits = counts is not None and counts.labels == list(labels) and len(counts.chosen) == len(labels)
+def read_counts(stored: Checkpoint, labels: Sequence[int]) -> Counts | None:
+    """The counts in a file; None if they have other labels."""
+    counts = Counts(**{each.name: stored.read(each.name).tolist() for each in fields(Counts)})
+    fits = counts.labels == list(labels) and len(counts.chosen) == len(labels)
     return counts if fits else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """One tower on the images of one task."""
 
@@ -121,8 +110,11 @@ class Job:
     task: str
     images: int
     """How many there are, over all runs of the job."""
-    file: CountsFile
+    save: Callable[[Job], None]
+    """Called once, when the counts are of all images."""
     counts: Counts = field(default_factory=Counts)
+    seconds: float = 0.0
+    """That its runs have taken."""
     features: LayerFeatures | None = None
     """What saves the features of every layer, if they are wanted."""
     routes: RouteSums | None = None
@@ -195,10 +187,12 @@ def saves_finished_counts(
 
     @functools.wraps(run)
     def run_and_save(worker: Worker, job: Job, batches: Batches) -> Counts:
+        started = time.perf_counter()
         counts = run(worker, job, batches)
+        job.seconds += time.perf_counter() - started
         if len(counts.labels) == job.images:
             with _saving:  # two workers that make room at once would both remove files
-                save_counts(counts, job.file)
+                job.save(job)
         return counts
 
     return run_and_save
@@ -290,7 +284,7 @@ def _add(job: Job, logits: Tensor, labels: Tensor) -> None:
     if not job.counts.add(logits.cpu(), labels):
         raise InputError(
             f"{job.checkpoint.path}: gives NaN or infinite logits on task `{job.task}`",
-            "look at the weights with `mergecli info`",
+            "its training diverged, the file is damaged, or `--dtype` is too narrow: `float32` is the widest",
         )
 
 

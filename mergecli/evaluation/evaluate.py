@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import warnings
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from mergecli.clip.other_parts import Candidate, warn_of_other_parts
 from mergecli.data.contamination import findings_of, is_test
+from mergecli.evaluation.facts import TowerFacts
 from mergecli.evaluation.features import feature_file
-from mergecli.evaluation.routes import route_files, write_routes
-from mergecli.evaluation.scoring import score
+from mergecli.evaluation.grid import Grid, fill
+from mergecli.evaluation.plan import PlannedCounts
+from mergecli.evaluation.routes import Routes, route_files, write_routes
+from mergecli.evaluation.scoring import Scoring, tell
 from mergecli.evaluation.settings import Settings, Tower
-from mergecli.formats.mixture import LEFT_OUT, mixture_of
+from mergecli.evaluation.work import CountingWork
+from mergecli.formats.mixture import LEFT_OUT
 from mergecli.formats.opening import model_path, open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
 from mergecli.results.result import FINE_TUNED, Evaluation, Evaluations, result_files, write_predictions
 from mergecli.results.suspicions import too_good
+from mergecli.runtime.distributed import usable_device
+from mergecli.runtime.dry_run import work_begins
+from mergecli.runtime.engines.contract import Engine, Unit
+from mergecli.runtime.engines.grid import Failure, Failures
 from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, quoted
 from mergecli.runtime.progress import shown
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
-from mergecli.storage.metadata import looked_at, made_of
 from mergecli.storage.sources import Source, parse_source
+from mergecli.storage.units import LOG as UNITS_LOG
+from mergecli.storage.units import UnitFiles
 
 if TYPE_CHECKING:
+    from mergecli.data.images import TaskImages
     from mergecli.data.tasks import Task
-    from mergecli.evaluation.settings import Scores
+    from mergecli.evaluation.scoring import Scores
     from mergecli.methods._mixture import Routing
     from mergecli.recipe.schema import Recipe
+    from mergecli.results.plan import Plan
+    from mergecli.results.result import TaskScore
     from mergecli.runtime.progress import AnyProgress, Progress
     from mergecli.storage.checkpoint import Checkpoint
 
@@ -61,8 +74,8 @@ def evaluate(
     predictions: str | Path | None = None,
     features: str | Path | None = None,
     routes: str | Path | None = None,
+    engine: Engine | None = None,
     progress: AnyProgress | None = None,
-    unfinished: list[Path] | None = None,
 ) -> Evaluations:
     """One result for each checkpoint, in order: counts, accuracy and loss on every task.
 
@@ -92,64 +105,62 @@ def evaluate(
             several checkpoints in `<name>/<task>.safetensors`.
         routes: a folder that gets `<name>.csv` for each checkpoint that routes: the mean routing weight of each expert
             over the images of each task, layer by layer; and a picture of it, `<name>.png`, where matplotlib is.
-        unfinished: a list that gets the files from which an interrupted evaluation resumes. They stay then, until
-            `forget` removes them: for work that has several evaluations.
+        engine: where the units run, a checkpoint on a task each. By default in this process. A part of them gives no result.
 
     Raises:
         UsageError: an argument is wrong, or the recipe.
         InputError: a checkpoint or a data set is missing, damaged or does not fit. This is found before the first image.
+        FailedUnitsError: units failed, and the engine was to keep going; it has the results of the others.
     """
-    from mergecli.data.decoding import Corruption
     from mergecli.recipe.reading import named_models, recipe_of
-    from mergecli.storage.cache import allowed_size
 
+    engine = engine or Engine()
     known = recipe_of(recipe) if recipe is not None else None
-    base = parse_source(str(clip), Path()) if clip is not None else known.base if known else None
-    if base is None:
-        raise UsageError(
-            "there is no CLIP to evaluate with",
-            "name it with `--clip`, or a recipe that has a `base` with `--recipe`",
-        )
-    chosen = tasks_of(tasks, known)
-    settings = Settings(
-        batch_size=batch_size if batch_size is not None else known.batch_size if known else 128,
-        split=split,
-        limit=limit,
-        corruption=Corruption(corruption, severity) if corruption else None,
-        device=device,
-        dtype=dtype,
-        workers=workers,
-        max_size=allowed_size(cache_size) if cache else 0,
-        fresh=fresh,
-        routing=cast("Routing", routing),
-        features=Path(features) if features is not None else None,
-        routes=Path(routes) if routes is not None else None,
-    )
-    named = named_models(checkpoints, known, only, with_base=not individual)
-    used = [task for task in chosen if not individual or task.name in dict(named)]
-    expect_all([base, *dict(named).values(), *(task.data for task in used)], known)
+    base, chosen, settings = asked(
+        known, engine, clip=clip, tasks=tasks, batch_size=batch_size, split=split, limit=limit, corruption=corruption,
+        severity=severity, device=device, dtype=dtype, workers=workers, cache=cache, cache_size=cache_size, fresh=fresh,
+        routing=routing, features=features, routes=routes,
+    )  # fmt: skip
+    failures = Failures(engine.keep_going)
     with contextlib.ExitStack() as files:
         report = files.enter_context(shown(progress))
-        opened = [
-            Candidate(name, source, files.enter_context(open_source(source, base))) for name, source in named
-        ]
+        named = named_models(checkpoints, known, only, with_base=not individual)
+        targets = result_files([FINE_TUNED] if individual else [name for name, _ in named], output)
+        used = [task for task in chosen if not individual or task.name in dict(named)]
+        if not engine.keep_going:
+            expect_all([base, *dict(named).values()], known, used)
+        named = _told_apart(named)
+        opened: list[Candidate] = []
+        for name, source in named:
+            with failures.of("tower", name):
+                opened.append(Candidate(name, source, files.enter_context(open_source(source, base))))
         with open_source(base) as whole:
             warn_of_other_parts(opened, whole, str(base), merged=False)
         tested = [task.name for task in chosen if is_test(task.name, split)]
         _warn_of_contamination(opened, tested, individual)
-        models = [_tower(*each) for each in opened]
+        models: list[Tower] = []
+        for each in opened:
+            with failures.of("tower", each.name):
+                models.append(_tower(*each))
         if individual:
-            own = {model.name for model in models}
+            own = {name for name, _ in named}
             chosen = [task for task in chosen if task.name in own]
             if not chosen:
                 raise UsageError(
                     f"--individual: no model is named after a task: the models are {quoted(sorted(own))}",
                     f"write `TASK=SOURCE` for each, such as `{tasks_of(tasks, known)[0].name}=tuned.safetensors`",
                 )
-        results = _evaluate_open(
-            models, base, chosen, settings, individual=individual, output=output, predictions=predictions,
-            progress=report, unfinished=unfinished,
-        )  # fmt: skip
+        call = _Call(
+            [name for name, _ in named], base, chosen, settings, individual, targets, output, predictions
+        )
+        work = CountingWork(
+            OpenedTowers(base, dict(named)),
+            base,
+            {task.name: task for task in chosen},
+            settings,
+            call.several,
+        )
+        results = _evaluate_open(call, models, engine, work, failures, report)
     for each in too_good(results):
         warnings.warn(each.text, MergecliWarning, stacklevel=2)
     return Evaluations(results)
@@ -164,6 +175,64 @@ def _warn_of_contamination(models: Sequence[Candidate], tasks: Sequence[str], in
             found.setdefault(each.text, []).append(name)
     for text, names in found.items():
         warnings.warn(f"{quoted(names)}: {text}", MergecliWarning, stacklevel=2)
+
+
+def asked(
+    known: Recipe | None,
+    engine: Engine,
+    *,
+    clip: str | Path | None = None,
+    tasks: Sequence[str] | str | None = None,
+    batch_size: int | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    corruption: str | None = None,
+    severity: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    workers: int | None = None,
+    cache: bool = True,
+    cache_size: str | int | None = None,
+    fresh: bool = False,
+    routing: str = "sample",
+    features: str | Path | None = None,
+    routes: str | Path | None = None,
+) -> tuple[Source, list[Task], Settings]:
+    """The CLIP, the tasks and the settings that arguments of `evaluate` mean."""
+    from mergecli.data.decoding import Corruption
+    from mergecli.storage.cache import allowed_size
+
+    base = parse_source(str(clip), Path()) if clip is not None else known.base if known else None
+    if base is None:
+        raise UsageError(
+            "there is no CLIP to evaluate with",
+            "name it with `--clip`, or a recipe that has a `base` with `--recipe`",
+        )
+    chosen = tasks_of(tasks, known)
+    settings = Settings(
+        batch_size=batch_size if batch_size is not None else known.batch_size if known else 128,
+        split=split,
+        limit=limit,
+        corruption=Corruption(corruption, severity) if corruption else None,
+        device=engine.device(device),
+        dtype=dtype,
+        workers=workers if workers is not None else _decoders(engine),
+        max_size=allowed_size(cache_size) if cache else 0,
+        fresh=fresh,
+        routing=cast("Routing", routing),
+        features=Path(features) if features is not None else None,
+        routes=Path(routes) if routes is not None else None,
+    )
+    return base, chosen, settings
+
+
+def _decoders(engine: Engine) -> int | None:
+    """How many processes decode images for each of an engine's units; None if there is one unit at a time."""
+    if engine.is_this_process:
+        return None
+    if engine.cpus_per_unit is not None or engine.name == "ray":
+        return engine.cpus_per_unit or 1
+    return max(1, (os.cpu_count() or 1) // (engine.jobs or 1))
 
 
 def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[Task]:
@@ -184,160 +253,230 @@ def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[T
     return [registry.find(name, recipe) for name in registry.expand(wanted, recipe)]
 
 
+def _told_apart(named: Sequence[tuple[str, Source]]) -> list[tuple[str, Source]]:
+    """The same with names of which each is there once: `x`, `x (2)`."""
+    seen: dict[str, int] = {}
+    found: list[tuple[str, Source]] = []
+    for name, source in named:
+        seen[name] = seen.get(name, 0) + 1
+        found.append((name if seen[name] == 1 else f"{name} ({seen[name]})", source))
+    return found
+
+
+@dataclass(frozen=True)
+class OpenedTowers:
+    """The towers of checkpoints that are there."""
+
+    base: Source
+    sources: Mapping[str, Source]
+
+    @property
+    def needed(self) -> Iterable[Source]:
+        return self.sources.values()
+
+    def leave(self) -> None:
+        pass
+
+    def open(self, name: str, stack: contextlib.ExitStack) -> Tower:
+        source = self.sources[name]
+        return _tower(name, source, stack.enter_context(open_source(source, self.base)))
+
+
+class _Call(NamedTuple):
+    """What `evaluate` was asked for."""
+
+    names: Sequence[str]
+    base: Source
+    tasks: Sequence[Task]
+    settings: Settings
+    individual: bool
+    targets: Sequence[Path]
+    """The file of each result."""
+    output: str | Path | None
+    predictions: str | Path | None
+
+    @property
+    def several(self) -> bool:
+        """Whether features need a folder for each tower."""
+        return len(self.names) > 1 and not self.individual
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that the output is, if it is one."""
+        return Path(self.output) if self.output is not None and Path(self.output).suffix != ".json" else None
+
+    def pairs(self, tower: str) -> list[str]:
+        """The tasks that a tower is evaluated on."""
+        return [task.name for task in self.tasks if not self.individual or task.name == tower]
+
+
 def _evaluate_open(
+    call: _Call,
     models: Sequence[Tower],
-    base: Source,
-    tasks: Sequence[Task],
-    settings: Settings,
-    *,
-    individual: bool = False,
-    output: str | Path | None = None,
-    predictions: str | Path | None = None,
-    progress: Progress | None = None,
-    unfinished: list[Path] | None = None,
+    engine: Engine,
+    work: CountingWork,
+    failures: Failures,
+    progress: Progress | None,
 ) -> tuple[Evaluation, ...]:
     """`evaluate` of towers that are open: checks the outputs, counts, and writes them."""
-    targets = result_files([FINE_TUNED] if individual else [model.name for model in models], output)
-    folder = Path(output) if output is not None and Path(output).suffix != ".json" else None
-    _check_files(models, tasks, settings, targets, folder, predictions, individual)
+    settings, names = call.settings, [FINE_TUNED] if call.individual else call.names
+    check_share(engine, call.folder)
+    _check_files(models, call)
+    if engine.is_this_process and not engine.collect:
+        usable_device(settings.device)
+    scoring = Scoring(model_path(call.base), settings)
+    experts: dict[str, tuple[str, ...]] = {}
+    for tower in models:
+        with failures.of("tower", tower.name):
+            experts[tower.name] = scoring.check(tower, call.pairs(tower.name))
+    models = [tower for tower in models if tower.name in experts]
+    scoring.check_routing(models, experts.values())
+    images: dict[str, TaskImages] = {}
+    for task in call.tasks:
+        with failures.of("task", task.name):
+            images[task.name] = scoring.images(task)
+            tell(images[task.name].images)
+    for tower in models:
+        with failures.of("tower", tower.name):
+            known = [images[task] for task in call.pairs(tower.name) if task in images]
+            scoring.check_heads(tower, known)
+    towers = {tower.name: tower for tower in models}
+    units: dict[tuple[str, str], Unit] = {}
+    for name, task in [(tower, task) for tower in call.names for task in call.pairs(tower)]:
+        if error := failures.found.get(("tower", name)) or failures.found.get(("task", task)):
+            failures.units.append(Failure(Unit((name, task), ""), error))
+        else:
+            units[name, task] = scoring.unit_of(images[task], towers[name])
+    total = len(units) + len(failures.units)
+    files = UnitFiles(call.folder, settings.max_size, what="its images are counted")
+    grid = Grid(scoring, images, units, files, call.several)
+    scoring.check_work([(tower, images[task]) for tower, task in units], several=call.several)
 
-    scores = score(
-        models,
-        model_path(base),
-        tasks,
-        settings,
-        own_task_only=individual,
-        predictions=predictions is not None,
-        outputs=[*targets, *([Path(predictions)] if predictions is not None else [])],
-        progress=progress,
+    def planned() -> Plan:
+        pairs = sorted(units, key=lambda of: list(images).index(of[1]))  # as they are counted: task by task
+        counts = [
+            PlannedCounts(towers[of[0]], images[of[1]], not settings.fresh and grid.has(units[of]))
+            for of in pairs
+        ]
+        outputs = [*call.targets, *([Path(call.predictions)] if call.predictions is not None else [])]
+        return scoring.plan(counts, outputs, several=call.several)
+
+    work_begins(planned)
+    failures.units += fill(
+        grid, engine, work, lambda missing: grid.count(missing, towers, progress), progress, window=len(names)
     )
-    names = [task.name for task in tasks] if individual else None
-    results = _evaluations(models, base, scores, settings, names)
-    for target, result in zip(targets, results, strict=False):
-        write_text(target, result.to_json())
-    if predictions is not None:
-        write_predictions(Path(predictions), scores.predictions)
+    if engine.part:
+        failures.check(total)
+        return ()
+    scores = grid.scores(predictions=call.predictions is not None)
+    broken = {failure.unit.of[0] for failure in failures.units}
+    complete = [tower for tower in models if tower.name in scores and tower.name not in broken]
+    results = (
+        _evaluations(complete, call, scoring, scores) if complete and not (call.individual and broken) else ()
+    )
+    by_name = {result.name: result for result in results}
+    for name, target in zip(names, call.targets, strict=False):
+        if name in by_name:
+            write_text(target, by_name[name].to_json())
+    if call.predictions is not None:
+        rows: dict[str, list[object]] = {}
+        for task in images:  # as they are counted: task by task
+            for tower in complete:
+                for column, values in scores[tower.name].predictions.get(task, {}).items():
+                    rows.setdefault(column, []).extend(values)
+        write_predictions(Path(call.predictions), rows)
     if settings.routes is not None:
-        write_routes(scores.routes, settings.routes)
+        routes = [
+            Routes(tower.name, experts[tower.name], scores[tower.name].routes)
+            for tower in complete
+            if scores[tower.name].routes
+        ]
+        write_routes(routes, settings.routes)
         if plots.has_matplotlib():
-            for each in scores.routes:
+            for each in routes:
                 plots.route_maps(each.experts, each.tasks, route_files(settings.routes, each.name)[1])
-    if unfinished is None:
-        forget(scores.unfinished)
-    else:
-        unfinished += scores.unfinished
+    failures.check(total, results)
+    files.finish(units.values())
     return results
 
 
-def _check_files(
-    models: Sequence[Tower],
-    tasks: Sequence[Task],
-    settings: Settings,
-    results: Sequence[Path],
-    folder: Path | None,
-    predictions: str | Path | None,
-    individual: bool,
-) -> None:
+def check_share(engine: Engine, folder: Path | None) -> None:
+    """Raises UsageError if parts of the units are to be done or collected, and there is no folder where they meet."""
+    option = "--part" if engine.part else "--collect" if engine.collect else None
+    if option and folder is None:
+        raise UsageError(f"{option}: the parts meet in a folder", "name it with `-o DIR`")
+
+
+def _check_files(models: Sequence[Tower], call: _Call) -> None:
     """Before any work: raises UsageError if an output cannot be written, or would replace an input; warns of what else is
-    in a folder that outputs go to, of which the `results` have one."""
-    targets: list[tuple[Path, Sequence[str]]] = [(each, ()) for each in results]
-    if predictions is not None:
-        targets.append((Path(predictions), (".parquet",)))
-    several = len(models) > 1 and not individual
-    for model, task in itertools.product(models, tasks):
-        if individual and model.name != task.name:
+    in a folder that outputs go to, of which the results have one."""
+    settings = call.settings
+    targets: list[tuple[Path, Sequence[str]]] = [(each, ()) for each in call.targets]
+    if call.predictions is not None:
+        targets.append((Path(call.predictions), (".parquet",)))
+    for model, task in itertools.product(models, call.tasks):
+        if call.individual and model.name != task.name:
             continue
-        if file := feature_file(settings.features, model.name, task.name, several):
+        if file := feature_file(settings.features, model.name, task.name, call.several):
             targets.append((file, ()))
     if settings.routes is not None:
         named = [model.name for model in models if model.checkpoint.is_mixture]
         targets += [(file, ()) for name in named for file in route_files(settings.routes, name)]
-    folders = [each for each in (settings.features, settings.routes, folder) if each is not None]
+    folders = [each for each in (settings.features, settings.routes, call.folder) if each is not None]
     for each in folders:
         check_target(each, folder=True)
     inputs = [(model.name, file) for model in models for file in model.checkpoint.files]
     check_targets(targets, dict(inputs))
-    for task in tasks:
+    for task in call.tasks:
         for target, _ in targets:
             if task.data.path and target.absolute().is_relative_to(task.data.path.absolute()):
                 raise UsageError(f"{target}: lies in the data of `{task.name}`, which is never written to")
     for each in folders:
         own = {file.relative_to(each).parts[0] for file, _ in targets if file.is_relative_to(each)}
-        warn_of_others(each, own, [file for _, file in inputs])
+        warn_of_others(each, {*own, UNITS_LOG}, [file for _, file in inputs])
 
 
 def _evaluations(
-    models: Sequence[Tower],
-    base: Source,
-    scores: Scores,
-    settings: Settings,
-    individual: Sequence[str] | None,
+    models: Sequence[Tower], call: _Call, scoring: Scoring, scores: Mapping[str, Scores]
 ) -> tuple[Evaluation, ...]:
-    """A result for each tower; or one of all together, each on its own of the `individual` tasks."""
-    sizes = [model.checkpoint.nbytes for model in models]
+    """A result for each tower; or one of all together, each on the task that it is named after."""
+    facts = {tower.name: TowerFacts.of(tower, scoring.digests.vision, call.settings) for tower in models}
+    if not call.individual:
+        return tuple(
+            evaluation_of(facts[tower.name], scores[tower.name].tasks, call.base, scoring) for tower in models
+        )
+    own = {task: scores[task].tasks[task] for task in (each.name for each in call.tasks)}
+    about: dict[str, str | None] = {"name": FINE_TUNED, "path": FINE_TUNED, "digest": None, "kind": None, "method": FINE_TUNED}  # fmt: skip
+    size = sum(facts[tower.name].bytes for tower in models if tower.name in own)
+    together = TowerFacts(
+        about, facts[models[0].name].parameters, size, {tower.name: tower.label for tower in models}
+    )
+    return (evaluation_of(together, own, call.base, scoring),)
+
+
+def evaluation_of(
+    facts: TowerFacts, tasks: Mapping[str, TaskScore], base: Source, scoring: Scoring
+) -> Evaluation:
+    """The result of a tower, of what is known of it and its scores."""
+    digests, settings = scoring.digests, scoring.settings
     with open_source(base) as whole:
         tower_size = whole.vision().nbytes
-    digests = {"digest": scores.clip.vision, "text": scores.clip.text, "rest": scores.clip.rest}
-    result = partial(
-        Evaluation,
-        clip={"path": base.label, **digests, "processing": scores.processing},
+    return Evaluation(
+        clip={
+            "path": base.label, "digest": digests.vision, "text": digests.text, "rest": digests.rest,
+            "processing": scoring.processing,
+        },
         batch_size=settings.batch_size,
         dtype=settings.dtype,
         device=settings.device.partition(":")[0],
-    )
-    if individual is not None:
-        own = {name: each for one in scores.tasks for name, each in one.items()}
-        size = sum(size for size, each in zip(sizes, scores.tasks, strict=True) if each)
-        together = result(
-            checkpoint={"name": FINE_TUNED, "path": FINE_TUNED, "digest": None, "kind": None, "method": FINE_TUNED},
-            parameters=_parameters(models[0].checkpoint),
-            tasks={name: own[name] for name in individual},
-            bytes=size,
-            relative_size=size / tower_size,
-            models={model.name: model.label for model in models},
-        )  # fmt: skip
-        return (together,)
-    return tuple(
-        result(
-            checkpoint=_checkpoint_facts(model, scores.clip.vision, settings),
-            parameters=_parameters(model.checkpoint),
-            tasks=tasks,
-            bytes=size,
-            relative_size=size / tower_size,
-            models=made_of(model.checkpoint.metadata)[1],
-            looked_at=looked_at(model.checkpoint.metadata),
-        )
-        for model, size, tasks in zip(models, sizes, scores.tasks, strict=True)
-    )
-
-
-def _checkpoint_facts(tower: Tower, base_digest: str, settings: Settings) -> dict[str, str | None]:
-    """What `Evaluation.checkpoint` says of it; None where the file does not say."""
-    digest, metadata = tower.checkpoint.digest(), tower.checkpoint.metadata
-    method = metadata.get("method") or ("pretrained" if digest == base_digest else None)
-    kind = metadata.get("kind", "checkpoint")
-    found = {"name": tower.name, "path": tower.label, "digest": digest, "kind": kind, "method": method}
-    if tower.checkpoint.is_mixture:
-        mixture = mixture_of(tower.checkpoint)
-        found["routing"] = mixture.routing(settings.routing) or "task"
-        if mixture.has_heads:
-            found["heads"] = "learned"
-    return found | made_of(metadata)[0]
-
-
-def _parameters(checkpoint: Checkpoint) -> int:
-    """Entries of all tensors; in a mixture only of those in floating point, since masks are no parameters."""
-    counts = [
-        entry.size for entry in checkpoint.entries.values() if entry.is_float or not checkpoint.is_mixture
-    ]
-    return sum(counts)
-
-
-def forget(files: Sequence[Path]) -> None:
-    """Removes the files from which an interrupted evaluation would have resumed."""
-    for file in files:
-        with contextlib.suppress(OSError):
-            file.unlink(missing_ok=True)
+        checkpoint=facts.checkpoint,
+        parameters=facts.parameters,
+        tasks=tasks,
+        bytes=facts.bytes,
+        relative_size=facts.bytes / tower_size,
+        models=facts.models,
+        looked_at=facts.looked_at,
+    )  # fmt: skip
 
 
 def _tower(name: str, source: Source, opened: Checkpoint) -> Tower:

@@ -1,16 +1,20 @@
-"""Scores: several vision towers on several tasks."""
+"""Scoring: towers on tasks, cut into units, each counted once and kept as a file; and the scores that the files hold."""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergecli.evaluation import counting
-from mergecli.evaluation.counting import Counts, CountsFile, Job, ModelSlot, load_counts
+from mergecli.evaluation.counting import Counts, Job, ModelSlot, counts_file, read_counts
+from mergecli.evaluation.facts import TowerFacts
 from mergecli.evaluation.features import (
     LayerFeatures,
     feature_file,
@@ -19,233 +23,241 @@ from mergecli.evaluation.features import (
     saved_with,
 )
 from mergecli.evaluation.plan import PlannedCounts, evaluation_plan
-from mergecli.evaluation.routes import Routes, RouteSums
-from mergecli.evaluation.settings import Scores, Settings, Tower
+from mergecli.evaluation.routes import RouteSums, Weights
+from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import mixture_of
-from mergecli.results.plan import Plan
 from mergecli.results.result import TaskScore
-from mergecli.runtime import interrupts
-from mergecli.runtime.dry_run import work_begins
+from mergecli.runtime.engines.contract import Unit
 from mergecli.runtime.errors import UsageError
 from mergecli.runtime.notes import note
 from mergecli.storage.atomic import check_space
-from mergecli.storage.cache import cache_path
 
 if TYPE_CHECKING:
-    from mergecli.clip.heads import ClipDigests
-    from mergecli.clip.model import Clip
     from mergecli.data.images import Images, TaskImages
     from mergecli.data.tasks import Task
-    from mergecli.evaluation.routes import Weights
+    from mergecli.results.plan import Plan
     from mergecli.runtime.progress import Progress
     from mergecli.storage.checkpoint import Checkpoint
+    from mergecli.storage.units import UnitFiles
 
 CHUNK_BYTES = 1 << 30
 """Bytes of pixels that are in memory while one tower after another sees them, where they are not in the cache yet."""
 
 
-def score(
-    towers: Sequence[Tower],
-    folder: Path,
-    tasks: Sequence[Task],
-    settings: Settings,
-    *,
-    own_task_only: bool = False,
-    predictions: bool = False,
-    outputs: Sequence[Path] = (),
-    progress: Progress | None = None,
-) -> Scores:
-    """The score of every tower on every task, with the other parts of the CLIP in `folder`.
+class Counted(NamedTuple):
+    """What the file of a unit holds."""
 
-    The CLIP is loaded once, each image decoded once, each head made once; only the towers' weights change.
-
-    Args:
-        own_task_only: each tower only on the task that has its name.
-        predictions: whether one row for each image is wanted.
-        outputs: files that the results go to, for the plan of a dry run.
-
-    Raises:
-        InputError: a tower or a data set does not fit, which is found before the first image; or an image cannot be read.
-    """
-    import torch
-
-    from mergecli.clip.heads import check_prompts, clip_digests, has_head
-    from mergecli.clip.model import load_clip
-    from mergecli.data.images import task_images
-    from mergecli.data.splits import sha256_digest
-    from mergecli.runtime.distributed import usable_device
-
-    device = usable_device(settings.device)
-    clip = load_clip(folder)
-    experts = [
-        _check(clip, tower, [task for task in tasks if not own_task_only or task.name == tower.name])
-        for tower in towers
-    ]
-    if settings.routes and not any(experts):
-        raise UsageError(
-            "--routes: none of the checkpoints holds a tower that routes",
-            "`weight_ensembling_moe`, `efficient_weight_ensembling_moe` and `smile` make some",
-        )
-    if settings.routing == "batch" and not any(_routes_batches(tower) for tower in towers):
-        raise UsageError(
-            "--routing: none of the checkpoints holds a tower that routes batches otherwise than images",
-            "`weight_ensembling_moe` and `efficient_weight_ensembling_moe` make some",
-        )
-    remember = settings.max_size > 0
-    every = [task_images(task, settings.split, settings.limit, remember=remember) for task in tasks]
-    for each in every:
-        for tower in towers:
-            if not own_task_only or tower.name == each.task.name:
-                _expect_classes(tower, each)
-        _tell(each.images)
-    clip.model.to(device)
-    clip.tower.to(getattr(torch, settings.dtype))
-    clip.model.visual_projection.to(getattr(torch, settings.dtype))
-    processing = sha256_digest(clip.processor.to_json_string())
-    scores = Scores([{} for _ in towers], {}, clip_digests(folder), processing, [])
-    for each in every:
-        if not has_head(clip, scores.clip.text, each.classes, each.task.templates, settings.max_size):
-            check_prompts(clip, each.classes, each.task.templates)
-    wanted = [
-        (tower, each)
-        for each in every
-        for tower in towers
-        if not own_task_only or tower.name == each.task.name
-    ]
-    several = len(towers) > 1 and not own_task_only
-    _check_space(clip, wanted, settings, several=several)
-
-    def planned() -> Plan:
-        counts = [PlannedCounts(*each, _is_counted(clip, *each, settings, scores.clip)) for each in wanted]
-        return evaluation_plan(clip, counts, settings, scores.clip, outputs, several=several)
-
-    work_begins(planned)
-    weights: list[dict[str, Weights]] = [{} for _ in towers]
-    slots = [ModelSlot(clip, settings.routing)]
-    pairs = len(tasks) if own_task_only else len(tasks) * len(towers)
-
-    def kept() -> str:
-        count = sum(file.exists() for file in scores.unfinished)
-        what = "tasks" if pairs == len(tasks) else "tasks of all checkpoints"
-        return f"{count} of {pairs} {what} are kept" if count else ""
-
-    with interrupts.telling(kept), torch.inference_mode(), _exact_convolutions(torch.backends.cudnn):
-        for of_task in every:
-            name = of_task.task.name
-            numbers = [n for n, tower in enumerate(towers) if not own_task_only or tower.name == name]
-            routes = [RouteSums() if settings.routes and experts[n] else None for n in numbers]
-            shown = [towers[n] for n in numbers]
-            counted = _counts(slots, shown, of_task, settings, scores, progress, routes)
-            for number, counts, sums in zip(numbers, counted, routes, strict=True):
-                if sums is not None:
-                    weights[number][name] = sums.means()
-                scores.tasks[number][name] = _score(of_task, counts, settings)
-                if predictions:
-                    _add_rows(scores.predictions, towers[number].name, of_task, counts)
-    scores.routes += [
-        Routes(tower.name, names, each)
-        for tower, names, each in zip(towers, experts, weights, strict=True)
-        if each
-    ]
-    return scores
+    counts: Counts
+    facts: TowerFacts
+    routes: Weights | None
 
 
-def _check_space(
-    clip: Clip, wanted: Sequence[tuple[Tower, TaskImages]], settings: Settings, *, several: bool
-) -> None:
-    """Raises InputError if the disk has no room for the features."""
-    sizes: dict[Path, int] = {}
-    for tower, of_task in wanted:
-        if file := feature_file(settings.features, tower.name, of_task.task.name, several):
-            sizes[file] = feature_size(clip, len(of_task.images))
-    check_space(sizes)
+@dataclass
+class Scores:
+    """The scores of one tower, and what is reported besides."""
+
+    tasks: dict[str, TaskScore] = field(default_factory=dict[str, TaskScore])
+    """Task -> score."""
+    facts: TowerFacts | None = None
+    """None where there are no scores."""
+    predictions: dict[str, Mapping[str, Sequence[object]]] = field(
+        default_factory=dict[str, "Mapping[str, Sequence[object]]"]
+    )
+    """Task -> columns with one row for each image, if they are wanted."""
+    routes: dict[str, Weights] = field(default_factory=dict[str, Weights])
+    """Task -> routes, of a tower that routes, if they are wanted."""
+    missing: list[str] = field(default_factory=list[str])
+    """Tasks that nobody has counted."""
 
 
-def _is_counted(
-    clip: Clip, tower: Tower, of_task: TaskImages, settings: Settings, digests: ClipDigests
-) -> bool:
-    """Whether an evaluation that was interrupted has counted the tower on the task."""
-    if not settings.max_size or settings.fresh or settings.features or settings.routes:
-        return False
-    path = cache_path("results", _key(clip, tower, of_task, settings, digests))
-    return load_counts(CountsFile(path, "", settings.max_size), of_task.images.labels) is not None
+class Scoring:
+    """The CLIP that towers are counted with, and the images of tasks: made once, for one unit or for many."""
 
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        """Args:
+        folder: of the CLIP whose other parts are used.
+        """
+        from mergecli.clip.heads import clip_digests
+        from mergecli.clip.model import load_clip
+        from mergecli.data.splits import sha256_digest
 
-def _tell(images: Images) -> None:
-    """Says in one line what of the data is counted; a warning where images were left out."""
-    images.warn()
-    if not images.lacks_images:
-        note(images.summary)
+        self.settings = settings
+        self.clip = load_clip(folder)
+        self.digests = clip_digests(folder)
+        self.processing = sha256_digest(self.clip.processor.to_json_string())
+        self._images: dict[str, TaskImages] = {}
 
+    def on(self, split: str | None) -> Scoring:
+        """The same on another split, with the same CLIP."""
+        other = copy.copy(self)
+        other.settings, other._images = replace(self.settings, split=split), {}
+        return other
 
-def _check(clip: Clip, tower: Tower, tasks: Sequence[Task]) -> tuple[str, ...]:
-    """The experts of a tower that routes; raises InputError if it does not fit the CLIP, or lacks one of the tasks."""
-    from mergecli.clip.model import check_tower
+    def check(self, tower: Tower, tasks: Iterable[str]) -> tuple[str, ...]:
+        """The experts of a tower that routes; raises InputError if it does not fit the CLIP, or lacks one of the tasks."""
+        from mergecli.clip.model import check_tower
 
-    if not tower.checkpoint.is_mixture:
-        check_tower(clip, tower.checkpoint)
+        if not tower.checkpoint.is_mixture:
+            check_tower(self.clip, tower.checkpoint)
+            return ()
+        mixture = mixture_of(tower.checkpoint)
+        check_tower(self.clip, mixture.shared)
+        if mixture.is_routed:
+            return mixture.tasks
+        for task in tasks:
+            mixture.of_task(task)
         return ()
-    mixture = mixture_of(tower.checkpoint)
-    check_tower(clip, mixture.shared)
-    if mixture.is_routed:
-        return mixture.tasks
-    for task in tasks:
-        mixture.of_task(task.name)
-    return ()
 
+    def check_heads(self, tower: Tower, tasks: Iterable[TaskImages]) -> None:
+        """Raises InputError if a tower has a head for a task that is for other class names or prompts than the task's."""
+        from mergecli.data.tasks import digest
 
-def _expect_classes(tower: Tower, of_task: TaskImages) -> None:
-    """Raises InputError if a tower has a head for the task that is for other class names or prompts."""
-    from mergecli.data.tasks import digest
+        if not tower.checkpoint.is_mixture or not (mixture := mixture_of(tower.checkpoint)).has_heads:
+            return
+        for each in tasks:
+            digests = {"classes": digest(each.classes), "templates": digest(each.task.templates)}
+            mixture.expect_classes(each.task.name, digests)
 
-    if tower.checkpoint.is_mixture:
-        digests = {"classes": digest(of_task.classes), "templates": digest(of_task.task.templates)}
-        mixture_of(tower.checkpoint).expect_classes(of_task.task.name, digests)
+    def check_routing(self, towers: Sequence[Tower], experts: Iterable[tuple[str, ...]]) -> None:
+        """Raises UsageError if routes are asked for, or batches are to be routed alike, and no tower does so."""
+        if self.settings.routes and not any(experts):
+            raise UsageError(
+                "--routes: none of the checkpoints holds a tower that routes",
+                "`weight_ensembling_moe`, `efficient_weight_ensembling_moe` and `smile` make some",
+            )
+        if self.settings.routing == "batch" and not any(_routes_batches(tower) for tower in towers):
+            raise UsageError(
+                "--routing: none of the checkpoints holds a tower that routes batches otherwise than images",
+                "`weight_ensembling_moe` and `efficient_weight_ensembling_moe` make some",
+            )
 
+    def images(self, task: Task) -> TaskImages:
+        """The images of a task that are looked at.
 
-def _routes_batches(tower: Tower) -> bool:
-    return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).routing("batch") == "batch"
+        Raises:
+            InputError: the data are missing or do not fit.
+        """
+        from mergecli.data.images import task_images
 
+        if task.name not in self._images:
+            remember = self.settings.max_size > 0
+            self._images[task.name] = task_images(
+                task, self.settings.split, self.settings.limit, remember=remember
+            )
+        return self._images[task.name]
 
-def _counts(
-    slots: list[ModelSlot],
-    towers: Sequence[Tower],
-    of_task: TaskImages,
-    settings: Settings,
-    scores: Scores,
-    progress: Progress | None,
-    routes: Sequence[RouteSums | None],
-) -> list[Counts]:
-    """What each tower makes of the task's images: as counted before an interruption, or counted now.
+    def check_work(self, pairs: Iterable[tuple[str, TaskImages]], *, several: bool) -> None:
+        """Raises InputError if a prompt is too long, or the disk has no room for the features of these towers on these tasks."""
+        from mergecli.clip.heads import check_prompts, has_head
 
-    A tower whose routes are asked for, which is one that has sums in `routes`, is counted now: files of counts hold no routes.
-    """
-    from mergecli.clip.heads import cached_head
-    from mergecli.clip.pixels import Processing, chunks
+        wanted = list(pairs)
+        for each in {of_task.task.name: of_task for _, of_task in wanted}.values():
+            of = each.classes, each.task.templates
+            if not has_head(self.clip, self.digests.text, *of, self.settings.max_size):
+                check_prompts(self.clip, *of)
+        sizes: dict[Path, int] = {}
+        for tower, of_task in wanted:
+            if file := feature_file(self.settings.features, tower, of_task.task.name, several):
+                sizes[file] = feature_size(self.clip, len(of_task.images))
+        check_space(sizes)
 
-    clip, task, images = slots[0].clip, of_task.task, of_task.images
-    labels = images.labels
-    numbers = range(len(labels)) if of_task.numbers is None else of_task.numbers
-    with ExitStack() as files:
-        jobs: list[Job] = []
-        for tower, sums in zip(towers, routes, strict=True):
-            key = _key(clip, tower, of_task, settings, scores.clip)
-            what = f"an unfinished evaluation: {tower.name} on {task.name}"
-            file = CountsFile(cache_path("results", key), what, settings.max_size)
-            target = feature_file(settings.features, tower.name, task.name, len(towers) > 1)
-            counts = features = None
-            if settings.max_size:
-                scores.unfinished.append(file.path)
-                if not settings.fresh and sums is None and (target is None or saved_with(target, key)):
-                    counts = load_counts(file, labels)
-            if target and not counts:
-                metadata = features_metadata(tower, of_task, key)
-                features = files.enter_context(LayerFeatures(clip, target, labels, numbers, metadata))
-            counts = counts or Counts()
-            jobs.append(Job(tower.checkpoint, task.name, len(labels), file, counts, features, sums))
-        missing = [job for job in jobs if not job.counts.labels]
-        total = len(jobs) * len(labels)
-        done = total - len(missing) * len(labels)
+    def plan(self, counts: Sequence[PlannedCounts], outputs: Sequence[Path], *, several: bool) -> Plan:
+        """The plan of counts of towers on tasks."""
+        _ = self._slots  # puts the CLIP where it computes
+        return evaluation_plan(self.clip, counts, self.settings, self.digests, outputs, several=several)
+
+    def unit(self, of_task: TaskImages, name: str, identity: object) -> Unit:
+        """A tower on a task; the `identity` tells the tower from others."""
+        return Unit((name, of_task.task.name), self._key(of_task, identity))
+
+    def unit_of(self, of_task: TaskImages, tower: Tower) -> Unit:
+        """The unit of an open tower."""
+        identity = tower.identity or [
+            tower.checkpoint.digest(),
+            _use_of(tower.checkpoint, of_task, self.settings),
+        ]
+        return self.unit(of_task, tower.name, identity)
+
+    def _key(self, of_task: TaskImages, identity: object) -> str:
+        """32 hex digits of all that the counts depend on."""
+        import torch
+
+        from mergecli.storage.metadata import version
+
+        images, settings = of_task.images, self.settings
+        by_label = list(images.names_by_label)
+        about = {
+            "program": [version(), torch.__version__, torch.device(settings.device).type, settings.dtype],
+            "tower": identity,
+            "clip": self.digests,
+            "head": [list(of_task.classes), list(of_task.task.templates)],
+            **({} if by_label == list(of_task.classes) else {"labels": by_label}),
+            "data": [
+                images.fingerprint,
+                images.split,
+                images.columns,
+                None if images.rows is None else list(images.rows),
+            ],
+            "processor": self.clip.processor.to_json_string(),
+            "corruption": settings.corruption,
+            "batch_size": settings.batch_size,
+            **({"routes": True} if settings.routes else {}),
+        }
+        return sha256(json.dumps(about).encode()).hexdigest()[:32]
+
+    def read(self, unit: Unit, of_task: TaskImages, files: UnitFiles, *, several: bool) -> Counted | None:
+        """What the unit's file holds; None if it is to be done."""
+        features = feature_file(self.settings.features, unit.of[0], unit.of[1], several)
+        if features is not None and not saved_with(features, unit.key):
+            return None
+        labels = of_task.images.labels
+
+        def read(stored: Checkpoint) -> Counted | None:
+            counts = read_counts(stored, labels)
+            facts = TowerFacts.of_json(json.loads(stored.metadata["tower"]))
+            routes = json.loads(stored.metadata.get("routes", "null"))
+            return Counted(counts, facts, routes) if counts is not None else None
+
+        return files.read(unit, read)
+
+    def count(
+        self,
+        of_task: TaskImages,
+        units: Sequence[tuple[Unit, Tower]],
+        save: Callable[[Unit, bytes, float], None],
+        *,
+        several: bool,
+        done: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        """Counts towers on one task, several at once on a processor; each image is decoded once.
+
+        Args:
+            save: gets a unit's file and the seconds that it took.
+            several: whether the evaluation is of several towers, whose features have a folder each.
+            done: units of the task that are counted already.
+        """
+        import torch
+
+        with torch.inference_mode(), _exact_convolutions(torch.backends.cudnn):
+            self._count(of_task, units, save, several, done, progress)
+
+    def _count(
+        self,
+        of_task: TaskImages,
+        units: Sequence[tuple[Unit, Tower]],
+        save: Callable[[Unit, bytes, float], None],
+        several: bool,
+        done_units: int,
+        progress: Progress | None,
+    ) -> None:
+        from mergecli.clip.heads import cached_head
+        from mergecli.clip.pixels import Processing, chunks
+
+        settings, task, images = self.settings, of_task.task, of_task.images
+        labels = images.labels
+        numbers = range(len(labels)) if of_task.numbers is None else of_task.numbers
+        total, done = (len(units) + done_units) * len(labels), done_units * len(labels)
 
         def tell(more: int) -> None:
             nonlocal done
@@ -253,44 +265,80 @@ def _counts(
             if progress is not None:
                 progress(task.name, done, total)
 
-        if not missing:
+        if not units:
             tell(0)
-            return [job.counts for job in jobs]
-        head = cached_head(clip, of_task.classes, task.templates, scores.clip.text, settings.max_size)
-        ahead = 2 if head.device.type != "cpu" else 0  # a processor has no time left for the next batches
-        processing = Processing(settings.corruption, settings.workers, settings.max_size, ahead)
-        room = CHUNK_BYTES if len(missing) > 1 else 0
-        parts = chunks(clip, images, processing, settings.batch_size, room)
-        files.callback(parts.close)
-        counting.count(slots, missing, head, parts, settings.batch_size, tell)
-    return [job.counts for job in jobs]
+            return
+        with ExitStack() as files:
+            jobs: list[Job] = []
+            for unit, tower in units:
+                jobs.append(self._job(of_task, unit, tower, save))
+                if target := feature_file(settings.features, tower.name, task.name, several):
+                    metadata = features_metadata(tower, of_task, unit.key)
+                    features = LayerFeatures(self.clip, target, labels, numbers, metadata)
+                    jobs[-1].features = files.enter_context(features)
+            slots = self._slots
+            head = cached_head(
+                self.clip, of_task.classes, task.templates, self.digests.text, settings.max_size
+            )
+            ahead = 2 if head.device.type != "cpu" else 0  # a processor has no time left for the next batches
+            processing = Processing(settings.corruption, settings.workers, settings.max_size, ahead)
+            room = CHUNK_BYTES if len(jobs) > 1 else 0
+            parts = chunks(self.clip, images, processing, settings.batch_size, room)
+            files.callback(parts.close)
+            counting.count(slots, jobs, head, parts, settings.batch_size, tell)
+
+    def _job(
+        self, of_task: TaskImages, unit: Unit, tower: Tower, save: Callable[[Unit, bytes, float], None]
+    ) -> Job:
+        routes = RouteSums() if self.settings.routes and self.check(tower, ()) else None
+
+        def write(job: Job) -> None:
+            facts = TowerFacts.of(tower, self.digests.vision, self.settings)
+            metadata = {
+                "what": f"an unfinished evaluation: {unit.name}",
+                "key": unit.key,
+                "tower": json.dumps(facts.to_json()),
+                **({"routes": json.dumps(routes.means())} if routes else {}),
+            }
+            save(unit, counts_file(job.counts, metadata), job.seconds)
+
+        name = of_task.task.name
+        return Job(tower.checkpoint, name, len(of_task.images), write, routes=routes)
+
+    @cached_property
+    def _slots(self) -> list[ModelSlot]:
+        """Slots for towers, where the evaluation computes; `count` adds to them."""
+        import torch
+
+        from mergecli.runtime.distributed import usable_device
+
+        clip, dtype = self.clip, getattr(torch, self.settings.dtype)
+        clip.model.to(usable_device(self.settings.device))
+        clip.tower.to(dtype)
+        clip.model.visual_projection.to(dtype)
+        return [ModelSlot(clip, self.settings.routing)]
 
 
-def _key(clip: Clip, tower: Tower, of_task: TaskImages, settings: Settings, digests: ClipDigests) -> str:
-    """32 hex digits of all that the counts depend on."""
-    import torch
+def tell(images: Images) -> None:
+    """Says in one line what of the data is counted; a warning where images were left out."""
+    images.warn()
+    if not images.lacks_images:
+        note(images.summary)
 
-    from mergecli.storage.metadata import version
 
-    images = of_task.images
-    by_label = list(images.names_by_label)
-    about = {
-        "program": [version(), torch.__version__, clip.device.type, settings.dtype],
-        "tower": [tower.checkpoint.digest(), _use_of(tower.checkpoint, of_task, settings)],
-        "clip": digests,
-        "head": [list(of_task.classes), list(of_task.task.templates)],
-        **({} if by_label == list(of_task.classes) else {"labels": by_label}),
-        "data": [
-            images.fingerprint,
-            images.split,
-            images.columns,
-            None if images.rows is None else list(images.rows),
-        ],
-        "processor": clip.processor.to_json_string(),
-        "corruption": settings.corruption,
-        "batch_size": settings.batch_size,
-    }
-    return sha256(json.dumps(about).encode()).hexdigest()[:32]
+def add(scores: Scores, of_task: TaskImages, found: Counted, settings: Settings, name: str = "") -> None:
+    """Adds what a unit's file holds to the scores of its tower; with the tower's `name`, its predictions too."""
+    task = of_task.task.name
+    scores.facts = scores.facts or found.facts
+    scores.tasks[task] = _score(of_task, found.counts, settings)
+    if found.routes is not None:
+        scores.routes[task] = found.routes
+    if name:
+        scores.predictions[task] = _rows(name, of_task, found.counts)
+
+
+def _routes_batches(tower: Tower) -> bool:
+    return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).routing("batch") == "batch"
 
 
 def _use_of(checkpoint: Checkpoint, of_task: TaskImages, settings: Settings) -> object:
@@ -321,9 +369,10 @@ def _score(of_task: TaskImages, counts: Counts, settings: Settings) -> TaskScore
     )
 
 
-def _add_rows(columns: dict[str, list[object]], tower: str, of_task: TaskImages, counts: Counts) -> None:
+def _rows(tower: str, of_task: TaskImages, counts: Counts) -> dict[str, Sequence[object]]:
+    """Columns with a row for each image."""
     total = len(counts.labels)
-    added: Mapping[str, Iterable[object]] = {
+    return {
         "checkpoint": [tower] * total,
         "task": [of_task.task.name] * total,
         "index": range(total) if of_task.numbers is None else of_task.numbers,
@@ -331,8 +380,6 @@ def _add_rows(columns: dict[str, list[object]], tower: str, of_task: TaskImages,
         "prediction": counts.chosen,
         "probability": counts.probabilities,
     }
-    for name, values in added.items():
-        columns.setdefault(name, []).extend(values)
 
 
 @contextmanager

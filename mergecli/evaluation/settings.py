@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergecli.data.decoding import Corruption
 from mergecli.methods._mixture import Routing
-from mergecli.results.result import TaskScore
 from mergecli.runtime.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from mergecli.clip.heads import ClipDigests
-    from mergecli.evaluation.routes import Routes
     from mergecli.storage.checkpoint import Checkpoint
 
 ROUTINGS = ("sample", "batch")
@@ -71,20 +68,5 @@ class Tower(NamedTuple):
     """What results call its source."""
     checkpoint: Checkpoint
     """The vision tower only, open."""
-
-
-@dataclass
-class Scores:
-    """The scores of several towers, and what is reported besides."""
-
-    tasks: list[dict[str, TaskScore]]
-    """For each tower, task -> score."""
-    predictions: dict[str, list[object]]
-    """Columns with one row for each tower, task and image, if they are wanted."""
-    clip: ClipDigests
-    processing: str
-    """Digest of the image processor's settings."""
-    routes: list[Routes]
-    """Of the towers that route, if they are wanted."""
-    unfinished: list[Path] = field(default_factory=list[Path])
-    """Files of the cache from which an interrupted evaluation resumes; to be removed once the results are written."""
+    identity: str = ""
+    """What tells it from others before it is merged; empty for one that is told by its content."""

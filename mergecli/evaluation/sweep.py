@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mergecli.evaluation.evaluate import evaluate, forget, tasks_of
+from mergecli.evaluation.evaluate import asked, check_share, evaluate, evaluation_of
+from mergecli.evaluation.grid import Grid, fill
+from mergecli.evaluation.scoring import Scoring, tell
+from mergecli.evaluation.settings import Tower
+from mergecli.evaluation.work import CountingWork
+from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
-from mergecli.merging.sweep_points import Point, merge_batch, point_files, points_of
+from mergecli.merging.merge import learning_key
+from mergecli.merging.sweep_points import Identities, Point, identities, merge_batch, point_files, points_of
+from mergecli.methods._base import DataDriven
 from mergecli.results.cells import Cell, Column
 from mergecli.results.plan import Plan, Work, check, plan
 from mergecli.results.result import Evaluation
 from mergecli.results.statistics import Count, difference_interval
 from mergecli.results.tables import Table
 from mergecli.runtime.dry_run import work_begins
-from mergecli.runtime.errors import UsageError, toml_text
-from mergecli.runtime.progress import AnyProgress, shown
+from mergecli.runtime.engines.contract import Engine, Unit
+from mergecli.runtime.engines.grid import FailedUnitsError, Failure
+from mergecli.runtime.engines.worker import node
+from mergecli.runtime.errors import InputError, UsageError, quoted, toml_text
+from mergecli.runtime.progress import AnyProgress, Progress, shown
+from mergecli.storage.alone import alone
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
+from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.storage.metadata import inputs_of
+from mergecli.storage.sources import Source
 from mergecli.storage.store import locate
+from mergecli.storage.units import LOG, UnitFiles
+
+if TYPE_CHECKING:
+    from mergecli.data.tasks import Task
 
 ROOM = 4 << 30
 """Bytes of checkpoints that are in the temporary folder at a time. Each such batch costs one pass over the models."""
+WINDOW = 8
+"""Points that an engine works on at a time: so many merges are on a machine."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +56,7 @@ class Swept:
 
     points: tuple[Point, ...]
     results: tuple[Evaluation, ...]
-    """One a point."""
+    """One a point; none where only a part of the units was done."""
     best: int
     """Which point has the highest average accuracy; of several the first."""
     chosen_on: str
@@ -102,14 +124,15 @@ def sweep(
     output: str | Path | None = None,
     plot: str | Path | None = None,
     device: str = "cpu",
+    engine: Engine | None = None,
     progress: AnyProgress | None = None,
     **evaluation: Any,
 ) -> Swept:
     """Merges the recipe's models once for each value of some settings, and evaluates each merge.
 
     All points share the passes over the models, the decoded images and the heads. Checkpoints are in a temporary folder
-    until they are evaluated. To resume an interrupted sweep, make the same call again: it merges again, and evaluates
-    only what was left.
+    until they are evaluated. To resume an interrupted sweep, make the same call again: it merges and evaluates only what
+    was left.
 
     Args:
         over: `method.SETTING=FIRST:LAST:STEP` or `method.SETTING=VALUE,VALUE,...`; several make a grid.
@@ -118,6 +141,7 @@ def sweep(
         keep: a folder that gets the checkpoints.
         output: a folder that gets one result for each point, and `best.json`.
         plot: a file (PNG, SVG or PDF) that gets curves over the setting that has most values, all of them numbers.
+        engine: where the units run, a point on a task each. By default in this process.
         evaluation: further arguments of `evaluate`, such as `tasks`, `limit` or `dtype`.
     """
     points = points_of(recipe, over, method=method, changes=changes)
@@ -137,59 +161,194 @@ def sweep(
         require_matplotlib(Path(plot))
     check_targets([(each, ()) for each in [*targets, *([Path(plot)] if plot else [])]], {})
     if target:
-        warn_of_others(target, {each.name for each in targets})
-    known = points[0].recipe
-    tasks = tasks_of(evaluation.get("tasks"), known)
-    expect_all([known.base, *known.tuned.values(), *(task.data for task in tasks)], known)
+        warn_of_others(target, {LOG, *(each.name for each in targets)})
     kept = Path(keep) if keep is not None else None
     if kept:
         check_target(kept, folder=True)
         warn_of_others(kept, {path.name for path in point_files(points, kept)})
+    engine = engine or Engine()
+    check_share(engine, target)
+    if kept and not engine.is_this_process:
+        raise UsageError(
+            "--keep: an engine's workers keep no checkpoints", "`mergecli merge --sweep` writes them"
+        )
     split = evaluation.pop("split", None)
-    shared: dict[str, Any] = {**evaluation, "device": device, "progress": progress}
+    first = points[0].recipe
     # no merge is there yet: the base stands for all, which routes no batches
-    base = partial(evaluate, recipe=known, only=["base"], **shared)
-    if shared.get("routing") == "batch":
-        base = partial(base, routing="sample")
-    for each in dict.fromkeys((select or split, split)):
-        check(base, split=each)
-    confirm = partial(base, split=split) if select else None
-    work_begins(partial(_plan, points, kept, targets, device, partial(base, split=select or split), confirm))
-    results: list[Evaluation] = []
-    unfinished: list[Path] = []
-    shared["unfinished"] = unfinished
+    stand_in = partial(evaluate, recipe=first, only=["base"], device=device, **evaluation)
+    if evaluation.get("routing") == "batch":
+        stand_in = partial(stand_in, routing="sample")
+    base, tasks, settings = asked(first, engine, device=device, split=select or split, **evaluation)
+    if not engine.keep_going:
+        expect_all([base, *first.tuned.values()], first, tasks)
+    if engine.is_this_process and not engine.collect:
+        for each in dict.fromkeys((select or split, split)):
+            check(stand_in, split=each)
+    confirm = partial(stand_in, split=split) if select else None
+    work_begins(
+        partial(_plan, points, kept, targets, device, partial(stand_in, split=select or split), confirm)
+    )
+    known = identities(points, settings.device)
+    scoring = Scoring(model_path(base), settings)
+    files = UnitFiles(target, settings.max_size, what="its images are counted")
     scratch = TemporaryDirectory(prefix="mergecli-sweep-", ignore_cleanup_errors=True)
     with scratch as temporary, shown(progress) as report:
-        shared["progress"] = report
         folder = Path(temporary)
-        for following, batch in _batches(points, kept):
-            files = {
-                each.path.stem: each.path
-                for each in merge_batch(batch, kept or folder, device=device, progress=report)
-            }
-            found = evaluate(files, recipe=points[0].recipe, split=select or split, **shared)
-            results += [_labeled(result, point) for result, point in zip(found, batch, strict=True)]
-            if not kept and following:  # `select` may need the last batch again
-                for file in files.values():
-                    file.unlink()
-        best = max(range(len(points)), key=lambda number: results[number].average.accuracy)
-        confirmed = None
+        merges = MergedPoints({point.name: point for point in points}, known, folder, settings.device)
+
+        def run(scoring: Scoring, points: Sequence[Point], engine: Engine) -> tuple[Grid, list[Failure]]:
+            grid = _grid(scoring, points, tasks, known, files)
+            work = CountingWork(
+                merges, base, {task.name: task for task in tasks}, scoring.settings, several=True
+            )
+            here = partial(_count, grid, points, kept, folder, report)
+            return grid, fill(grid, engine, work, here, report, window=WINDOW)
+
+        grid, failures = run(scoring, points, engine)
+        if engine.part:
+            if failures:
+                raise FailedUnitsError(failures, len(grid.units))
+            return Swept(points, (), 0, select or "", None)
+        results = _results(grid, points, base)
+        points = tuple(point for point in points if point.name in results)
+        if not points:
+            raise FailedUnitsError(failures, len(grid.units))
+        best = max(points, key=lambda point: results[point.name].average.accuracy)
+        confirmed, done = None, list(grid.units.values())
         if select is not None:
-            path = (kept or folder) / f"{points[best].name}.safetensors"
-            if not path.exists():
-                merge_batch([points[best]], folder, device=device)
-            (own,) = evaluate({points[best].name: path}, recipe=points[0].recipe, split=split, **shared)
-            confirmed = _labeled(own, points[best])
-    splits = {score.split for score in results[0].tasks.values()}
-    swept = Swept(points, tuple(results), best, select or " and ".join(sorted(splits)), confirmed)
-    chosen = confirmed or results[best]
+            alone = replace(engine, part=None, collect=False, keep_going=False)
+            own, _ = run(scoring.on(split), [best], alone)
+            confirmed = _results(own, [best], base)[best.name]
+            done += own.units.values()
+    every = [results[point.name] for point in points]
+    splits = {score.split for score in every[0].tasks.values()}
+    swept = Swept(points, tuple(every), points.index(best), select or " and ".join(sorted(splits)), confirmed)
+    chosen = confirmed or results[best.name]
     chosen = replace(chosen, checkpoint={**chosen.checkpoint, "selected_on": swept.chosen_on})
-    for path, result in zip(targets, [*results, chosen], strict=False):
-        write_text(path, result.to_json())
+    by_name = {**results, "best": chosen}
+    for path in targets:
+        if path.stem in by_name:
+            write_text(path, by_name[path.stem].to_json())
     if plot and axis:
         _draw(swept, axis, Path(plot))
-    forget(unfinished)
+    if failures:
+        raise FailedUnitsError(failures, len(grid.units), swept)
+    files.finish(done)
     return swept
+
+
+@dataclass(frozen=True)
+class MergedPoints:
+    """The towers of a sweep's points, merged when they are opened first: once on each machine, while others wait."""
+
+    points: Mapping[str, Point]
+    known: Identities
+    folder: Path
+    """Temporary; on a machine that has no such place, a folder of its name in that machine's own."""
+    device: str
+
+    @property
+    def needed(self) -> Iterable[Source]:
+        recipe = next(iter(self.points.values())).recipe
+        return [*([recipe.base] if recipe.base else []), *recipe.tuned.values()]
+
+    @property
+    def _folder(self) -> Path:
+        """The folder on this machine."""
+        return self.folder if self.folder.parent.is_dir() else Path(gettempdir()) / self.folder.name
+
+    def leave(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def open(self, name: str, stack: ExitStack) -> Tower:
+        folder = self._folder
+        folder.mkdir(mode=0o700, exist_ok=True)
+        path = folder / f"{name}.safetensors"
+        method = self.points[name].recipe.built
+        with ExitStack() as locks:
+            if isinstance(method, DataDriven):  # points that learn the same learn it once
+                locks.enter_context(alone(folder / learning_key(method)))
+            locks.enter_context(alone(path))
+            if not path.exists():
+                _make_room(folder)
+                merge_batch([self.points[name]], folder, device=self.device)
+            opened = stack.enter_context(open_checkpoint(path))
+        other = [
+            model
+            for model, digest in inputs_of(opened.metadata).items()
+            if self.known.inputs.get(model, digest) != digest
+        ]
+        if other:
+            raise InputError(
+                f"{name}: on {node()} {quoted(other)} have other weights than where the command was started",
+                "name paths that all machines see, or fetch the recipe on each with the same lock",
+            )
+        return Tower(name, name, opened.vision(), self.known.points[name])
+
+
+def _make_room(folder: Path) -> None:
+    """Removes the merges that were made first, so that those that are left and another one fit into `ROOM`; who has one open
+    can read on."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+    sizes = [file.stat().st_size for file in files]
+    while files and sum(sizes) + sizes[0] > ROOM:
+        files.pop(0).unlink(missing_ok=True)
+        sizes.pop(0)
+
+
+def _grid(
+    scoring: Scoring, points: Sequence[Point], tasks: Sequence[Task], known: Identities, files: UnitFiles
+) -> Grid:
+    """The units of the points on the scoring's split."""
+    images = {task.name: scoring.images(task) for task in tasks}
+    for each in images.values():
+        tell(each.images)
+    units = {
+        (point.name, task): scoring.unit(of_task, point.name, known.points[point.name])
+        for point in points
+        for task, of_task in images.items()
+    }
+    return Grid(scoring, images, units, files, several=True)
+
+
+def _count(
+    grid: Grid,
+    points: Sequence[Point],
+    kept: Path | None,
+    folder: Path,
+    progress: Progress | None,
+    missing: Sequence[Unit],
+) -> None:
+    """Merges the points that have units missing, as many at a time as there is room for, and counts them in this process."""
+    wanted = {unit.of[0] for unit in missing}
+    device = grid.scoring.settings.device
+    for batch in _batches([point for point in points if kept or point.name in wanted], kept):
+        files = point_files(batch, kept or folder)
+        merge_batch(batch, kept or folder, device=device, progress=progress)
+        with ExitStack() as stack:
+            towers = {
+                path.stem: Tower(path.stem, path.stem, stack.enter_context(open_checkpoint(path)).vision())
+                for path in files
+            }
+            for tower in towers.values():
+                grid.scoring.check(tower, grid.tasks)
+            grid.count([unit for unit in missing if unit.of[0] in towers], towers, progress)
+        if not kept:
+            for path in files:
+                path.unlink()
+
+
+def _results(grid: Grid, points: Sequence[Point], base: Source) -> dict[str, Evaluation]:
+    """Point -> its result, of those that are counted on every task."""
+    scores = grid.scores()
+    found: dict[str, Evaluation] = {}
+    for point in points:
+        if point.name in scores:
+            own = scores[point.name]
+            assert own.facts is not None
+            result = evaluation_of(own.facts, own.tasks, base, grid.scoring)
+            found[point.name] = _labeled(result, point)
+    return found
 
 
 def _plan(
@@ -206,7 +365,7 @@ def _plan(
         confirm: evaluates the base on the tasks' own split, where the best point is chosen on another.
     """
     began = time.perf_counter()
-    batches = [batch for _, batch in _batches(points, kept)]
+    batches = list(_batches(points, kept))
     merges = plan(merge_batch, batches[0], kept or Path(gettempdir()) / "mergecli-sweep", device=device)
     evaluation, confirmation = plan(base), plan(confirm) if confirm else None
     work: list[Work] = []
@@ -237,16 +396,17 @@ def _plan(
     return Plan("eval", tuple(work), memory, time.perf_counter() - began)
 
 
-def _batches(points: Sequence[Point], kept: Path | None) -> Iterator[tuple[int, Sequence[Point]]]:
-    """(batches that follow, points whose checkpoints fit into `ROOM` together)."""
+def _batches(points: Sequence[Point], kept: Path | None) -> Iterator[Sequence[Point]]:
+    """Points whose checkpoints fit into `ROOM` together."""
+    if not points:
+        return
     first = points[0].recipe
     source = first.base or next(iter(first.tuned.values()))
     path = locate(source)
     size = sum(file.stat().st_size for file in (path.glob("*.safetensors") if path.is_dir() else [path]))
     share = len(points) if kept else max(1, ROOM // max(size, 1))
-    starts = range(0, len(points), share)
-    for number, start in enumerate(starts):
-        yield len(starts) - number - 1, points[start : start + share]
+    for start in range(0, len(points), share):
+        yield points[start : start + share]
 
 
 def _counts(result: Evaluation) -> list[Count]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 MERGE_WITH_PEFT = "merge it into its base with peft (`merge_and_unload`) and save that as safetensors"
+AGAIN = "copy or fetch the adapter again"
 
 _ONLY_FOR_TRAINING = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode", "init_lora_weights",
@@ -151,9 +152,9 @@ def read_config(folder: Path) -> AdapterConfig:
     except OSError as error:
         raise InputError(f"{path}: cannot read: {(error.strerror or '').lower()}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not an adapter's configuration: it is not JSON") from error
+        raise InputError(f"{path}: is not an adapter's configuration: it is not JSON", AGAIN) from error
     if not isinstance(table, dict):
-        raise InputError(f"{path}: is not an adapter's configuration: expected a table")
+        raise InputError(f"{path}: is not an adapter's configuration: expected a table", AGAIN)
     given = cast("dict[str, Any]", table)
     if given.get("peft_type") != "LORA":
         raise InputError(
@@ -194,7 +195,7 @@ def read_config(folder: Path) -> AdapterConfig:
     )
     if read.problems:
         lines = [str(problem) for problem in read.problems]
-        raise InputError(f"{path}: is damaged:\n{listed(lines)}", "copy or fetch the adapter again")
+        raise InputError(f"{path}: is damaged:\n{listed(lines)}", AGAIN)
     return config
 
 

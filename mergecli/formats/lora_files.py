@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergecli.formats.lora_config import CONFIG, MERGE_WITH_PEFT, AdapterConfig, read_config
+from mergecli.formats.lora_config import AGAIN, CONFIG, MERGE_WITH_PEFT, AdapterConfig, read_config
 from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, listed
 from mergecli.storage.atomic import check_target
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
@@ -72,9 +72,10 @@ def open_adapter(path: Path) -> Adapter:
     if not is_linearized and not (folder / PLAIN).exists():
         if list(folder.glob("*.bin")):
             raise InputError(
-                f"{folder}: has only pickled weights, which is not opened as it is", pickle_hint(folder)
+                f"{folder}: has only pickled weights, and a pickle is not opened as it is",
+                pickle_hint(folder),
             )
-        raise InputError(f"{folder}: has no `{PLAIN}`")
+        raise InputError(f"{folder}: has no `{PLAIN}`", AGAIN)
     stored = open_checkpoint(folder / (LINEARIZED if is_linearized else PLAIN))
     modules: dict[str, dict[str, str]] = {}
     origins: dict[str, dict[int, str]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 
+from mergecli.data.tasks import Task
 from mergecli.hub.requirements import KINDS, named, of_recipe
 from mergecli.recipe.lock import key_of
 from mergecli.recipe.reading import recipe_of
@@ -14,31 +15,42 @@ from mergecli.storage.sources import Source
 from mergecli.storage.store import NotFetchedError, locate
 
 
-def expect_all(sources: Iterable[Source | None], recipe: Recipe | None = None) -> None:
+def expect_all(
+    sources: Iterable[Source | None], recipe: Recipe | None = None, tasks: Iterable[Task] = ()
+) -> None:
     """Raises InputError with every source that is not on this machine, and the command that fetches them.
 
     Args:
+        sources: models and their adapters.
         recipe: the recipe that was named, which `fetch` can be given whole.
+        tasks: those whose data are needed.
     """
-    whole = [each for source in sources if source for each in (source, source.adapter) if each]
-    every = {each for each in whole if not (each.kind == "toy" and each.is_data)}  # toy images are drawn
-    problems: list[InputError] = []
-    for source in sorted(every, key=lambda each: (each.is_data, str(each))):
+    every = {each: "" for source in sources if source for each in (source, source.adapter) if each}
+    # toy images are drawn
+    every |= {task.data: f" (task `{task.name}`)" for task in tasks if task.data.kind != "toy"}
+    problems: dict[Source, InputError] = {}
+    for source in every:
         try:
             locate(source)
         except InputError as error:
-            problems.append(error)
+            problems[source] = error
     if not problems:
         return
-    unfetched = [error.source for error in problems if isinstance(error, NotFetchedError)]
+    unfetched = [source for source, error in problems.items() if isinstance(error, NotFetchedError)]
     hints = [_command(unfetched, recipe)] if unfetched else []
-    hints += [error.hint for error in problems if error.hint and not isinstance(error, NotFetchedError)]
+    hints += [
+        error.hint for error in problems.values() if error.hint and not isinstance(error, NotFetchedError)
+    ]
     hint = "; ".join(list(dict.fromkeys(hints))[:2])
+    lines = [
+        error.message.replace(f"{source.name}:", f"{source.name}{every[source]}:", 1)
+        for source, error in problems.items()
+    ]
     if len(problems) == 1:
-        raise InputError(problems[0].message, hint)
-    what, lines = "are not on this machine", [error.message for error in problems]
+        raise InputError(lines[0], hint)
+    what = "are not on this machine"
     if len(unfetched) == len(problems):
-        what, lines = "have not been fetched", [named(source) for source in unfetched]
+        what, lines = "have not been fetched", [named(source) + every[source] for source in unfetched]
     raise InputError(f"{len(lines)} of {len(every)} sources {what}:\n{listed(lines, 40)}", hint)
 
 

@@ -124,7 +124,9 @@ def extract(
         )  # fmt: skip
         tensors = {key: factor for module, change in found.items() for key, factor in _keys(module, change)}
         layout = {key: (SAFETENSORS_NAMES[dtype], tuple(factor.shape)) for key, factor in tensors.items()}
-        expect_finite(tensors, target, "look at the model with `mergecli info`")
+        expect_finite(
+            tensors, target, "its training diverged, or the file is damaged: take an earlier checkpoint"
+        )
         with whole_folder(target) as folder:
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             with SafetensorsWriter(folder / PLAIN, layout, metadata) as writer:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -288,6 +289,11 @@ def _merged(models: Models, target: MergeTarget, inputs: Mapping[str, str]) -> M
         target.path, str(target.recipe.method), tuple(models.tuned), len(models.reference.entries),
         models.reference.parameters, inputs, warnings=tuple(_foreign_vectors(models, inputs)) if inputs else (),
     )  # fmt: skip
+
+
+def learning_key(method: Method) -> str:
+    """A name that is the same for methods that learn the same on the same models."""
+    return sha256(_key(method).encode()).hexdigest()[:32]
 
 
 def _key(method: Method) -> str:

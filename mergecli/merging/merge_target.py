@@ -166,6 +166,6 @@ def cast(result: Tensor, dtype: str, name: str) -> Tensor:
     if not math.isfinite(float(cast.sum(dtype=torch.float32))) and not bool(cast.isfinite().all()):
         raise InputError(
             f"`{name}`: the merged values do not fit {TORCH_NAMES[dtype]}",
-            "use smaller settings, or dtype float32",
+            "use smaller settings, or `--set dtype=float32`",
         )
     return cast

@@ -213,7 +213,8 @@ class Models:
                 if not math.isfinite(float(part.sum())) and not bool(part.isfinite().all()):
                     bad = "NaN" if bool(part.isnan().any()) else "infinity"
                     raise InputError(
-                        f"{each.path}: {task}: `{name}` has {bad}", "such a model cannot be merged"
+                        f"{each.path}: {task}: `{name}` has {bad}",
+                        "its training diverged, or the file is damaged: leave the model out, or take an earlier checkpoint",
                     )
         return rows
 

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, cast
 
+from mergecli import methods
+from mergecli.formats.opening import model_path
+from mergecli.merging.learning.calibration import calibration_task
 from mergecli.merging.learning.files import LearningFiles
+from mergecli.merging.learning.needed_files import SETTINGS
 from mergecli.merging.merge import Merged, merge_points
+from mergecli.merging.models import open_models
+from mergecli.methods._base import DataDriven
 from mergecli.recipe.reading import recipe_of
-from mergecli.recipe.schema import Recipe
+from mergecli.recipe.schema import Recipe, recipe_text
 from mergecli.recipe.toml import Override, parse_value
 from mergecli.runtime.errors import UsageError
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_target, warn_of_others
+from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.storage.sources import parse_source
+from mergecli.storage.store import locate
 
 MOST = 1000
 """The most points of one sweep; more is taken for a typing error."""
@@ -64,9 +75,8 @@ def parse_axis(text: str) -> Axis:
             + (f" (did you mean `method.{text}`?)" if is_setting else "")
         )
     try:
-        values = (
-            _range(written, text) if _RANGE.fullmatch(written) else tuple(map(parse_value, _split(written)))
-        )
+        is_range = written.count(":") == 2 or _WITHOUT_STEP.fullmatch(written)
+        values = _range(written, text) if is_range else tuple(map(parse_value, _split(written)))
     except ValueError as error:
         raise UsageError(f"sweep `{text}`: {error}") from error
     if not values:
@@ -149,8 +159,55 @@ def point_files(points: Sequence[Point], folder: Path) -> dict[Path, Recipe]:
     return {folder / f"{point.name}.safetensors": point.recipe for point in points}
 
 
-_RANGE = re.compile(r"\s*[-+]?[.\d][^:,]*(:[^:,]*){1,2}")
-"""What is meant as `FIRST:LAST:STEP`, also without its step."""
+@dataclass(frozen=True)
+class Identities:
+    """What tells the merges of a sweep from others before they are made."""
+
+    inputs: Mapping[str, str]
+    """Model -> digest."""
+    points: Mapping[str, str]
+    """Name of a point -> text of all that its merge depends on."""
+
+
+def identities(points: Sequence[Point], device: str) -> Identities:
+    """Reads the models and the data that the points' methods look at, and merges nothing.
+
+    Raises:
+        UsageError, InputError: models or data are missing or damaged, or the models do not fit together.
+    """
+    from mergecli.storage.metadata import version
+
+    built = [point.recipe.built for point in points]
+    with ExitStack() as stack:
+        needs = "base" if any(method.needs_base for method in built) else "weights"
+        inputs = open_models(points[0].recipe, stack, needs=needs).digests()
+    found: dict[str, str] = {}
+    for point, method in zip(points, built, strict=True):
+        settings = methods.table_of(method)
+        text = recipe_text(point.recipe, str(point.recipe.method), settings)
+        seen = _looked_at(point.recipe, method) if isinstance(method, DataDriven) else []
+        about = [point.name, version(), device.partition(":")[0], text, list(inputs.items()), seen]
+        found[point.name] = json.dumps(about)
+    return Identities(inputs, found)
+
+
+def _looked_at(recipe: Recipe, method: DataDriven) -> list[object]:
+    """What tells the images, the rest of the CLIP and the other files that a method looks at from others."""
+    from mergecli.clip.heads import surroundings
+
+    split, tasks = str(getattr(method, "split", "train")), getattr(method, "adapt_on", ()) or recipe.tuned
+    images = [calibration_task(task, split, recipe).facts(head=True) for task in tasks]
+    rest = surroundings(model_path(recipe.base), head=True) if recipe.base else {}
+    files: list[str] = []
+    for need in sorted(getattr(method, "needs", ())):
+        if name := getattr(method, SETTINGS[need]):
+            with open_checkpoint(locate(parse_source(name, Path()))) as opened:
+                files.append(opened.digest())
+    return [images, rest, files]
+
+
+_WITHOUT_STEP = re.compile(r"[-+]?[.\d][^:,]*:[^:,]*")
+"""What is meant as `FIRST:LAST:STEP`, though its step was left out."""
 
 
 def _range(written: str, text: str) -> tuple[Any, ...]:

@@ -147,7 +147,7 @@ class _Merge:
         """The section, up to its results."""
         return "\n".join(
             [
-                f"# {_shown_name(self.model)}\n",
+                f"# {_markdown(f'Merge of {self._tasks()} by {self.method}')}\n",
                 f"{self._what()}\n",
                 self._inputs(),
                 *self._use(),
@@ -158,6 +158,12 @@ class _Merge:
                 f"{self._license()}\n",
             ]
         )
+
+    def _tasks(self) -> str:
+        """The models, but for the base; the folder's name would make the same merge another card."""
+        names = [name for name in self.models if name != "base"]
+        shown = names[:8] + ([f"{len(names) - 8} more"] if len(names) > 8 else [])
+        return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
     def _what(self) -> str:
         title = f" ({methods.find(self.method).title})" if self.method in methods.names() else ""
@@ -178,10 +184,9 @@ class _Merge:
     def _use(self) -> Iterator[str]:
         if self.is_transformers:
             yield "## Use\n"
-            name = self.model.absolute().name
             yield _fenced(
                 "from transformers import CLIPVisionModel\n\n"
-                f"tower = CLIPVisionModel.from_pretrained({name!r})  # or the name of this repository\n",
+                'tower = CLIPVisionModel.from_pretrained("FOLDER")  # this folder, or the name of this repository\n',
                 "python",
             )
 
@@ -197,10 +202,10 @@ class _Merge:
 
 
 def _no_results(merge: _Merge) -> str:
-    name = merge.model.name
+    model = merge.model.name if merge.model.suffix else "FOLDER"
     return (
-        f"{_RESULTS}\nNone yet. `mergecli eval {name} -o RESULT.json` and `mergecli report RESULT.json --card {name}` add "
-        "them.\n"
+        f"{_RESULTS}\nNone yet. `mergecli eval {model} -o RESULT.json` and "
+        f"`mergecli report RESULT.json --card {model}` add them.\n"
     )
 
 
@@ -209,8 +214,8 @@ def _name_in_card(model: Path) -> str:
     return model.name if model.suffix else "."
 
 
-def _shown_name(model: Path) -> str:
-    return re.sub(r"([\\`*_\[\]<>#])", r"\\\1", model.stem if model.suffix else model.absolute().name)
+def _markdown(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>#])", r"\\\1", text)
 
 
 def _sources(value: Any) -> Iterator[Source]:

@@ -26,6 +26,11 @@ _PARAMETERS = {
 }
 
 
+_OTHER = "not as in `{}`: "
+FEW = 3
+"""So many differences in protocol are told one by one."""
+
+
 def columns(rows: Sequence[Row], reference: Reference, intervals: bool = False) -> Block:
     """The published average of the same method and tasks, and our difference to it; with `intervals` also its
     significance."""
@@ -49,7 +54,12 @@ def columns(rows: Sequence[Row], reference: Reference, intervals: bool = False) 
             "difference: ±: longer side of the 95 % interval for two independent proportions (Newcombe), as if the published "
             "numbers were of other images, and so too wide for the same ones."
         )
-    return Block(found, notes, departures([row.result for row in rows if row.result], reference))
+    warnings = departures([row.result for row in rows if row.result], reference)
+    other = [line for line in warnings if line.startswith(_OTHER.format(reference.name))]
+    short = (
+        f"evaluated otherwise than `{reference.name}` in {len(other)} ways, from which differences may come"
+    )
+    return Block(found, notes, warnings, {short: other} if len(other) > FEW else {})
 
 
 def _estimate(row: Row, reference: Reference, part: str, difference: float) -> Cell:
@@ -147,7 +157,7 @@ def departures(evaluations: Sequence[Evaluation], reference: Reference) -> list[
     for problem, (tasks, models) in found.items():
         where = f"{quoted(tasks)}: " if tasks else ""
         who = "" if len(models) == len(evaluations) else f" ({quoted(models)})"
-        lines.append(f"not as in `{reference.name}`: {where}{problem}{who}")
+        lines.append(f"{_OTHER.format(reference.name)}{where}{problem}{who}")
     if silent := [each.name for each in evaluations if _models_of(each, reference) is None]:
         lines.append(
             f"whether the models are those of `{reference.name}` cannot be seen from {quoted(silent)}: "

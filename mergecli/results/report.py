@@ -143,6 +143,7 @@ def _table(rows: Sequence[Row], blocks: Sequence[Block], warnings: Sequence[str]
         best=frozenset(scored.best_of(columns, kinds)),
         notes=tuple(note for block in blocks for note in block.notes),
         warnings=(*warnings, *(line for block in blocks for line in block.warnings)),
+        in_short={line: whole for block in blocks for line, whole in block.in_short.items()},
     )
 
 

@@ -89,6 +89,8 @@ class Block(NamedTuple):
     columns: Sequence[tuple[Column, list[Cell]]] = ()
     notes: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    in_short: Mapping[str, Sequence[str]] = {}
+    """A line -> those of the warnings that it stands for where there is little room."""
 
 
 def rows_of(

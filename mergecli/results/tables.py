@@ -7,8 +7,8 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from mergecli.results.cells import Cell, Column, Estimate, Plain, Quantity
@@ -38,6 +38,8 @@ class Table:
     """Footnotes: how to read the numbers."""
     warnings: tuple[str, ...] = ()
     """Footnotes: why some numbers cannot be compared."""
+    in_short: Mapping[str, Sequence[str]] = field(default_factory=dict[str, "Sequence[str]"])
+    """A line -> those of the warnings that it stands for where there is little room."""
     figures: tuple[str, ...] = ()
     """Figures, as HTML, after the table on its page."""
     origins: tuple[str, ...] = ()

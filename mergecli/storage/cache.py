@@ -198,7 +198,7 @@ def allowed_size(given: str | int | None = None) -> int:
     text = given if given is not None else os.environ.get("MERGECLI_CACHE_SIZE")
     if text is None:
         return min(DEFAULT_SIZE, (_free() + sum(file.size for file in _files())) // 2)
-    return parse_size(text, "--cache-size" if given is not None else "MERGECLI_CACHE_SIZE")
+    return parse_size(text, "cache size" if given is not None else "MERGECLI_CACHE_SIZE")
 
 
 def make_room(size: int, max_size: int) -> bool:

@@ -346,7 +346,7 @@ def _files(path: Path) -> list[Path]:
             )
         if list(path.glob("*.bin")) or list(path.glob("*.pt")):
             raise InputError(
-                f"{path}: has only pickled weights, which is not opened as it is", pickle_hint(path)
+                f"{path}: has only pickled weights, and a pickle is not opened as it is", pickle_hint(path)
             )
         models = sorted(each.name for each in path.glob("*/") if _has_weights(each))
         raise InputError(

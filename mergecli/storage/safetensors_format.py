@@ -219,5 +219,7 @@ def read_header(
         short = 8 + length + end - size
         raise InputError(f"{file}: is cut short: {short:,} of {8 + length + end:,} bytes are missing", _AGAIN)
     if size > 8 + length + end:
-        raise InputError(f"{file}: is damaged: {size - 8 - length - end:,} bytes after the last tensor")
+        raise InputError(
+            f"{file}: is damaged: {size - 8 - length - end:,} bytes after the last tensor", _AGAIN
+        )
     return {name: (dtype, shape, 8 + length + at[0]) for name, (dtype, shape, at) in tensors.items()}, about

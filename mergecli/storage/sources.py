@@ -95,8 +95,8 @@ def parse_source(text: str, anchor: Path) -> Source:
             or not _REPOSITORY.fullmatch(name)
             or (prefix == "toy" and (revision or hash_ or "/" in name))
         ):
-            form = "toy:name" if prefix == "toy" else f"{prefix}:org/name@revision"
-            raise UsageError(f"source `{text}`: expected `{form}`")
+            hub = f"`{prefix}:org/name` or `{prefix}:org/name@revision`"
+            raise UsageError(f"source `{text}`: expected {'`toy:name`' if prefix == 'toy' else hub}")
         return Source(
             cast("Kind", prefix), name, revision or None, inside=checked_inside(inside) if hash_ else None
         )

@@ -260,11 +260,7 @@ def _path(source: Source) -> Path:
         hint = f"for the hub's model write `hf:{source.name}`" if hub and "." not in path.name else ""
         near = nearest_path(path)
         meant = f" (did you mean `{Path(source.name).with_name(near.name)}`?)" if near else ""
-        bare = not path.suffix and os.sep not in source.name
-        what = "no such file, folder or recipe" if bare else "no such file or folder"
-        raise InputError(
-            f"{source.name}: {what}{meant}", hint or ("a recipe's name ends in `.toml`" if bare else "")
-        )
+        raise InputError(f"{source.name}: no such file or folder{meant}", hint)
     return path
 
 

@@ -149,7 +149,7 @@ def finetune(
     from mergecli.training.plan import training_plan
     from mergecli.training.resume import TrainingState, state_file, state_size
 
-    source, tasks = _base_and_tasks(recipe, task, base, data, bool(validate_every), validation_split)
+    source, tasks = base_and_tasks(recipe, task, base, data, bool(validate_every), validation_split)
     with open_source(source) as stored:
         for each in (target, last_good_path(target)):
             refuse_inputs(each, {"the base": stored.files[0]})
@@ -233,7 +233,7 @@ def finetune(
     )
 
 
-def _base_and_tasks(
+def base_and_tasks(
     recipe: str | Path | Recipe | None,
     task: str | Sequence[str],
     base: str | Path | None,
@@ -258,5 +258,5 @@ def _base_and_tasks(
     source = parse_source(str(base), Path()) if base is not None else known.base if known else None
     if source is None:
         raise UsageError("no base to fine-tune", "name a recipe that has a `base`, or the base itself")
-    expect_all([source, *(each.data for each in chosen)], known)
+    expect_all([source], known, chosen)
     return source, [TrainingTask.of(each, validates, split) for each in chosen]

@@ -107,8 +107,8 @@ class Training:
             if math.isfinite(loss):
                 continue
             if not state.step:
-                hint = "look at the base with `mergecli info`" + (
-                    ", and at `alpha`" if self.settings.low_rank else ""
+                hint = "the base is damaged: fetch or copy it again" + (
+                    ", or lower `alpha`" if self.settings.low_rank else ""
                 )
             else:
                 hint = f"lower `learning_rate` (it is {self.settings.learning_rate})"

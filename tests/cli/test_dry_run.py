@@ -266,9 +266,9 @@ def test_a_dry_run_in_a_pipe_is_a_table_and_its_totals_are_a_message(place: Path
     assert [row[:2] for row in rows] == [
         ["check", ""], ["read", "one"], ["read", "two"], ["read", "three"], ["merge", "average"], ["write", "average"],
     ]  # fmt: skip
-    assert ended.err.startswith("would read ")
-    assert "of memory (estimates, measured for " in ended.err
-    assert ended.err.count("\n") == 1
+    assert ended.end.startswith("would read ")
+    assert "of memory (estimates, measured for " in ended.end
+    assert ended.err == ""
 
 
 def test_a_training_that_was_interrupted_is_planned_from_where_it_stopped(

@@ -60,7 +60,11 @@ def test_a_result_is_a_table_on_stdout_and_json_on_disk(place: Path, run: Run) -
 def test_without_a_checkpoint_every_model_of_the_recipe_is_evaluated(place: Path, run: Run) -> None:
     ended = run("eval", "--recipe", "r.toml", "-o", "out/")
     assert [line.split("\t")[0] for line in ended.out.splitlines()] == ["model", "base", "warm", "cold"]
-    assert sorted(file.name for file in (place / "out").iterdir()) == ["base.json", "cold.json", "warm.json"]
+    assert sorted(file.name for file in (place / "out").glob("*.json")) == [
+        "base.json",
+        "cold.json",
+        "warm.json",
+    ]
 
 
 def test_only_chooses_among_the_recipes_models(place: Path, run: Run) -> None:
@@ -208,11 +212,11 @@ def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["x.safetensors", "--task", "mnist"], 2, "error: no CLIP to evaluate with"),
-        (["x.safetensors", "--clip", "base"], 2, "error: no tasks to evaluate on"),
+        (["x.safetensors", "--task", "mnist"], 2, "error: there is no CLIP to evaluate with"),
+        (["x.safetensors", "--clip", "base"], 2, "error: there are no tasks to evaluate on"),
         (["x.safetensors", "--recipe", "r.toml", "--task", "wram"], 2, "error: unknown task `wram` (did you mean `warm`?)"),
         (["x.safetensors", "--recipe", "r.toml"], 3, "error: x.safetensors: no such file or folder"),
-        (["warm.safetensors", "--recipe", "r.toml", "--task", "mnist"], 3, "error: hf:ylecun/mnist: has not been fetched"),
+        (["warm.safetensors", "--recipe", "r.toml", "--task", "mnist"], 3, "error: hf:datasets/ylecun/mnist (task `mnist`): has not been fetched"),
         (["warm.safetensors", "--recipe", "r.toml", "--split", "tset"], 2, "error: "),
         (["warm.safetensors", "--recipe", "r.toml", "--set", "tasks.warm.classes=[\"a\",\"b\"]"], 3, "error: data/warm (task `warm`): split `test`: the data have 3 classes, the task has 2"),
         (["warm.safetensors", "--recipe", "r.toml", "--min-average", "70"], 2, "error: --min-average: expected a fraction"),
@@ -227,7 +231,7 @@ def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
         (["warm.safetensors", "--recipe", "r.toml", "--corruption", ""], 2, "error: --corruption: is empty"),
         (["warm.safetensors", "--recipe", "r.toml", "--task", ","], 2, "error: --task: is empty"),
         (["warm.safetensors", "--recipe", "r.toml", "--severity", "4"], 2, "error: --severity: there is no corruption"),
-        (["--clip", "base", "--task", "mnist"], 2, "error: no checkpoint to evaluate"),
+        (["--clip", "base", "--task", "mnist"], 2, "error: there is no checkpoint to evaluate"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_said(

@@ -105,6 +105,7 @@ def test_a_folder_loads_in_transformers_and_keeps_the_prefix(
     )  # fmt: skip
     assert (ended.status, ended.out) == (0, "merged\n"), ended.err
     assert sorted(file.name for file in (world.folder / "merged").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
     ]
@@ -131,10 +132,10 @@ def test_checkpoints_of_any_architecture_are_merged(world: World, run: Run) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x.safetensors", "-o", "m.safetensors"], "error: no method is named\nhint: `--method NAME`"),
+        (["x.safetensors", "-o", "m.safetensors"], "error: no method is named\nhint: name one with `--method NAME`; `mergecli methods` lists them"),
         (["r.toml", "--base", "b", "-o", "m.safetensors"], "error: --base: a recipe names its base itself"),
-        (["x.safetensors", "--method", "average"], "error: missing option '-o' / '--output'\nhint: `mergecli merge --help` shows what is expected"),
-        (["x.safetensors", "--method", "averge", "-o", "m.safetensors"], "error: --method: `method.name`: unknown method `averge` (did you mean `average`?)"),
+        (["x.safetensors", "--method", "average"], "error: -o/--output is missing\nhint: `mergecli merge --help` shows what is expected"),
+        (["x.safetensors", "--method", "averge", "-o", "m.safetensors"], "error: --method: unknown method `averge` (did you mean `average`?)"),
         (["x.safetensors", "--method", "average", "-o", "m.pt"], "error: m.pt: expected a `.safetensors` file"),
         (["a/x.safetensors", "b/x.safetensors", "--method", "average", "-o", "m.safetensors"], "error: two models are called `x`"),
     ],
@@ -159,11 +160,15 @@ def test_a_folder_can_be_sharded_and_holds_the_same(world: World, run: Run) -> N
     names = sorted(
         re.sub("model-[0-9a-f]{12}-", "model-", file.name) for file in (world.folder / "parts").iterdir()
     )
-    assert names == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)] + ["model.safetensors.index.json"]
+    parts = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert names == ["README.md", *parts, "model.safetensors.index.json"]
     digests = [json.loads(run("info", output, "--json").out)["digest"] for output in ("whole", "parts")]
     assert digests[0] == digests[1]
     run(*models, "-o", "parts")
-    assert [file.name for file in (world.folder / "parts").iterdir()] == ["model.safetensors"]
+    assert sorted(file.name for file in (world.folder / "parts").iterdir()) == [
+        "README.md",
+        "model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(

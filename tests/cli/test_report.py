@@ -54,3 +54,19 @@ def test_wrong_options_and_files_have_their_status(tmp_path: Path, run: Run) -> 
     assert ended.err.startswith("error: --sort: expected one of average, name, mnist, got `avrage`")
     ended = run("report", "a.json", "--against", "a.json", "--predictions", "no.parquet")
     assert (ended.status, ended.out, ended.err) == (3, "", "error: no.parquet: no such predictions\n")
+
+
+def test_many_departures_from_a_published_table_are_a_line_unless_all_is_wanted(
+    tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "a.json").write_text(result("a", "ties", 4, mnist=0.5).to_json())
+    line = ["report", "a.json", "--reference", "clip-vit-base-patch32-ta8"]
+    whole = [each for each in run(*line, "-v").err.splitlines() if each.startswith("warning: not as in ")]
+    assert len(whole) > 3
+    short = run(*line, "-o", "r.html").err.splitlines()
+    assert [each for each in short if each.startswith("warning: evaluated otherwise")] == [
+        f"warning: evaluated otherwise than `clip-vit-base-patch32-ta8` in {len(whole)} ways, from which differences may "
+        "come: `--verbose` lists them, and so does `-o report.html`"
+    ]
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<strong>Warning:</strong> not as in `clip-vit-base-patch32-ta8`") == len(whole)

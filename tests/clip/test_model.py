@@ -226,7 +226,9 @@ def test_a_damaged_config_is_refused_in_one_line(copy, content):
 
 def test_a_device_that_is_not_there_is_refused():
     assert usable_device("cpu") == "cpu"
-    with pytest.raises(UsageError, match=r"device: expected `cpu`, `cuda`, or .*, got `abacus`"):
+    with pytest.raises(
+        UsageError, match=r"^device: expected `cpu`, `cuda`, or `cuda:1` for the second GPU, got `abacus`$"
+    ):
         usable_device("abacus")
 
 

@@ -147,7 +147,9 @@ def test_an_unreadable_image_is_named_and_nothing_is_kept(clip, data, home, work
     broken = replace(
         images, encoded=lambda row: EncodedImage(b"no image") if row == 7 else images.encoded(row)
     )
-    with pytest.raises(InputError, match="split `test`, image 7: cannot be read: cannot identify image file"):
+    with pytest.raises(
+        InputError, match="split `test`, image 7: cannot be read: it is no image of a kind that Pillow knows"
+    ):
         cached_pixels(clip, broken, replace(ROOM, workers=workers))
     assert files(home) == []
 

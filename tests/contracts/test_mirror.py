@@ -9,12 +9,13 @@ import pytest
 
 import mergecli
 from mergecli.cli import COMMANDS
+from mergecli.cli.options import ENGINE_OPTIONS
 
 FUNCTIONS = {module.rpartition(".")[2]: module for module in COMMANDS.values()}
 LISTS = {"methods", "tasks"}
 """Commands without a function: Python has the rooms `mergecli.methods` and `mergecli.data.tasks`."""
 ONLY_IN_THE_PROGRAM = {"as_json", "form", "min_average", "min_task", "sweep"}
-ONLY_IN_PYTHON = {"progress", "note", "settings", "format", "data", "unfinished"}
+ONLY_IN_PYTHON = {"progress", "note", "settings", "format", "data"}
 CHOICES_OF_WHAT_IS_PRINTED = {"info": {"keys", "recipe", "coefficients"}}
 SAME = {"models": "recipe"}
 
@@ -27,12 +28,16 @@ def test_every_command_is_a_function_of_the_package_too() -> None:
 def test_a_command_and_its_function_have_the_same_parameters(name: str) -> None:
     command = getattr(import_module(FUNCTIONS[name]), name)
     program = {SAME.get(each, each) for each in inspect.signature(command).parameters}
+    if "engine" in program:  # Python takes a `mergecli.Engine`
+        program -= {each.name for each in ENGINE_OPTIONS if each.name != "engine"}
     program -= ONLY_IN_THE_PROGRAM | CHOICES_OF_WHAT_IS_PRINTED.get(name, set())
     python = set(inspect.signature(getattr(mergecli, name)).parameters) - ONLY_IN_PYTHON
     if name == "evaluate":
         program -= (
             set(inspect.signature(mergecli.sweep).parameters) - python
         )  # `--sweep` makes it `mergecli.sweep`
+    if name == "finetune":
+        program -= {"each", "engine"}  # `--each` makes it `mergecli.finetune_each`
     if name in ("merge", "evaluate", "finetune"):
         program -= {"dry_run"}  # `mergecli.plan` of the function
     if name in ("evaluate", "finetune"):

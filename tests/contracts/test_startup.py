@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ def ended(commands: list[list[str]], folder: Path) -> list[tuple[int, list[str]]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(commands)],
         capture_output=True, text=True, cwd=folder, check=True,
+        env=dict(os.environ),  # readline, which pytest imports, sets COLUMNS where Python does not see it
     )  # fmt: skip
     return [(status, heavy) for status, heavy in json.loads(done.stdout)]
 

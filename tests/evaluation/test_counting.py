@@ -13,29 +13,39 @@ from mergecli.clip.model import load_clip
 from mergecli.clip.pixels import cached_pixels
 from mergecli.data import tasks
 from mergecli.data.images import load_images
-from mergecli.evaluation.counting import Counts, CountsFile, Job, ModelSlot, Worker, load_counts
+from mergecli.evaluation.counting import Counts, Job, ModelSlot, Worker, counts_file, read_counts
 from mergecli.evaluation.evaluate import evaluate
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError
 from mergecli.storage.checkpoint import open_checkpoint
 
 
-def test_a_worker_saves_counts_once_they_are_of_all_images(place, recipe, tmp_path):
+def test_a_worker_saves_counts_once_when_they_are_of_all_images(place, recipe, tmp_path):
     clip, images = load_clip(place / "base"), load_images(tasks.find("more", recipe))
     worker = Worker(ModelSlot(clip), zero_shot_head(clip, ("red", "green", "blue"), ("{}",)))
     batches = list(cached_pixels(clip, images).batches(8))
-    file = CountsFile(tmp_path / "counts.safetensors", "counts", 10**9)
+    saved = []
     with torch.inference_mode(), open_checkpoint(place / "tower.safetensors") as tower:
-        job = Job(tower, "more", 20, file)
+        job = Job(tower, "more", 20, saved.append)
         assert worker.run(job, batches[:2]) is job.counts
-        assert len(job.counts.labels) == 16
-        assert load_counts(file, images.labels) is None
+        assert (len(job.counts.labels), saved) == (16, [])
         worker.run(job, batches[2:])
-        assert load_counts(file, images.labels) == job.counts
-        assert load_counts(file, images.labels[::-1]) is None
-        whole = worker.run(Job(tower, "more", 20, file._replace(max_size=0)), batches)
+        assert saved == [job]
+        whole = worker.run(Job(tower, "more", 20, saved.append), batches)
     assert whole == job.counts
     assert whole.labels == images.labels
+    assert job.seconds > 0
+
+
+def test_a_file_of_counts_has_all_their_digits_and_is_only_for_these_labels(place, recipe, tmp_path):
+    counts = Counts(
+        [0, 1, 25_000], [0, 2, 25_000], [0.25, 0.5, float(torch.tensor(0.1))], [1 / 3, 2 / 3], [0.1]
+    )
+    (tmp_path / "counts.safetensors").write_bytes(counts_file(counts, {"what": "counts"}))
+    with open_checkpoint(tmp_path / "counts.safetensors", checked=True) as stored:
+        assert read_counts(stored, counts.labels) == counts
+        assert read_counts(stored, counts.labels[::-1]) is None
+        assert stored.metadata["what"] == "counts"
 
 
 @pytest.fixture

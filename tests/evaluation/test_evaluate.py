@@ -212,7 +212,7 @@ def test_several_results_go_into_a_folder(place, recipe, tmp_path):
     evaluate(
         [place / "base", place / "tower.safetensors"], recipe=recipe, tasks=["tints"], output=tmp_path / "out"
     )
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["base.json", "tower.json"]
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.json")) == ["base.json", "tower.json"]
 
 
 def test_predictions_are_a_row_for_each_image(place, recipe, tmp_path):
@@ -352,8 +352,8 @@ def test_weights_that_are_not_numbers_are_named_and_nothing_is_written(place, re
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"clip": None, "tasks": ["mnist"]}, "no CLIP to evaluate with"),
-        ({"tasks": None}, "no tasks to evaluate on"),
+        ({"clip": None, "tasks": ["mnist"]}, "there is no CLIP to evaluate with"),
+        ({"tasks": None}, "there are no tasks to evaluate on"),
         ({"tasks": ["mnsit"]}, "unknown task `mnsit`"),
         ({"device": "abacus"}, "device `abacus`"),
         ({"dtype": "float31"}, r"dtype: expected one of .*, got `float31` \(did you mean `float32`\?\)"),
@@ -363,7 +363,7 @@ def test_weights_that_are_not_numbers_are_named_and_nothing_is_written(place, re
         ({"corruption": "contrast", "severity": 6}, "expected a severity from 1 to 5, got 6"),
         ({"cache_size": "large"}, "cache size: expected a size"),
         ({"features": "base/config.json"}, "is a file, a folder was expected"),
-        ({"checkpoints": []}, "no checkpoint to evaluate"),
+        ({"checkpoints": []}, "there is no checkpoint to evaluate"),
         (
             {"checkpoints": ["a/x.safetensors", "b/x.safetensors"], "output": "out"},
             "two results would be called `x`",

@@ -31,20 +31,36 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(place, recipe, tmp_path,
     towers = [place / "base", place / "tower.safetensors"]
     given = {"recipe": recipe, "output": tmp_path / "out", "predictions": tmp_path / "p.parquet"}
     evaluate(towers, **given | {"output": tmp_path / "want", "predictions": tmp_path / "want.parquet"})
-    assert list((tmp_path / "home" / "cache" / "results").iterdir()) == []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         counted(patch, stop_at="more")
         evaluate(towers, **given)
-    assert len(list((tmp_path / "home" / "cache" / "results").iterdir())) == 2
+    assert len(list((tmp_path / "out" / ".units").iterdir())) == 2
     seen = counted(monkeypatch)
     evaluate(towers, **given)
     assert seen == ["more 2"]
     for name in ("base.json", "tower.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "want" / name).read_bytes()
     assert (tmp_path / "p.parquet").read_bytes() == (tmp_path / "want.parquet").read_bytes()
-    assert list((tmp_path / "home" / "cache" / "results").iterdir()) == []
     evaluate(towers, **given)
+    assert seen == ["more 2"]
+    evaluate(towers, **given | {"fresh": True})
     assert seen == ["more 2", "tints 2", "more 2"]
+
+
+def test_without_a_folder_an_interrupted_evaluation_resumes_from_the_cache_which_is_left_empty(
+    place, recipe, tmp_path, monkeypatch
+):
+    given = {"recipe": recipe, "output": tmp_path / "r.json"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        counted(patch, stop_at="more")
+        evaluate(place / "base", **given)
+    kept = tmp_path / "home" / "cache" / "results"
+    assert len(list(kept.iterdir())) == 1
+    seen = counted(monkeypatch)
+    evaluate(place / "base", **given)
+    assert list(kept.iterdir()) == []
+    evaluate(place / "base", **given)
+    assert seen == ["more 1", "tints 1", "more 1"]
 
 
 @pytest.mark.parametrize(

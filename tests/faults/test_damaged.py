@@ -28,7 +28,10 @@ def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, objec
 X = {"x": entry("F32", [2], 0, 8)}
 
 DAMAGED: dict[str, tuple[Callable[[], bytes], str]] = {
-    "empty": (lambda: b"", "is not a safetensors file"),
+    "empty": (
+        lambda: b"",
+        "is empty, a safetensors file was expected\nhint: the copy or download did not finish",
+    ),
     "text": (lambda: b"hello, this is no checkpoint at all", "is not a safetensors file"),
     "huge header": (lambda: (1 << 60).to_bytes(8, "little") + b"{}", "is not a safetensors file"),
     "cut in the header": (
@@ -95,7 +98,9 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "x.pt")
     (tmp_path / "folder").mkdir()
     (tmp_path / "x.pt").rename(tmp_path / "folder" / "pytorch_model.bin")
-    with pytest.raises(InputError, match="folder: has only pickled weights, which is not opened as it is"):
+    with pytest.raises(
+        InputError, match="folder: has only pickled weights, and a pickle is not opened as it is"
+    ):
         open_checkpoint(tmp_path / "folder")
     assert not (tmp_path / "boom").exists()
 

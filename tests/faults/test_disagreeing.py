@@ -71,7 +71,8 @@ def test_large_but_finite_values_are_no_infinity(world: World) -> None:
 def test_a_result_too_large_for_its_dtype_is_refused(world: World) -> None:
     output = world.folder / "m.safetensors"
     with pytest.raises(
-        InputError, match=r"the merged values do not fit float16\nhint: use smaller settings, or dtype"
+        InputError,
+        match=r"the merged values do not fit float16\nhint: use smaller settings, or `--set dtype=float32`",
     ):
         merge(
             world.files, base=world.base_file, method="task_arithmetic", settings={"scaling_factor": 1e6},

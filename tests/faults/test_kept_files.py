@@ -22,7 +22,7 @@ from mergecli.clip.pixels import Processing, cached_pixels
 from mergecli.data import splits
 from mergecli.data.images import load_images
 from mergecli.data.tasks import find
-from mergecli.evaluation.counting import Counts, CountsFile, load_counts, save_counts
+from mergecli.evaluation.counting import Counts, counts_file, read_counts
 from mergecli.formats.convert import convert_once, converted_path
 from mergecli.formats.opening import open_source
 from mergecli.hub.store import partial_folder, put_in_place, sha256_of
@@ -31,9 +31,12 @@ from mergecli.merging.merge import merge
 from mergecli.merging.taskvector import taskvector
 from mergecli.recipe.reading import recipe_of
 from mergecli.runtime.distributed import Ranks
+from mergecli.runtime.engines.contract import Unit
+from mergecli.runtime.engines.worker import report_of
 from mergecli.runtime.errors import InputError, MergecliError, MergecliWarning
 from mergecli.storage.sources import parse_source
 from mergecli.storage.store import MANIFEST, Manifest, Store, StoredFile, locate
+from mergecli.storage.units import UnitFiles
 from mergecli.training.resume import TrainingState, read_state, state_file
 from tests.support.adapted_world import SHORT, AdaptedWorld, make_adapted_world
 from tests.support.kept_files import flip
@@ -94,10 +97,16 @@ def heads(world: AdaptedWorld, _tmp: Path, _patch: pytest.MonkeyPatch) -> Kept:
     return Kept(in_cache("heads"), use, is_made_again=True)
 
 
-def unfinished_counts(_world: AdaptedWorld, tmp: Path, _patch: pytest.MonkeyPatch) -> Kept:
-    file, labels = CountsFile(tmp / "counts.safetensors", "counts", 10**9), [0, 1, 2, 1]
-    save_counts(Counts(labels, [0, 1, 1, 1], [0.5, 0.25, 0.75, 0.5], [1.5, 2.5], [0.75, 1.25]), file)
-    return Kept([file.path], lambda: load_counts(file, labels), is_made_again=True)
+def units(_world: AdaptedWorld, tmp: Path, _patch: pytest.MonkeyPatch) -> Kept:
+    files, labels = UnitFiles(tmp, 0, what="its images are counted"), [0, 1, 2, 1]
+    counts = Counts(labels, [0, 1, 1, 1], [0.5, 0.25, 0.75, 0.5], [1.5, 2.5], [0.75, 1.25])
+    unit = Unit(("tower", "task"), "0" * 32)
+    files.save(unit, report_of(counts_file(counts, {"what": "counts"}), "cpu", 1.0))
+    return Kept(
+        [files.path(unit)],
+        lambda: files.read(unit, lambda stored: read_counts(stored, labels)),
+        is_made_again=True,
+    )
 
 
 def digests(world: AdaptedWorld, tmp: Path, patch: pytest.MonkeyPatch) -> Kept:
@@ -235,7 +244,7 @@ KINDS: dict[str, Make] = {
     "pixels": pixels,
     "chosen pixels": chosen_pixels,
     "heads": heads,
-    "unfinished counts": unfinished_counts,
+    "units": units,
     "digests": digests,
     "statistics of one task": statistics("fisher", named=False),
     "statistics in a folder of the user's": statistics("reg_mean", named=True),

@@ -67,7 +67,7 @@ def test_a_change_is_one_value(world: World, run: Run) -> None:
     )
     assert (ended.status, ended.err) == (
         2,
-        "error: `--set method.density`: expected one TOML value\n",
+        "error: --set: `method.density`: expected one TOML value\n",
     )
 
 

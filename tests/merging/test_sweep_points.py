@@ -42,6 +42,26 @@ def test_what_is_no_axis_is_refused(text: str) -> None:
         parse_axis(text)
 
 
+RANGE = "expected `FIRST:LAST:STEP`, such as 0.1:1.0:0.1"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("density=0.1,0.2", "expected `method.SETTING=FIRST:LAST:STEP` or `method.SETTING=VALUE,VALUE,...` "
+         "(did you mean `method.density=0.1,0.2`?)"),
+        ("method.density=0.1:0.5", RANGE),
+        ("method.density=a:b:c", RANGE),
+        ("method.density=0.5:0.1:0.1", f"{RANGE}: no steps of 0.1 lead from 0.5 to 0.1"),
+        ("method.density=0:1:0.0001", "has 10,001 values, of which at most 1,000 are allowed"),
+    ],
+)  # fmt: skip
+def test_what_is_no_axis_is_told_why(text: str, what: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_axis(text)
+    assert str(error.value) == f"sweep `{text}`: {what}"
+
+
 SURVEYING = [
     name
     for name in methods.names()

@@ -44,9 +44,7 @@ def test_statistics_of_reg_mean_serve_esm_and_the_other_way_round(zoo: Zoo, tmp_
 
 def test_statistics_of_more_images_than_esm_looks_at_are_refused(zoo: Zoo, tmp_path: Path) -> None:
     measure(zoo.recipe, method="reg_mean", settings=FEW, output=tmp_path / "s")
-    with pytest.raises(
-        InputError, match=r"`measured\.settings\.examples`: it was measured on 20, wanted is 8"
-    ):
+    with pytest.raises(InputError, match=r"`measured\.settings\.examples`: expected 8, got 20"):
         measured_merge(zoo, "esm", tmp_path / "s", examples=8)
 
 

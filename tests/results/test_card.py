@@ -56,7 +56,7 @@ def test_the_hubs_own_client_reads_the_card_of_a_folder(merged: Path) -> None:
         "tags": ["merge", "mergecli", "clip", "average"], "license": "apache-2.0",
     }  # fmt: skip
     inputs, recipe = mergecli.info(merged).inputs, mergecli.info(merged).metadata["recipe"]
-    assert "# average" in card.text
+    assert "# Merge of digits and letters by average\n" in card.text
     assert f"digest of the weights `{mergecli.info(merged).digest}`" in card.text
     assert f"| digits | toy:digits | {inputs['digits']} |" in card.text
     assert f"```toml\n{recipe}```" in card.text

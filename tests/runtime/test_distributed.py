@@ -43,5 +43,7 @@ def test_a_process_alone_is_the_first_and_its_sums_are_its_own(monkeypatch: pyte
 
 def test_a_device_that_torch_does_not_have_is_refused() -> None:
     assert usable_device("cpu") == "cpu"
-    with pytest.raises(UsageError, match="device `nowhere`: cannot be used here"):
+    with pytest.raises(
+        UsageError, match="device: expected `cpu`, `cuda`, or `cuda:1` for the second GPU, got `nowhere`"
+    ):
         usable_device("nowhere")

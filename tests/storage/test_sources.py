@@ -29,8 +29,8 @@ def test_a_source_means_what_its_prefix_says(text: str, kind: str, name: str, re
     ("text", "message"),
     [
         ("hff:org/name", r"unknown prefix `hff:` \(did you mean `hf`\?\)"),
-        ("hf:", r"source `hf:`: expected `hf:org/name@revision`"),
-        ("hf:a/b/c", r"expected `hf:org/name@revision`"),
+        ("hf:", r"source `hf:`: expected `hf:org/name` or `hf:org/name@revision`"),
+        ("hf:a/b/c", r"expected `hf:org/name` or `hf:org/name@revision`"),
         ("toy:a/b", r"expected `toy:name`"),
         ("  ", "a source is empty"),
     ],
@@ -64,7 +64,7 @@ def test_models_on_the_command_line_get_their_names() -> None:
 def test_two_models_of_one_name_are_refused() -> None:
     with pytest.raises(
         UsageError,
-        match=r"two models are called `a`: x/a.safetensors and y/a.safetensors\nhint: write `NAME=PATH`",
+        match=r"two models are called `a`: x/a.safetensors and y/a.safetensors\nhint: write `NAME=SOURCE`, each with a name of its own",
     ):
         named_sources(["x/a.safetensors", "y/a.safetensors"])
 

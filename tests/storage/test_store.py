@@ -132,3 +132,16 @@ def test_a_fetched_configuration_that_has_changed_is_refused(
     assert str(caught.value) == (
         f"hf:org/x: `config.json` in {folder} is damaged\nhint: delete that folder and fetch again"
     )
+
+
+def test_a_file_of_a_like_name_is_suggested(tmp_path: Path) -> None:
+    for name in ("average.safetensors", "average.json", "ties.safetensors"):
+        (tmp_path / name).touch()
+    for written in ("average", "averge.safetensors", "average.safetensor"):
+        with pytest.raises(InputError) as error:
+            locate(parse_source(written, tmp_path))
+        assert (
+            error.value.message == f"{written}: no such file or folder (did you mean `average.safetensors`?)"
+        )
+    with pytest.raises(InputError, match=r"nosuch\.safetensors: no such file or folder$"):
+        locate(parse_source("nosuch.safetensors", tmp_path))

@@ -38,7 +38,7 @@ def test_everything_that_is_wrong_is_collected_and_replaced_by_a_value_of_its_ty
         "`n`: expected a whole number, at least 1",
         "`x`: expected a number",
         "`x`: expected a number",
-        "`s`: expected a string",
+        "`s`: expected a string that is not empty",
         "`s`: expected a list of strings",
         "`s`: expected one of x, y",
         "`f`: expected true or false",

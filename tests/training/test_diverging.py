@@ -164,7 +164,7 @@ def test_before_the_first_step_it_is_not_the_learning_rate(recipe: Recipe, tmp_p
     save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="is nan at step 1") as caught:
         finetune(recipe, base=tmp_path / "base", output=tmp_path / "t", **SHORT)
-    assert caught.value.hint == "look at the base with `mergecli info`; nothing was learned yet"
+    assert caught.value.hint == "the base is damaged: fetch or copy it again; nothing was learned yet"
 
 
 @pytest.mark.parametrize("more", [{}, {"lora": True, "rank": 2}])

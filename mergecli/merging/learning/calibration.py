@@ -63,6 +63,21 @@ class CalibrationTask:
         return replace(self, images=self.images.chosen(order[:wanted].sort().values.tolist()))
 
 
+def task_of(model: str, recipe: Recipe) -> Task:
+    """The task that a model is named after.
+
+    Raises:
+        UsageError: there is no such task.
+    """
+    try:
+        return find(model, recipe)
+    except UsageError as error:
+        raise UsageError(
+            f"model `{model}`: `{recipe.method}` looks at images of the task that it is named after: {error.message}",
+            f"name it after one, or define it in `[tasks.{model}]` of a recipe; `mergecli tasks` lists the built-in ones",
+        ) from error
+
+
 def calibration_task(
     name: str, split: str, recipe: Recipe, *, may_lack_images: bool = False
 ) -> CalibrationTask:
@@ -74,7 +89,7 @@ def calibration_task(
     from mergecli.data.images import load_images
 
     try:
-        task = find(name, recipe)
+        task = task_of(name, recipe)
         if task.data.kind != "toy":
             locate(task.data)
     except (UsageError, InputError):

@@ -170,7 +170,8 @@ def read_learned(
     stored.expect_checksums(CURE)
     if metadata.get("method") != name:
         raise UsageError(
-            f"{path}: was learned by `{metadata.get('method')}`, the recipe's method is `{name}`"
+            f"{path}: was learned by `{metadata.get('method')}`, the recipe's method is `{name}`",
+            f"use `--method {metadata.get('method')}`, or learn again without `--coefficients`",
         )
     known, settings, looked, _ = (
         json_field(stored, key) for key in ("tasks", "settings_table", "adapted_on", "seed")
@@ -179,7 +180,8 @@ def read_learned(
         raise _silent(path)
     if known != list(tasks):
         raise InputError(
-            f"{path}: is for the models {quoted(map(str, known))}, in this order; these are {quoted(tasks)}"
+            f"{path}: is for the models {quoted(map(str, known))}, in this order; these are {quoted(tasks)}",
+            "name the same models in that order, or learn again without `--coefficients`",
         )
     free = {*ours, *from_file, *method.not_recorded}
     given = {key: frozen(value) for key, value in recipe.settings.items() if key not in free}

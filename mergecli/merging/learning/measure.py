@@ -6,19 +6,25 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
-from mergecli.merging.learning.statistics import Measurement, files_for
-from mergecli.merging.models import open_models
+from mergecli.hub.fetched import expect_all
+from mergecli.merging.learning.statistics import Measurement, StatisticsFile, files_for
+from mergecli.merging.models import Models, open_models
 from mergecli.methods._calibrated import Calibrated
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
-from mergecli.runtime.errors import UsageError, did_you_mean, quoted
-from mergecli.storage.atomic import check_name, check_target, warn_of_others
+from mergecli.runtime.engines.contract import Engine, Report, Unit, part_of
+from mergecli.runtime.engines.grid import Failure, Failures, run_grid
+from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed, quoted
+from mergecli.runtime.progress import shown
+from mergecli.storage.atomic import check_name, check_target, warn_of_others, whole_file
+from mergecli.storage.units import LOG, UnitFiles
 
 if TYPE_CHECKING:
-    from mergecli.runtime.progress import AnyProgress, shown
+    from mergecli.runtime.progress import AnyProgress
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ def measure(
     changes: Sequence[str] = (),
     only: Sequence[str] = (),
     device: str = "cpu",
+    engine: Engine | None = None,
     progress: AnyProgress | None = None,
 ) -> Measured:
     """Measures the statistics that a method needs of every model, for merges with `statistics=output`.
@@ -54,11 +61,14 @@ def measure(
         method: a method's name; replaces the recipe's.
         settings: the method's settings, with `method`.
         only: the tasks to measure; none stands for all.
+        engine: where the units run, a task each. By default in this process.
 
     Raises:
         UsageError: the recipe is wrong, or its method measures nothing.
         InputError: models or images are missing; or a file in the folder was measured on something else.
+        FailedUnitsError: tasks failed, and the engine was to keep going.
     """
+    engine = engine or Engine()
     recipe = recipe_of(recipe, method=method, settings=settings, changes=changes)
     chosen = recipe.built if recipe.method else None
     if not isinstance(chosen, Calibrated):
@@ -79,12 +89,83 @@ def measure(
     if only:
         tuned = {name: source for name, source in recipe.tuned.items() if name in only}
         recipe = replace(recipe, tuned=tuned)
+    device = engine.device(device)
+    failures = Failures(engine.keep_going)
+    recipes = [recipe] if chosen.joint or not engine.keep_going else _one_by_one(recipe)
+    paths: dict[str, Path] = {}
+    new: list[str] = []
     with ExitStack() as stack:
         report = stack.enter_context(shown(progress))
-        models = open_models(recipe, stack, needs="base", device=device)
-        files = files_for(models, chosen, recipe, target)
-        if not all(each.path.exists() for each in files):  # a folder that has them all may be read-only
+        found: list[tuple[StatisticsFile, Models]] = []
+        for each in recipes:
+            with failures.of("task", next(iter(each.tuned))):
+                models = open_models(each, stack, needs="base", device=_device_here(device, engine))
+                files = files_for(models, chosen, each, target)
+                if not engine.is_this_process:
+                    Measurement.of(
+                        files, models, chosen, each
+                    )  # checks what is there, and whether the rest can be measured
+                found += [(file, models) for file in files]
+        if not all(file.path.exists() for file, _ in found):  # a folder that has them all may be read-only
             check_target(target, folder=True)
-        warn_of_others(target, {each.path.name for each in files}, models.paths.values())
-        new = Measurement.of(files, models, chosen, recipe).measure(report)
-    return Measured({each.name: each.path for each in files}, new)
+        inputs = [path for _, models in found for path in models.paths.values()]
+        warn_of_others(target, {LOG, *(file.path.name for file, _ in found)}, inputs)
+        failures.units += [Failure(Unit((name,), ""), error) for (_, name), error in failures.found.items()]
+        units = {Unit((file.name,), file.key): file for file, _ in found}
+        wanted = part_of(list(units), [1] * len(units), engine.share)
+        missing = [unit for unit in wanted if not units[unit].path.exists()]
+        if engine.collect and missing:
+            raise InputError(
+                f"{len(missing)} of {len(units)} units are missing:\n{listed([unit.name for unit in missing], 20)}",
+                "run the parts that they belong to again, or the same command without `--collect`",
+            )
+        if engine.is_this_process:
+            own = [file for unit, file in units.items() if unit in wanted]
+            new += Measurement.of(own, found[0][1], chosen, recipe).measure(report)
+        else:
+            log = UnitFiles(target, 0)
+
+            def write(unit: Unit, done: Report) -> None:
+                with whole_file(units[unit].path) as file:
+                    file.write(done.result)
+                new.append(unit.name)
+                log.tell(unit, done)
+
+            work = MeasuringWork(recipe, device, chosen.joint)
+            failures.units += run_grid(
+                work, missing, engine, write, lambda unit: units[unit].path.exists(), report
+            )
+        paths = {unit.name: units[unit].path for unit in wanted if units[unit].path.exists()}
+        failures.check(len(units) + len(failures.found))
+    return Measured(paths, tuple(new))
+
+
+@dataclass(frozen=True)
+class MeasuringWork:
+    """Measures the statistics of one task, or of all together, wherever it is called."""
+
+    recipe: Recipe
+    device: str
+    joint: bool
+
+    def expect_sources(self) -> None:
+        expect_all([self.recipe.base, *self.recipe.tuned.values()])
+
+    def leave(self) -> None:
+        pass
+
+    def __call__(self, unit: Unit) -> bytes:
+        with TemporaryDirectory(prefix="mergecli-measure-", ignore_cleanup_errors=True) as folder:
+            only = () if self.joint else unit.of
+            (path,) = measure(self.recipe, output=folder, only=only, device=self.device).paths.values()
+            return path.read_bytes()
+
+
+def _one_by_one(recipe: Recipe) -> list[Recipe]:
+    """A recipe for each model."""
+    return [replace(recipe, tuned={name: source}) for name, source in recipe.tuned.items()]
+
+
+def _device_here(device: str, engine: Engine) -> str:
+    """Where this process computes, if it does."""
+    return device if engine.is_this_process and not engine.collect else "cpu"

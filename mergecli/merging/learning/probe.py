@@ -78,7 +78,7 @@ class StatisticsRun:
                 if not bool(value.isfinite().all()):
                     raise InputError(
                         f"{title}: `{name}` comes out as NaN or infinity",
-                        "look at the weights with `mergecli info`",
+                        "its training diverged, or the file is damaged: take an earlier checkpoint",
                     )
                 writer.write(name, value.detach().cpu().contiguous())
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
-from mergecli.data.tasks import find
 from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
-from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
+from mergecli.merging.learning.calibration import CalibrationTask, calibration_task, task_of
 from mergecli.merging.learning.files import Learned, Learning, LearningFiles, LearningPlan, is_whole
 from mergecli.merging.merge_target import MergeTarget
 from mergecli.merging.models import Models
@@ -83,6 +82,11 @@ class StatisticsFile:
     measured: Mapping[str, Any]
     """Method, settings and images."""
 
+    @property
+    def key(self) -> str:
+        """32 hex digits of all that the file depends on."""
+        return hashlib.sha256(json.dumps([self.inputs, self.measured]).encode()).hexdigest()[:32]
+
     def metadata(self) -> dict[str, str]:
         """The file's metadata."""
         method = str(self.measured["method"])
@@ -144,7 +148,7 @@ def files_for(
     common["clip"] = surroundings(model_path(recipe.base), head=method.needs_head)
     found: list[StatisticsFile] = []
     if folder is None:
-        expect_all([find(name, recipe).data for name in models.tuned], recipe)
+        expect_all([], recipe, [task_of(name, recipe) for name in models.tuned])
     for tasks in [tuple(models.tuned)] if method.joint else [(task,) for task in models.tuned]:
         title = name if method.joint else tasks[0]
         path = folder / f"{title}.safetensors" if folder else None
@@ -155,10 +159,8 @@ def files_for(
         facts = {each.name: each.facts(head=method.needs_head, most=method.examples) for each in looked}
         inputs = {"base": models.base.digest()} | {task: models.tuned[task].digest() for task in tasks}
         measured = common | {"tasks": facts}
-        if path is None:
-            key = hashlib.sha256(json.dumps([inputs, measured]).encode()).hexdigest()[:32]
-            path = home() / KIND / name / f"{key}.safetensors"
-        found.append(StatisticsFile(title, path, looked, inputs, measured))
+        each = StatisticsFile(title, path or Path(), looked, inputs, measured)
+        found.append(each if path else replace(each, path=home() / KIND / name / f"{each.key}.safetensors"))
     return found
 
 
@@ -258,12 +260,12 @@ def _check(stored: Checkpoint, file: StatisticsFile, models: Models, method: Cal
         raise InputError(f"{file.path}: does not say what it was measured on", "delete it") from error
     wanted = json.loads(json.dumps({"inputs": file.inputs, "measured": file.measured}))
     wrong = [
-        f"`{key}`: it was measured on {'nothing' if before is None else toml_text(before)}, wanted is {toml_text(after)}"
+        f"`{key}`: expected {toml_text(after)}, got {'nothing' if before is None else toml_text(before)}"
         for key, before, after in table_differences(found, wanted, only_new=True)
     ]
     layout = {name: Form(shape, dtype) for name, (dtype, shape) in method.layout(models.shapes).items()}
     if wrong := wrong or differences(stored.entries, layout):
         raise InputError(
-            f"{file.path}: was not measured on what is merged:\n{listed(wrong)}",
+            f"{file.path}: is of another measurement than this merge needs:\n{listed(wrong)}",
             "name another folder, or delete the file: then it is measured again",
         )

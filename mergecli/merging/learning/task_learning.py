@@ -113,7 +113,7 @@ class TowerFeatures:
         if not bool(result.isfinite().all()):
             raise InputError(
                 f"{stored.path}: gives features of {self.task} that are NaN or infinity",
-                "look at the weights with `mergecli info`",
+                "its training diverged, or the file is damaged: take an earlier checkpoint",
             )
         return result
 

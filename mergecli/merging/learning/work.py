@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from mergecli import methods
-from mergecli.data.tasks import find
 from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
-from mergecli.merging.learning.calibration import CalibrationTask, calibration_task
+from mergecli.merging.learning.calibration import CalibrationTask, calibration_task, task_of
 from mergecli.merging.learning.needed_files import SETTINGS, TITLES
 from mergecli.merging.models import Models
 from mergecli.methods._adapted import Adapted
@@ -54,12 +53,15 @@ class LearningWork:
         """Raises UsageError if a model is not named after a task; InputError if its images are missing."""
         chosen = (method.adapt_on if isinstance(method, Adapted) else ()) or tuple(models.tuned)
         if unknown := [name for name in chosen if name not in models.tuned]:
-            raise UsageError(f"`method.adapt_on`: there are no models {quoted(unknown)}")
+            raise UsageError(
+                f"`method.adapt_on`: there are no models {quoted(unknown)}",
+                f"the models are {quoted(models.tuned)}",
+            )
         if recipe.base is None or models.base is None:
             raise UsageError(
                 "there is no base, a whole CLIP with which images are looked at", "name it with `base = ...`"
             )
-        expect_all([find(name, recipe).data for name in chosen], recipe)
+        expect_all([], recipe, [task_of(name, recipe) for name in chosen])
         split = cast("_HasSplit", method).split
         tasks = {name: calibration_task(name, split, recipe) for name in chosen}
         if isinstance(method, TaskLearner):

@@ -103,7 +103,7 @@ def test_a_seed_matters_only_where_images_are_drawn(zoo: Zoo) -> None:
     with pytest.raises(InputError, match=r"`measured.settings.shuffle`"):
         merged(zoo, "fisher", settings={"shuffle": True})
     merged(zoo, "reg_mean", statistics=zoo.folder / "grams")
-    with pytest.raises(InputError, match=r"`measured.settings.seed`: it was measured on 0, wanted is 1"):
+    with pytest.raises(InputError, match=r"`measured.settings.seed`: expected 1, got 0"):
         merged(zoo, "reg_mean", other, statistics=zoo.folder / "grams")
 
 
@@ -143,7 +143,7 @@ def test_the_text_tower_and_its_words_matter_only_where_there_is_a_head(zoo: Zoo
     weights["text_projection.weight"] += 1
     save_file(weights, clip / "model.safetensors")
     if method == "fisher":
-        refused(zoo, r"`measured\.clip\.head`: it was measured on")
+        refused(zoo, r"`measured\.clip\.head`: expected")
     else:
         merged(zoo, method)
 
@@ -169,11 +169,9 @@ def refused(zoo: Zoo, match: str, method: str = "fisher", **more: Any) -> InputE
 
 def test_statistics_of_other_settings_models_data_prompts_or_methods_are_refused(zoo: Zoo) -> None:
     merged(zoo, "fisher")
-    error = refused(
-        zoo, "`measured.settings.examples`: it was measured on 8, wanted is 9", settings={"examples": 9}
-    )
+    error = refused(zoo, "`measured.settings.examples`: expected 9, got 8", settings={"examples": 9})
     assert "delete the file" in error.hint
-    refused(zoo, '`measured.method`: it was measured on "fisher"', method="reg_mean")
+    refused(zoo, '`measured.method`: expected "reg_mean", got "fisher"', method="reg_mean")
     prompts = {name: replace(table, templates=("{}!",)) for name, table in zoo.recipe.tasks.items()}
     refused(zoo, r"`measured.tasks.a.templates`", recipe=replace(zoo.recipe, tasks=prompts))
     tasks = {
@@ -185,7 +183,7 @@ def test_statistics_of_other_settings_models_data_prompts_or_methods_are_refused
     with pytest.raises(InputError):
         merged(zoo, "fisher", replace(zoo.recipe, tasks=tasks))
     swapped = {"a": zoo.recipe.tuned["c"], "b": zoo.recipe.tuned["b"], "c": zoo.recipe.tuned["a"]}
-    refused(zoo, r"`inputs.a`: it was measured on \"xxh3:", recipe=replace(zoo.recipe, tuned=swapped))
+    refused(zoo, r"`inputs.a`: expected \"xxh3:", recipe=replace(zoo.recipe, tuned=swapped))
     images = zoo.folder / "images"
     (images / "a").rename(images / "old")
     shutil.copytree(images / "c", images / "a")
@@ -194,7 +192,7 @@ def test_statistics_of_other_settings_models_data_prompts_or_methods_are_refused
 
 def test_a_refusal_comes_before_anything_is_measured(zoo: Zoo) -> None:
     measure(zoo.recipe, method="fisher", settings=FEW, only=["c"], output=zoo.folder / "stats")
-    refused(zoo, "c.safetensors: was not measured on what is merged", settings={"examples": 9})
+    refused(zoo, "c.safetensors: is of another measurement than this merge needs", settings={"examples": 9})
     assert [*files(zoo.folder / "stats")] == ["c.safetensors"]
 
 
