@@ -316,6 +316,9 @@ def about_towers(rows: Sequence[Row]) -> Block:
         }
         known = "; ".join(what for name, what in routings_explained.items() if name in routings)
         notes += [f"routing: {known}."] if known else []
+    if heads := [row.name for row in rows if row.result and row.result.checkpoint.get("heads") == "learned"]:
+        verb = "have" if len(heads) > 1 else "has"
+        notes.append(f"{quoted(heads)} {verb} learned heads; those of the other rows are zero-shot heads.")
     return Block(columns, notes)
 
 
