@@ -32,7 +32,7 @@ class FwMerging(Adapted):
     FusionBench counts the cosine of noise. Its soft variant, which goes on with AdaMerging, is not here.
     """
 
-    title: ClassVar[str] = "Frank-Wolfe steps to the models that the gradient on unlabeled images points to"
+    title: ClassVar[str] = "steps (Frank-Wolfe) to the models that the gradient on unlabeled images points to"
     paper: ClassVar[str] = "Chen et al., FW-Merging, 2025, arXiv 2503.12649"
     also_called: ClassVar[Mapping[str, str]] = {
         "frank_wolfe": "", "frank_wolfe_hard": "", "fw_hard": "", "fw": "",
