@@ -113,6 +113,15 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def gpu() -> str:
+    """The device of tests marked `gpu`; those are skipped where there is none. `MERGECLI_TEST_DEVICE=cpu` tries the tests themselves."""
+    device = os.environ.get("MERGECLI_TEST_DEVICE", "cuda")
+    if device != "cpu" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return device
+
+
+@pytest.fixture
 def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An empty store for the test alone, and one thread, so that sums are the same on every machine."""
     monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "home"))
