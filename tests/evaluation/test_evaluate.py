@@ -281,11 +281,11 @@ def test_a_device_that_is_too_small_for_a_batch_gets_it_in_pieces(place, recipe,
     (whole,) = evaluate([place / "other"], recipe=recipe)
     seen: list[int] = []
 
-    def small(clip, head, pixel_values, correction):
+    def small(clip, head, pixel_values, *more):
         seen.append(len(pixel_values))
         if len(pixel_values) > 3:
             raise torch.cuda.OutOfMemoryError("too much")
-        return real(clip, head, pixel_values, correction)
+        return real(clip, head, pixel_values, *more)
 
     real = heads.logits
     monkeypatch.setattr(heads, "logits", small)
