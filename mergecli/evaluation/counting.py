@@ -119,6 +119,8 @@ class Job:
     """What saves the features of every layer, if they are wanted."""
     routes: RouteSums | None = None
     """What sums up the routing weights, if they are wanted."""
+    tasks: list[int] = field(default_factory=list[int])
+    """The number of the task that the tower found for each image; empty if it does not look for one."""
 
 
 class ModelSlot:
@@ -221,7 +223,7 @@ class Worker:
         uncounted: tuple[Tensor, Tensor] | None = None
         for pixels, labels in batches:
             pinned = pixels.pin_memory() if self._head.is_cuda else pixels
-            logits = self.logits(self._normalize(pinned), job.features, job.routes, seen)
+            logits = self.logits(self._normalize(pinned), job, seen)
             seen += len(labels)
             if uncounted is not None:
                 _add(job, *uncounted)
@@ -233,11 +235,11 @@ class Worker:
     def logits(
         self,
         pixel_values: Tensor,
-        features: LayerFeatures | None = None,
-        routes: RouteSums | None = None,
+        job: Job | None = None,
         first: int = 0,
     ) -> Tensor:
-        """(B, C) float32 logits of the tower that is in the slot; `first` is the number of the batch's first image.
+        """(B, C) float32 logits of the tower that is in the slot; `first` is the number of the batch's first image, and what the
+        job wants besides logits is added to it.
 
         On a processor the batch passes in micro-batches whose activations fit into its cache. On a GPU it is one, until the
         memory does not suffice: then it is tried again in halves. A tower that routes whole batches gets whole ones.
@@ -247,6 +249,7 @@ class Worker:
         """
         import torch
 
+        features, routes = (job.features, job.routes) if job else (None, None)
         while True:
             divisible = self._most is not None and not self._slot.keeps_batches_whole
             count = -(-len(pixel_values) // (self._most or 1)) if divisible else 1
@@ -262,18 +265,23 @@ class Worker:
                 self._most = (len(micro_batches[0]) + 1) // 2
                 torch.cuda.empty_cache()
                 continue
-            if routes is not None:  # only now: a micro-batch before one that failed would count twice
-                for (_, weights), images in zip(found, micro_batches, strict=True):
-                    routes.add(weights, len(images))
-            return torch.cat([logits for logits, _ in found])
+            if job is not None:  # only now: a micro-batch before one that failed would count twice
+                for (_, weights, tasks), images in zip(found, micro_batches, strict=True):
+                    if routes is not None:
+                        routes.add(weights, len(images))
+                    job.tasks += [] if tasks is None else tasks.tolist()
+            return torch.cat([logits for logits, _, _ in found])
 
-    def _micro_batch(self, pixel_values: Tensor, watched: bool) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """(B, C) logits, and the routing weights of every layer if they are watched."""
+    def _micro_batch(
+        self, pixel_values: Tensor, watched: bool
+    ) -> tuple[Tensor, Mapping[str, Tensor], Tensor | None]:
+        """(B, C) logits, the routing weights of every layer if they are watched, and the task found for each image."""
         from mergecli.clip.heads import logits
 
         found = logits(self._slot.clip, self._head, pixel_values, self._slot.correction)
-        installed = self._slot.installed if watched else None
-        return found, installed.routes() if installed else {}
+        installed = self._slot.installed
+        routes = installed.routes() if installed and watched else {}
+        return found, routes, installed.chosen if installed else None
 
 
 def _add(job: Job, logits: Tensor, labels: Tensor) -> None:

@@ -55,7 +55,8 @@ def _checkpoint_facts(tower: Tower, base_digest: str, settings: Settings) -> dic
     kind = metadata.get("kind", "checkpoint")
     found = {"name": tower.name, "path": tower.label, "digest": digest, "kind": kind, "method": method}
     if tower.checkpoint.is_mixture:
-        found["routing"] = mixture_of(tower.checkpoint).routing(settings.routing) or "task"
+        mixture = mixture_of(tower.checkpoint)
+        found["routing"] = mixture.router or mixture.routing(settings.routing) or "task"
     return found | made_of(metadata)[0]
 
 

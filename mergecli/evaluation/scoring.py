@@ -28,7 +28,7 @@ from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import mixture_of
 from mergecli.results.result import TaskScore
 from mergecli.runtime.engines.contract import Unit
-from mergecli.runtime.errors import UsageError
+from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.notes import note
 from mergecli.storage.atomic import check_space
 
@@ -50,6 +50,8 @@ class Counted(NamedTuple):
     counts: Counts
     facts: TowerFacts
     routes: Weights | None
+    task_found: float | None
+    """The share of the images whose task the tower found, if it looks for it and knows it."""
 
 
 @dataclass
@@ -113,12 +115,17 @@ class Scoring:
         if self.settings.routes and not any(experts):
             raise UsageError(
                 "--routes: none of the checkpoints holds a tower that routes",
-                "`weight_ensembling_moe`, `efficient_weight_ensembling_moe` and `smile` make some",
+                "`weight_ensembling_moe`, `efficient_weight_ensembling_moe`, `esm_plus_plus` and `smile` make some",
+            )
+        if self.settings.features and (found := [each.name for each in towers if _finds_tasks(each)]):
+            raise UsageError(
+                f"--features: {quoted(found)}: each image goes through the tower of the task that is found for it",
+                "name the tower of one task: `FILE#TASK`",
             )
         if self.settings.routing == "batch" and not any(_routes_batches(tower) for tower in towers):
             raise UsageError(
                 "--routing: none of the checkpoints holds a tower that routes batches otherwise than images",
-                "`weight_ensembling_moe` and `efficient_weight_ensembling_moe` make some",
+                "`weight_ensembling_moe`, `efficient_weight_ensembling_moe` and `esm_plus_plus` make some",
             )
 
     def images(self, task: Task) -> TaskImages:
@@ -205,8 +212,8 @@ class Scoring:
         def read(stored: Checkpoint) -> Counted | None:
             counts = read_counts(stored, labels)
             facts = TowerFacts.of_json(json.loads(stored.metadata["tower"]))
-            routes = json.loads(stored.metadata.get("routes", "null"))
-            return Counted(counts, facts, routes) if counts is not None else None
+            routes, found = (json.loads(stored.metadata.get(key, "null")) for key in ("routes", "task_found"))
+            return Counted(counts, facts, routes, found) if counts is not None else None
 
         return files.read(unit, read)
 
@@ -289,6 +296,11 @@ class Scoring:
                 "key": unit.key,
                 "tower": json.dumps(facts.to_json()),
                 **({"routes": json.dumps(routes.means())} if routes else {}),
+                **(
+                    {"task_found": json.dumps(share)}
+                    if (share := _task_found(tower, job)) is not None
+                    else {}
+                ),
             }
             save(unit, counts_file(job.counts, metadata), job.seconds)
 
@@ -320,11 +332,21 @@ def add(scores: Scores, of_task: TaskImages, found: Counted, settings: Settings,
     """Adds what a unit's file holds to the scores of its tower; with the tower's `name`, its predictions too."""
     task = of_task.task.name
     scores.facts = scores.facts or found.facts
-    scores.tasks[task] = _score(of_task, found.counts, settings)
+    scores.tasks[task] = _score(of_task, found, settings)
     if found.routes is not None:
         scores.routes[task] = found.routes
     if name:
         scores.predictions[task] = _rows(name, of_task, found.counts)
+
+
+def _task_found(tower: Tower, job: Job) -> float | None:
+    """The share of the job's images whose task the tower found; None if it did not look for it, or does not know it."""
+    tasks = mixture_of(tower.checkpoint).tasks if job.tasks else ()
+    return job.tasks.count(tasks.index(job.task)) / len(job.tasks) if job.task in tasks else None
+
+
+def _finds_tasks(tower: Tower) -> bool:
+    return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).router is not None
 
 
 def _routes_batches(tower: Tower) -> bool:
@@ -339,9 +361,10 @@ def _use_of(checkpoint: Checkpoint, of_task: TaskImages, settings: Settings) -> 
     return [settings.routing, of_task.task.name, *(checkpoint.metadata.get(key) for key in facts)]
 
 
-def _score(of_task: TaskImages, counts: Counts, settings: Settings) -> TaskScore:
+def _score(of_task: TaskImages, counted: Counted, settings: Settings) -> TaskScore:
     from mergecli.data.tasks import digest
 
+    counts = counted.counts
     total = len(counts.labels)
     return TaskScore(
         accuracy=counts.correct / total,
@@ -356,6 +379,7 @@ def _score(of_task: TaskImages, counts: Counts, settings: Settings) -> TaskScore
         limit=settings.limit if of_task.numbers is not None else None,
         corruption=settings.corruption.name if settings.corruption else None,
         severity=settings.corruption.severity if settings.corruption else None,
+        task_found=counted.task_found,
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mergecli import methods
 from mergecli.methods._bitmasks import ContradictionError
 from mergecli.methods._mixture import SAME, Conditioned, Installed, Mixture, Part, Routed, Routing
+from mergecli.methods._sim import FindsTask
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed, quoted
 from mergecli.storage.checkpoint import VISION, Checkpoint
 from mergecli.storage.differences import Form, differences
@@ -40,11 +41,16 @@ class OpenMixture:
     @property
     def is_routed(self) -> bool:
         """Whether one tower serves all tasks; else each has its own."""
-        return isinstance(self.method, Routed)
+        return self.method.is_routed
+
+    @property
+    def router(self) -> str | None:
+        """What finds the task of an image, whose own tower it then goes through; None if nothing does."""
+        return self.method.router if isinstance(self.method, FindsTask) else None
 
     def routing(self, asked: Routing) -> Routing | None:
         """How it routes when it is asked to do so by samples or by batches; None if it is task-conditioned."""
-        if not isinstance(self.method, Routed):
+        if not isinstance(self.method, Routed) or not self.method.is_routed:
             return None
         return asked if self.method.routes_batches else "sample"
 
@@ -69,7 +75,7 @@ class OpenMixture:
             for key in ("format", "mergecli", "method", "recipe", "inputs")
             if key in self.stored.metadata
         }
-        if isinstance(self.method, Routed):
+        if isinstance(self.method, Routed) and self.method.is_routed:
             kept["tower"] = self.method.own_tower
         if self._corrects:
             kept[LEFT_OUT] = "the correction of its features"
@@ -91,6 +97,7 @@ class OpenMixture:
             InputError: the file's masks are not those of the values beside them.
         """
         assert isinstance(self.method, Routed)
+        assert self.method.is_routed
         with self._named():
             return self.method.install(tower, self.stored.read, self.tasks, routing, VISION)
 

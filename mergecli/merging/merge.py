@@ -8,7 +8,7 @@ so that the same inputs and recipe give the same bytes. Of a whole CLIP only the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -204,7 +204,7 @@ def _stream(
         _merge_blocks(passes, models, learned, known, [each.write for each in writers])
         for number, target in enumerate(targets):
             dtypes = {name: dtype for name, (dtype, _) in target.layout(models).items()}
-            for key, result in extra_values(target.method, known[number]).items():
+            for key, result in _extra_values(learned[number], known[number], models):
                 writers[number].write(key, cast(result, dtypes[key], key))
         digests = models.digests()
         merged: list[Merged] = []
@@ -217,6 +217,10 @@ def _stream(
         replace(done, digest=writer.digest, card=_card(each, writer.digest))
         for done, writer, each in zip(merged, writers, targets, strict=True)
     )
+
+
+def _extra_values(learned: Learned, known: Any, models: Models) -> Iterable[tuple[str, Tensor]]:
+    return extra_values(learned.target.method, known, learned.value, len(models.tuned)).items()
 
 
 def _card(target: MergeTarget, digest: str) -> Path | None:
@@ -301,6 +305,13 @@ def _key(method: Method) -> str:
     return f"{methods.name_of(method)} {methods.table_of(method, without=method.merge_time)}"
 
 
+def _survey_key(method: Method) -> str:
+    """The same for methods whose surveys are the same; one that reads statistics too depends on settings that they do not."""
+    if not isinstance(method, Calibrated):
+        return _key(method)
+    return f"{methods.name_of(method)} {methods.table_of(method, without=Method.merge_time)}"
+
+
 def _surveys(several: Sequence[Learned], passes: ModelPasses) -> list[Any]:
     """What each method needs to know before it merges: what it learned and surveyed, None where it needs nothing.
 
@@ -310,7 +321,7 @@ def _surveys(several: Sequence[Learned], passes: ModelPasses) -> list[Any]:
     results: list[Any] = []
     for each in several:
         method = each.target.method
-        key = _key(method)
+        key = _survey_key(method)
         if key not in found:
             own = replace(passes, fused=method.fuses)
             if isinstance(method, TwoPass):

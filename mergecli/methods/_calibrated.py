@@ -48,6 +48,15 @@ class Probe(Protocol):
         """(B, C) logits of the task's zero-shot head."""
         ...
 
+    def features(self, pixel_values: Tensor, /) -> Tensor:
+        """(B, D) unit features."""
+        ...
+
+    @property
+    def projection(self) -> Tensor:
+        """(D, W) the CLIP's visual projection, of which features are made."""
+        ...
+
     def layers(self) -> Iterator[tuple[str, Module]]:
         """Name and module of each transformer layer, from the first to the last."""
         ...
@@ -109,6 +118,8 @@ class Calibrated(DataDriven):
     looks_at: ClassVar[str] = "training images of every task, unlabeled"
     measured_as: ClassVar[str] = ""
     """The method that measures the same, whose statistics serve this one too; by default its own name."""
+    of_base: ClassVar[bool] = False
+    """Whether the base is measured on each task's images, in place of the task's own model."""
     joint: ClassVar[bool] = False
     """Whether all tasks are measured together, into one file of statistics."""
     merge_time: ClassVar[frozenset[str]] = frozenset({"exclude"})

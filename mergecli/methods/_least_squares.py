@@ -33,7 +33,7 @@ def owner(name: str) -> str:
 
 
 class Grams:
-    """Sums x x^T over all inputs x of each linear layer in a module, from `with` to its end."""
+    """Sums x x^T and x over all inputs x of each linear layer in a module, from `with` to its end."""
 
     def __init__(self, module: Module) -> None:
         from torch.nn import Linear
@@ -45,6 +45,7 @@ class Grams:
         }
         self._sums: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
+        self._totals: dict[str, Tensor] = {}
 
     def __enter__(self) -> Grams:
         def hook(name: str) -> Callable[[Module, tuple[Tensor, ...]], None]:
@@ -68,6 +69,7 @@ class Grams:
         if name not in self._sums:
             width = rows.shape[1]
             self._sums[name] = rows.new_zeros(width, width).double()
+            self._totals[name] = rows.new_zeros(width).double()
             self._rows[name] = 0
         # Only what lies above the diagonal, by blocks of columns, which saves nearly half the products. Batches are summed
         # in float64: in float32 the small variances that `Regression` resolves would drown in the large ones.
@@ -75,7 +77,13 @@ class Grams:
             self._sums[name][start : start + COLUMNS, start:] += (
                 rows[:, start : start + COLUMNS].T @ rows[:, start:]
             )
+        self._totals[name] += rows.double().sum(0)
         self._rows[name] += len(rows)
+
+    def mean_inputs(self) -> Iterator[tuple[str, Tensor]]:
+        """(I,) float32 mean of x, by the name of each `owner` among the linear layers."""
+        for name, total in self._totals.items():
+            yield name, (total / self._rows[name]).float()
 
     def means(self) -> Iterator[tuple[str, Tensor]]:
         """(I, I) float32 mean of x x^T, by the name of each `owner` among the linear layers; frees each sum."""

@@ -50,6 +50,11 @@ class Mixture(Method):
         """Whether the method, as it is set, writes more than one tower."""
         return True
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether the method, as it is set, writes a tower that needs not be given the task."""
+        return False
+
     def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
         """Key -> tensor that is written for the tower's tensor `name`, itself included."""
         raise NotImplementedError
@@ -66,6 +71,11 @@ class Mixture(Method):
     def values(self, learned: Any, /) -> dict[str, Tensor]:
         """The tensors of `extras`."""
         del learned
+        return {}
+
+    def measured_values(self, statistics: Any, tasks: int, /) -> dict[str, Tensor]:
+        """Those of them that come from statistics, which methods of any kind may need."""
+        del statistics, tasks
         return {}
 
     def weights(self, name: str, index: int, read: Read, /) -> Tensor:
@@ -99,6 +109,11 @@ class Installed(Protocol):
         """Whether the features of an image depend on the others of its batch."""
         ...
 
+    @property
+    def chosen(self) -> Tensor | None:
+        """(B,) the number of the task of each image in the last forward pass; None if layers or tokens decide."""
+        ...
+
     def routes(self) -> Mapping[str, Tensor]:
         """Layer -> (B, T) routing weights of each image in the last forward pass, or (1, T) if the batch shared them."""
         ...
@@ -117,6 +132,10 @@ class Routed(Mixture):
     """What `weights` gives for a task, in a few words for metadata."""
     routes_batches: ClassVar[bool] = True
     """Whether routing by batches differs from routing by samples."""
+
+    @property
+    def is_routed(self) -> bool:
+        return True
 
     def install(
         self, tower: nn.Module, read: Read, tasks: Sequence[str], routing: Routing, prefix: str, /
@@ -143,12 +162,15 @@ def outcomes(method: Method, group: Group, learned: Any) -> dict[str, Tensor]:
     """
     if isinstance(method, Mixture) and method.is_mixture:
         found = method.expand(group, learned)
-        for key, part in method.parts(group.name, tuple(group.shape), group.tasks).items():
-            expect_shape(method, "expand", key, found.get(key), part.shape)
+        for own in group.apart():
+            for key, part in method.parts(own.name, tuple(own.shape), own.tasks).items():
+                expect_shape(method, "expand", key, found.get(key), part.shape)
         return found
     return group.named(merge_group(method, group, learned))
 
 
-def extra_values(method: Method, learned: Any) -> dict[str, Tensor]:
+def extra_values(method: Method, learned: Any, statistics: Any, tasks: int) -> dict[str, Tensor]:
     """Key -> further tensor that a method of any kind writes."""
-    return method.values(learned) if isinstance(method, Mixture) and method.is_mixture else {}
+    if not isinstance(method, Mixture) or not method.is_mixture:
+        return {}
+    return method.values(learned) | method.measured_values(statistics, tasks)

@@ -103,6 +103,11 @@ class SmileTower:
         return {}
 
     @property
+    def chosen(self) -> None:
+        """Nothing: layers decide for themselves."""
+        return None
+
+    @property
     def keeps_batches_whole(self) -> bool:
         """No: every token has its own weights."""
         return False

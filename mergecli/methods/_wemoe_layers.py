@@ -274,6 +274,11 @@ class RoutedTower:
     """Key in the file -> a router's parameter."""
 
     @property
+    def chosen(self) -> None:
+        """Nothing: layers decide for themselves."""
+        return None
+
+    @property
     def keeps_batches_whole(self) -> bool:
         """Whether the images of a batch share their weights."""
         return any(layer.routing == "batch" for layer in self.layers.values())

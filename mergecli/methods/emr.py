@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mergecli.methods._base import RUN, Group, Groups, TwoPass, total
 from mergecli.methods._bitmasks import pack, packed_size, unpack
-from mergecli.methods._mixture import SAME, Conditioned, Part, Read
+from mergecli.methods._mixture import SAME, Part, Read
+from mergecli.methods._sim import FindsTask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,7 @@ RESCALERS = "rescalers"
 
 
 @dataclass(frozen=True)
-class Emr(Conditioned, TwoPass):
+class Emr(FindsTask, TwoPass):
     """theta_t = theta_0 + r_t m_t tau,  the tower of task t
 
     elect    s = 1 where sum_i tau_i > 0, else -1;  tau = s max_i |tau_i| over the tasks whose sign is s, else 0
@@ -32,7 +33,7 @@ class Emr(Conditioned, TwoPass):
     """
 
     elementwise: ClassVar[bool] = True
-    prefixes = ("unified.", "masks.", "rescalers")
+    prefixes = ("unified.", "masks.", "rescalers", *FindsTask.prefixes)
     title: ClassVar[str] = "one task vector for all tasks; each has a mask of its signs, and a rescaler"
     paper: ClassVar[str] = "Huang et al., EMR-Merging, NeurIPS 2024, arXiv 2405.17461"
 
@@ -41,8 +42,7 @@ class Emr(Conditioned, TwoPass):
         return {name: Part(SAME, shape), f"unified.{name}": Part(SAME, shape), f"masks.{name}": masks}
 
     def extras(self, tensors: Mapping[str, tuple[int, ...]], tasks: int, /) -> dict[str, Part]:
-        del tensors
-        return {RESCALERS: Part("F32", (tasks,))}
+        return {RESCALERS: Part("F32", (tasks,)), **super().extras(tensors, tasks)}
 
     def survey(self, groups: Groups, /) -> Tensor:
         """(T,) float64 rescalers."""

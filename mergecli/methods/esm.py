@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 
 class Surveyed(NamedTuple):
-    """The merged task vectors of all matrices of layers, and what each is multiplied by."""
+    """The merged task vectors of all matrices of layers, what each is multiplied by, and the statistics."""
 
     merged: Shelf
     factors: dict[str, float]
+    statistics: Statistics
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Esm(GramStatistics):
             mean = sum(sizes[name] for name in names) / len(names)
             for name in names:
                 factors[name] = (sizes[name] / mean) ** self.layer_power if mean else 1.0
-        return Surveyed(shelf, factors)
+        return Surveyed(shelf, factors, learned)
 
     def merge(self, group: Group, learned: Surveyed, /) -> Tensor:
         if self.excludes(group.members[0] if group.members else group.name):

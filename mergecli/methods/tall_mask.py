@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from mergecli.methods._base import Group, PerTensor, total
 from mergecli.methods._bitmasks import pack, packed_size, unpack
-from mergecli.methods._mixture import SAME, Conditioned, Part, Read
+from mergecli.methods._mixture import SAME, Part, Read
 from mergecli.methods._settings import Range
+from mergecli.methods._sim import FindsTask
 from mergecli.runtime.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TallMask(Conditioned, PerTensor):
+class TallMask(FindsTask, PerTensor):
     """theta_t = theta_0 + m_t tau,  tau = sum_i tau_i,  m_t = 1 where |tau_t| > mask_threshold |tau - tau_t|, else 0
 
     The result holds the towers of all tasks: theta_0, tau and masks of one bit an entry. With `task` it is that task's
@@ -27,7 +28,7 @@ class TallMask(Conditioned, PerTensor):
     """
 
     elementwise: ClassVar[bool] = True
-    prefixes = ("summed.", "masks.")
+    prefixes = ("summed.", "masks.", *FindsTask.prefixes)
     title: ClassVar[str] = "each task's model, cut out of the summed task vector by that task's mask"
     paper: ClassVar[str] = "Wang et al., Localizing task information, ICML 2024, arXiv 2405.07813, equation 5"
     also_called: ClassVar[Mapping[str, str]] = {"talls_mask": ""}
@@ -44,10 +45,14 @@ class TallMask(Conditioned, PerTensor):
     @classmethod
     def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
         name = settings.get("task")
+        found = super().check(tasks, settings)
+        if name is not None and settings.get("router") is not None:
+            found.append(("router", "is for the towers of all tasks, and `task` asks for one"))
         if name is None or name in tasks:
-            return []
+            return found
         return [
-            ("task", f"there is no model `{name}`{did_you_mean(name, tasks)}; there are {', '.join(tasks)}")
+            *found,
+            ("task", f"there is no model `{name}`{did_you_mean(name, tasks)}; there are {', '.join(tasks)}"),
         ]
 
     def merge(self, group: Group, /) -> Tensor:

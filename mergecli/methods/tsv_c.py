@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mergecli.methods._base import Group, PerTensor
-from mergecli.methods._mixture import SAME, Conditioned, Part, Read
+from mergecli.methods._mixture import SAME, Part, Read
 from mergecli.methods._settings import Fraction
+from mergecli.methods._sim import FindsTask
 from mergecli.methods._svd import PositionEmbedding, decompose, is_matrix
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TsvC(Conditioned, PerTensor):
+class TsvC(FindsTask, PerTensor):
     """theta_t = theta_0 + U_t S_t V_t^T,  the tower of task t, matrix by matrix:
 
     U_t S_t V_t^T is tau_t cut to its k largest singular values; k = max(1, r // T), r the smaller side of the matrix
@@ -25,7 +26,7 @@ class TsvC(Conditioned, PerTensor):
     factors of all tasks together take at most the room of two such matrices, however many tasks there are up to r.
     """
 
-    prefixes = ("left.", "right.", "deltas.")
+    prefixes = ("left.", "right.", "deltas.", *FindsTask.prefixes)
     title: ClassVar[str] = "each task's matrices compressed to their leading singular vectors"
     paper: ClassVar[str] = "Gargiulo et al., Task singular vectors, CVPR 2025, arXiv 2412.00081"
     also_called: ClassVar[Mapping[str, str]] = {"tsvc": ""}

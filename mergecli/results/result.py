@@ -46,6 +46,9 @@ class TaskScore:
     """The corruption of the images."""
     severity: int | None = None
     """Of the corruption, from 1 to 5."""
+    task_found: float | None = None
+    """Of a file that finds the task of an image by itself, the share of the images whose task it found. Their classes are those of
+    the true task all the same. None for other files, and for tasks that the file does not know."""
 
 
 @dataclass(frozen=True)

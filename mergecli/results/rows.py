@@ -313,10 +313,20 @@ def about_towers(rows: Sequence[Row]) -> Block:
             "sample": "`sample`, each image by itself",
             "batch": "`batch`, the images of a batch as one, which are of one task, so that the task leaks",
             "task": "`task`, the task is given",
+            "sim": "`sim`, the file finds the task of each image, and its class among those of the true task",
         }
         known = "; ".join(what for name, what in routings_explained.items() if name in routings)
         notes += [f"routing: {known}."] if known else []
+    found = [_task_found(row.result) if row.result else None for row in rows]
+    if any(each is not None for each in found):
+        columns.append((Column("task found", "percent", better="higher"), list(found)))
+        notes.append("task found: images for which the file found the right task, averaged over the tasks.")
     return Block(columns, notes)
+
+
+def _task_found(result: Evaluation) -> float | None:
+    shares = [score.task_found for score in result.tasks.values() if score.task_found is not None]
+    return sum(shares) / len(shares) if shares else None
 
 
 def about_images(rows: Sequence[Row]) -> Block:

@@ -15,6 +15,7 @@ from mergecli.methods import name_of
 from mergecli.methods._base import DataDriven
 from mergecli.methods._learned import Learner
 from mergecli.methods._settings import frozen
+from mergecli.methods._sim import measured_by
 from mergecli.recipe.schema import Recipe
 from mergecli.results.plan import Work
 from mergecli.results.tables import Table
@@ -93,7 +94,8 @@ class LearningFiles:
     def check(self, target: MergeTarget) -> None:
         """Raises UsageError if the method has no use for a file that is named, or it cannot be written."""
         method, name = target.method, name_of(target.method)
-        kept_as = method.kept_as if isinstance(method, DataDriven) else ""
+        measures = measured_by(method) is not None
+        kept_as = "statistics" if measures else method.kept_as if isinstance(method, DataDriven) else ""
         if self.statistics and kept_as != "statistics":
             raise UsageError(
                 f"--statistics: method `{name}` measures nothing", _those_that_keep("statistics")

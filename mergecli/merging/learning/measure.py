@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
 from mergecli.hub.fetched import expect_all
-from mergecli.merging.learning.statistics import Measurement, StatisticsFile, files_for
+from mergecli.merging.learning.statistics import Measurement, StatisticsFile, files_for, fitted
 from mergecli.merging.models import Models, open_models
 from mergecli.methods._calibrated import Calibrated
+from mergecli.methods._sim import measured_by
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.engines.contract import Engine, Report, Unit, part_of
@@ -70,8 +71,8 @@ def measure(
     """
     engine = engine or Engine()
     recipe = recipe_of(recipe, method=method, settings=settings, changes=changes)
-    chosen = recipe.built if recipe.method else None
-    if not isinstance(chosen, Calibrated):
+    chosen = measured_by(fitted(recipe.built, recipe)) if recipe.method else None
+    if chosen is None:
         known = [name for name in methods.names() if issubclass(methods.find(name), Calibrated)]
         what = f"`{recipe.method}` measures nothing" if recipe.method else "no method is named"
         raise UsageError(what, f"name one with `--method`: {quoted(known)}")

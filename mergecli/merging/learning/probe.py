@@ -121,7 +121,8 @@ class StatisticsRun:
             yield from method.measure_jointly(joint)
             return
         (one,) = tasks
-        set_tower(self._clip, models.tuned[one.name])
+        if not method.of_base:  # whose tower is in the CLIP as it is loaded
+            set_tower(self._clip, models.tuned[one.name])
         probe = TaskProbe(self._clip, chosen[0], self._heads.get(one.name), scratch, report)
         yield from method.measure(probe)
 
@@ -181,6 +182,18 @@ class TaskProbe:
 
         assert self._head is not None, "a method that asks for logits sets `needs_head`"
         return logits(self._clip, self._head, pixel_values)
+
+    def features(self, pixel_values: Tensor, /) -> Tensor:
+        """(B, D) unit features."""
+        from mergecli.clip.model import features
+
+        found = features(self._clip, pixel_values)
+        return found / found.norm(dim=1, keepdim=True)
+
+    @property
+    def projection(self) -> Tensor:
+        """(D, W) the CLIP's visual projection."""
+        return self._clip.model.visual_projection.weight
 
     def layers(self) -> Iterator[tuple[str, Module]]:
         """Name and module of each transformer layer, from the first to the last."""

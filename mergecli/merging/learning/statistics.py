@@ -19,13 +19,15 @@ from mergecli.merging.learning.calibration import CalibrationTask, calibration_t
 from mergecli.merging.learning.files import Learned, Learning, LearningFiles, LearningPlan, is_whole
 from mergecli.merging.merge_target import MergeTarget
 from mergecli.merging.models import Models
+from mergecli.methods._base import Method
 from mergecli.methods._calibrated import Calibrated
+from mergecli.methods._sim import FindsTask, measured_by
 from mergecli.recipe.schema import Recipe
 from mergecli.results.plan import Work
 from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import is_first, join, wait
 from mergecli.runtime.dry_run import is_dry
-from mergecli.runtime.errors import InputError, listed, toml_text
+from mergecli.runtime.errors import InputError, UsageError, listed, toml_text
 from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import is_stored
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
@@ -99,8 +101,10 @@ def statistics(models: Models, target: MergeTarget, files: LearningFiles, stack:
     Raises:
         InputError: the images are missing; or a file is damaged, or was measured on something else.
     """
-    method, recipe = target.method, target.recipe
-    assert isinstance(method, Calibrated)
+    recipe = target.recipe
+    target = replace(target, method=fitted(target.method, recipe))
+    method = measured_by(target.method)
+    assert method is not None
     wanted = files_for(models, method, recipe, files.statistics)
     measurement = Measurement.of(wanted, models, method, recipe)
 
@@ -121,6 +125,24 @@ def statistics(models: Models, target: MergeTarget, files: LearningFiles, stack:
     expected = Learned(target, about={"measured": json.dumps(_facts([each.measured for each in wanted]))})
     names = [f"statistics of {each.name}" for each in wanted]
     return Learning(opened() if is_known else expected, names, learned, measurement.plan)
+
+
+def fitted(method: Method, recipe: Recipe) -> Method:
+    """The method with the setting that only the base knows.
+
+    Raises:
+        UsageError: the recipe gives it another value.
+    """
+    if not isinstance(method, FindsTask) or not method.router or recipe.base is None:
+        return method
+    with open_checkpoint(model_path(recipe.base)) as stored:
+        projection = stored.entries.get("visual_projection.weight")
+    if projection is None:  # of a tower alone, with which nothing can be measured
+        return method
+    size = projection.shape[0]
+    if method.feature_size not in (None, size):
+        raise UsageError(f"`method.feature_size`: is {method.feature_size}, the base's features have {size}")
+    return replace(method, feature_size=size)
 
 
 def _facts(measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -157,7 +179,8 @@ def files_for(
             calibration_task(task, method.split, recipe, may_lack_images=may_lack) for task in tasks
         )
         facts = {each.name: each.facts(head=method.needs_head, most=method.examples) for each in looked}
-        inputs = {"base": models.base.digest()} | {task: models.tuned[task].digest() for task in tasks}
+        inputs = {"base": models.base.digest()}
+        inputs |= {} if method.of_base else {task: models.tuned[task].digest() for task in tasks}
         measured = common | {"tasks": facts}
         each = StatisticsFile(title, path or Path(), looked, inputs, measured)
         found.append(each if path else replace(each, path=home() / KIND / name / f"{each.key}.safetensors"))

@@ -107,7 +107,10 @@ def test_a_routing_of_checkpoints_that_do_not_route_is_refused(place: Path) -> N
     for method in ("emr", "smile"):
         with pytest.raises(UsageError, match=r"--routing: none .* routes batches otherwise than") as raised:
             scores(place, place / f"{method}.safetensors", routing="batch")
-        assert raised.value.hint == "`weight_ensembling_moe` and `efficient_weight_ensembling_moe` make some"
+        assert (
+            raised.value.hint
+            == "`weight_ensembling_moe`, `efficient_weight_ensembling_moe` and `esm_plus_plus` make some"
+        )
 
 
 def test_a_picture_of_many_experts_and_layers_has_a_readable_size(tmp_path: Path) -> None:
