@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from bench_eval import make_clip, make_images
@@ -129,7 +129,7 @@ class Bench:
     def counts(self, precision: str, tolerance: int) -> Found:
         """Correct answers of the toys here and in float32 on the CPU."""
         limit = 64 if self.small else None
-        given = {"recipe": self.toys, "tasks": TOYS, "limit": limit, "cache": False}
+        given: dict[str, Any] = {"recipe": self.toys, "tasks": TOYS, "limit": limit, "cache": False}
         (cpu,) = mergecli.evaluate("toy:digits", **given)
         (here,) = mergecli.evaluate("toy:digits", **given, device=self.device, dtype=precision)
         apart = [abs(cpu.tasks[name].correct - here.tasks[name].correct) for name in TOYS]
@@ -150,8 +150,8 @@ class Bench:
         def bare(images: int) -> None:
             with torch.inference_mode():
                 for _ in range(0, images, size):
-                    features = clip.model.get_image_features(pixel_values=batch).pooler_output
-            features.cpu()
+                    clip.model.get_image_features(pixel_values=batch)
+            self._wait()
 
         def ours(limit: int) -> None:
             mergecli.evaluate(
@@ -201,7 +201,7 @@ class Bench:
 
         def merge(steps: int) -> None:
             self._forget()
-            settings = {"steps": steps, "batch_size": self.batch}
+            settings: dict[str, Any] = {"steps": steps, "batch_size": self.batch}
             mergecli.merge(
                 self.big,
                 method="ada_merging",
@@ -283,7 +283,7 @@ class Bench:
 
     def processes(self) -> Found:
         """Units in processes of their own, a process each GPU, and the results of this one."""
-        given = {"recipe": self.toys, "tasks": TOYS, "limit": 64, "cache": False}
+        given: dict[str, Any] = {"recipe": self.toys, "tasks": TOYS, "limit": 64, "cache": False}
         engine = Engine(jobs=2) if self.small else Engine(gpus="all")
         for name, how in (("one", None), ("several", engine)):
             mergecli.evaluate(

@@ -119,6 +119,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
                     )
                 )
             time.sleep(1)
+        asked = None
         for _ in range(60):
             asked = subprocess.run(["sinfo", "-h", "-o", "%T"], env=given, capture_output=True, text=True)
             if asked.stdout.strip() == "idle":
@@ -127,7 +128,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
                 break
             time.sleep(1)
         else:
-            pytest.skip(f"Slurm does not start here: {asked.stdout}{asked.stderr}")
+            pytest.skip(f"Slurm does not start here: {asked}")
         if any(each.poll() is not None for each in running):
             said = "\n".join((folder / f"{name}.out").read_text()[-300:] for name in commands)
             pytest.skip(f"Slurm does not start here: {said}")
