@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/demo
 
-.PHONY: help setup demo test slow check lint types format docs startup sizes bare clean
+.PHONY: help setup demo test slow gpu check lint types format docs startup sizes bare clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +26,9 @@ test: .venv/installed ## tests that need no network and no GPU
 
 slow: .venv/documents .venv/ray ## the long tests too, on a Ray cluster of this machine, and the documentation built strictly
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+gpu: .venv/installed ## what only a GPU can show, in five minutes, with a table at the end
+	$(BIN)/python scripts/gpu_check.py
 
 check: lint types test ## before a commit: everything
 

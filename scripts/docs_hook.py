@@ -1,7 +1,8 @@
 """Makes the pages of the documentation that come from the code, so that they cannot differ from it. MkDocs calls it.
 
 Methods, tasks, commands and the Python API get pages of their own, the changelog is CHANGELOG.md, and a line such as
-`@fields TaskScore` in a page becomes a table of that dataclass's fields. Nothing is written outside of the site.
+`@fields TaskScore` in a page becomes a table of that dataclass's fields, and `@file recipes/slurm/ray.sbatch` that file. Nothing is written
+outside of the site.
 """
 
 from __future__ import annotations
@@ -60,13 +61,20 @@ def pages() -> dict[str, str]:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Replaces each line `@fields CLASS` by the table of its fields."""
+    """Replaces each line `@fields CLASS` by the table of its fields, and `@file PATH` by that file."""
     del page, config, files
     return filled(markdown)
 
 
 def filled(markdown: str) -> str:
-    """The text with a table in the place of each line `@fields CLASS` or `@fields CLASS without FIELD`."""
+    """The text with a table in the place of each line `@fields CLASS` or `@fields CLASS without FIELD`, and a block in that of
+    `@file PATH`."""
+    markdown = re.sub(
+        r"^@file (\S+)$",
+        lambda found: f'```bash title="{found[1]}"\n{(ROOT / found[1]).read_text("utf-8")}```',
+        markdown,
+        flags=re.MULTILINE,
+    )
     directive = r"^@fields (\w+)(?: without (\w+))?$"
     return re.sub(directive, lambda found: _fields(found[1], found[2]), markdown, flags=re.MULTILINE)
 

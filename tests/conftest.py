@@ -21,6 +21,9 @@ from torch import Tensor
 
 from mergecli.runtime import interrupts
 
+os.environ.pop("COLUMNS", None)  # readline, which pytest imports, sets it for the workers of xdist
+os.environ.pop("LINES", None)
+
 Weights = dict[str, Tensor]
 
 SHAPES = {
@@ -110,6 +113,15 @@ def own_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file without a folder in its name lands in the test's own one."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def gpu() -> str:
+    """The device of tests marked `gpu`; those are skipped where there is none. `MERGECLI_TEST_DEVICE=cpu` tries the tests themselves."""
+    device = os.environ.get("MERGECLI_TEST_DEVICE", "cuda")
+    if device != "cpu" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return device
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ class CountingWork:
         return self.settings.device
 
     def expect_sources(self) -> None:
-        expect_all([self.clip, *self.towers.needed, *(task.data for task in self.tasks.values())])
+        expect_all([self.clip, *self.towers.needed], tasks=self.tasks.values())
 
     def leave(self) -> None:
         self.towers.leave()

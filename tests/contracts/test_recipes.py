@@ -90,3 +90,19 @@ def test_make_shows_the_plan_of_every_table(tmp_path: Path) -> None:
     assert done.stdout.count("--split contrast") > 10
     assert "mergecli report" in done.stdout
     assert set(re.findall(r"--reference (\S+)", done.stdout)) == set(references.names())
+
+
+def test_every_evaluation_of_the_tables_runs_through_the_engine(tmp_path: Path) -> None:
+    options = ["ENGINE=--engine ray --address auto --device cuda", "MERGE=--device cuda:0"]
+    done = subprocess.run(
+        ["make", "-n", "-C", str(RECIPES[0].parent), "tables", f"OUT={tmp_path}/%", *options],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, without_end(done.stderr)) == (0, "")
+    evaluations = re.findall(r"mergecli eval .*", done.stdout)
+    assert len(evaluations) > 29 * 10
+    assert all(" --engine ray --address auto --device cuda " in each for each in evaluations)
+    merges = re.findall(r"mergecli merge (?:.*\\\n)*.*", done.stdout)
+    assert len(merges) > 29 * 10
+    assert all(" --device cuda:0 " in each for each in merges)

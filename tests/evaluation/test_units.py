@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,25 +152,40 @@ def test_workers_that_begin_together_have_different_towers_and_tasks():
 @pytest.mark.slow
 def test_a_caller_that_is_killed_at_any_moment_loses_no_finished_unit(place, recipe_file, tmp_path):
     towers = [str(place / name) for name in TOWERS]
-    command = [sys.executable, "-m", "mergecli", "eval", *towers, "--recipe", str(recipe_file)]
+    command = [
+        sys.executable,
+        "-m",
+        "mergecli",
+        "eval",
+        *towers,
+        "--recipe",
+        str(recipe_file),
+        "--batch-size",
+        "1",
+    ]
     assert subprocess.run([*command, "-o", "whole"]).returncode == 0
-    rng, seen = random.Random(0), 0
+    rng, out, seen = random.Random(0), Path("out"), 0
+
+    def done() -> int:
+        return len(list(out.glob(".units/*.safetensors")))
+
     for moment in range(30):
         options = ["-o", "out", "--jobs", "2"] if moment % 2 else ["-o", "out"]
+        wanted = done() + rng.randrange(3)
         with subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL) as process:
-            time.sleep(rng.uniform(0, 8))
-            process.send_signal(signal.SIGKILL)
-        if moment % 5 == 4:  # then the same command to its end, and from the start
-            before = log(Path("out")) if Path("out/units.jsonl").exists() else []
+            while process.poll() is None and done() < wanted:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.1))
+            process.kill()
+        if done() == len(EVERY) or moment == 29:  # then the same command to its end, and from the start
+            before = log(out) if (out / "units.jsonl").exists() else []
             assert subprocess.run([*command, *options]).returncode == 0
-            assert sorted(set(log(Path("out")))) == EVERY
-            assert (
-                len(log(Path("out"))) <= len(EVERY) + 1
-            )  # a line may be missing of a file that was just written
-            assert set(before) <= set(log(Path("out")))
-            assert results(Path("out")) == results(Path("whole"))
+            after = log(out)
+            assert [after.count(unit) for unit in before] == [1] * len(before)
+            assert len(list(out.glob(".units/*.safetensors"))) == len(EVERY)
+            assert results(out) == results(Path("whole"))
             seen += len(before)
-            subprocess.run(["rm", "-r", "out"], check=True)
+            shutil.rmtree(out)
     assert seen > 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -145,8 +147,9 @@ def open_ray(engine: Engine, work: Work) -> RayExecutor:
     owns = not ray.is_initialized()
     if owns:
         try:
+            _expect_answer(engine.address or os.environ.get("RAY_ADDRESS", ""))
             ray.init(address=engine.address, log_to_driver=False, logging_level=logging.CRITICAL)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise InputError(
                 f"--address {engine.address or os.environ.get('RAY_ADDRESS', 'auto')}: there is no Ray cluster: {reason}",
@@ -158,6 +161,12 @@ def open_ray(engine: Engine, work: Work) -> RayExecutor:
         if owns:
             ray.shutdown()
         raise
+
+
+def _expect_answer(address: str) -> None:
+    """Raises OSError if nobody answers at HOST:PORT, where Ray would try for minutes."""
+    if found := re.fullmatch(r"([^:/]+):(\d{1,5})", address):
+        socket.create_connection((found[1], int(found[2])), timeout=10).close()
 
 
 def _ray() -> Any:
