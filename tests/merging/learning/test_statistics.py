@@ -310,7 +310,7 @@ def test_a_merge_says_what_was_measured(zoo: Zoo) -> None:
 def test_a_wrong_call_is_answered_before_any_work(zoo: Zoo) -> None:
     with pytest.raises(UsageError, match="`average` measures nothing") as caught:
         measure(zoo.recipe, method="average", output=zoo.folder / "s")
-    assert "`fisher`, `lot`, `reg_mean`, `reg_mean_plus_plus`" in caught.value.hint
+    assert "`fisher`, `lot`, `pro_distill`, `reg_mean`, `reg_mean_plus_plus`" in caught.value.hint
     with pytest.raises(UsageError, match="cannot measure some tasks only"):
         measure(zoo.recipe, method="reg_mean_plus_plus", only=["a"], output=zoo.folder / "s")
     with pytest.raises(UsageError, match="the recipe has no model `d`"):
