@@ -21,6 +21,9 @@ from torch import Tensor
 
 from mergecli.runtime import interrupts
 
+os.environ.pop("COLUMNS", None)  # readline, which pytest imports, sets it for the workers of xdist
+os.environ.pop("LINES", None)
+
 Weights = dict[str, Tensor]
 
 SHAPES = {

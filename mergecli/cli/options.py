@@ -106,7 +106,7 @@ def engine(
         typer.Option("--jobs", "-j", metavar="N", min=1, help="Local processes. Default: 1, or one for each of --gpus."),
     ] = None,
     gpus: Annotated[
-        str | None, typer.Option("--gpus", metavar="all|N,...", help="Local GPUs, a process each; implies --device cuda.")
+        str | None, typer.Option("--gpus", metavar="all|N", help="Local GPUs: all, or numbers with commas; a process each. Implies --device cuda.")
     ] = None,
     address: Annotated[
         str | None,

@@ -208,23 +208,34 @@ def _expect_tokens(clip: Clip, name: str, prompts: Sequence[str], tokens: Tensor
 
 
 def logits(
-    clip: Clip, head: Tensor, pixel_values: Tensor, correction: Callable[[Tensor], Tensor] | None = None
+    clip: Clip,
+    head: Tensor,
+    pixel_values: Tensor,
+    correction: Callable[[Tensor], Tensor] | None = None,
+    learned: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """(B, C) exp(logit_scale) * cosine of each image with each class; in float32, whatever the tower's dtype.
 
-    A `correction` changes the (B, D) unit image features first, which are not normalized again.
+    A `correction` changes the (B, D) unit image features first, which are not normalized again. A `learned` head gives
+    the logits of unit features in place of the zero-shot head.
     """
-    return compare(clip, features(clip, pixel_values), head, correction)
+    return compare(clip, features(clip, pixel_values), head, correction, learned)
 
 
 def compare(
-    clip: Clip, image: Tensor, head: Tensor, correction: Callable[[Tensor], Tensor] | None = None
+    clip: Clip,
+    image: Tensor,
+    head: Tensor,
+    correction: Callable[[Tensor], Tensor] | None = None,
+    learned: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """(B, C) the logits of (B, D) image features."""
     image = image.float()
     image = image / image.norm(dim=-1, keepdim=True)
     if correction is not None:
         image = correction(image)
+    if learned is not None:
+        return learned(image)
     return clip.model.logit_scale.exp() * image @ head.T
 
 

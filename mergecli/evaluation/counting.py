@@ -132,6 +132,8 @@ class ModelSlot:
         """How towers that route do so."""
         self.correction: Callable[[Tensor], Tensor] | None = None
         """What changes the image features of the tower and task."""
+        self.head: Callable[[Tensor], Tensor] | None = None
+        """What takes the place of the task's zero-shot head."""
         self.installed: Installed | None = None
         """The routing layers of the tower that is in."""
         self._taken: tuple[Checkpoint, str] | None = None
@@ -160,13 +162,14 @@ class ModelSlot:
             else:
                 set_tower(self.clip, mixture.of_task(task))
                 self.correction = mixture.correction(task, self.clip.device)
+                self.head = mixture.head(task, self.clip.device)
         self._taken = checkpoint, task
 
     def release(self) -> None:
         """Leaves a plain tower, whose weights no longer matter."""
         if self.installed is not None:
             self.installed.remove()
-        self._taken = self.installed = self.correction = None
+        self._taken = self.installed = self.correction = self.head = None
 
     def another(self) -> ModelSlot:
         """A slot that shares everything with this one but the tower's weights."""
@@ -278,8 +281,9 @@ class Worker:
         """(B, C) logits, the routing weights of every layer if they are watched, and the task found for each image."""
         from mergecli.clip.heads import logits
 
-        found = logits(self._slot.clip, self._head, pixel_values, self._slot.correction)
-        installed = self._slot.installed
+        slot = self._slot
+        found = logits(slot.clip, self._head, pixel_values, slot.correction, slot.head)
+        installed = slot.installed
         routes = installed.routes() if installed and watched else {}
         return found, routes, installed.chosen if installed else None
 

@@ -336,6 +336,10 @@ def _evaluate_open(
         with failures.of("task", task.name):
             images[task.name] = scoring.images(task)
             tell(images[task.name].images)
+    for tower in models:
+        with failures.of("tower", tower.name):
+            known = [images[task] for task in call.pairs(tower.name) if task in images]
+            scoring.check_heads(tower, known)
     towers = {tower.name: tower for tower in models}
     units: dict[tuple[str, str], Unit] = {}
     for name, task in [(tower, task) for tower in call.names for task in call.pairs(tower)]:

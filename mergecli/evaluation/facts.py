@@ -57,6 +57,8 @@ def _checkpoint_facts(tower: Tower, base_digest: str, settings: Settings) -> dic
     if tower.checkpoint.is_mixture:
         mixture = mixture_of(tower.checkpoint)
         found["routing"] = mixture.router or mixture.routing(settings.routing) or "task"
+        if mixture.has_heads:
+            found["heads"] = "learned"
     return found | made_of(metadata)[0]
 
 

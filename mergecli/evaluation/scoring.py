@@ -110,6 +110,16 @@ class Scoring:
             mixture.of_task(task)
         return ()
 
+    def check_heads(self, tower: Tower, tasks: Iterable[TaskImages]) -> None:
+        """Raises InputError if a tower has a head for a task that is for other class names or prompts than the task's."""
+        from mergecli.data.tasks import digest
+
+        if not tower.checkpoint.is_mixture or not (mixture := mixture_of(tower.checkpoint)).has_heads:
+            return
+        for each in tasks:
+            digests = {"classes": digest(each.classes), "templates": digest(each.task.templates)}
+            mixture.expect_classes(each.task.name, digests)
+
     def check_routing(self, towers: Sequence[Tower], experts: Iterable[tuple[str, ...]]) -> None:
         """Raises UsageError if routes are asked for, or batches are to be routed alike, and no tower does so."""
         if self.settings.routes and not any(experts):

@@ -138,6 +138,7 @@ def _about_mixture(stored: Checkpoint) -> dict[str, str]:
     return {
         "tasks": ", ".join(mixture.tasks),
         "routing": "routes" if mixture.is_routed else "needs the task",
+        **({"heads": "learned, in place of zero-shot heads"} if mixture.has_heads else {}),
         "relative size": f"{stored.nbytes / mixture.shared.nbytes:.2f} of one tower",
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -77,18 +77,15 @@ class OpenMixture:
         }
         if isinstance(self.method, Routed) and self.method.is_routed:
             kept["tower"] = self.method.own_tower
-        if self._corrects:
-            kept[LEFT_OUT] = "the correction of its features"
+        if isinstance(self.method, Conditioned) and self.method.besides:
+            kept[LEFT_OUT] = self.method.besides
         about = {**kept, "kind": "checkpoint", "task": task}
         return lazy_checkpoint(self.shared, readers, dtype="float32", metadata=about, stored=self.shared)
 
     @property
-    def _corrects(self) -> bool:
-        """Whether what `eval` shows of a task is more than its tower."""
-        return (
-            isinstance(self.method, Conditioned)
-            and type(self.method).correction is not Conditioned.correction
-        )
+    def has_heads(self) -> bool:
+        """Whether tasks have heads of their own, which take the place of zero-shot heads."""
+        return isinstance(self.method, Conditioned) and type(self.method).head is not Conditioned.head
 
     def install(self, tower: nn.Module, routing: Routing) -> Installed:
         """Puts the routing layers into a tower that has the shared weights already.
@@ -119,6 +116,36 @@ class OpenMixture:
         if not isinstance(self.method, Conditioned):
             return None
         return self.method.correction(self.tasks.index(task), lambda key: self.stored.read(key).to(device))
+
+    def head(self, task: str, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+        """What gives the logits of a task for (B, D) unit image features; None if its zero-shot head does."""
+        if not isinstance(self.method, Conditioned):
+            return None
+        return self.method.head(self.tasks.index(task), lambda key: self.stored.read(key).to(device))
+
+    def expect_classes(self, task: str, digests: Mapping[str, str]) -> None:
+        """Raises InputError if the file has a head for a task, and it began with other class names or prompts.
+
+        Args:
+            digests: of `classes` and of `templates`.
+        """
+        import torch
+
+        if self.head(task, torch.device("cpu")) is None:
+            return
+        try:
+            known = json.loads(self.stored.metadata["adapted_on"])[task]
+            other = [key for key, digest in digests.items() if known[key] != digest]
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{self.stored.path}: does not say for which classes its head for `{task}` is", _HINT
+            ) from error
+        if other:
+            words = {"classes": "class names", "templates": "prompts"}
+            raise InputError(
+                f"{self.stored.path}: its head for `{task}` was learned for other {words[other[0]]} than the task has now",
+                "evaluate with those that it was merged with, or merge again",
+            )
 
 
 def mixture_of(stored: Checkpoint) -> OpenMixture:

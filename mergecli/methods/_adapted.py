@@ -54,13 +54,29 @@ class Objective(Protocol):
         """Name -> (...) the merged model's weights, which the method overwrites."""
         ...
 
-    def losses_and_gradients(self, batch: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """(T,) mean loss of the predictions on batch number `batch` of every task (0 for tasks that are not looked
-        at), and name -> (...) gradient of their sum with respect to the weights, which may be overwritten.
+    @property
+    def heads(self) -> Mapping[int, tuple[Tensor, Tensor]]:
+        """Place of each task that is looked at -> (C, D) weights and (C,) biases of its head, which the method overwrites: at
+        first those of the zero-shot head, with the logit scale in it. Empty unless the method `learns_heads`."""
+        ...
+
+    def order(self, number: int) -> list[int]:
+        """The places of the tasks that are looked at, in an order that is drawn for round `number`."""
+        ...
+
+    def losses_and_gradients(
+        self, batch: int, places: Sequence[int] | None = None
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(T,) mean loss of the predictions on batch number `batch` of every task, or of those in some places (0 for tasks that
+        are not looked at), and name -> (...) gradient of their sum with respect to the weights, which may be overwritten.
 
         Where several processes share the tasks, the gradient is that of this process's tasks: `total` sums what is
         computed from it.
         """
+        ...
+
+    def head_gradients(self, place: int) -> tuple[Tensor, Tensor]:
+        """(C, D) and (C,) the same with respect to the head of a task, summed over all processes."""
         ...
 
     def mask(self, key: str) -> Tensor:
@@ -90,6 +106,8 @@ class Adapted(Learner):
     not_recorded: ClassVar[frozenset[str]] = frozenset({"vectors_on"})
     trace_column: ClassVar[str] = ""
     """What `traced` gives, where it is one number and not a coefficient of each task."""
+    learns_heads: ClassVar[bool] = False
+    """Whether the heads of the tasks are learned too."""
 
     objective: Literal["entropy", "experts"] = "entropy"
     """What is made small: the entropy of the predictions, as published, or with `experts` their cross-entropy to what the

@@ -31,6 +31,10 @@ class Activations(Protocol):
         """Replaces them by the layer's output."""
         ...
 
+    def batches(self) -> Iterator[Tensor]:
+        """The activations as they are now, where the model is."""
+        ...
+
 
 class Probe(Protocol):
     """One task's model and images, as a method sees them; there is no way to ask for labels."""
@@ -150,6 +154,15 @@ class Calibrated(DataDriven):
     def excludes(self, name: str) -> bool:
         """Whether a tensor keeps the base's values."""
         return any(re.match(pattern, name) for pattern in self.exclude)
+
+    @property
+    def rounds(self) -> int:
+        """How often measuring goes over the images, for those that learn from them; a trial does so once."""
+        return 1
+
+    def trial(self) -> Calibrated:
+        """The same with one round, to know how long each takes."""
+        return self
 
     def layout(self, shapes: Shapes, /) -> Layout:
         """The statistics of a model with these tensors."""

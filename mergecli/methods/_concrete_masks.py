@@ -83,10 +83,14 @@ def mask_gradient(objective: Objective, mask: Tensor, gradient: Tensor, temperat
     return objective.total(by_mask.mul_(mask).mul_(1 - mask).div_(temperature))
 
 
-def move_masks(state: State, gradients: Mapping[str, Tensor], rate: float, step: int) -> None:
-    """Step number `step`, from 1, of Adam on all logits."""
+def move_masks(
+    state: State, gradients: Mapping[str, Tensor], rate: float, step: int, decay: float = 0.0
+) -> None:
+    """Step number `step`, from 1, of Adam on all logits, which first decay by the share `rate * decay`."""
     for name, gradient in gradients.items():
         moments = state[f"mean.{name}"], state[f"square.{name}"]
+        if decay:
+            state[logits_key(name)].mul_(1 - rate * decay)
         adam_step(state[logits_key(name)], gradient, *moments, rate, step)
 
 

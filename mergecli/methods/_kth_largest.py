@@ -64,7 +64,7 @@ def kth_largest(groups: Groups, ranks: Sequence[Rank], values: Callable[[Group],
     """(T,) k-th largest value of each task's entries over the whole model, for each of the ranks, in one pass.
 
     Args:
-        values: a group's (T, ...) values; may overwrite the group.
+        values: a group's (T, ...) values, or (1, ...) where all tasks share them; may overwrite the group.
 
     The brackets come from a small sample, and hold under a hundredth of all entries between their ends. The counts show
     whether one missed; then wider ones are tried.
@@ -118,7 +118,7 @@ def _sampled_brackets(
     import numpy as np
     import torch
 
-    pieces = list(groups.map(lambda group: values(group).reshape(group.tasks, -1).clone(), SAMPLE))
+    pieces = list(groups.map(lambda group: _rows(values(group)).clone(), SAMPLE))
     sample = torch.cat(pieces, dim=1).cpu().numpy()  # (T, entries / SAMPLE)
     size = sample.shape[1]
     slack = margin + 2 / max(size, 1)  # two entries more, for samples so small that the margin is none
@@ -139,6 +139,11 @@ def _sampled_brackets(
         [Bracket(*ends) for ends in zip(at(low), at(high), strict=True)]
         for low, high in zip(indices[::2], indices[1::2], strict=True)
     ]
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(T, n) the entries of (T, ...) values."""
+    return values.reshape(len(values), -1)
 
 
 def _binned(groups: Groups) -> Iterator[tuple[str, NDArray[int32]]]:
@@ -209,7 +214,7 @@ def _counted(
     about the bracket of each rank and task."""
 
     def look(group: Group) -> tuple[str, int, list[list[tuple[int, int, int, NDArray[float32]]]]]:
-        rows = values(group).reshape(group.tasks, -1)
+        rows = _rows(values(group))
         name = group.name if group.name in brackets else ""
         return (
             name,

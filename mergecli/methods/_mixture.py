@@ -89,9 +89,16 @@ class Conditioned(Mixture):
     """Task-conditioned mixtures: every task has a tower of its own, computed from the file as it is read."""
 
     kind = "task-conditioned"
+    besides: ClassVar[str] = ""
+    """What a task's result comes from besides its tower, in a few words; empty if from nothing."""
 
     def correction(self, index: int, read: Read, /) -> Callable[[Tensor], Tensor] | None:
         """Corrects (B, D) unit image features of task number `index` before they are compared with classes; None if nothing does."""
+        del index, read
+        return None
+
+    def head(self, index: int, read: Read, /) -> Callable[[Tensor], Tensor] | None:
+        """Gives (B, C) logits for (B, D) unit image features of task number `index`; None if its zero-shot head does."""
         del index, read
         return None
 

@@ -143,12 +143,6 @@ def subspace(features: Tensor, directions: int) -> tuple[Tensor, Tensor]:
     return mean, basis
 
 
-def nearest_task(features: Tensor, means: Tensor, bases: Tensor) -> Tensor:
-    """(B,) argmin_t |(I - V_t^T V_t) (f - mu_t)|, of (B, D) unit features f; of equal ones the first."""
-    apart = features - means[:, None]  # (T, B, D)
-    return (apart - apart @ bases.transpose(1, 2) @ bases).norm(dim=2).argmin(0)
-
-
 def measured_by(method: Method) -> Calibrated | None:
     """What measures the statistics that a method needs; None if it needs none."""
     if isinstance(method, Calibrated):

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 from torch.nn import functional
 
-from mergecli.methods._sim import nearest_task
-
 KEPT = 4
 """Weights of this many tasks are held at once, those that were used last: each is as large as a tower."""
 
@@ -112,3 +110,9 @@ class SimTower:
     def remove(self) -> None:
         """Leaves the base's tower."""
         del self.tower.forward
+
+
+def nearest_task(features: Tensor, means: Tensor, bases: Tensor) -> Tensor:
+    """(B,) argmin_t |(I - V_t^T V_t) (f - mu_t)|, of (B, D) unit features f; of equal ones the first."""
+    apart = features - means[:, None]  # (T, B, D)
+    return (apart - apart @ bases.transpose(1, 2) @ bases).norm(dim=2).argmin(0)

@@ -70,6 +70,11 @@ class ConcreteTaskArithmetic(Adapted):
     def phases(self) -> tuple[int, ...]:
         return (self.steps,)
 
+    @property
+    def decay(self) -> float:
+        """How strongly the logits are drawn to 0 in each step."""
+        return 0.0
+
     def prepared(self, group: Group, surveyed: Mapping[str, Tensor], /) -> Tensor:
         del surveyed
         return total(group.deltas).mul_(self.scaling_factor)[None]
@@ -89,7 +94,7 @@ class ConcreteTaskArithmetic(Adapted):
             )
             for name, gradient in gradients.items()
         }
-        return losses, lambda: move_masks(state, found, self.learning_rate, number + 1)
+        return losses, lambda: move_masks(state, found, self.learning_rate, number + 1, self.decay)
 
     def finish(self, objective: Objective, state: State, /) -> State:
         return kept_masks(objective, state, self.mask, self.temperature)

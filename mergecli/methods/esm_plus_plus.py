@@ -44,7 +44,7 @@ class EsmPlusPlus(Routed, Esm):
     own_tower: ClassVar[str] = "the merged tower with that task's low-rank changes"
     prefixes = ("left.", "right.", "prototypes.")
     title: ClassVar[str] = (
-        "ESM's tower with low-rank changes for each task, among which each image chooses; nothing is trained"
+        "low-rank changes of ESM's tower, among which each image chooses; nothing is trained"
     )
     paper: ClassVar[str] = "Li et al., Essential subspace routing, arXiv 2606.19164"
     also_called: ClassVar[Mapping[str, str]] = {"esmpp": "", "essential_subspace_routing": ""}

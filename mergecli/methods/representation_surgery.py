@@ -49,6 +49,7 @@ class RepresentationSurgery(Conditioned, TaskLearner):
     derived = frozenset({"feature_size"})
     file_title = "learnt surgery"
     part_title = "surgery"
+    besides: ClassVar[str] = "the correction of its features"
     looks_at: ClassVar[str] = "unlabeled images of every task"
     work: ClassVar[str] = "each image goes through two towers once, and the steps are on what comes out"
     elementwise: ClassVar[bool] = True

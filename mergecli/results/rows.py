@@ -317,6 +317,9 @@ def about_towers(rows: Sequence[Row]) -> Block:
         }
         known = "; ".join(what for name, what in routings_explained.items() if name in routings)
         notes += [f"routing: {known}."] if known else []
+    if heads := [row.name for row in rows if row.result and row.result.checkpoint.get("heads") == "learned"]:
+        verb = "have" if len(heads) > 1 else "has"
+        notes.append(f"{quoted(heads)} {verb} learned heads; those of the other rows are zero-shot heads.")
     found = [_task_found(row.result) if row.result else None for row in rows]
     if any(each is not None for each in found):
         columns.append((Column("task found", "percent", better="higher"), list(found)))

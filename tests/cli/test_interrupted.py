@@ -54,7 +54,7 @@ def test_an_evaluation_keeps_the_tasks_that_are_counted(
 ) -> None:
     command = ("eval", *checkpoints, "--clip", "toy:base", "--task", "digits,letters", "--limit", 5)
     with monkeypatch.context() as patch:
-        press_at_call(patch, scoring, "_counts", 2)
+        press_at_call(patch, scoring.Scoring, "count", 2)
         ended = run(*command, "--quiet")
     assert (ended.status, ended.out) == (130, "")
     assert ended.err == f"interrupted: {what} are kept; the same command goes on\n"

@@ -24,7 +24,7 @@ def test_a_terminal_shows_what_is_starting_first_and_nothing_of_it_in_the_end(wo
 
 def test_an_error_stands_alone_on_its_line(tmp_path: Path) -> None:
     shown = on_a_terminal(["info", "missing"], tmp_path, NO_COLOR="1")
-    assert re.search(r"\r {19}\rerror: missing: [^\r]*\r\nhint: [^\r]*\r\n$", shown)
+    assert re.search(r"\r {19}\rerror: missing: no such file or folder\r\n$", shown)
 
 
 @pytest.mark.parametrize(

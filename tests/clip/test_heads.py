@@ -84,12 +84,18 @@ def test_other_classes_prompts_and_texts_have_heads_of_their_own(clip, home):
         assert len(list((home / "cache" / "heads").iterdir())) == number
 
 
-@pytest.mark.parametrize("damage", [b"", b"no safetensors"])
-def test_a_damaged_head_is_made_anew(clip, home, damage):
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (b"", "is empty, a safetensors file was expected"),
+        (b"no safetensors", "is not a safetensors file"),
+    ],
+)
+def test_a_damaged_head_is_made_anew(clip, home, damage, what):
     made = cached_head(clip, NAMES, TEMPLATES, "text", 10**9)
     (file,) = (home / "cache" / "heads").iterdir()
     file.write_bytes(damage)
-    with pytest.warns(MergecliWarning, match=f"{file}: is not a safetensors file; it is made again"):
+    with pytest.warns(MergecliWarning, match=f"{file}: {what}; it is made again"):
         assert torch.equal(cached_head(clip, NAMES, TEMPLATES, "text", 10**9), made)
 
 

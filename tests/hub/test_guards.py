@@ -211,10 +211,10 @@ def test_a_lock_with_a_byte_order_mark_is_read(hubs: Hubs, recipe: Path) -> None
 def test_what_another_program_brought_meanwhile_is_not_counted(
     hubs: Hubs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    acquire = "mergecli.hub.download._acquire"
+    acquire = "mergecli.hub.download.acquire"
     from mergecli.hub import download
 
-    plain = download._acquire  # pyright: ignore[reportPrivateUsage]
+    plain = download.acquire
 
     def after_another(*arguments: object) -> None:
         monkeypatch.setattr(acquire, plain)

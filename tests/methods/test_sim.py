@@ -16,7 +16,8 @@ from mergecli.clip.model import features
 from mergecli.formats.mixture import mixture_of
 from mergecli.merging.learning.measure import measure
 from mergecli.merging.merge import merge
-from mergecli.methods._sim import BASES, MEANS, PROJECTION, nearest_task, subspace
+from mergecli.methods._sim import BASES, MEANS, PROJECTION, subspace
+from mergecli.methods._sim_tower import nearest_task
 from mergecli.runtime.errors import UsageError
 from mergecli.storage.checkpoint import VISION, open_checkpoint
 from tests.support.image_zoo import Zoo

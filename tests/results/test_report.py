@@ -100,6 +100,13 @@ def test_a_row_without_the_number_it_is_sorted_by_comes_last() -> None:
         assert column(table, "model")[-1] == "two"
 
 
+def test_a_row_with_learned_heads_is_said_to_have_them() -> None:
+    own = replace(THREE[0], checkpoint={**THREE[0].checkpoint, "routing": "task", "heads": "learned"})
+    table = accuracy_table([own, THREE[1]])
+    assert "`b` has learned heads; those of the other rows are zero-shot heads." in table.notes
+    assert not any("learned heads" in each for each in accuracy_table(THREE).notes)
+
+
 def test_losses_are_losses() -> None:
     table = report(THREE, metric="loss", sort="average", ascending=True)
     assert column(table, "mnist") == [1.2, 1.4, 1.3]

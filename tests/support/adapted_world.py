@@ -23,6 +23,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ada_merging", {"preprocess": "ties", "granularity": "task"}),
     ("concrete_task_arithmetic", {}),
     ("ada_rank", {"objective": "experts"}),
+    ("sy_merge", {}),
     ("concrete_ada_merging", {"mask_steps": 4, "steps": 2}),
     ("concrete_ada_merging", {"mask_steps": 4, "steps": 2, "order": "published", "granularity": "task"}),
 ]

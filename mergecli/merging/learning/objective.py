@@ -87,6 +87,8 @@ class TowerObjective:
         ranks: Ranks,
         installed: Installed | None = None,
         read_mask: Callable[[str], Tensor] | None = None,
+        looked_at: Sequence[int] = (),
+        heads: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         """The objective of tasks whose models have these weights.
 
@@ -95,7 +97,11 @@ class TowerObjective:
             size: images of a batch.
             installed: the layers of a tower that routes: their parameters are then what is learned.
             read_mask: reads the file of masks that the method needs.
+            looked_at: the places of the tasks that all processes together look at.
+            heads: of these tasks, where heads are learned.
         """
+        import torch
+
         self.tasks, self.base, self.deltas = tasks, base, deltas
         self._clip, self._batches, self._size, self._seed, self._ranks = clip, batches, size, seed, ranks
         self._normalized = Normalization(clip)
@@ -108,20 +114,45 @@ class TowerObjective:
         names = base if installed is None else found
         self.weights: Mapping[str, Tensor] = {name: self._parameters[name].data for name in names}
         self._routes: list[Tensor] = []
+        self._looked_at, self.heads = looked_at, heads or {}
+        for each in (each for head in self.heads.values() for each in head):
+            each.requires_grad_(True)
+        # a head that is learned has the logit scale in it
+        scale = clip.model.logit_scale.exp()
+        self._scale = torch.ones_like(scale) if self.heads else scale
 
-    def losses_and_gradients(self, batch: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """(T,) mean losses on batch number `batch` of every task, and name -> (...) gradient of their sum."""
+    def order(self, number: int) -> list[int]:
+        """The places of the tasks that are looked at, in an order of round `number`."""
+        drawn = uniform(self._seed, "order of tasks", f"round {number}", 0, len(self._looked_at))
+        return [self._looked_at[each] for each in drawn.argsort(stable=True).tolist()]
+
+    def head_gradients(self, place: int) -> tuple[Tensor, Tensor]:
+        """(C, D) and (C,) the gradient with respect to a task's head, which one of the processes has."""
+        import torch
+
+        weight, bias = (
+            self.total(torch.zeros_like(each) if each.grad is None else each.grad)
+            for each in self.heads[place]
+        )
+        return weight, bias
+
+    def losses_and_gradients(
+        self, batch: int, places: Sequence[int] | None = None
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(T,) mean losses on batch number `batch` of every task, or of some, and name -> (...) gradient of their sum."""
         import torch
 
         losses = torch.zeros(len(self.tasks), device=self._clip.device)
-        for each in self._parameters.values():
+        heads = (each for head in self.heads.values() for each in head)
+        for each in (*self._parameters.values(), *heads):
             each.grad = None
+        wanted = [each for each in self._batches if places is None or each.index in places]
         share = max(1, self._together // self._size)
         self._routes.clear()
         with torch.enable_grad():
-            for start in range(0, len(self._batches), share):
+            for start in range(0, len(wanted), share):
                 interrupts.check()
-                self._backward(self._batches[start : start + share], batch, losses)
+                self._backward(wanted[start : start + share], batch, losses)
         grads = {name: self._parameters[name].grad for name in self.weights}
         return self.total(losses), {
             name: torch.zeros_like(self.weights[name]) if grad is None else grad
@@ -137,10 +168,10 @@ class TowerObjective:
         chosen = [each.rows(batch, self._size, self._seed) for each in together]
         batches = [each.pixels.rows(rows) for each, rows in zip(together, chosen, strict=True)]
         image = features(self._clip, self._normalized(torch.cat(batches)))  # (B, D)
-        image = self._clip.model.logit_scale.exp() * image / image.norm(dim=-1, keepdim=True)
+        image = self._scale * image / image.norm(dim=-1, keepdim=True)
         parts = image.split([len(batch) for batch in batches])
         own = [
-            _loss(part @ each.head.T, each, rows)
+            _loss(self._logits(part, each), each, rows)
             for each, part, rows in zip(together, parts, chosen, strict=True)
         ]
         torch.stack(own).sum().backward()
@@ -149,6 +180,13 @@ class TowerObjective:
             self._routes.append(torch.stack(found).mean(0) * len(together))
         for each, loss in zip(together, own, strict=True):
             losses[each.index] = loss.detach()
+
+    def _logits(self, image: Tensor, task: TaskBatches) -> Tensor:
+        """(B, C) logits of (B, D) unit features times the scale."""
+        import torch
+
+        head = self.heads.get(task.index)
+        return image @ task.head.T if head is None else torch.nn.functional.linear(image, *head)
 
     def total(self, tensor: Tensor) -> Tensor:
         """(...) the sum over all processes, added in the order of their ranks."""
@@ -193,6 +231,7 @@ def tower_objective(
     clip.model.to(device)
     own = [name for number, name in enumerate(work.tasks) if number % ranks.count == ranks.own]
     batches = _task_batches(work, method, clip, own)
+    heads = _learned_heads(work, clip) if method.learns_heads else {}
     clip.drop_text_tower()
     if method.objective == "experts":
         batches = [
@@ -206,7 +245,10 @@ def tower_objective(
     base, deltas = _prepared(models, method, surveyed, device)
     masks = work.needed.get("masks")
     read = masks.read if masks else None
-    return TowerObjective(clip, tasks, base, deltas, batches, size, seed, ranks, read_mask=read)
+    looked_at = [tasks.index(name) for name in work.tasks]
+    return TowerObjective(
+        clip, tasks, base, deltas, batches, size, seed, ranks, None, read, sorted(looked_at), heads
+    )
 
 
 def _prepared(
@@ -245,6 +287,19 @@ def _installed(models: Models, method: Routed, clip: Clip, device: str) -> Insta
     for name, tensor in clip.tower.state_dict().items():
         tensor.copy_(parts.pop(VISION + name))
     return method.install_to_learn(clip.tower, parts.__getitem__, tuple(models.tuned), VISION)
+
+
+def _learned_heads(work: LearningWork, clip: Clip) -> dict[int, tuple[Tensor, Tensor]]:
+    """Place of a task -> weights and biases with which its head begins: the zero-shot head times the logit scale, and 0."""
+    from mergecli.clip.heads import cached_head
+
+    tasks, scale = list(work.models.tuned), clip.model.logit_scale.exp().detach()
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for name, task in work.tasks.items():
+        head = cached_head(clip, task.classes, task.templates, work.clip_digests.text, allowed_size())
+        weight = (scale * head).detach().clone()
+        found[tasks.index(name)] = weight, weight.new_zeros(len(weight))
+    return found
 
 
 def _task_batches(work: LearningWork, method: Adapted, clip: Clip, names: Sequence[str]) -> list[TaskBatches]:

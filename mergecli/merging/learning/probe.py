@@ -72,7 +72,7 @@ class StatisticsRun:
             writer = stack.enter_context(SafetensorsWriter(path, self.layout, metadata, checked=True))
             scratch = Scratch(path.parent, stack)
             measured = stack.enter_context(
-                closing(self._measured(tasks, scratch, self._method.examples, report))
+                closing(self._measured(tasks, scratch, self._method.examples, report, self._method))
             )
             for name, value in measured:
                 if not bool(value.isfinite().all()):
@@ -92,25 +92,30 @@ class StatisticsRun:
         self._seconds(tasks, 1)  # what is loaded or begun the first time counts once
         one, few = self._seconds(tasks, 1), min(FEW, wanted)
         if few == 1 or one > LONG:
-            return one * wanted
+            return one * wanted * self._method.rounds
         each = max(self._seconds(tasks, few) - one, 0.0) / (few - 1)
-        return one + each * (wanted - 1)
+        return (one + each * (wanted - 1)) * self._method.rounds
 
     def _seconds(self, tasks: Sequence[CalibrationTask], examples: int) -> float:
         began = time.perf_counter()
         with ExitStack() as stack:
             scratch = Scratch(Path(), stack, in_memory=True)
-            for _ in self._measured(tasks, scratch, examples, _report_nothing):
+            for _ in self._measured(tasks, scratch, examples, _report_nothing, self._method.trial()):
                 pass
         return time.perf_counter() - began
 
     def _measured(
-        self, tasks: Sequence[CalibrationTask], scratch: Scratch, examples: int, report: Report
+        self,
+        tasks: Sequence[CalibrationTask],
+        scratch: Scratch,
+        examples: int,
+        report: Report,
+        method: Calibrated,
     ) -> Generator[tuple[str, Tensor]]:
         from mergecli.clip.model import set_tower
         from mergecli.data.images import drawn
 
-        method, models = self._method, self._models
+        models = self._models
         seed = self._seed if method.shuffle else None
         chosen = [drawn(each.images, examples, seed) for each in tasks if each.images]
         assert len(chosen) == len(tasks), "images are missing"
@@ -264,7 +269,12 @@ class ActivationFile:
         """Replaces them by the layer's output."""
         self._through(layer, keep=True)
 
-    def _through(self, layer: Module, *, keep: bool) -> None:
+    def batches(self) -> Iterator[Tensor]:
+        """The activations as they are now, on the device."""
+        return (batch for _, batch in self._placed())
+
+    def _placed(self) -> Iterator[tuple[int, Tensor]]:
+        """Where in the file each batch begins, and the batch."""
         import torch
 
         offset = 0
@@ -273,12 +283,18 @@ class ActivationFile:
             batch = torch.empty(shape)
             self._file.seek(offset)
             self._file.readinto(bytes_of(batch))  # pyright: ignore[reportAttributeAccessIssue]
+            yield offset, batch.to(self._clip.device)
+            offset += batch.nbytes
+
+    def _through(self, layer: Module, *, keep: bool) -> None:
+        import torch
+
+        for offset, batch in self._placed():
             with torch.no_grad():
-                after = layer(batch.to(self._clip.device), None)
+                after = layer(batch, None)
             if keep:
                 self._file.seek(offset)
                 self._write(after)
-            offset += batch.nbytes
 
     def _write(self, batch: Tensor) -> None:
         with write_errors(self._folder):
