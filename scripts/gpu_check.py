@@ -108,7 +108,7 @@ class Bench:
             print(done.stdout[-3000:], file=sys.stderr)
         return Found(last, done.returncode == 0 and "skipped" not in last)
 
-    def merge(self, method: str) -> Found:
+    def merge(self, method: str, tolerance: float) -> Found:
         """A merge of the large towers here and on the CPU: the norm of the difference beside that of the merged task vector."""
         models = {path.stem: path for path in self.paths[:4]}
         made, took = [], []
@@ -123,7 +123,7 @@ class Bench:
         apart = sum(float((cpu[name] - here[name]).double().square().sum()) for name in cpu) ** 0.5
         whole = sum(float((cpu[name] - base[name]).double().square().sum()) for name in cpu) ** 0.5
         return Found(
-            f"{apart / whole:.1e}; {took[0]:.1f} s on cpu, {took[1]:.1f} s here", apart <= 1e-3 * whole
+            f"{apart / whole:.1e}; {took[0]:.1f} s on cpu, {took[1]:.1f} s here", apart <= tolerance * whole
         )
 
     def counts(self, precision: str, tolerance: int) -> Found:
@@ -188,13 +188,14 @@ class Bench:
                 save_coefficients=file,
             )
             learned.append(load_file(file))
-        apart = torch.cat([(learned[0][name] - learned[1][name]).abs().flatten() for name in learned[0]])
+        return self._close(*learned)
+
+    def _close(self, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> Found:
+        """Whether coefficients are the same but for the few whose gradient vanishes: there Adam's steps follow its rounding error."""
+        apart = torch.cat([(one[name] - other[name]).abs().flatten() for name in one])
         share = float((apart > 1e-4).float().mean())
-        # where a gradient vanishes, Adam's first steps follow its rounding error
-        return Found(
-            f"{100 * share:.1f} % of {len(apart)} differ by more than 1e-4, at most {apart.max():.1e}",
-            share <= 0.02,
-        )
+        text = f"{100 * share:.1f} % of {len(apart)} differ by more than 1e-4, at most {apart.max():.1e}"
+        return Found(text, share <= 0.02)
 
     def adapt_memory(self, where: str | None) -> Found:
         """Seconds a step of layer-wise AdaMerging on the large towers; the table has the memory."""
@@ -220,8 +221,8 @@ class Bench:
         first, second = (
             load_file(self.folder / f"adapted-{each}-{few}.safetensors") for each in (None, where)
         )
-        same = all(torch.equal(first[name], second[name]) for name in first)
-        return Found(f"{text}; {'the same' if same else 'other'} coefficients", same)
+        found = self._close(first, second)
+        return Found(f"{text}; {found.text}", found.holds)
 
     def finetune(self, precision: str) -> Found:
         """Losses of a training on a toy here, beside those in float32 on the CPU."""
@@ -315,11 +316,17 @@ class Bench:
 
 def checks(bench: Bench) -> list[tuple[str, str, Callable[[], Found]]]:
     """What is checked, what is expected, and the check."""
-    merges = ["task_arithmetic", "ties"] if bench.small else ["task_arithmetic", "ties", "tsv_m", "iso_c"]
+    merges = {"task_arithmetic": 1e-4, "ties": 1e-3}
+    if not bench.small:
+        # an SVD of noise has close singular values, whose vectors rounding turns
+        merges |= {"tsv_m": 1e-2, "iso_c": 1e-2}
     return [
         ("inputs", "", bench.prepare),
         ("tests marked `gpu`", "all pass", bench.marked_tests),
-        *((f"merge, `{name}`", "within 1e-3 of the CPU's", lambda name=name: bench.merge(name)) for name in merges),
+        *(
+            (f"merge, `{name}`", f"within {most:.0e} of the CPU's", lambda name=name, most=most: bench.merge(name, most))
+            for name, most in merges.items()
+        ),
         ("evaluation, float32", "the CPU's counts but 1", lambda: bench.counts("float32", 1)),
         ("evaluation, bfloat16", "the CPU's counts but 1 %", lambda: bench.counts("bfloat16", 10)),
         ("AdaMerging, two steps", "the CPU's coefficients", bench.adapt),
