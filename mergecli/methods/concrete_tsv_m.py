@@ -31,7 +31,6 @@ class ConcreteTsvM(ConcreteTaskArithmetic):
     """
 
     title: ClassVar[str] = "what TSV-M merges, under a mask learned on unlabeled images"
-    published = "Concrete TSV-M"
     paper: ClassVar[str] = (
         "FusionBench's concrete_tsvm; Tang et al., arXiv 2312.06173, and Gargiulo et al., arXiv 2412.00081"
     )
