@@ -97,8 +97,8 @@ def engine(
     engine: Annotated[
         str,
         typer.Option(
-            "--engine", metavar="local|ray", autocompletion=_complete_engines,
-            help="Where units of work run: processes of this machine, or a Ray cluster.",
+            "--engine", metavar="ENGINE", autocompletion=_complete_engines,
+            help="Where units of work run: local (processes of this machine) or ray (a cluster).",
         ),
     ] = "local",
     jobs: Annotated[
@@ -106,7 +106,7 @@ def engine(
         typer.Option("--jobs", "-j", metavar="N", min=1, help="Local processes. Default: 1, or one for each of --gpus."),
     ] = None,
     gpus: Annotated[
-        str | None, typer.Option("--gpus", metavar="all|N,...", help="Local GPUs, a process each; implies --device cuda.")
+        str | None, typer.Option("--gpus", metavar="GPU,...", help="Local GPUs, a process each: all, or 0,1; implies --device cuda.")
     ] = None,
     address: Annotated[
         str | None,
