@@ -98,7 +98,7 @@ def engine(
         str,
         typer.Option(
             "--engine", metavar="local|ray", autocompletion=_complete_engines,
-            help="Where units of work run: processes of this machine, or a Ray cluster.",
+            help="Where units of work run: local (processes of this machine) or ray (a cluster).",
         ),
     ] = "local",
     jobs: Annotated[
@@ -106,11 +106,11 @@ def engine(
         typer.Option("--jobs", "-j", metavar="N", min=1, help="Local processes. Default: 1, or one for each of --gpus."),
     ] = None,
     gpus: Annotated[
-        str | None, typer.Option("--gpus", metavar="all|N", help="Local GPUs: all, or numbers with commas; a process each. Implies --device cuda.")
+        str | None, typer.Option("--gpus", metavar="GPUS", help="Local GPUs, a process each: all, or 0,1; implies --device cuda.")
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster, or auto. Default: RAY_ADDRESS, else Ray starts here."),
+        typer.Option("--address", metavar="ADDRESS", help="The Ray cluster, HOST:PORT or auto. Default: RAY_ADDRESS, else Ray starts here."),
     ] = None,
     gpus_per_unit: Annotated[
         float | None,
@@ -123,7 +123,7 @@ def engine(
         int, typer.Option("--retries", metavar="N", min=0, help="How often a unit is tried again whose worker was lost.")
     ] = 3,
     part: Annotated[
-        str | None, typer.Option("--part", metavar="I/N", help="Do part I of N of the units only; see --collect.")
+        str | None, typer.Option("--part", metavar="PART", help="Do part I of N of the units only, such as 1/3; see --collect.")
     ] = None,
     collect: Annotated[
         bool, typer.Option("--collect", help="Put together what all parts have done; says which units are missing.")
