@@ -38,6 +38,8 @@ def test_the_toys_have_images_and_get_methods_that_look_at_them() -> None:
     )
     assert (found.tasks, found.adapters, found.with_images, found.images) == (8, 0, 8, "unlabeled")
     assert [each.method for each in found.suggestions] == ["esm", "ada_merging", "lot"]
+    larger = recommend(Path(__file__).parents[2] / "recipes/toy.toml", may_grow=True).suggestions
+    assert [each.method for each in larger] == ["esm_plus_plus", "sy_merge", "weight_ensembling_moe"]
 
 
 @pytest.mark.parametrize(
