@@ -23,6 +23,10 @@ from mergecli.runtime import interrupts
 
 os.environ.pop("COLUMNS", None)  # readline, which pytest imports, sets it for the workers of xdist
 os.environ.pop("LINES", None)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a job in the background has it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as `nohup` has it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 Weights = dict[str, Tensor]
 

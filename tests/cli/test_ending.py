@@ -11,7 +11,7 @@ import pytest
 from mergecli.cli import amounts, ending
 from tests.conftest import Run, World
 
-COST = r", \d+\.\d s, peak \d+ MB"
+COST = r", \d+\.\d s, peak [\d.]+ [MG]B"
 MERGE = (
     "merge",
     "--base",
