@@ -109,8 +109,9 @@ def test_make_runs_an_experiment_once_and_nothing_the_second_time(files: Path) -
         "| base",
         "| average",
         "| ties-0.5",
+        "|  ",
         "| fine-tuned",
-    ]
+    ], "the fine-tuned models stand apart"
     assert second.returncode == 0
     assert "Nothing to be done" in second.stdout
     assert "mergecli" not in second.stdout

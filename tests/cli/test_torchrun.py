@@ -231,7 +231,7 @@ def test_several_processes_go_on_where_they_were_stopped_with_dropout(recipe: Pa
     )
     state = tmp_path / ".stopped.resume.safetensors"
     assert out == [str(tmp_path / "stopped"), str(tmp_path / "never"), "[130, 2, 0, 0]"]
-    assert err.count(f"note: interrupted: the same command resumes from {state}") == 1
+    assert err.count(f"interrupted: 5 of 8 steps are kept in {state}; the same command goes on") == 1
     refusal = f"error: {state}: is the state of a training with other settings, base or images:"
     assert err[err.index(refusal) + 1] == "  `seed`: 3 -> 4"
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("stopped", "never")]
