@@ -161,7 +161,8 @@ def killed_in_the_middle(place: Path, number: int) -> tuple[int, str]:
     return process.returncode, without_counts(text)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_evaluation_that_was_stopped_does_only_what_is_left_and_ends_with_the_same_file(
     place: Path, run: Run, number: int
 ) -> None:
