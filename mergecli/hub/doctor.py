@@ -23,12 +23,12 @@ from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.cache import allowed_size
 from mergecli.storage.health import Health, cache_health, store_health
 from mergecli.storage.sources import HUBS, Source
-from mergecli.storage.store import Store, home
+from mergecli.storage.store import Store, cache_folder, home
 
 SECONDS = 10
 """A hub that is silent for longer is not reached."""
 VARIABLES = (
-    "MERGECLI_HOME", "MERGECLI_CACHE_SIZE", "XDG_CACHE_HOME", "HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE",
+    "MERGECLI_HOME", "MERGECLI_CACHE", "MERGECLI_CACHE_SIZE", "XDG_CACHE_HOME", "HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE",
     "TRANSFORMERS_OFFLINE", "MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN", "MODELSCOPE_API_TOKEN", "HTTP_PROXY", "HTTPS_PROXY",
     "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
     "MKL_NUM_THREADS", "WORLD_SIZE", "NO_COLOR",
@@ -67,7 +67,7 @@ def doctor(*, online: bool = False, progress: AnyProgress | None = None) -> Exam
         online: also ask both hubs whether they can be reached; nothing else opens a socket.
     """
     with shown(progress) as report:
-        store, cache = store_health(home(), report), cache_health(home() / "cache", report)
+        store, cache = store_health(home(), report), cache_health(cache_folder(), report)
     versions, problems = _versions()
     return _anonymous(
         Examined(

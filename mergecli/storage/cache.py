@@ -22,7 +22,7 @@ from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.checksums import DamagedFileError
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.sizes import parse_size
-from mergecli.storage.store import home
+from mergecli.storage.store import cache_folder, home
 from mergecli.storage.unfinished import is_leftover
 
 PASSING = ("pixels", "heads", "results", "digests")
@@ -102,7 +102,7 @@ def cache(kinds: Sequence[str] = (), *, clear: bool = False, max_size: str | int
     for entry in removed:
         _remove(entry.path)
     kept = tuple(entry for entry in every if entry not in removed and entry.kind in (kinds or KINDS))
-    return Cache(_folder(), kept, tuple(removed), bound)
+    return Cache(cache_folder(), kept, tuple(removed), bound)
 
 
 def entries() -> list[CachedFile]:
@@ -121,7 +121,7 @@ def entries() -> list[CachedFile]:
 
 def cache_path(kind: str, key: str) -> Path:
     """The file of the kind `kind` that holds what the digest `key` stands for, whether it is there or not."""
-    return _folder() / kind / f"{key.rpartition(':')[2]}.safetensors"
+    return cache_folder() / kind / f"{key.rpartition(':')[2]}.safetensors"
 
 
 def kept(path: Path, what: str, read: Callable[[Checkpoint], T]) -> T | None:
@@ -244,14 +244,10 @@ def _oldest(bound: int, gone: Sequence[_File] = (), kinds: Sequence[str] = PASSI
     return chosen
 
 
-def _folder() -> Path:
-    return home() / "cache"
-
-
 def _paths(kinds: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """Kind and path of everything of these kinds, whole or not."""
     for kind in kinds:
-        folder = home() / kind if kind in LASTING else _folder() / kind
+        folder = home() / kind if kind in LASTING else cache_folder() / kind
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".safetensors", ".part"):
                 yield kind, path
@@ -274,7 +270,7 @@ def _what(path: Path) -> str:
 
 def _free() -> int:
     """Bytes free on the disk of the cache; 0 where that cannot be known."""
-    for folder in (_folder(), *_folder().parents):
+    for folder in (cache_folder(), *cache_folder().parents):
         with contextlib.suppress(OSError):
             return shutil.disk_usage(folder).free
     return 0

@@ -75,6 +75,12 @@ def home() -> Path:
     return Path(cache or os.path.expanduser("~/.cache")) / "mergecli"  # noqa: PTH111
 
 
+def cache_folder() -> Path:
+    """The folder of the cache: `MERGECLI_CACHE`, else `cache` in the store."""
+    own = os.environ.get("MERGECLI_CACHE")
+    return Path(os.path.expanduser(own)) if own else home() / "cache"  # noqa: PTH111
+
+
 @dataclass(frozen=True)
 class Store:
     """The store in the folder `root`, as it is read."""

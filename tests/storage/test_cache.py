@@ -188,3 +188,12 @@ def test_the_command_shows_a_table_and_says_what_it_removed(run: Run) -> None:
     assert shown.end.startswith("looked at 1 cached file, ")
     assert run("cache", "heads", "--clear").out == "kind\twhat\tbytes\tlast used\n"
     assert run("cache", "pixels", "--clear").end.startswith("removed 0.0 MB in 1 entry, ")
+
+
+def test_the_cache_can_lie_apart_from_the_store(tmp_path, monkeypatch):
+    from mergecli.storage.store import cache_folder, home
+
+    assert cache_folder() == home() / "cache"
+    monkeypatch.setenv("MERGECLI_CACHE", str(tmp_path / "apart"))
+    assert cache_folder() == tmp_path / "apart"
+    assert cache().folder == tmp_path / "apart"
