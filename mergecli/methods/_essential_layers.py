@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergecli.methods._smile_layers import put
+from mergecli.methods._routed_linears import RoutedLinears
 
 
 class EssentialRouter(nn.Module):
@@ -79,24 +79,11 @@ class EssentialLinear(nn.Linear):
 
 
 @dataclass(frozen=True)
-class EssentialTower:
+class EssentialTower(RoutedLinears):
     """A tower some of whose linear layers route, and the layers that were there before."""
 
-    tower: nn.Module
-    replaced: Mapping[str, nn.Linear]
-    """The layer's path in the tower -> the tower's own layer."""
     routers: Mapping[str, EssentialRouter]
     """What routes -> its router."""
-
-    @property
-    def parameters(self) -> Mapping[str, Tensor]:
-        """Nothing: the routing was measured."""
-        return {}
-
-    @property
-    def chosen(self) -> None:
-        """Nothing: layers decide for themselves."""
-        return None
 
     @property
     def keeps_batches_whole(self) -> bool:
@@ -106,8 +93,3 @@ class EssentialTower:
     def routes(self) -> Mapping[str, Tensor]:
         """Layer -> (B, T) the task that each image was sent to in the last forward pass."""
         return {path: router.routes for path, router in self.routers.items()}
-
-    def remove(self) -> None:
-        """Puts the tower's own layers back."""
-        for path, linear in self.replaced.items():
-            put(self.tower, path, linear)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mergecli.methods._routed_linears import RoutedLinears
+
 
 class SmileLinear(nn.Linear):
     """W0 x + b0 + sum_i p_i (U_i S_i V_i^T x + b_i - b0), p for each token.
@@ -90,22 +92,8 @@ class SmileLinear(nn.Linear):
 
 
 @dataclass(frozen=True)
-class SmileTower:
+class SmileTower(RoutedLinears):
     """A tower whose linear layers route, and the layers that were there before."""
-
-    tower: nn.Module
-    replaced: Mapping[str, nn.Linear]
-    """The layer's path in the tower -> the tower's own layer."""
-
-    @property
-    def parameters(self) -> Mapping[str, Tensor]:
-        """Nothing: the routing follows from the weights."""
-        return {}
-
-    @property
-    def chosen(self) -> None:
-        """Nothing: layers decide for themselves."""
-        return None
 
     @property
     def keeps_batches_whole(self) -> bool:
@@ -116,14 +104,3 @@ class SmileTower:
         """Layer -> (B, T) the mean over each image's tokens of their weights, in the last forward pass."""
         layers = {path: self.tower.get_submodule(path) for path in self.replaced}
         return {path: layer.routes for path, layer in layers.items() if isinstance(layer, SmileLinear)}
-
-    def remove(self) -> None:
-        """Puts the tower's own layers back."""
-        for path, linear in self.replaced.items():
-            put(self.tower, path, linear)
-
-
-def put(tower: nn.Module, path: str, layer: nn.Module) -> None:
-    """Makes a layer the tower's submodule at `path`."""
-    parent, _, child = path.rpartition(".")
-    setattr(tower.get_submodule(parent), child, layer)

@@ -118,7 +118,7 @@ class WeightEnsembling(Routed, Adapted):
     ) -> Installed:
         import torch
 
-        from mergecli.methods._smile_layers import put
+        from mergecli.methods._routed_linears import put
         from mergecli.methods._wemoe_layers import RoutedMlp, RoutedTower, Router
 
         layers: dict[str, RoutedMlp] = {}

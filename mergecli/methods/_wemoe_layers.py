@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergecli.methods._mixture import Routing
-from mergecli.methods._smile_layers import put
+from mergecli.methods._routed_linears import put
 
 BLOCK = 1 << 15
 """Entries of one weight that a processor puts together at a time, about."""

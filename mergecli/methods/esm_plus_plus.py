@@ -135,7 +135,7 @@ class EsmPlusPlus(Routed, Esm):
         from torch.nn import Linear
 
         from mergecli.methods._essential_layers import EssentialLinear, EssentialRouter, EssentialTower
-        from mergecli.methods._smile_layers import put
+        from mergecli.methods._routed_linears import put
 
         del tasks
         linear = {path: layer for path, layer in tower.named_modules() if isinstance(layer, Linear)}

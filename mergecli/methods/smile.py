@@ -105,7 +105,8 @@ class Smile(Routed, PerTensor):
     def install(
         self, tower: nn.Module, read: Read, tasks: Sequence[str], routing: Routing, prefix: str, /
     ) -> Installed:
-        from mergecli.methods._smile_layers import SmileLinear, SmileTower, put
+        from mergecli.methods._routed_linears import put
+        from mergecli.methods._smile_layers import SmileLinear, SmileTower
 
         del tasks, routing
         replaced = _linear_layers(tower)
