@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import suppress
 
@@ -21,12 +22,12 @@ def main() -> None:
     except KeyboardInterrupt:
         status = 130
     except Exception:
-        if not interrupts.pressed:
+        if not interrupts.received:
             raise
-        status = 130
+        status = 128 + interrupts.received
     finally:
         spinner.stop()
-    if interrupts.pressed:
+    if interrupts.received == signal.SIGINT:
         # `python -m` ends by the signal, whatever status we ask for, if Ctrl-C came while a library executed a string
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):

@@ -197,6 +197,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         handlers = {number: signal.getsignal(number) for number in interrupts.ENDING}
         with monkeypatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.chdir(tmp_path)
+            patch.setattr(interrupts, "received", interrupts.received)  # to be put back
             for name, value in environment.items():
                 patch.setenv(name, str(value))
             try:

@@ -7,8 +7,7 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -66,9 +65,7 @@ def _main(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    for number in interrupts.ENDING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
-            signal.signal(number, _terminated)
+    interrupts.watch_endings()
     verbosity.reset()
     ending.begin()
     with console.warnings_of_ours():
@@ -87,6 +84,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         ending.say()
         return int(status) if isinstance(status, int) else ExitStatus.DONE
     except MergecliError as error:
+        if interrupts.received:
+            return _interrupted(error)
         if isinstance(error, ThresholdError):  # the command did its work
             ending.say()
         if verbosity.debug:
@@ -115,7 +114,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             console.error(f"stdout: cannot write: {(error.strerror or '').lower()}")
             console.drop_output()
             return ExitStatus.INPUT
-        if interrupts.pressed:
+        if interrupts.received:
             return _interrupted(error)
         console.traceback()
         console.error(
@@ -135,7 +134,7 @@ def _interrupted(error: BaseException | None) -> int:
             f"{kept}; the same command goes on" if kept else "nothing is kept; the same command starts again"
         )
         console.plain(f"interrupted: {how}")
-    return ExitStatus.INTERRUPTED
+    return 128 + (interrupts.received or signal.SIGINT)
 
 
 def _wrong_usage(error: Exception) -> int:
@@ -146,10 +145,3 @@ def _wrong_usage(error: Exception) -> int:
     command = context.command_path if context else "mergecli"
     console.error(message_of(error), f"`{command} --help` shows what is expected")
     return ExitStatus.USAGE
-
-
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    del frame
-    for each in interrupts.ENDING:
-        signal.signal(each, signal.SIG_IGN)
-    raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""Remembers Ctrl-C, since a library that is being imported may turn it into another error, delays it, and says what is kept."""
+"""Remembers Ctrl-C and its like, since a library may turn them into another error, delays them, and says what is kept."""
 
 from __future__ import annotations
 
@@ -9,21 +9,38 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-pressed = False
+received = 0
+"""The number of the signal that asked the program to end: Ctrl-C, or one of `ENDING`; 0 as long as there is none."""
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that ask a program to end: by `kill` or a batch system, and by a terminal that has gone."""
 
 
 def watch() -> None:
-    """From now on Ctrl-C is remembered in `pressed`; it raises KeyboardInterrupt as usual."""
+    """From now on Ctrl-C is remembered in `received`; it raises KeyboardInterrupt as usual."""
     signal.signal(signal.SIGINT, _press)
 
 
 def _press(number: int, frame: FrameType | None) -> NoReturn:
-    global pressed
-    del number, frame
-    pressed = True
+    global received
+    del frame
+    received = number
     raise KeyboardInterrupt
+
+
+def watch_endings() -> None:
+    """From now on the first of `ENDING` is remembered in `received` and raises SystemExit; the next ones do nothing."""
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    global received
+    del frame
+    received = number
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 def ignore() -> None:
@@ -32,9 +49,11 @@ def ignore() -> None:
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt if Ctrl-C was pressed and a library swallowed it; for long loops."""
-    if pressed:
+    """Raises again what a signal has raised, if a library swallowed it; for long loops."""
+    if received == signal.SIGINT:
         raise KeyboardInterrupt
+    if received:
+        raise SystemExit(128 + received)
 
 
 @contextmanager
@@ -72,7 +91,7 @@ def telling(kept: Callable[[], str]) -> Generator[None]:
 
 def tell(error: BaseException, kept: Callable[[], str]) -> None:
     """Notes on an exception what is kept, if it is an interruption."""
-    if (pressed or isinstance(error, KeyboardInterrupt | SystemExit)) and (text := kept()):
+    if (received or isinstance(error, KeyboardInterrupt | SystemExit)) and (text := kept()):
         error.add_note(text)
 
 

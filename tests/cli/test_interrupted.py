@@ -18,7 +18,7 @@ NOTHING = "interrupted: nothing is kept; the same command starts again\n"
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Ctrl-C of one test is not one of the next."""
-    monkeypatch.setattr(interrupts, "pressed", False)
+    monkeypatch.setattr(interrupts, "received", 0)
 
 
 def press_at_call(patch: pytest.MonkeyPatch, place: Any, name: str, number: int) -> None:
@@ -78,7 +78,7 @@ def test_a_swallowed_ctrl_c_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None
     error = RuntimeError("a library made this of it")
     interrupts.tell(error, lambda: "all is kept")
     assert interrupts.kept_by(error) == ""
-    monkeypatch.setattr(interrupts, "pressed", True)
+    monkeypatch.setattr(interrupts, "received", signal.SIGINT)
     with pytest.raises(RuntimeError) as raised, interrupts.telling(lambda: "all is kept"):
         raise error
     assert interrupts.kept_by(raised.value) == "all is kept"

@@ -62,7 +62,7 @@ interrupts.watch()
 ended = []
 for command in json.loads(sys.argv[1]):
     ended.append(int(run(command)))
-    interrupts.pressed = False
+    interrupts.received = 0
 if is_first():
     print(ended)
 """

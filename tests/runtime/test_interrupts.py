@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
+from conftest import Ended, Run
 
 from mergecli.runtime import interrupts
 
@@ -14,7 +15,7 @@ from mergecli.runtime import interrupts
 @pytest.fixture(autouse=True)
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(interrupts, "pressed", False)
+    monkeypatch.setattr(interrupts, "received", 0)
     interrupts.watch()
     yield
     signal.signal(signal.SIGINT, handler)
@@ -24,7 +25,7 @@ def test_an_interrupt_that_a_library_swallowed_is_raised_again() -> None:
     interrupts.check()
     with suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-    assert interrupts.pressed
+    assert interrupts.received
     with pytest.raises(KeyboardInterrupt):
         interrupts.check()
 
@@ -40,7 +41,7 @@ def test_an_interrupt_waits_until_the_block_has_ended() -> None:
 def test_an_interrupt_after_the_work_does_nothing() -> None:
     interrupts.ignore()
     signal.raise_signal(signal.SIGINT)
-    assert not interrupts.pressed
+    assert not interrupts.received
 
 
 @pytest.mark.parametrize("number", interrupts.ENDING)
@@ -64,3 +65,18 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
         signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", interrupts.ENDING)
+def test_an_ending_that_a_library_turned_into_another_error_is_still_that_ending(
+    number: signal.Signals, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swallow(*given: object, **more: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except SystemExit:
+            raise RuntimeError("something in a library") from None
+
+    monkeypatch.setattr("mergecli.cli.methods._of_each_kind", swallow)
+    kept = "interrupted: nothing is kept; the same command starts again\n"
+    assert run("methods") == Ended(128 + number, "", kept)
