@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from conftest import Ended, Run
 
 from mergecli.runtime import interrupts
+from tests.conftest import Ended, Run
 
 
 @pytest.fixture(autouse=True)
