@@ -298,7 +298,7 @@ class Scoring:
     def _job(
         self, of_task: TaskImages, unit: Unit, tower: Tower, save: Callable[[Unit, bytes, float], None]
     ) -> Job:
-        routes = RouteSums() if self.settings.routes and self.check(tower, ()) else None
+        routes = RouteSums() if self.settings.routes and _routes_images(tower) else None
 
         def write(job: Job) -> None:
             facts = TowerFacts.of(tower, self.digests.vision, self.settings)
@@ -358,6 +358,10 @@ def _task_found(tower: Tower, job: Job) -> float | None:
 
 def _finds_tasks(tower: Tower) -> bool:
     return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).router is not None
+
+
+def _routes_images(tower: Tower) -> bool:
+    return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).is_routed
 
 
 def _routes_batches(tower: Tower) -> bool:
