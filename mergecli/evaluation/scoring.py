@@ -125,9 +125,9 @@ class Scoring:
         if self.settings.routes and not any(experts):
             raise UsageError(
                 "--routes: none of the checkpoints holds a tower that routes",
-                "`weight_ensembling_moe`, `efficient_weight_ensembling_moe`, `esm_plus_plus` and `smile` make some",
+                "`weight_ensembling_moe`, `efficient_weight_ensembling_moe`, `esm_plus_plus`, `mass` and `smile` make some",
             )
-        if self.settings.features and (found := [each.name for each in towers if _finds_tasks(each)]):
+        if self.settings.features and (found := [each.name for each in towers if _sends_on(each)]):
             raise UsageError(
                 f"--features: {quoted(found)}: each image goes through the tower of the task that is found for it",
                 "name the tower of one task: `FILE#TASK`",
@@ -356,8 +356,8 @@ def _task_found(tower: Tower, job: Job) -> float | None:
     return job.tasks.count(tasks.index(job.task)) / len(job.tasks) if job.task in tasks else None
 
 
-def _finds_tasks(tower: Tower) -> bool:
-    return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).router is not None
+def _sends_on(tower: Tower) -> bool:
+    return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).sends_on
 
 
 def _routes_images(tower: Tower) -> bool:
