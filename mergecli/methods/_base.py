@@ -259,6 +259,11 @@ class Method:
         """How many times this method, with these settings, reads every model."""
         return self.passes
 
+    @property
+    def against_adapters(self) -> str:
+        """What is published against merging the weights of adapters by this method, as a warning; empty if nothing is."""
+        return ""
+
     @classmethod
     def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
         """(setting, problem) pairs of settings that are each valid but do not fit the models of these `tasks`."""
