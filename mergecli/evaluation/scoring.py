@@ -155,17 +155,18 @@ class Scoring:
             )
         return self._images[task.name]
 
-    def check_work(self, pairs: Iterable[tuple[str, TaskImages]], *, several: bool) -> None:
-        """Raises InputError if a prompt is too long, or the disk has no room for the features of these towers on these tasks."""
+    def check_prompts(self, of_task: TaskImages) -> None:
+        """Raises InputError if a prompt of a task is too long, unless its head is kept and no prompt is read."""
         from mergecli.clip.heads import check_prompts, has_head
 
-        wanted = list(pairs)
-        for each in {of_task.task.name: of_task for _, of_task in wanted}.values():
-            of = each.classes, each.task.templates
-            if not has_head(self.clip, self.digests.text, *of, self.settings.max_size):
-                check_prompts(self.clip, *of)
+        of = of_task.classes, of_task.task.templates
+        if not has_head(self.clip, self.digests.text, *of, self.settings.max_size):
+            check_prompts(self.clip, *of)
+
+    def check_features(self, pairs: Iterable[tuple[str, TaskImages]], *, several: bool) -> None:
+        """Raises InputError if the disk has no room for the features of these towers on these tasks."""
         sizes: dict[Path, int] = {}
-        for tower, of_task in wanted:
+        for tower, of_task in pairs:
             if file := feature_file(self.settings.features, tower, of_task.task.name, several):
                 sizes[file] = feature_size(self.clip, len(of_task.images))
         check_space(sizes)
@@ -300,7 +301,7 @@ class Scoring:
     def _job(
         self, of_task: TaskImages, unit: Unit, tower: Tower, save: Callable[[Unit, bytes, float], None]
     ) -> Job:
-        routes = RouteSums() if self.settings.routes and self.check(tower, ()) else None
+        routes = RouteSums() if self.settings.routes and _routes_images(tower) else None
 
         def write(job: Job) -> None:
             facts = TowerFacts.of(tower, self.digests.vision, self.settings)
@@ -361,6 +362,10 @@ def _task_found(tower: Tower, job: Job) -> float | None:
 
 def _sends_on(tower: Tower) -> bool:
     return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).sends_on
+
+
+def _routes_images(tower: Tower) -> bool:
+    return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).is_routed
 
 
 def _routes_batches(tower: Tower) -> bool:
