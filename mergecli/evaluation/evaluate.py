@@ -6,8 +6,7 @@ import contextlib
 import itertools
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -21,8 +20,7 @@ from mergecli.evaluation.plan import PlannedCounts
 from mergecli.evaluation.routes import Routes, route_files, write_routes
 from mergecli.evaluation.scoring import Scoring, tell
 from mergecli.evaluation.settings import Settings, Tower
-from mergecli.evaluation.work import CountingWork
-from mergecli.formats.mixture import LEFT_OUT
+from mergecli.evaluation.work import CountingWork, OpenedTowers, opened_tower
 from mergecli.formats.opening import model_path, open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
@@ -32,7 +30,7 @@ from mergecli.runtime.distributed import usable_device
 from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.engines.contract import Engine, Unit
 from mergecli.runtime.engines.grid import Failure, Failures
-from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, quoted
+from mergecli.runtime.errors import MergecliWarning, UsageError, quoted
 from mergecli.runtime.progress import shown
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.sources import Source, parse_source
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
     from mergecli.results.plan import Plan
     from mergecli.results.result import TaskScore
     from mergecli.runtime.progress import AnyProgress, Progress
-    from mergecli.storage.checkpoint import Checkpoint
 
 
 def evaluate(
@@ -151,7 +148,7 @@ def evaluate(
         models: list[Tower] = []
         for each in opened:
             with failures.of("tower", each.name):
-                models.append(_tower(*each))
+                models.append(opened_tower(*each))
         if individual:
             own = {name for name, _ in named}
             chosen = [task for task in chosen if task.name in own]
@@ -281,25 +278,6 @@ def _told_apart(named: Sequence[tuple[str, Source]]) -> list[tuple[str, Source]]
         seen[name] = seen.get(name, 0) + 1
         found.append((name if seen[name] == 1 else f"{name} ({seen[name]})", source))
     return found
-
-
-@dataclass(frozen=True)
-class OpenedTowers:
-    """The towers of checkpoints that are there."""
-
-    base: Source
-    sources: Mapping[str, Source]
-
-    @property
-    def needed(self) -> Iterable[Source]:
-        return self.sources.values()
-
-    def leave(self) -> None:
-        pass
-
-    def open(self, name: str, stack: contextlib.ExitStack) -> Tower:
-        source = self.sources[name]
-        return _tower(name, source, stack.enter_context(open_source(source, self.base)))
 
 
 class _Call(NamedTuple):
@@ -507,14 +485,3 @@ def evaluation_of(
         models=facts.models,
         looked_at=facts.looked_at,
     )  # fmt: skip
-
-
-def _tower(name: str, source: Source, opened: Checkpoint) -> Tower:
-    """The vision tower of an open checkpoint; raises InputError if something of it is missing."""
-    opened = opened.vision()
-    if left_out := opened.metadata.get(LEFT_OUT):
-        raise InputError(
-            f"{source}: is a tower without {left_out}, which the method's accuracy comes from",
-            "evaluate the whole file, on this task with `--task`",
-        )
-    return Tower(name, source.label, opened)
