@@ -254,7 +254,9 @@ def about_quantization(stored: Checkpoint) -> dict[str, str]:
     scheme, facts = scheme_of(stored), dict[str, str]()
     facts["bits"] = f"{scheme.bits} an entry, a step for each {scheme.per}"
     if loss := loss_of(stored):
-        facts["error"] = f"{loss['error']:.2%} of the task vector, at most {loss['largest_error']:.3g} an entry"
+        facts["error"] = (
+            f"{loss['error']:.2%} of the task vector, at most {loss['largest_error']:.3g} an entry"
+        )
     if scheme.shared:
         facts["shared part"] = f"{scheme.shared['file']} ({scheme.shared['digest']})"
     return facts
