@@ -82,6 +82,17 @@ def made_of(metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]
     )
 
 
+def pool_in(metadata: Mapping[str, str]) -> str | None:
+    """The pool that the recipe of a file of ours says; None where it does not say."""
+    import tomli
+
+    try:
+        pool: Any = tomli.loads(metadata.get("recipe", "")).get("pool")
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return pool if isinstance(pool, str) and pool else None
+
+
 def looked_at(metadata: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Task -> `split` and `data` (the digest) of the images that a file's method looked at; empty where it does not say."""
     try:
