@@ -29,6 +29,7 @@ from mergecli.merging.spaces import in_space, space_of
 from mergecli.methods._base import DataDriven, Group, Method, TwoPass, Unit
 from mergecli.methods._bitmasks import packed_size
 from mergecli.methods._calibrated import Calibrated
+from mergecli.methods._learned import Learner
 from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.recipe.reading import Override, recipe_of
 from mergecli.recipe.schema import Recipe
@@ -242,6 +243,9 @@ def _folder_of(target: MergeTarget) -> Path:
 def _learned_for(target: MergeTarget, learned: Learned) -> Learned:
     """The learned state, with this target's own merge-time settings."""
     method = target.method if target.method.merge_time else learned.target.method
+    if isinstance(method, Learner):  # all other settings may be those of a file
+        own = {key: getattr(method, key) for key in method.merge_time}
+        method = replace(learned.target.method, **own)
     return replace(learned, target=replace(target, method=method))
 
 

@@ -153,6 +153,15 @@ def uniform(seed: int, name: str, label: str, start: int, stop: int) -> Tensor:
     return drawn[start - first * RUN : stop - first * RUN]
 
 
+def gaussian(radius: Tensor, angle: Tensor) -> Tensor:
+    """(...) normal random numbers from two of (...) uniform ones (Box and Muller)."""
+    import math
+
+    import torch
+
+    return torch.sqrt(-2 * torch.log1p(-radius)) * torch.cos(2 * math.pi * angle)
+
+
 class Shelf(Protocol):
     """Merged tensors that a survey keeps for the merge, on disk beside the output; gone when the merge ends."""
 
