@@ -143,7 +143,7 @@ def _about(found: Info, *, short: bool) -> dict[str, str]:
         "size": f"{found.size:,} bytes {_where(found.files)}",
         "digest": digest(found.digest),
     }
-    facts |= {**found.adapter, **found.mixture}
+    facts |= {**found.adapter, **found.mixture, **found.quantized}
     if "mergecli" in found.metadata:
         facts["written by"] = f"mergecli {found.metadata['mergecli']}"
     facts |= {key: found.metadata[key] for key in ("method", "task", "tower") if key in found.metadata}
@@ -156,9 +156,10 @@ def _note(found: Info) -> str:
         return " (vision tower of a whole CLIP)"
     if found.is_model:
         return ""
+    from mergecli.formats.quantized import SHARED
     from mergecli.storage.cache import LASTING
 
-    return " (no model)" if found.kind in LASTING else " (no model that this version knows)"
+    return " (no model)" if found.kind in (*LASTING, SHARED) else " (no model that this version knows)"
 
 
 def _where(files: int) -> str:

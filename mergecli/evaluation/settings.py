@@ -41,6 +41,8 @@ class Settings:
     """The folder that gets the features of every layer."""
     routes: Path | None = None
     """The folder that gets the routes of towers that route."""
+    logits: bool = False
+    """Whether the logits of every image are kept, which ensembles are made of."""
 
     def __post_init__(self) -> None:
         """Raises UsageError if dtype, routing or corruption are unknown, or a number is below 1."""

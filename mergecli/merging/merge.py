@@ -8,6 +8,7 @@ so that the same inputs and recipe give the same bytes. Of a whole CLIP only the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,21 +18,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergecli import methods
+from mergecli.formats.lora import AdaptedCheckpoint
 from mergecli.merging.learning.files import Learned, Learning, LearningFiles
 from mergecli.merging.learning.learn import learning
+from mergecli.merging.low_rank_target import AdapterWriter, target_in, target_of
 from mergecli.merging.merge_plan import merge_plan
-from mergecli.merging.merge_target import MergeTarget, cast
+from mergecli.merging.merge_target import MergeTarget, ModelWriter, cast
 from mergecli.merging.models import ModelPasses, Models, open_models
+from mergecli.merging.spaces import in_space, space_of
 from mergecli.methods._base import DataDriven, Group, Method, TwoPass, Unit
 from mergecli.methods._bitmasks import packed_size
 from mergecli.methods._calibrated import Calibrated
+from mergecli.methods._learned import Learner
 from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.recipe.reading import Override, recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.results.card import write_card
 from mergecli.runtime.distributed import is_first
-from mergecli.runtime.dry_run import work_begins
-from mergecli.runtime.errors import UsageError, quoted
+from mergecli.runtime.dry_run import is_dry, work_begins
+from mergecli.runtime.errors import MergecliWarning, UsageError, quoted
 from mergecli.runtime.progress import AnyProgress, Progress, shown
 from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import made_again
@@ -59,6 +64,10 @@ class Merged:
     warnings: tuple[str, ...] = ()
     card: Path | None = None
     """The model card, if one was written."""
+    rank: int | None = None
+    """Of an adapter: the largest of its modules."""
+    error: float | None = None
+    """Of an adapter: |merged change - what it has of it| / |merged change|, Frobenius norms."""
 
 
 def merge(
@@ -70,6 +79,8 @@ def merge(
     settings: Mapping[str, Any] | None = None,
     changes: Sequence[str] = (),
     dtype: str | None = None,
+    as_adapter: bool = False,
+    rank: int | None = None,
     device: str = "cpu",
     shard_size: str | None = None,
     card: bool | None = None,
@@ -85,12 +96,14 @@ def merge(
 
     Args:
         recipe: a recipe or its file; or the fine-tuned models themselves, name -> source, in the order of all sums.
-        output: a `.safetensors` file, or a Hugging Face folder if the name has no suffix.
+        output: a `.safetensors` file, or a Hugging Face folder if the name has no suffix; of an adapter, its folder.
         base: the base model, where `recipe` is a mapping.
         method: a method's name; replaces the recipe's.
         settings: the method's settings, with `method`.
         changes: further changes to the recipe, each `key=value` as for `--set`.
         dtype: of the output, in place of the recipe's: same, float32, float16 or bfloat16.
+        as_adapter: write an adapter that plain peft loads, in place of weights.
+        rank: the most that its rank may be; by default as much as the merge has.
         device: where the method computes; files are read and written by the CPU.
         shard_size: of the files of a folder, such as `2GB`; by default there is one file.
         card: whether a model card is written, `README.md` in the folder or beside the file; by default for a folder.
@@ -105,7 +118,15 @@ def merge(
     Raises:
         UsageError: the recipe is wrong. InputError: a model is missing, damaged, or does not fit the others.
     """
-    written_in = [Override("dtype", dtype, "--dtype")] if dtype is not None else []
+    written_in = [
+        Override(key, value, option)
+        for key, value, option in (
+            ("dtype", dtype, "--dtype"),
+            ("as_adapter", as_adapter or None, "--as-adapter"),
+            ("rank", rank, "--rank"),
+        )
+        if value is not None
+    ]
     recipe = recipe_of(
         recipe, base=base, method=method, settings=settings, changes=changes, overrides=written_in
     )
@@ -144,9 +165,11 @@ def _merge_points(
     card: bool | None,
     progress: Progress | None,
 ) -> tuple[Merged, ...]:
-    targets = [MergeTarget.of(recipe, path, card) for path, recipe in points.items()]
+    targets = [target_of(recipe, path, card) for path, recipe in points.items()]
     size = parse_size(shard_size, "--shard-size", least=1) if shard_size is not None else None
     for each in targets:
+        if size is not None and each.recipe.as_adapter:
+            raise UsageError("--shard-size: an adapter is one file")
         if size is not None and each.path.suffix:
             raise UsageError(
                 f"{each.path}: one file has no shards", "name a folder, without suffix, with `--shard-size`"
@@ -164,6 +187,7 @@ def _merge_points(
         )
         for each in targets:
             files.refuse_inputs(each, models.paths)
+        models, targets = _in_one_space(models, targets, stack, progress)
         targets = [each.fitted(models) for each in targets]
         check_space({each.path: each.size(models) for each in targets})
         found: dict[str, Learning] = {}
@@ -181,9 +205,46 @@ def _merge_points(
         return _stream(models, learned, size, progress)
 
 
+def _in_one_space(
+    models: Models, targets: Sequence[MergeTarget], stack: ExitStack, progress: Progress | None
+) -> tuple[Models, list[MergeTarget]]:
+    """The models in the space in which all the merges are, and the targets of these.
+
+    Raises:
+        UsageError: they are in several.
+    """
+    spaces = [space_of(each.recipe, each.method, models) for each in targets]
+    if len(set(spaces)) > 1:
+        raise UsageError(
+            f"space: these merges are in {quoted(sorted(set(spaces)))}, and share passes over one"
+        )
+    found = [target_in(target, space) for target, space in zip(targets, spaces, strict=True)]
+    if spaces[0] == "dense":
+        _warn_of_adapters(models, targets)
+        return models, found
+    scratch = Scratch(_folder_of(targets[0]), stack, in_memory=is_dry())
+    return in_space(models, spaces[0], scratch, progress), found
+
+
+def _warn_of_adapters(models: Models, targets: Sequence[MergeTarget]) -> None:
+    """Warns of what is known against merging whole weights of adapters by a method."""
+    if all(isinstance(each, AdaptedCheckpoint) for each in models.tuned.values()):
+        for text in dict.fromkeys(each.method.against_adapters for each in targets):
+            if text:
+                warnings.warn(text, MergecliWarning, stacklevel=2)
+
+
+def _folder_of(target: MergeTarget) -> Path:
+    """The folder in which the output is made, or the nearest around it that is there."""
+    return next(each for each in target.path.absolute().parents if each.is_dir())
+
+
 def _learned_for(target: MergeTarget, learned: Learned) -> Learned:
     """The learned state, with this target's own merge-time settings and those by layer."""
     method = target.method if target.method.merge_time else learned.target.method
+    if isinstance(method, Learner):  # all other settings may be those of a file
+        own = {key: getattr(method, key) for key in method.merge_time}
+        method = replace(learned.target.method, **own)
     method = replace(method, layers=target.method.layers)
     return replace(learned, target=replace(target, method=method))
 
@@ -196,15 +257,14 @@ def _stream(
     if not is_first():  # the first of several processes writes
         return tuple(_merged(models, each, {}) for each in targets)
     with ExitStack() as stack:
-        folder = next(each for each in targets[0].path.absolute().parents if each.is_dir())
-        passes = _passes(models, learned, Scratch(folder, stack), progress)
+        passes = _passes(models, learned, Scratch(_folder_of(targets[0]), stack), progress)
         known = _surveys(learned, passes)
         writers = [
             each.target.open(models, size, stack, [*models.read, *each.files], each.about) for each in learned
         ]
         _merge_blocks(passes, models, learned, known, [each.write for each in writers])
         for number, target in enumerate(targets):
-            dtypes = {name: dtype for name, (dtype, _) in target.layout(models).items()}
+            dtypes = target.computed(models)
             for key, result in _extra_values(learned[number], known[number], models):
                 writers[number].write(key, cast(result, dtypes[key], key))
         digests = models.digests()
@@ -215,13 +275,20 @@ def _stream(
             done = _merged(models, each.target, inputs)
             merged.append(replace(done, warnings=(*done.warnings, *_foreign_files(each, inputs))))
     return tuple(
-        replace(done, digest=writer.digest, card=_card(each, writer.digest))
+        replace(done, digest=writer.digest, card=_card(each, writer.digest), **_of_adapter(writer))
         for done, writer, each in zip(merged, writers, targets, strict=True)
     )
 
 
 def _extra_values(learned: Learned, known: _Surveyed, models: Models) -> Iterable[tuple[str, Tensor]]:
     return extra_values(learned.target.method, known.own.surveyed, learned.value, len(models.tuned)).items()
+
+
+def _of_adapter(writer: ModelWriter) -> dict[str, Any]:
+    """What is known of an adapter when it is written."""
+    if not isinstance(writer, AdapterWriter):
+        return {}
+    return {name: getattr(writer, name) for name in ("tensors", "parameters", "rank", "error")}
 
 
 def _card(target: MergeTarget, digest: str) -> Path | None:
@@ -246,7 +313,7 @@ def _merge_blocks(
 ) -> None:
     """The last pass: every block is merged once for each target, and written."""
     targets = [each.target for each in learned]
-    dtypes = [{name: dtype for name, (dtype, _) in each.layout(models).items()} for each in targets]
+    dtypes = [each.computed(models) for each in targets]
     packed = [each.packed(models) for each in targets]
 
     def work(start: int, group: Group) -> None:
@@ -291,9 +358,9 @@ Write = Callable[[str, "Tensor", int], None]
 
 
 def _merged(models: Models, target: MergeTarget, inputs: Mapping[str, str]) -> Merged:
+    reference = models.dense.reference
     return Merged(
-        target.path, str(target.recipe.method), tuple(models.tuned), len(models.reference.entries),
-        models.reference.parameters, inputs, warnings=tuple(_foreign_vectors(models, inputs)) if inputs else (),
+        target.path, str(target.recipe.method), tuple(models.tuned), len(reference.entries), reference.parameters, inputs, warnings=tuple(_foreign_vectors(models, inputs)) if inputs else (),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from mergecli import methods
 from mergecli.formats.mixture import check_names
@@ -33,6 +33,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class ModelWriter(Protocol):
+    """Writes what is merged."""
+
+    size: int
+    """Bytes of the output."""
+
+    @property
+    def digest(self) -> str:
+        """Of the content; known when all is written."""
+        ...
+
+    def write(self, name: str, data: Tensor, start: int = 0, /) -> None:
+        """Takes entries of a tensor from `start` on; from any thread."""
+        ...
+
+    def describe(self, metadata: Mapping[str, str], /) -> None:
+        """Takes the metadata, of the length that was planned, when all is merged."""
+        ...
+
+
 @dataclass(frozen=True)
 class MergeTarget:
     """What one merge writes: by which method and recipe, to which file or folder."""
@@ -44,6 +64,8 @@ class MergeTarget:
     """Whether a model card is written too."""
     places: Mapping[str, Place] = field(default_factory=dict[str, Place])
     """Tensor -> where it stands among the method's settings by layer; empty if there are none."""
+    kind: ClassVar[str] = "checkpoint"
+    """Of the file, where it holds one tower."""
 
     @classmethod
     def of(cls, recipe: Recipe, path: Path, card: bool | None = None) -> MergeTarget:
@@ -85,6 +107,10 @@ class MergeTarget:
         for key, part in self.method.extras(shapes, tasks).items():
             found[key] = (part.dtype, part.shape)
         return found
+
+    def computed(self, models: Models) -> dict[str, str]:
+        """Name -> dtype of what the method gives, for the writer."""
+        return {name: dtype for name, (dtype, _) in self.layout(models).items()}
 
     def packed(self, models: Models) -> dict[str, int]:
         """Name -> bytes of a row, of what is packed."""
@@ -149,7 +175,7 @@ class MergeTarget:
 
     def metadata(self, digests: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
         """The file's metadata."""
-        kind, settings = "checkpoint", methods.recipe_table(self.method)
+        kind, settings = self.kind, methods.recipe_table(self.method)
         if isinstance(self.method, Mixture) and self.method.is_mixture:
             kind = MIXTURE
             more = {
@@ -167,8 +193,13 @@ class MergeTarget:
 
     def writer(
         self, path: Path, models: Models, size: int | None, inputs: Iterable[str], more: Mapping[str, str]
+    ) -> ModelWriter:
+        """What writes the weights to the file or folder `path`; nothing is written yet."""
+        return self._writer(path, models, size, inputs, more)
+
+    def _writer(
+        self, path: Path, models: Models, size: int | None, inputs: Iterable[str], more: Mapping[str, str]
     ) -> SafetensorsWriter | ShardedWriter:
-        """What writes the weights to the file or folder `path`; nothing is written before it is entered."""
         layout, placeholder = self.layout(models), self.metadata(dict.fromkeys(inputs, UNKNOWN_DIGEST), more)
         if not self.path.suffix and size:
             return ShardedWriter(path, layout, placeholder, size)
@@ -183,14 +214,14 @@ class MergeTarget:
         stack: ExitStack,
         inputs: Iterable[str],
         more: Mapping[str, str],
-    ) -> SafetensorsWriter | ShardedWriter:
+    ) -> ModelWriter:
         """The writer, to which copied tensors are written already; the file is whole when `stack` ends."""
         path = self.path
         if not path.suffix:
             path = stack.enter_context(whole_folder(self.path, (CARD,) if self.has_card else ()))
             for name, text in model_folder_files(models.reference.path).items():
                 (path / name).write_text(text, encoding="utf-8")
-        writer = stack.enter_context(self.writer(path, models, size, inputs, more))
+        writer = stack.enter_context(self._writer(path, models, size, inputs, more))
         for name in models.others:
             writer.write(name, models.reference.read(name))
         return writer

@@ -153,6 +153,15 @@ def uniform(seed: int, name: str, label: str, start: int, stop: int) -> Tensor:
     return drawn[start - first * RUN : stop - first * RUN]
 
 
+def gaussian(radius: Tensor, angle: Tensor) -> Tensor:
+    """(...) normal random numbers from two of (...) uniform ones (Box and Muller)."""
+    import math
+
+    import torch
+
+    return torch.sqrt(-2 * torch.log1p(-radius)) * torch.cos(2 * math.pi * angle)
+
+
 class Shelf(Protocol):
     """Merged tensors that a survey keeps for the merge, on disk beside the output; gone when the merge ends."""
 
@@ -273,6 +282,11 @@ class Method:
     def reads(self) -> int:
         """How many times this method, with these settings, reads every model."""
         return self.passes
+
+    @property
+    def against_adapters(self) -> str:
+        """What is published against merging the weights of adapters by this method, as a warning; empty if nothing is."""
+        return ""
 
     @classmethod
     def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:

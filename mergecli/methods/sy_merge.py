@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from mergecli.methods._adam import adam_step
 from mergecli.methods._adapted import Adapted, Change, Objective, combine
 from mergecli.methods._base import Group
+from mergecli.methods._coefficients import coefficient_gradients, coefficients_of, columns, weighted
 from mergecli.methods._learned import LearnedTensors, State
 from mergecli.methods._mixture import SAME, Conditioned, Part, Read
 from mergecli.methods._settings import Range
-from mergecli.methods.ada_merging import coefficient_gradients, coefficients_of, columns, weighted
 from mergecli.runtime.errors import UsageError
 
 if TYPE_CHECKING:

@@ -64,8 +64,8 @@ class Evaluation:
     """The result of one tower on several tasks."""
 
     checkpoint: Mapping[str, str | None]
-    """`name`, `path` (no folders), `digest`, `kind`, `method` and its settings, `method.density` for one; None where the
-    file does not say. `heads` is `learned` where the file's own take the place of zero-shot heads. Of the best point of a sweep `selected_on`: the split that it was chosen on."""
+    """`name`, `path` (no folders; of an ensemble its name), `digest`, `kind`, `method` and its settings, `method.density` for one; None where the
+    file does not say. `ensemble` is how an ensemble is made of its `models`. `heads` is `learned` where the file's own take the place of zero-shot heads. Of the best point of a sweep `selected_on`: the split that it was chosen on."""
     clip: Mapping[str, str | None]
     """`path` of the CLIP whose other parts were used, and digests: `digest` of its vision tower, `text` of all that heads
     depend on, `rest` of projection and logit scale, `processing` of the image processor's settings."""
@@ -81,7 +81,7 @@ class Evaluation:
     device: str | None = None
     """The device, such as `cpu`; others round differently. None in files that do not record it."""
     models: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of a merge, model -> source as in its recipe, without folders; empty if the file does not record it."""
+    """Of a merge, model -> source as in its recipe, without folders; empty if the file does not record it. Of an ensemble, its members."""
     looked_at: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     """Of a data-driven method, task -> `split` and `data`, the fingerprint of the images."""
 
@@ -89,6 +89,11 @@ class Evaluation:
     def name(self) -> str:
         """The name of the checkpoint in tables."""
         return self.checkpoint["name"] or ""
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether it is of several towers together, and not of one."""
+        return self.checkpoint.get("ensemble") is not None
 
     @property
     def average(self) -> Average:
