@@ -196,5 +196,12 @@ def recipe_text(recipe: Recipe, method: str | None = None, settings: Mapping[str
     ]
     if method is not None:
         lines += ["", "[method]", f"name = {toml_text(method)}"]
-        lines += [f"{key} = {toml_text(value)}" for key, value in (settings or {}).items()]
+        own = {key: value for key, value in (settings or {}).items() if key != "layers"}
+        lines += [f"{key} = {toml_text(value)}" for key, value in own.items()]
+        for table in (settings or {}).get("layers", ()):
+            lines += [
+                "",
+                "[[method.layers]]",
+                *(f"{key} = {toml_text(value)}" for key, value in table.items()),
+            ]
     return "\n".join(lines) + "\n"

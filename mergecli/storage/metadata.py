@@ -93,6 +93,27 @@ def pool_in(metadata: Mapping[str, str]) -> str | None:
     return pool if isinstance(pool, str) and pool else None
 
 
+def layer_lines(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Pattern -> settings by layer of the method that made a file of ours, as its recipe has them; empty where it has none."""
+    import tomli
+
+    try:
+        lines: Any = tomli.loads(metadata.get("recipe", ""))["method"].get("layers", [])
+        return {
+            _text(line["match"]): ", ".join(
+                f"{key} = {toml_text(each)}" for key, each in line.items() if key != "match"
+            )
+            or "the method's own settings"
+            for line in lines
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def _text(pattern: object) -> str:
+    return ", ".join(pattern) if isinstance(pattern, list) else str(pattern)
+
+
 def looked_at(metadata: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Task -> `split` and `data` (the digest) of the images that a file's method looked at; empty where it does not say."""
     try:
