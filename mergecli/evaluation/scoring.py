@@ -33,6 +33,8 @@ from mergecli.runtime.notes import note
 from mergecli.storage.atomic import check_space
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergecli.data.images import Images, TaskImages
     from mergecli.data.tasks import Task
     from mergecli.results.plan import Plan
@@ -210,6 +212,7 @@ class Scoring:
             "corruption": settings.corruption,
             "batch_size": settings.batch_size,
             **({"routes": True} if settings.routes else {}),
+            **({"logits": True} if settings.logits else {}),
         }
         return sha256(json.dumps(about).encode()).hexdigest()[:32]
 
@@ -313,10 +316,11 @@ class Scoring:
                     else {}
                 ),
             }
-            save(unit, counts_file(job.counts, metadata), job.seconds)
+            save(unit, counts_file(job.counts, metadata, job.logits), job.seconds)
 
         name = of_task.task.name
-        return Job(tower.checkpoint, name, len(of_task.images), write, routes=routes)
+        logits: list[Tensor] | None = [] if self.settings.logits else None
+        return Job(tower.checkpoint, name, len(of_task.images), write, routes=routes, logits=logits)
 
     @cached_property
     def _slots(self) -> list[ModelSlot]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergecli import methods
 from mergecli.formats.lora import AdaptedCheckpoint
@@ -176,7 +176,7 @@ def _merge_points(
             )
     for each in targets:
         files.check(each)
-    needs_base = any(each.method.needs_base for each in targets)
+    needs_base = any(each.method.reads_base for each in targets)
     with ExitStack() as stack:
         models = open_models(
             targets[0].recipe,
@@ -188,8 +188,7 @@ def _merge_points(
         for each in targets:
             files.refuse_inputs(each, models.paths)
         models, targets = _in_one_space(models, targets, stack, progress)
-        for each in targets:
-            each.check(models)
+        targets = [each.fitted(models) for each in targets]
         check_space({each.path: each.size(models) for each in targets})
         found: dict[str, Learning] = {}
         for each in targets:
@@ -241,11 +240,12 @@ def _folder_of(target: MergeTarget) -> Path:
 
 
 def _learned_for(target: MergeTarget, learned: Learned) -> Learned:
-    """The learned state, with this target's own merge-time settings."""
+    """The learned state, with this target's own merge-time settings and those by layer."""
     method = target.method if target.method.merge_time else learned.target.method
     if isinstance(method, Learner):  # all other settings may be those of a file
         own = {key: getattr(method, key) for key in method.merge_time}
         method = replace(learned.target.method, **own)
+    method = replace(method, layers=target.method.layers)
     return replace(learned, target=replace(target, method=method))
 
 
@@ -280,8 +280,8 @@ def _stream(
     )
 
 
-def _extra_values(learned: Learned, known: Any, models: Models) -> Iterable[tuple[str, Tensor]]:
-    return extra_values(learned.target.method, known, learned.value, len(models.tuned)).items()
+def _extra_values(learned: Learned, known: _Surveyed, models: Models) -> Iterable[tuple[str, Tensor]]:
+    return extra_values(learned.target.method, known.own.surveyed, learned.value, len(models.tuned)).items()
 
 
 def _of_adapter(writer: ModelWriter) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def _passes(
     models: Models, learned: Sequence[Learned], scratch: Scratch, progress: Progress | None
 ) -> ModelPasses:
     """Passes for all the merges: what one of them must be given together, all are."""
-    methods = [each.target.method for each in learned]
+    methods = [method for each in learned for method in each.target.every_method]
     unit, fused = max(each.unit for each in methods), any(each.fuses for each in methods)
     return ModelPasses(models, unit, progress, fused, scratch)
 
@@ -308,7 +308,7 @@ def _merge_blocks(
     passes: ModelPasses,
     models: Models,
     learned: Sequence[Learned],
-    known: Sequence[Any],
+    known: Sequence[_Surveyed],
     writes: Sequence[Write],
 ) -> None:
     """The last pass: every block is merged once for each target, and written."""
@@ -317,10 +317,11 @@ def _merge_blocks(
     packed = [each.packed(models) for each in targets]
 
     def work(start: int, group: Group) -> None:
-        for number, target in enumerate(targets):
+        for number in range(len(targets)):
             own = group.copy() if number + 1 < len(targets) else group
-            for each in [own] if target.method.fuses else own.apart():
-                for key, result in outcomes(target.method, each, known[number]).items():
+            for each in [own] if known[number].of(own).method.fuses else own.apart():
+                method, surveyed = known[number].of(each)
+                for key, result in outcomes(method, each, surveyed).items():
                     data, row_size = cast(result, dtypes[number][key], key), packed[number].get(key)
                     if row_size is None:
                         writes[number](key, data, start)
@@ -380,25 +381,49 @@ def _survey_key(method: Method) -> str:
     return f"{methods.name_of(method)} {methods.table_of(method, without=Method.merge_time)}"
 
 
-def _surveys(several: Sequence[Learned], passes: ModelPasses) -> list[Any]:
-    """What each method needs to know before it merges: what it learned and surveyed, None where it needs nothing.
+class _Ready(NamedTuple):
+    """A method and what it needs to know before it merges: what it learned and surveyed, None where it needs nothing."""
 
-    Methods that differ only in merge-time settings share one survey.
-    """
+    method: Method
+    surveyed: Any
+
+
+class _Surveyed(NamedTuple):
+    """What merges the tensors of one target."""
+
+    own: _Ready
+    """The method with its own settings."""
+    by_tensor: Mapping[str, _Ready]
+    """Tensor -> the same with its settings by layer."""
+
+    def of(self, group: Group) -> _Ready:
+        """What merges a group; the members of one that a method wants stacked have the same settings."""
+        return self.by_tensor.get(group.members[0] if group.members else group.name, self.own)
+
+
+def _surveys(several: Sequence[Learned], passes: ModelPasses) -> list[_Surveyed]:
+    """What merges the tensors of each target. Methods that differ only in merge-time settings share one survey."""
     found: dict[str, Any] = {}
-    results: list[Any] = []
-    for each in several:
-        method = each.target.method
+
+    def ready(method: Method, learned: Learned) -> _Ready:
         key = _survey_key(method)
         if key not in found:
             own = replace(passes, fused=method.fuses)
             if isinstance(method, TwoPass):
                 found[key] = method.survey(own)
             elif isinstance(method, Calibrated):
-                found[key] = method.survey_with(own, each.value)
+                found[key] = method.survey_with(own, learned.value)
             else:
-                found[key] = each.value
-        results.append(found[key])
+                found[key] = learned.value
+        return _Ready(method, found[key])
+
+    results: list[_Surveyed] = []
+    for each in several:
+        target = each.target
+        made = {id(method): ready(method, each) for method in target.every_method}
+        own = made.get(id(target.method)) or _Ready(target.method, None)
+        by_tensor = {name: made[id(method)] for name, method in target.merged_by.items()}
+        results.append(_Surveyed(own, by_tensor))
     return results
 
 

@@ -6,7 +6,8 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -14,6 +15,8 @@ from mergecli import methods
 from mergecli.formats.mixture import check_names
 from mergecli.merging.models import Models
 from mergecli.methods._base import Method
+from mergecli.methods._fused import stacks
+from mergecli.methods._layers import Place, UnmatchedError, by_tensor, places
 from mergecli.methods._mixture import SAME, Mixture
 from mergecli.recipe.schema import Recipe, recipe_text
 from mergecli.results.card import check_card
@@ -59,6 +62,8 @@ class MergeTarget:
     path: Path
     has_card: bool = False
     """Whether a model card is written too."""
+    places: Mapping[str, Place] = field(default_factory=dict[str, Place])
+    """Tensor -> where it stands among the method's settings by layer; empty if there are none."""
     kind: ClassVar[str] = "checkpoint"
     """Of the file, where it holds one tower."""
 
@@ -119,8 +124,45 @@ class MergeTarget:
         """Bytes of what is written."""
         return layout_size(self.layout(models))
 
-    def check(self, models: Models) -> None:
-        """Raises InputError if the method writes more than one tower, and cannot from tensors of these names."""
+    @cached_property
+    def merged_by(self) -> Mapping[str, Method]:
+        """Tensor -> the method with its settings there; empty where all tensors have the same."""
+        return by_tensor(self.method, self.places)
+
+    @property
+    def every_method(self) -> list[Method]:
+        """What merges tensors, each with its settings."""
+        return list({id(each): each for each in self.merged_by.values()}.values()) or [self.method]
+
+    def fitted(self, models: Models) -> MergeTarget:
+        """The same for these models, whose tensors it is known to fit.
+
+        Raises:
+            UsageError: no tensor belongs to one of the method's settings by layer.
+            InputError: the method writes more than one tower, and cannot from tensors of these names.
+        """
+        self._check(models)
+        if not self.method.layers:
+            return self
+        where = f"{self.recipe.path}: " if self.recipe.path else ""
+        try:
+            found = replace(self, places=places(self.method.layers, models.floats))
+        except UnmatchedError as error:
+            raise UsageError(
+                f"{where}`method.layers[{error.line}].match`: {error}",
+                "`mergecli info BASE --keys` lists the tensors",
+            ) from error
+        for name, members in stacks(models.shapes):
+            several = {id(found.merged_by[each]): found.merged_by[each] for each in members}
+            if len(several) > 1 and any(each.fuses for each in several.values()):
+                raise UsageError(
+                    f"{where}`method.layers`: `{self.recipe.method}` merges queries, keys and values as one matrix, "
+                    f"and those of `{name}` have other settings each",
+                    "match all three, or set `fuse_qkv = false` for them",
+                )
+        return found
+
+    def _check(self, models: Models) -> None:
         if not isinstance(self.method, Mixture) or not self.method.is_mixture:
             return
         entries, path = models.reference.entries, models.reference.path
@@ -133,7 +175,7 @@ class MergeTarget:
 
     def metadata(self, digests: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
         """The file's metadata."""
-        kind, settings = self.kind, methods.table_of(self.method)
+        kind, settings = self.kind, methods.recipe_table(self.method)
         if isinstance(self.method, Mixture) and self.method.is_mixture:
             kind = MIXTURE
             more = {

@@ -187,7 +187,9 @@ def _why_whole_weights(method: Method) -> str:
         return "writes more than one tower"
     if isinstance(method, DataDriven):
         return "looks at images, and what it measures on them is of whole weights"
-    if method.fuses:
+    if any(
+        each.fuses for each in (method, *(end for line in method.layers for end in (line.first, line.last)))
+    ):
         return "merges queries, keys and values as one matrix (`method.fuse_qkv`), which have coordinates of their own"
     return ""
 

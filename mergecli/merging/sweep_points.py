@@ -53,11 +53,7 @@ class Point:
     @property
     def name(self) -> str:
         """What files and results are called by: `ties,scaling_factor-0.3`."""
-        parts = [
-            f"{key.rpartition('.')[2]}-{_short(each)}"
-            for key, each in self.values.items()
-            if key != "method.name"
-        ]
+        parts = [f"{_label(key)}-{_short(each)}" for key, each in self.values.items() if key != "method.name"]
         return ",".join([str(self.recipe.method), *parts])
 
 
@@ -179,11 +175,11 @@ def identities(points: Sequence[Point], device: str) -> Identities:
 
     built = [point.recipe.built for point in points]
     with ExitStack() as stack:
-        needs = "base" if any(method.needs_base for method in built) else "weights"
+        needs = "base" if any(method.reads_base for method in built) else "weights"
         inputs = open_models(points[0].recipe, stack, needs=needs).digests()
     found: dict[str, str] = {}
     for point, method in zip(points, built, strict=True):
-        settings = methods.table_of(method)
+        settings = methods.recipe_table(method)
         text = recipe_text(point.recipe, str(point.recipe.method), settings)
         seen = _looked_at(point.recipe, method) if isinstance(method, DataDriven) else []
         about = [point.name, version(), device.partition(":")[0], text, list(inputs.items()), seen]
@@ -242,6 +238,12 @@ def _split(written: str) -> list[str]:
         else:
             parts[-1] += character
     return [part.strip() for part in parts if part.strip()]
+
+
+def _label(key: str) -> str:
+    """A setting as part of a file's name: `density`, and `layers0.density` of one by layer."""
+    line, by_layer, name = key.removeprefix("method.").partition("].")
+    return f"{line.replace('[', '')}.{name}" if by_layer else key.rpartition(".")[2]
 
 
 def _short(value: Any) -> str:

@@ -6,7 +6,7 @@ Letters in shapes: T tasks, n entries of a block, `...` the tensor's own shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -210,6 +210,22 @@ KINDS = {
 
 
 @dataclass(frozen=True)
+class LayerLine:
+    """One `[[method.layers]]` of a recipe: what becomes of the tensors that it matches and no line before it does."""
+
+    match: tuple[str, ...]
+    """Patterns, of which one must match."""
+    keep: str | None
+    """`base` or the task whose weights are copied; None where the method merges."""
+    settings: Mapping[str, Any] = field(hash=False)
+    """As written: those that differ from the method's own, perhaps with gradients."""
+    first: Method = field(hash=False)
+    """The method with these settings, at the first layer."""
+    last: Method = field(hash=False)
+    """The same at the last layer; another one where a setting has a gradient."""
+
+
+@dataclass(frozen=True)
 class Method:
     """What all kinds share. A method's docstring is its equation; each setting is documented under its field."""
 
@@ -238,10 +254,18 @@ class Method:
     not_recorded: ClassVar[frozenset[str]] = frozenset()
     """Settings that no number depends on; results do not record them."""
 
+    layers: tuple[LayerLine, ...] = field(default=(), kw_only=True)
+    """Settings by layer. No setting of a method itself: `_layers` says what they do."""
+
     @classmethod
     def needed(cls) -> list[str]:
         """What must be there besides the fine-tuned models, a word each."""
         return ["base"] * cls.needs_base + ["images"] * (cls.looks_at != Method.looks_at)
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether this method, with its settings by layer, cannot merge without a base."""
+        return self.needs_base or any(line.keep == "base" for line in self.layers)
 
     @property
     def unit(self) -> Unit:
