@@ -11,7 +11,8 @@ defaults, some have more (`VARIANTS`). Rows with random numbers, or that draw im
 learn look at the images that their defaults say, unlabeled test images as published for most.
 
 A row of one seed is a file of DIR/rows. It is not made again while models, settings and seed are the same, so the same command goes
-on after an interruption, and does what is new. Each runs in a process of its own, whose processor time and peak memory are noted, and
+on after an interruption, and does what is new; several commands with other seeds or other rows can work on one DIR at the same
+time, and `--table` then prints all. Each runs in a process of its own, whose processor time and peak memory are noted, and
 with a store of its own, in which nothing is measured or learned yet; its time is that from models to merged file. Merged files
 are removed when they are evaluated, unless `--keep`.
 """
@@ -184,16 +185,15 @@ class Table:
         found = json.loads(path.read_text()) if path.exists() else {}
         return found if found.get("key") == key else None
 
-    def make(self, row: Row, seed: int) -> dict[str, Any] | None:
-        """The row's results with a seed; None if it failed."""
+    def row(self, row: Row, seed: int, *, makes: bool) -> dict[str, Any] | None:
+        """The row's results with a seed, made if they are not there and `makes`; None if there are none."""
         below = self.every.get(row.on)
         key = self.key(
             [row.method, row.settings, row.routings, below and [below.method, below.settings]], seed
         )
         found = self.done(row.label, seed, key)
-        if found is None:
-            tower = self.tower(row, seed, key)
-            found = tower and self.evaluated(row, seed, key, tower)
+        if found is None and makes and (tower := self.tower(row, seed, key)):
+            found = self.evaluated(row, seed, key, tower)
         return found
 
     def tower(self, row: Row, seed: int, key: str) -> dict[str, Any] | None:
@@ -225,7 +225,7 @@ class Table:
             return None
         shutil.rmtree(store, ignore_errors=True)
         found = {"key": key, "path": str(path), "resumed": resumed, **took}
-        about.write_text(json.dumps(found))
+        write(about, json.dumps(found))
         return found
 
     def evaluated(self, row: Row, seed: int, key: str, tower: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -241,7 +241,7 @@ class Table:
                 return None
             results.append({"routing": routing, **self.scores(file), "evaluation": took})
         found = {"key": key, "label": row.label, "seed": seed, "merge": dict(tower), "results": results}
-        (self.folder / "rows" / f"{self.stem(row.label, seed)}.json").write_text(json.dumps(found))
+        write(self.folder / "rows" / f"{self.stem(row.label, seed)}.json", json.dumps(found))
         if not self.given.keep and all(row.label != other.on for other in self.every.values()):
             path.unlink()
             path.with_suffix(".json").unlink()
@@ -257,7 +257,7 @@ class Table:
             if self.forked(f"eval {label}", lambda: self.evaluate([], file, **more)) is None:
                 return None
             found = {"key": key, "label": label, "results": [self.scores(file)]}
-            (self.folder / "rows" / f"{self.stem(label, 0)}.json").write_text(json.dumps(found))
+            write(self.folder / "rows" / f"{self.stem(label, 0)}.json", json.dumps(found))
         return found
 
     def evaluate(self, checkpoints: Sequence[Path], file: Path, **more: Any) -> None:
@@ -319,6 +319,13 @@ class Table:
             "processor_seconds": round(processor, 2),
             "gigabytes": round(used.ru_maxrss / 1e6, 3),
         }
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    from mergecli.storage.atomic import write_text
+
+    write_text(path, text)
 
 
 def summary(
@@ -494,18 +501,12 @@ def main() -> None:
     ]
     references = {label: each for label in ("base", "fine-tuned") if (each := table.reference(label))}
     found: dict[str, list[dict[str, Any]]] = {}
-    for seed in seeds:
+    for number, seed in enumerate(seeds):
         for row in chosen:
-            if seed != seeds[0] and not row.has_chance:
-                continue
-            if given.table:
-                below = table.every.get(row.on)
-                what = [row.method, row.settings, row.routings, below and [below.method, below.settings]]
-                result = table.done(row.label, seed, table.key(what, seed))
-            else:
-                result = table.make(row, seed)
-            if result:
-                found.setdefault(row.label, []).append(result)
+            if row.has_chance or number == 0:
+                result = table.row(row, seed if row.has_chance else 0, makes=not given.table)
+                found.setdefault(row.label, []).extend([result] if result else [])
+    found = {label: each for label, each in found.items() if each}
     results = summary(table, found, references)
     text = markdown(results)
     print(text)
