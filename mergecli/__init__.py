@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from mergecli.evaluation.search import search as search
     from mergecli.evaluation.sweep import Swept as Swept
     from mergecli.evaluation.sweep import sweep as sweep
+    from mergecli.formats.export import Exported as Exported
+    from mergecli.formats.export import export as export
     from mergecli.formats.info import info as info
     from mergecli.hub.doctor import Examined as Examined
     from mergecli.hub.doctor import doctor as doctor

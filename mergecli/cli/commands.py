@@ -14,6 +14,7 @@ COMMANDS = {
     "push": "mergecli.cli.push",
     "finetune": "mergecli.cli.finetune",
     "extract": "mergecli.cli.extract",
+    "export": "mergecli.cli.export",
     "info": "mergecli.cli.info",
     "cache": "mergecli.cli.cache",
     "methods": "mergecli.cli.methods",

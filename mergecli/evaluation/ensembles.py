@@ -166,10 +166,12 @@ def _facts(name: str, kind: str, weights: Mapping[str, float], members: Sequence
     }
     if kind == "weighted":
         about["ensemble.weights"] = ", ".join(f"{member} {weight:.6g}" for member, weight in weights.items())
+    pools = {each.pool for each in members}
     return TowerFacts(
         about,
         sum(each.parameters for each in members),
         sum(each.bytes for each in members),
         {each.checkpoint["name"] or "": each.checkpoint["path"] or "" for each in members},
         {task: seen for each in members for task, seen in each.looked_at.items()},
+        pools.pop() if len(pools) == 1 else None,
     )

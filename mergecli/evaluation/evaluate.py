@@ -24,6 +24,7 @@ from mergecli.evaluation.work import CountingWork, OpenedTowers, opened_tower
 from mergecli.formats.opening import model_path, open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
+from mergecli.results.pools import several_pools
 from mergecli.results.result import FINE_TUNED, Evaluation, Evaluations, result_files, write_predictions
 from mergecli.results.suspicions import too_good
 from mergecli.runtime.distributed import usable_device
@@ -148,7 +149,7 @@ def evaluate(
         models: list[Tower] = []
         for each in opened:
             with failures.of("tower", each.name):
-                models.append(opened_tower(*each))
+                models.append(opened_tower(*each)._replace(pool=_pool(each.source, known)))
         if individual:
             own = {name for name, _ in named}
             chosen = [task for task in chosen if task.name in own]
@@ -176,9 +177,22 @@ def evaluate(
             call.several,
         )
         results = _evaluate_open(call, models, engine, work, failures, report)
-    for each in too_good(results):
-        warnings.warn(each.text, MergecliWarning, stacklevel=2)
+    for text in [*(each.text for each in too_good(results)), several_pools(results)]:
+        if text:
+            warnings.warn(text, MergecliWarning, stacklevel=2)
     return Evaluations(results)
+
+
+def _pool(source: Source, known: Recipe | None) -> str | None:
+    """What a recipe says of the pool of one of its models."""
+    if known is None or known.pool is None:
+        return None
+    return known.pool if _place(source) in map(_place, known.tuned.values()) else None
+
+
+def _place(source: Source) -> object:
+    """What two ways to write one source have in common."""
+    return (source.path.resolve(), source.inside, source.task) if source.path else str(source)
 
 
 def _warn_of_contamination(models: Sequence[Candidate], tasks: Sequence[str], individual: bool) -> None:
@@ -457,7 +471,11 @@ def _evaluations(
     about: dict[str, str | None] = {"name": FINE_TUNED, "path": FINE_TUNED, "digest": None, "kind": None, "method": FINE_TUNED}  # fmt: skip
     size = sum(facts[tower.name].bytes for tower in models if tower.name in own)
     together = TowerFacts(
-        about, facts[models[0].name].parameters, size, {tower.name: tower.label for tower in models}
+        about,
+        facts[models[0].name].parameters,
+        size,
+        {tower.name: tower.label for tower in models},
+        pool=models[0].pool,
     )
     return (evaluation_of(together, own, call.base, scoring),)
 
@@ -483,5 +501,6 @@ def evaluation_of(
         bytes=facts.bytes,
         relative_size=facts.bytes / tower_size,
         models=facts.models,
+        recipe_pool=facts.pool,
         looked_at=facts.looked_at,
     )  # fmt: skip

@@ -70,5 +70,7 @@ class Tower(NamedTuple):
     """What results call its source."""
     checkpoint: Checkpoint
     """The vision tower only, open."""
+    pool: str | None = None
+    """What a recipe says of it that has it among its models."""
     identity: str = ""
     """What tells it from others before it is merged; empty for one that is told by its content."""

@@ -39,7 +39,10 @@ def target_of(recipe: Recipe, path: Path, card: bool | None = None) -> MergeTarg
     if recipe.as_adapter:
         return AdapterTarget.of(recipe, path, card)
     if recipe.rank is not None:
-        raise UsageError("rank: is of an adapter, and the output is none", "write one with `--as-adapter`")
+        raise UsageError(
+            "rank: is of an adapter, and the output is none",
+            "write one with `--as-adapter`; a setting of the method is `method.rank`",
+        )
     return MergeTarget.of(recipe, path, card)
 
 

@@ -24,6 +24,7 @@ class IsoC(PerTensor):
 
     title: ClassVar[str] = "the summed task vector with all its singular values made equal"
     paper: ClassVar[str] = "Marczak et al., No task left behind, ICML 2025, arXiv 2502.04959, algorithm 1"
+    published = "Iso-C"
     also_called: ClassVar[Mapping[str, str]] = {"isotropic": ""}
     work: ClassVar[str] = "a singular value decomposition of each matrix"
     elementwise: ClassVar[bool] = False

@@ -45,6 +45,7 @@ class SyMerge(Conditioned, Adapted):
         "coefficients and a classification head of each task, learned from the predictions of the tasks' own models"
     )
     paper: ClassVar[str] = "Jung et al., SyMerge, ICML 2026, arXiv 2412.19098"
+    published = "SyMerge"
     prefixes = ("sy_merge.",)
     derived = frozenset({"feature_size", "class_counts"})
     besides: ClassVar[str] = "its own classification head"

@@ -19,7 +19,7 @@ from mergecli.storage.table_reader import TableReader
 DTYPES = ("same", "float32", "float16", "bfloat16")
 SPACES = ("dense", "core", "knots")
 KEYS = (
-    "schema", "base", "seed", "dtype", "space", "as_adapter", "rank", "leave_out", "tuned", "method", "eval", "tasks",
+    "schema", "base", "seed", "dtype", "space", "as_adapter", "rank", "leave_out", "pool", "tuned", "method", "eval", "tasks",
 )  # fmt: skip
 EVAL_KEYS = ("tasks", "batch_size", "splits")
 
@@ -32,6 +32,8 @@ class Recipe:
     base: Source | None = None
     tuned: Mapping[str, Source] = field(default_factory=dict[str, Source])
     """Task -> fine-tuned model; the order of every sum."""
+    pool: str | None = None
+    """Which published pool the models are of, or another name for them: averages of two pools do not compare."""
     leave_out: tuple[str, ...] = ()
     """Beginnings of names of tensors that the models have and the base has not, such as heads, and that are not read."""
     seed: int = 0
@@ -98,6 +100,7 @@ def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -
             if (source := reader.source(value, f"tuned.{name}"))
         },
         leave_out=leave_out,
+        pool=(read.text(top["pool"], "pool") or None) if "pool" in top else None,
         seed=read.whole(top.get("seed", 0), "seed"),
         dtype=read.one_of(top.get("dtype", "same"), "dtype", DTYPES),
         space=read.one_of(top["space"], "space", SPACES) if "space" in top else "",
@@ -180,6 +183,8 @@ def recipe_text(recipe: Recipe, method: str | None = None, settings: Mapping[str
         lines.append(f"base = {toml_text(recipe.base.written)}")
     if recipe.leave_out:
         lines.append(f"leave_out = {toml_text(recipe.leave_out)}")
+    if recipe.pool:
+        lines.append(f"pool = {toml_text(recipe.pool)}")
     lines += [f"seed = {recipe.seed}", f"dtype = {toml_text(recipe.dtype)}"]
     lines += [f"space = {toml_text(recipe.space)}"] if recipe.space else []
     lines += ["as_adapter = true"] if recipe.as_adapter else []

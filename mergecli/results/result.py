@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergecli.data.pools import pool_of
 from mergecli.results.frames import frame
 from mergecli.runtime.errors import InputError, UsageError, quoted
 from mergecli.storage.atomic import whole_file
@@ -82,6 +83,8 @@ class Evaluation:
     """The device, such as `cpu`; others round differently. None in files that do not record it."""
     models: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of a merge, model -> source as in its recipe, without folders; empty if the file does not record it. Of an ensemble, its members."""
+    recipe_pool: str | None = None
+    """The pool of the models as the recipe says it; None where it does not."""
     looked_at: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     """Of a data-driven method, task -> `split` and `data`, the fingerprint of the images."""
 
@@ -89,6 +92,11 @@ class Evaluation:
     def name(self) -> str:
         """The name of the checkpoint in tables."""
         return self.checkpoint["name"] or ""
+
+    @property
+    def pool(self) -> str | None:
+        """The pool of its models: as the recipe says it, else by where they come from; None if it is not known."""
+        return self.recipe_pool or pool_of(self.models.values() or [self.checkpoint.get("path") or ""])
 
     @property
     def is_ensemble(self) -> bool:
@@ -121,6 +129,7 @@ class Evaluation:
             "batch_size": self.batch_size,
             "dtype": self.dtype,
             **({"device": self.device} if self.device else {}),
+            **({"pool": self.recipe_pool} if self.recipe_pool else {}),
             **({"models": dict(self.models)} if self.models else {}),
             **({"looked_at": dict(self.looked_at)} if self.looked_at else {}),
             "model_info": {
@@ -200,6 +209,7 @@ def _result(values: Mapping[str, Any], read: TableReader) -> Evaluation:
         batch_size=read.whole(values.get("batch_size"), "batch_size"),
         dtype=read.text(values.get("dtype"), "dtype"),
         device=read.text(values["device"], "device") if "device" in values else None,
+        recipe_pool=read.text(values["pool"], "pool") if "pool" in values else None,
         models=_strings(values.get("models", {}), "models", read),
         looked_at={task: _strings(each, f"looked_at.{task}", read) for task, each in looked_at.items()},
         bytes=read.whole(info["bytes"], "model_info.bytes") if "bytes" in info else None,

@@ -214,7 +214,7 @@ def _uneven(rows: Sequence[Row], tasks: Sequence[str]) -> Iterable[str]:
     """A warning for each row that lacks a task, since its average is over other tasks."""
     for row in rows:
         lacking = [task for task in tasks if task not in row.values]
-        if lacking:
+        if lacking and row.values:
             yield f"`{row.name}` lacks {quoted(lacking)}: its average is of other tasks than the others'"
 
 

@@ -82,6 +82,17 @@ def made_of(metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]
     )
 
 
+def pool_in(metadata: Mapping[str, str]) -> str | None:
+    """The pool that the recipe of a file of ours says; None where it does not say."""
+    import tomli
+
+    try:
+        pool: Any = tomli.loads(metadata.get("recipe", "")).get("pool")
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return pool if isinstance(pool, str) and pool else None
+
+
 def layer_lines(metadata: Mapping[str, str]) -> dict[str, str]:
     """Pattern -> settings by layer of the method that made a file of ours, as its recipe has them; empty where it has none."""
     import tomli

@@ -28,6 +28,7 @@ GOOD: dict[str, tuple[str, ...]] = {
         "finetune", "--base", "toy:base", "--task", "digits", "--steps", "1", "--batch-size", "2", "-o", "f.safetensors",
     ),
     "extract": ("extract", "toy:digits", "--base", "toy:base", "--rank", "1", "-o", "adapter"),
+    "export": ("export", "toy:digits", "--clip", "toy:base", "-o", "digits.pt"),
     "info": ("info", "t1.safetensors"),
     "cache": ("cache",),
     "methods": ("methods", "ties"),
@@ -39,7 +40,7 @@ if find_spec("optuna"):
         "search", "toys.toml", "--method", "task_arithmetic", "--space", "method.scaling_factor=0.1:0.3", "--trials", "1",
         "--limit", "2", "-o", "found",
     )  # fmt: skip
-LONG = ("eval", "search", "measure", "finetune", "cos-sim", "extract", "taskvector")
+LONG = ("eval", "search", "measure", "finetune", "cos-sim", "extract", "export", "taskvector")
 """Those that load libraries for seconds, which `merge` stands for in the daily tests of whole processes."""
 PROCESSES = [pytest.param(each, marks=[pytest.mark.slow] * (each in LONG)) for each in GOOD]
 BAD: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -56,6 +57,7 @@ BAD: dict[str, tuple[int, tuple[str, ...]]] = {
     "report": (3, ("report", "none.json")),
     "finetune": (2, ("finetune", "--task", "digits", "-o", "f.safetensors")),
     "extract": (2, ("extract", "toy:digits", "-o", "adapter")),
+    "export": (3, ("export", "toy:digits", "-o", "digits.pt")),
     "info": (3, ("info", "none.safetensors")),
     "cache": (2, ("cache", "pixel")),
     "methods": (2, ("methods", "tise")),

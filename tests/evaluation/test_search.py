@@ -106,7 +106,7 @@ def test_trials_in_the_worse_half_are_pruned_after_a_part_of_the_images(
     assert found.trials[found.best].outcome == "complete"
     assert {score.images for score in found.confirmed.tasks.values()} != {8}, "the report is on all images"
     tasks = mergecli.search(
-        recipe_file, SPACE, output=tmp_path / "tasks", trials=8, sampler="random", prune=True, objective="more",
+        recipe_file, SPACE, output=tmp_path / "tasks", trials=8, sampler="random", prune=True, split="train", objective="more",
     )  # fmt: skip
     assert {tuple(each.counts) for each in tasks.trials if each.outcome == "pruned"} == {("more",)}
     assert all(

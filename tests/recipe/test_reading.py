@@ -209,8 +209,19 @@ def test_a_key_whose_table_was_left_out_is_found(file: Path, change: str, meant:
 
 
 def test_a_key_like_no_other_is_told_which_there_are(file: Path) -> None:
-    known = "`schema`, `base`, `seed`, `dtype`, `leave_out`, `tuned`, `method`, `eval`, `tasks`"
+    known = (
+        "`schema`, `base`, `seed`, `dtype`, `space`, `as_adapter`, `rank`, `leave_out`, `pool`, `tuned`, `method`, `eval`, "
+        "`tasks`"
+    )
     assert message_of(file, changes=["zzz=1"]) == f"--set: `zzz`: unknown key; there are {known}"
+
+
+def test_a_pool_is_a_name_and_stands_in_the_recipe_in_effect(file: Path) -> None:
+    assert message_of(file, changes=["pool=3"]).startswith("--set: `pool`: expected ")
+    named = recipe_of(file, changes=["pool=mine"])
+    assert named.pool == "mine"
+    assert 'pool = "mine"\n' in recipe_text(named)
+    assert "pool" not in recipe_text(recipe_of(file))
 
 
 @pytest.mark.parametrize(
