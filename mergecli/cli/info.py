@@ -154,9 +154,10 @@ def _note(found: Info) -> str:
         return " (vision tower of a whole CLIP)"
     if found.is_model:
         return ""
+    from mergecli.merging.chain_state import KIND
     from mergecli.storage.cache import LASTING
 
-    return " (no model)" if found.kind in LASTING else " (no model that this version knows)"
+    return " (no model)" if found.kind in (*LASTING, KIND) else " (no model that this version knows)"
 
 
 def _where(files: int) -> str:
