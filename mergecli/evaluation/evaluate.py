@@ -334,8 +334,10 @@ def _evaluate_open(
     images: dict[str, TaskImages] = {}
     for task in call.tasks:
         with failures.of("task", task.name):
-            images[task.name] = scoring.images(task)
-            tell(images[task.name].images)
+            found = scoring.images(task)
+            tell(found.images)
+            scoring.check_prompts(found)
+            images[task.name] = found
     for tower in models:
         with failures.of("tower", tower.name):
             known = [images[task] for task in call.pairs(tower.name) if task in images]
@@ -350,7 +352,7 @@ def _evaluate_open(
     total = len(units) + len(failures.units)
     files = UnitFiles(call.folder, settings.max_size, what="its images are counted")
     grid = Grid(scoring, images, units, files, call.several)
-    scoring.check_work([(tower, images[task]) for tower, task in units], several=call.several)
+    scoring.check_features([(tower, images[task]) for tower, task in units], several=call.several)
 
     def planned() -> Plan:
         pairs = sorted(units, key=lambda of: list(images).index(of[1]))  # as they are counted: task by task

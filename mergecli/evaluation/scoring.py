@@ -153,17 +153,18 @@ class Scoring:
             )
         return self._images[task.name]
 
-    def check_work(self, pairs: Iterable[tuple[str, TaskImages]], *, several: bool) -> None:
-        """Raises InputError if a prompt is too long, or the disk has no room for the features of these towers on these tasks."""
+    def check_prompts(self, of_task: TaskImages) -> None:
+        """Raises InputError if a prompt of a task is too long, unless its head is kept and no prompt is read."""
         from mergecli.clip.heads import check_prompts, has_head
 
-        wanted = list(pairs)
-        for each in {of_task.task.name: of_task for _, of_task in wanted}.values():
-            of = each.classes, each.task.templates
-            if not has_head(self.clip, self.digests.text, *of, self.settings.max_size):
-                check_prompts(self.clip, *of)
+        of = of_task.classes, of_task.task.templates
+        if not has_head(self.clip, self.digests.text, *of, self.settings.max_size):
+            check_prompts(self.clip, *of)
+
+    def check_features(self, pairs: Iterable[tuple[str, TaskImages]], *, several: bool) -> None:
+        """Raises InputError if the disk has no room for the features of these towers on these tasks."""
         sizes: dict[Path, int] = {}
-        for tower, of_task in wanted:
+        for tower, of_task in pairs:
             if file := feature_file(self.settings.features, tower, of_task.task.name, several):
                 sizes[file] = feature_size(self.clip, len(of_task.images))
         check_space(sizes)
