@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     # Every public name stands here once. Type checkers follow these imports; `_homes` reads the lines.
+    from mergecli.evaluation.continual import Chained as Chained
+    from mergecli.evaluation.continual import continual as continual
     from mergecli.evaluation.evaluate import evaluate as evaluate
     from mergecli.evaluation.sweep import Swept as Swept
     from mergecli.evaluation.sweep import sweep as sweep

@@ -127,18 +127,19 @@ def go_on(step: Onto, onto: str | Path, progress: Progress | None) -> Merged:
 
 
 def _first_state(recipe: Recipe, stack: ExitStack) -> ChainState:
-    method = _continual(recipe)
+    method = continual_method(recipe)
     assert recipe.base
     base = one_tower(stack.enter_context(open_source(recipe.base)))
     return chain_state(recipe, methods.name_of(method), methods.table_of(method), base.digest())
 
 
-def _continual(recipe: Recipe) -> Continual:
+def continual_method(recipe: Recipe) -> Continual:
+    """The recipe's method; raises UsageError if it cannot go on from an earlier merge."""
     method = recipe.built
     if not isinstance(method, Continual):
         known = [name for name in methods.names() if issubclass(methods.find(name), Continual)]
         raise UsageError(
-            f"--onto: `{recipe.method}` needs all models at once, and cannot go on from an earlier merge",
+            f"`{recipe.method}` needs all models at once, and cannot go on from an earlier merge",
             f"{', '.join(known)} can",
         )
     return method
@@ -257,7 +258,7 @@ def _located(name: str, written: str | dict[str, str], folder: Path, option: str
 
 
 def _step(step: Onto, earlier: _Earlier, stack: ExitStack, progress: Progress | None) -> Merged:
-    method, state, recipe = _continual(step.recipe), earlier.state, step.recipe
+    method, state, recipe = continual_method(step.recipe), earlier.state, step.recipe
     out, taken = _taken_out(step, method, earlier)
     stays = [name for name in state.experts if name not in out]
     for name in recipe.tuned:
