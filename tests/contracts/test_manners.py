@@ -21,6 +21,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     "merge": ("merge", "r.toml", "--method", "average", "-o", "m.safetensors"),
     "eval": RESULT,
     "measure": ("measure", "toys.toml", "--method", "fisher", "--set", "method.examples=2", "--task", "digits", "-o", "s"),
+    "continual": ("continual", "toys.toml", "--method", "average", "--limit", "2", "-o", "chain"),
     "cos-sim": ("cos-sim", "r.toml"),
     "report": ("report", "result.json"),
     "finetune": (
@@ -33,7 +34,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     "tasks": ("tasks", "toy8"),
 }  # fmt: skip
 """A command of each kind that does its work."""
-LONG = ("eval", "measure", "finetune", "cos-sim", "extract", "taskvector")
+LONG = ("eval", "continual", "measure", "finetune", "cos-sim", "extract", "taskvector")
 """Those that load libraries for seconds, which `merge` stands for in the daily tests of whole processes."""
 PROCESSES = [pytest.param(each, marks=[pytest.mark.slow] * (each in LONG)) for each in GOOD]
 BAD: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -42,6 +43,7 @@ BAD: dict[str, tuple[int, tuple[str, ...]]] = {
     "merge": (2, ("merge", "r.toml", "--method", "tise", "-o", "m.safetensors")),
     "eval": (2, ("eval", "toy:base", "--clip", "toy:base", "--task", "digts")),
     "measure": (2, ("measure", "r.toml", "--method", "ties", "-o", "s")),
+    "continual": (2, ("continual", "r.toml", "--method", "tsv_m", "-o", "chain")),
     "cos-sim": (3, ("cos-sim", "none.safetensors")),
     "report": (3, ("report", "none.json")),
     "finetune": (2, ("finetune", "--task", "digits", "-o", "f.safetensors")),
