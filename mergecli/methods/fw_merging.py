@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mergecli.methods._adam import adam_step
 from mergecli.methods._adapted import Adapted, Change, Objective, combine
@@ -71,6 +71,14 @@ class FwMerging(Adapted):
     """Images of each task in a step."""
     split: Literal["test", "train", "validation"] = "train"
     """Whose images are looked at, without their labels."""
+
+    @classmethod
+    def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:
+        found = super().check(tasks, settings)
+        other = "hard" if settings.get("variant", cls.variant) == "soft" else "soft"
+        own = {"hard": ("learning_rate", "granularity"), "soft": ("adam_steps", "adam_rate")}[other]
+        needless = [key for key in own if settings.get(key, getattr(cls, key)) != getattr(cls, key)]
+        return found + [(key, f'is for `variant = "{other}"`') for key in needless]
 
     @property
     def phases(self) -> tuple[int, ...]:

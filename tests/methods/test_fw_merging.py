@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mergecli.methods import SettingsError, create
 from tests.conftest import assert_same
 from tests.methods.reference.fw_merging import fw_merging, fw_merging_soft
 from tests.methods.reference.task_arithmetic import task_arithmetic
@@ -50,6 +51,15 @@ def test_the_soft_variant_moves_to_learned_mixtures_round_by_round(clip: ExactCl
     apart = {name: (tower[name].double() - want.merged[name]).abs().max() for name in names}
     moved = {name: (want.merged[name] - world.base[name].double()).abs().max() for name in names}
     assert all(apart[name] < 2e-3 * moved[name] for name in names)
+
+
+def test_settings_of_the_other_variant_are_refused() -> None:
+    with pytest.raises(SettingsError) as caught:
+        create("fw_merging", {"variant": "soft", "learning_rate": 0.5, "granularity": "task"}, ("a",))
+    assert caught.value.problems == (("learning_rate", 'is for `variant = "hard"`'),)
+    with pytest.raises(SettingsError) as caught:
+        create("fw_merging", {"adam_steps": 5, "adam_rate": 0.001}, ("a",))
+    assert caught.value.problems == (("adam_steps", 'is for `variant = "soft"`'),)
 
 
 def test_its_first_round_is_adamerging(adapted_world: AdaptedWorld, tmp_path: Path) -> None:
