@@ -20,7 +20,7 @@ PANELS: dict[str, dict[str, str]] = {
         "Methods that look at images": "--statistics --coefficients --save-coefficients --trace --plot --tensorboard",
     },
     "eval": {
-        "What is evaluated": "--recipe --set --clip --task --model --individual",
+        "What is evaluated": "--recipe --set --clip --task --model --individual --ensemble --ensemble-weight",
         "Images": "--split --limit --corruption --severity",
         "Output": "--output --format --json --predictions --features --routes --dry-run",
         "Thresholds": "--min-average --min",

@@ -162,7 +162,8 @@ def _about(adapter: Adapter) -> dict[str, str]:
         "modules": f"{len(adapter.modules)} ({', '.join(ends)})",
     }
     if error := adapter.stored.metadata.get("error"):
-        about["error"] = f"{error} of the change it was extracted from"
+        origin = "merged change" if "method" in adapter.stored.metadata else "change it was extracted from"
+        about["error"] = f"{error} of the {origin}"
     if adapter.whole:
         about["whole tensors"] = str(len(adapter.whole))
     if config.base:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from mergecli.methods._adapted import Adapted, Change, Objective, combine
 from mergecli.methods._base import Group
+from mergecli.methods._coefficients import coefficients_of, columns, weighted
 from mergecli.methods._learned import LearnedTensors, State
 from mergecli.methods._settings import Range
-from mergecli.methods.ada_merging import coefficients_of, columns, weighted
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -50,13 +50,14 @@ class Row:
 
 
 Kind = Literal["merge", "model", "base", "ceiling", "published"]
-"""What the row of a report is: a merge; a model that was merged or trained; the pre-trained base; the fine-tuned models,
+"""What the row of a report is: a merge; a model that was merged or trained, or several together; the pre-trained base; the fine-tuned models,
 each on its own task; or a row of a published table."""
 
 
 def kinds_of(rows: Sequence[Row]) -> tuple[Kind, ...]:
     """What each row is. A model of which nothing is known counts as a merge."""
-    inputs = {source for row in rows if row.result for source in row.result.models.values()}
+    merges = [row.result for row in rows if row.result and not row.result.is_ensemble]
+    inputs = {source for result in merges for source in result.models.values()}
 
     def kind_of(row: Row) -> Kind:
         if row.result is None:
@@ -65,6 +66,8 @@ def kinds_of(rows: Sequence[Row]) -> tuple[Kind, ...]:
             return "ceiling"
         if row.method == "pretrained":
             return "base"
+        if row.result.is_ensemble:
+            return "model"
         trained = (row.method or "").startswith("finetune")
         return "model" if trained or row.result.checkpoint.get("path") in inputs else "merge"
 
@@ -211,7 +214,7 @@ def _uneven(rows: Sequence[Row], tasks: Sequence[str]) -> Iterable[str]:
     """A warning for each row that lacks a task, since its average is over other tasks."""
     for row in rows:
         lacking = [task for task in tasks if task not in row.values]
-        if lacking:
+        if lacking and row.values:
             yield f"`{row.name}` lacks {quoted(lacking)}: its average is of other tasks than the others'"
 
 
