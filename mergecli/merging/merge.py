@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergecli import methods
 from mergecli.formats.lora import AdaptedCheckpoint
+from mergecli.formats.quantized import models_metadata
 from mergecli.merging.learning.files import Learned, Learning, LearningFiles
 from mergecli.merging.learning.learn import learning
 from mergecli.merging.low_rank_target import AdapterWriter, target_in, target_of
@@ -266,8 +267,10 @@ def _stream(
     with ExitStack() as stack:
         passes = _passes(models, learned, Scratch(_folder_of(targets[0]), stack), progress)
         known = _surveys(learned, passes)
+        abouts = [{**each.about, **models_metadata(models.tuned)} for each in learned]
         writers = [
-            each.target.open(models, size, stack, [*models.read, *each.files], each.about) for each in learned
+            each.target.open(models, size, stack, [*models.read, *each.files], about)
+            for each, about in zip(learned, abouts, strict=True)
         ]
         _merge_blocks(passes, models, learned, known, [each.write for each in writers])
         for number, target in enumerate(targets):
@@ -276,9 +279,9 @@ def _stream(
                 writers[number].write(key, cast(result, dtypes[key], key))
         digests = models.digests()
         merged: list[Merged] = []
-        for each, writer in zip(learned, writers, strict=True):
+        for each, writer, about in zip(learned, writers, abouts, strict=True):
             inputs = digests | {name: file.digest() for name, file in each.files.items()}
-            writer.describe(each.target.metadata(inputs, each.about))
+            writer.describe(each.target.metadata(inputs, about))
             done = _merged(models, each.target, inputs)
             merged.append(replace(done, warnings=(*done.warnings, *_foreign_files(each, inputs))))
     return tuple(
