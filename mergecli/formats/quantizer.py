@@ -12,10 +12,12 @@ No entry is further than D / 2 from its value, and 0 stays 0. A constant is one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,19 +71,35 @@ def quantize(values: Tensor, bits: int, per: Per) -> Quantized:
     return Quantized(pack(codes.to(torch.uint8).flatten(), bits), scale, zero.to(torch.uint8))
 
 
-def dequantize(into: Tensor, start: int, scale: Tensor, zero: Tensor, row: int) -> None:
-    """Turns codes into values, in place.
+@dataclass(frozen=True)
+class Steps:
+    """The steps of one tensor."""
+
+    scale: Tensor
+    """(rows, 1) float32; the same of `zero`."""
+    zero: Tensor
+    row: int
+    """Entries of a row, at least 1."""
+
+    @classmethod
+    def of(cls, scale: Tensor, zero: Tensor, entries: int) -> Steps:
+        """Of (rows,) scales and zeros of a tensor of so many entries."""
+        return cls(scale[:, None], zero.float()[:, None], max(entries // max(len(scale), 1), 1))
+
+
+def dequantize(packed: Tensor, bits: int, first: int, into: Tensor, start: int, steps: Steps) -> None:
+    """Values of packed codes.
 
     Args:
-        into: (n,) float32 codes of the flattened tensor from entry `start` on.
-        scale, zero: (rows, 1) float32.
-        row: entries of a row.
+        packed: whole groups of codes, from entry `first` of the flattened tensor on.
+        into: (n,) float32, for the values from entry `start` on.
     """
-    for low, high in _within_rows(start, start + len(into), row):
+    stop, row = start + len(into), steps.row
+    into.copy_(unpack(packed, bits)[start - first : stop - first])
+    for low, high in _within_rows(start, stop, row):
         part = into[low - start : high - start].view(-1, min(row, high - low))
-        first = low // row
-        of = slice(first, first + len(part))
-        part.sub_(zero[of]).mul_(scale[of])
+        of = slice(low // row, low // row + len(part))
+        part.sub_(steps.zero[of]).mul_(steps.scale[of])
 
 
 def _within_rows(start: int, stop: int, row: int) -> Iterator[tuple[int, int]]:
@@ -95,10 +113,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     import torch
 
     padded: Any = torch.nn.functional.pad(codes, (0, -len(codes) % GROUP)).numpy()
-    words = padded.view("<u8")
-    for width in (8, 16, 32):
-        words = (words | words >> _gap(width, bits)) & _mask(2 * width, bits)
-    return torch.from_numpy(words.view("u1").reshape(-1, GROUP)[:, :bits].flatten())
+    word = _word(bits)
+    words = padded.view(f"<u{word.codes}")
+    for gap, _, mask in word.steps:
+        words = (words | words >> gap) & mask
+    return torch.from_numpy(words.view("u1").reshape(-1, word.codes)[:, : word.bytes].flatten())
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -107,27 +126,38 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     import torch
 
     data: Any = packed.numpy()
-    if bits == 3:  # there are no numbers of three bytes
-        wide = np.zeros((len(data) // bits, GROUP), "u1")
-        wide[:, :bits] = data.reshape(-1, bits)
-        words = wide.reshape(-1).view("<u8")
-    else:
-        words = data.view(f"<u{bits}").astype("<u8")
-    for width in (32, 16, 8):
-        words |= words << _gap(width, bits)
-        words &= _mask(width, bits)
+    word = _word(bits)
+    if word.bytes == 1:
+        words = data.astype(f"<u{word.codes}", copy=False)
+    else:  # 3: there are no numbers of three bytes
+        wide = np.zeros((len(data) // word.bytes, word.codes), "u1")
+        wide[:, : word.bytes] = data.reshape(-1, word.bytes)
+        words = wide.reshape(-1).view(f"<u{word.codes}")
+    for gap, mask, _ in reversed(word.steps):
+        words |= words << gap
+        words &= mask
     return torch.from_numpy(words.view("u1"))
 
 
-def _gap(width: int, bits: int) -> Any:
-    """Of lanes of so many bits, those above what the lane's codes (one for every 8 bits of it) take."""
+class _Word(NamedTuple):
+    """The fewest codes that fill whole bytes: a number that has a byte for each of them, and is packed into fewer."""
+
+    codes: int
+    bytes: int
+    steps: tuple[tuple[Any, Any, Any], ...]
+    """Of packing. Each puts neighboring lanes together, first those of 8 bits, which have a code each: the bits that are free
+    at the end of a lane, those that codes take before the step, and after it."""
+
+
+@cache
+def _word(bits: int) -> _Word:
     import numpy as np
 
-    return np.uint64(width - width // 8 * bits)
+    codes = GROUP // math.gcd(GROUP, bits)
 
+    def mask(width: int) -> int:
+        return sum((1 << width // 8 * bits) - 1 << lane for lane in range(0, 8 * codes, width))
 
-def _mask(width: int, bits: int) -> Any:
-    """The bits of a word that its codes take, in lanes of so many bits."""
-    import numpy as np
-
-    return np.uint64(sum((1 << width // 8 * bits) - 1 << lane for lane in range(0, 64, width)))
+    kind, widths = np.dtype(f"<u{codes}").type, [8 << step for step in range(codes.bit_length() - 1)]
+    steps = tuple((kind(w - w // 8 * bits), kind(mask(w)), kind(mask(2 * w))) for w in widths)
+    return _Word(codes, codes * bits // 8, steps)

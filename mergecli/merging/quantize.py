@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli.formats.quantized import KEY, SHARED, Scheme, shared_path, tensors_of
-from mergecli.formats.quantizer import Per, Quantized, dequantize, quantize, unpack
+from mergecli.formats.quantizer import Per, Steps, dequantize, quantize
 from mergecli.merging.models import BLOCK, Models
 from mergecli.methods._base import Group, Unit, total
 from mergecli.runtime.errors import InputError
@@ -202,10 +202,12 @@ def _cast(writer: SafetensorsWriter, name: str, delta: Tensor, dtype: str) -> Te
 
 def _coded(writer: SafetensorsWriter, name: str, values: Tensor, scheme: Scheme) -> Tensor:
     """Writes a tensor as codes, and gives it as it will be read."""
-    quantized: Quantized = quantize(values, scheme.bits, scheme.per)
+    import torch
+
+    quantized = quantize(values, scheme.bits, scheme.per)
     for key, part in tensors_of(name, quantized).items():
         writer.write(key, part)
-    rows = len(quantized.scale)
-    kept = unpack(quantized.codes, scheme.bits)[: values.numel()].float()
-    dequantize(kept, 0, quantized.scale[:, None], quantized.zero.float()[:, None], len(kept) // rows)
+    kept = torch.empty(values.numel())
+    steps = Steps.of(quantized.scale, quantized.zero, values.numel())
+    dequantize(quantized.codes, scheme.bits, 0, kept, 0, steps)
     return kept.view(values.shape)
