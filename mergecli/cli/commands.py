@@ -7,6 +7,8 @@ COMMANDS = {
     "taskvector": "mergecli.cli.taskvector",
     "merge": "mergecli.cli.merge",
     "eval": "mergecli.cli.evaluate",
+    "search": "mergecli.cli.search",
+    "continual": "mergecli.cli.continual",
     "measure": "mergecli.cli.measure",
     "cos-sim": "mergecli.cli.cos_sim",
     "report": "mergecli.cli.report",

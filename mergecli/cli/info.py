@@ -159,9 +159,10 @@ def _note(found: Info) -> str:
     if found.is_model:
         return ""
     from mergecli.formats.quantized import SHARED
+    from mergecli.merging.chain_state import KIND
     from mergecli.storage.cache import LASTING
 
-    return " (no model)" if found.kind in (*LASTING, SHARED) else " (no model that this version knows)"
+    return " (no model)" if found.kind in (*LASTING, SHARED, KIND) else " (no model that this version knows)"
 
 
 def _where(files: int) -> str:

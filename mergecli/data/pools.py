@@ -19,13 +19,15 @@ class Pool:
     what: str
     sources: tuple[str, ...]
     """Patterns, in lower case."""
+    tables: str
+    """What follows the backbone in the names of published tables of its averages."""
 
 
 @cache
 def pools() -> Mapping[str, Pool]:
     """Name -> pool, of those that are known."""
     written = tomllib.loads(_FILE.read_text("utf-8"))
-    return {name: Pool(each["what"], tuple(each["sources"])) for name, each in written.items()}
+    return {name: Pool(**each | {"sources": tuple(each["sources"])}) for name, each in written.items()}
 
 
 def pool_of(sources: Iterable[str]) -> str | None:

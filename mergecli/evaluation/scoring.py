@@ -93,8 +93,12 @@ class Scoring:
 
     def on(self, split: str | None) -> Scoring:
         """The same on another split, with the same CLIP."""
+        return self.with_limit(self.settings.limit, split)
+
+    def with_limit(self, limit: int | None, split: str | None) -> Scoring:
+        """The same on so many images of each task of a split."""
         other = copy.copy(self)
-        other.settings, other._images = replace(self.settings, split=split), {}
+        other.settings, other._images = replace(self.settings, split=split, limit=limit), {}
         return other
 
     def check(self, tower: Tower, tasks: Iterable[str]) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ class Mass(Routed, PerTensor):
     own_tower: ClassVar[str] = "that task's tower, its matrices cut to their largest singular values"
     routes_batches: ClassVar[bool] = False
     prefixes = ("left.", "right.", "deltas.")
-    title: ClassVar[str] = "TSV-M of the few tasks that each image may be of"
+    title: ClassVar[str] = "merges, for each image, the few tasks that it may be of, as TSV-M does"
     paper: ClassVar[str] = "Crisostomi et al., MASS, arXiv 2504.05342"
     also_called: ClassVar[Mapping[str, str]] = {}
     work: ClassVar[str] = "a singular value decomposition of each matrix of each model"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from mergecli.data.pools import pools
 from mergecli.runtime.errors import UsageError, did_you_mean, quoted
 
 B32 = "clip-vit-base-patch32"
@@ -128,8 +129,6 @@ def _robustness() -> Iterable[Reference]:
         yield Reference(f"{B32}-robustness-{corruption}", B32, rows, split, caveat=caveat)
 
 
-_PLACES = {"fusion_bench": "{tasks}-averages", "task_arithmetic": "ta-pool"}
-"""Pool -> what follows the backbone in the names of its tables of averages."""
 _COUNT = {"ta8": "", "tall14": "-14", "tall20": "-20"}
 _OTHER_DIGITS = {"emnist_letters": "emnist_digits"}
 """What pools for open_clip have in the place of a task."""
@@ -143,13 +142,12 @@ def _averages() -> Iterable[Reference]:
     for line in _lines("pools"):
         groups.setdefault((line["pool"], line["backbone"], line["tasks"]), []).append(line)
     for (pool, backbone, tasks), lines in groups.items():
-        place = _PLACES.get(pool, f"{pool.replace('_', '-')}-pool").format(tasks=tasks)
-        count = "" if pool == "fusion_bench" else _COUNT[tasks]
+        place = pools()[pool].tables.format(tasks=tasks, count=_COUNT[tasks])
         own = expand((tasks,))
         if pool != "fusion_bench":
             own = tuple(_OTHER_DIGITS.get(task, task) for task in own)
         yield Reference(
-            f"{backbone}-{place}{count}", backbone,
+            f"{backbone}-{place}", backbone,
             {each["row"]: Row(each["row"], {}, {"all": _fraction(each["average"])}) for each in lines},
             caveat="" if pool == "fusion_bench" else "its models have visual projections of their own, and results here the base's",
             pool=pool, averaged=own, sources=tuple(dict.fromkeys(each["source"] for each in lines)),
