@@ -32,6 +32,12 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="DTYPE", help="Of the output: same, float32, float16 or bfloat16.")
     ] = None,
+    as_adapter: Annotated[
+        bool, typer.Option("--as-adapter", help="Write an adapter that plain peft loads: a folder.")
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="R", help="Of the adapter, at most. Default: as much as the merge has.")
+    ] = None,
     onto: Annotated[
         str | None,
         typer.Option(
@@ -86,6 +92,8 @@ def merge(
 
     mergecli merge --base toy:base toy:digits toy:letters --method task_arithmetic -o merged.safetensors
 
+    mergecli merge --base toy:base lora/digits lora/letters --method ties --as-adapter -o lora/merged
+
     mergecli merge recipe.toml --method ties --sweep method.scaling_factor=0.1:0.5:0.1 -o swept/
 
     mergecli merge --onto two.safetensors shapes.safetensors --method opcm -o three.safetensors
@@ -118,6 +126,11 @@ def merge(
                 raise UsageError("--shard-size: a sweep writes single files")
             if save_coefficients or trace or plot or tensorboard:
                 raise UsageError("a sweep has no single file of coefficients to save, trace or plot")
+            if as_adapter or rank is not None:
+                option = "--as-adapter" if as_adapter else "--rank"
+                raise UsageError(
+                    f"{option}: a sweep writes whole weights", "merge the best point again with it"
+                )
             if onto is not None or replace is not None or without:
                 raise UsageError("--onto: a sweep begins anew, and does not go on from a merge")
             if card:
@@ -130,8 +143,9 @@ def merge(
             )  # fmt: skip
         else:
             work = partial(
-                merge, what, output=output, base=base, method=method, changes=changes or [], dtype=dtype, onto=onto, replace=replace,
-                without=without or (), device=device, shard_size=shard_size, card=card, statistics=statistics, coefficients=coefficients,
+                merge, what, output=output, base=base, method=method, changes=changes or [], dtype=dtype, as_adapter=as_adapter,
+                rank=rank, onto=onto, replace=replace, without=without or (), device=device, shard_size=shard_size, card=card,
+                statistics=statistics, coefficients=coefficients,
                 save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
             )  # fmt: skip
         if dry_run:
@@ -144,12 +158,18 @@ def merge(
     if not is_first():
         return
     for each in written:
+        if each.error is not None:
+            console.note(
+                f"the adapter has rank {each.rank}; its distance to the merge is {each.error:.2%} of the merged change"
+            )
         ending.wrote(each.path, digest=each.digest)
         ending.wrote_beside(each.state, each.card if each.path.suffix else None)
     ending.wrote_beside(save_coefficients, trace, plot, tensorboard)
     described = [
         {"path": str(each.path), "method": each.method, "tasks": each.tasks, "tensors": each.tensors,
-         "parameters": each.parameters, "digest": each.digest, "inputs": each.inputs, **({"state": str(each.state)} if each.state else {})}
+         "parameters": each.parameters, "digest": each.digest, "inputs": each.inputs,
+         **({"rank": each.rank, "error": each.error} if each.error is not None else {}),
+         **({"state": str(each.state)} if each.state else {})}
         for each in written
     ]  # fmt: skip
     if as_json:

@@ -31,6 +31,8 @@ class Clip:
     """A `transformers.CLIPModel`; `set_tower` changes the weights of its `vision_model`."""
     tokenizer: Any
     processor: Any
+    forms: Mapping[str, Form]
+    """The tensors of a vision tower that fits, by full name: of the plain tower, whatever layers are installed now."""
 
     @property
     def tower(self) -> nn.Module:
@@ -94,7 +96,9 @@ def load_clip(path: Path) -> Clip:
     if len(tokenizer) < 10:
         raise InputError(f"{path}: its tokenizer knows only {len(tokenizer)} tokens", "fetch the base again")
     expect_fit(processor, path, model.config.vision_config)
-    return Clip(path, model.eval().requires_grad_(False), tokenizer, processor)
+    tower = model.vision_model.state_dict()
+    forms = {VISION + name: Form(tuple(tensor.shape)) for name, tensor in tower.items()}
+    return Clip(path, model.eval().requires_grad_(False), tokenizer, processor, forms)
 
 
 def _not_filled(model: Any, path: Path, missing: Iterable[str]) -> list[str]:
@@ -119,8 +123,7 @@ def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
     Raises:
         InputError: tensors are missing, extra or of another shape; all of them are listed.
     """
-    want = {VISION + name: Form(tuple(tensor.shape)) for name, tensor in clip.tower.state_dict().items()}
-    have = checkpoint.vision().entries
+    want, have = clip.forms, checkpoint.vision().entries
     if lines := differences(have, want, "the base has"):
         cure = "name the base that it was fine-tuned from"
         if (extra := have.keys() - want.keys()) and len(extra) == len(lines):

@@ -6,7 +6,7 @@ Letters in shapes: T tasks, n entries of a block, `...` the tensor's own shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -162,6 +162,15 @@ def uniform(seed: int, name: str, label: str, start: int, stop: int) -> Tensor:
     return drawn[start - first * RUN : stop - first * RUN]
 
 
+def gaussian(radius: Tensor, angle: Tensor) -> Tensor:
+    """(...) normal random numbers from two of (...) uniform ones (Box and Muller)."""
+    import math
+
+    import torch
+
+    return torch.sqrt(-2 * torch.log1p(-radius)) * torch.cos(2 * math.pi * angle)
+
+
 class Shelf(Protocol):
     """Merged tensors that a survey keeps for the merge, on disk beside the output; gone when the merge ends."""
 
@@ -211,6 +220,22 @@ KINDS = {
 
 
 @dataclass(frozen=True)
+class LayerLine:
+    """One `[[method.layers]]` of a recipe: what becomes of the tensors that it matches and no line before it does."""
+
+    match: tuple[str, ...]
+    """Patterns, of which one must match."""
+    keep: str | None
+    """`base` or the task whose weights are copied; None where the method merges."""
+    settings: Mapping[str, Any] = field(hash=False)
+    """As written: those that differ from the method's own, perhaps with gradients."""
+    first: Method = field(hash=False)
+    """The method with these settings, at the first layer."""
+    last: Method = field(hash=False)
+    """The same at the last layer; another one where a setting has a gradient."""
+
+
+@dataclass(frozen=True)
 class Method:
     """What all kinds share. A method's docstring is its equation; each setting is documented under its field."""
 
@@ -239,10 +264,18 @@ class Method:
     not_recorded: ClassVar[frozenset[str]] = frozenset()
     """Settings that no number depends on; results do not record them."""
 
+    layers: tuple[LayerLine, ...] = field(default=(), kw_only=True)
+    """Settings by layer. No setting of a method itself: `_layers` says what they do."""
+
     @classmethod
     def needed(cls) -> list[str]:
         """What must be there besides the fine-tuned models, a word each."""
         return ["base"] * cls.needs_base + ["images"] * (cls.looks_at != Method.looks_at)
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether this method, with its settings by layer, cannot merge without a base."""
+        return self.needs_base or any(line.keep == "base" for line in self.layers)
 
     @property
     def unit(self) -> Unit:
@@ -259,6 +292,11 @@ class Method:
     def reads(self) -> int:
         """How many times this method, with these settings, reads every model."""
         return self.passes
+
+    @property
+    def against_adapters(self) -> str:
+        """What is published against merging the weights of adapters by this method, as a warning; empty if nothing is."""
+        return ""
 
     @classmethod
     def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:

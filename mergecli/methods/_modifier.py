@@ -37,6 +37,10 @@ class Modifier(TwoPass):
     def reads(self) -> int:
         return self.of.reads
 
+    @property
+    def against_adapters(self) -> str:
+        return self.of.against_adapters
+
     def survey(self, groups: Groups, /) -> Any:
         return self.survey_of(groups, None)
 

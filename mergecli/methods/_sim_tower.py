@@ -5,7 +5,6 @@ Letters in shapes: T tasks, B images, D the size of features, q the directions o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 from torch.nn import functional
+
+from mergecli.methods._task_towers import body_of, joined
 
 KEPT = 4
 """Weights of this many tasks are held at once, those that were used last: each is as large as a tower."""
@@ -49,8 +50,7 @@ class SimTower:
     ) -> SimTower:
         """Puts it into a tower that has the base's weights already."""
         like = next(tower.parameters())
-        shared = {id(each): each for each in (*tower.parameters(), *tower.buffers())}
-        body = copy.deepcopy(tower, shared)
+        body = body_of(tower)
         means, bases, projection = (
             each.to(like.device, torch.float32) for each in (means, bases, projection)
         )
@@ -74,14 +74,7 @@ class SimTower:
             )
             for task, own in rows
         ]
-        order = torch.cat([own for own, _ in found]).argsort()
-        first = found[0][1]
-        joined = {
-            key: torch.cat([each[key] for _, each in found])[order]
-            for key, value in first.items()
-            if isinstance(value, Tensor)
-        }
-        return type(first)(**joined)
+        return joined(found)
 
     def _of(self, task: int) -> dict[str, Tensor]:
         """The weights of a task's tower, where the base's are."""

@@ -18,7 +18,11 @@ from mergecli.storage.sources import Source
 from mergecli.storage.table_reader import TableReader
 
 DTYPES = ("same", "float32", "float16", "bfloat16")
-KEYS = ("schema", "base", "seed", "dtype", "leave_out", "tuned", "method", "eval", "continual", "tasks")
+SPACES = ("dense", "core", "knots")
+KEYS = (
+    "schema", "base", "seed", "dtype", "space", "as_adapter", "rank", "leave_out", "pool", "tuned", "method", "eval", "continual",
+    "tasks",
+)  # fmt: skip
 EVAL_KEYS = ("tasks", "batch_size", "splits")
 CONTINUAL_KEYS = ("order", "orders", "seed")
 
@@ -54,10 +58,19 @@ class Recipe:
     base: Source | None = None
     tuned: Mapping[str, Source] = field(default_factory=dict[str, Source])
     """Task -> fine-tuned model; the order of every sum."""
+    pool: str | None = None
+    """Which published pool the models are of, or another name for them: averages of two pools do not compare."""
     leave_out: tuple[str, ...] = ()
     """Beginnings of names of tensors that the models have and the base has not, such as heads, and that are not read."""
     seed: int = 0
     dtype: str = "same"
+    space: str = ""
+    """What a method sees of adapters: `dense`, their weights; `core` or `knots`, coordinates of low rank. Empty: `core` where
+    all models are adapters and the output is one, else `dense`."""
+    as_adapter: bool = False
+    """Whether the output is an adapter."""
+    rank: int | None = None
+    """The most that the rank of such an output may be; None: as much as the merge has."""
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The method's settings as written, without defaults."""
@@ -115,8 +128,12 @@ def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -
             if (source := reader.source(value, f"tuned.{name}"))
         },
         leave_out=leave_out,
+        pool=(read.text(top["pool"], "pool") or None) if "pool" in top else None,
         seed=read.whole(top.get("seed", 0), "seed"),
         dtype=read.one_of(top.get("dtype", "same"), "dtype", DTYPES),
+        space=read.one_of(top["space"], "space", SPACES) if "space" in top else "",
+        as_adapter=read.flag(top.get("as_adapter", False), "as_adapter"),
+        rank=read.whole(top["rank"], "rank", 1) if "rank" in top else None,
         method=method,
         settings=settings,
         eval_tasks=()
@@ -217,12 +234,25 @@ def recipe_text(recipe: Recipe, method: str | None = None, settings: Mapping[str
         lines.append(f"base = {toml_text(recipe.base.written)}")
     if recipe.leave_out:
         lines.append(f"leave_out = {toml_text(recipe.leave_out)}")
-    lines += [f"seed = {recipe.seed}", f"dtype = {toml_text(recipe.dtype)}", "", "[tuned]"]
+    if recipe.pool:
+        lines.append(f"pool = {toml_text(recipe.pool)}")
+    lines += [f"seed = {recipe.seed}", f"dtype = {toml_text(recipe.dtype)}"]
+    lines += [f"space = {toml_text(recipe.space)}"] if recipe.space else []
+    lines += ["as_adapter = true"] if recipe.as_adapter else []
+    lines += [f"rank = {recipe.rank}"] if recipe.rank is not None else []
+    lines += ["", "[tuned]"]
     lines += [
         f"{name if '.' not in name and '+' not in name else toml_text(name)} = {toml_text(source.written)}"
         for name, source in recipe.tuned.items()
     ]
     if method is not None:
         lines += ["", "[method]", f"name = {toml_text(method)}"]
-        lines += [f"{key} = {toml_text(value)}" for key, value in (settings or {}).items()]
+        own = {key: value for key, value in (settings or {}).items() if key != "layers"}
+        lines += [f"{key} = {toml_text(value)}" for key, value in own.items()]
+        for table in (settings or {}).get("layers", ()):
+            lines += [
+                "",
+                "[[method.layers]]",
+                *(f"{key} = {toml_text(value)}" for key, value in table.items()),
+            ]
     return "\n".join(lines) + "\n"

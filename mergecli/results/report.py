@@ -11,6 +11,7 @@ from mergecli.results import differences, published, references, suspicions
 from mergecli.results import rows as scored
 from mergecli.results.card import add_results, check_card
 from mergecli.results.cells import Cell, Column
+from mergecli.results.pools import refuse_several_pools
 from mergecli.results.result import FINE_TUNED, Evaluation, read_result
 from mergecli.results.rows import METRICS, Block, Metric, Row, about_images, about_towers
 from mergecli.results.tables import SUFFIXES, Format, Table
@@ -116,6 +117,7 @@ def report(
         blocks.append(
             differences.columns(rows, tasks, compared[-1], answers, p_values=p_values, intervals=intervals)
         )
+    refuse_several_pools(compared, theirs)
     table = _table(rows, blocks, list(dict.fromkeys(scored.comparable(compared))))
     table = table.transposed() if transpose else table
     if plot or "html" in (format, SUFFIXES.get(Path(output).suffix) if output else None):
