@@ -211,12 +211,12 @@ def _measures(chains: Chains) -> list[_Row]:
         return lambda each: each.forgetting(task)
 
     rows: list[_Row] = [
-        _Row(f"average accuracy after step {step}", "percent", after(step)) for step in range(1, last + 1)
+        _Row(f"average accuracy, step {step}", "percent", after(step)) for step in range(1, last + 1)
     ]
-    rows.append(_Row("backward transfer, over T", "points", lambda each: each.transfer(last) / last))
+    rows.append(_Row("backward transfer / T", "points", lambda each: each.transfer(last) / last))
     if last > 1:
         rows.append(
-            _Row("backward transfer, over T - 1", "points", lambda each: each.transfer(last) / (last - 1))
+            _Row("backward transfer / (T-1)", "points", lambda each: each.transfer(last) / (last - 1))
         )
         rows.append(_Row("forgetting", "points", lambda each: each.mean_forgetting))
         rows += [_Row(f"forgetting of {task}", "points", forgotten(task)) for task in chains.tasks]
