@@ -23,7 +23,7 @@ from mergecli.merging.chain_state import (
     state_layout,
     state_path,
 )
-from mergecli.merging.merge_target import Merged, MergeTarget, cast, foreign_vectors
+from mergecli.merging.merge_target import Merged, MergeTarget, ModelWriter, cast, foreign_vectors
 from mergecli.merging.models import ModelPasses, Models, check_fit, open_models
 from mergecli.methods._base import Group
 from mergecli.methods._continual import START, Chain, Continual, Step
@@ -42,7 +42,7 @@ from mergecli.storage.atomic import check_space, check_target, refuse_inputs
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.metadata import UNKNOWN_DIGEST, inputs_of
 from mergecli.storage.safetensors_format import layout_size
-from mergecli.storage.safetensors_writer import SafetensorsWriter, ShardedWriter
+from mergecli.storage.safetensors_writer import SafetensorsWriter
 from mergecli.storage.scratch import Scratch
 from mergecli.storage.sizes import parse_size
 from mergecli.storage.sources import Source, named_sources, parse_source
@@ -504,7 +504,7 @@ class _Described:
 
     def __init__(self, state: SafetensorsWriter, metadata: Callable[[str], dict[str, str]]) -> None:
         self._state, self._metadata = state, metadata
-        self.of: SafetensorsWriter | ShardedWriter | None = None
+        self.of: ModelWriter | None = None
 
     def __enter__(self) -> _Described:
         return self
