@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -197,13 +198,17 @@ def test_a_search_that_is_killed_at_twenty_moments_ends_as_one_that_was_not(
     recipe_file: Path, tmp_path: Path
 ) -> None:
     subprocess.run(_command(recipe_file, "whole"), cwd=tmp_path, check=True, capture_output=True)
-    moment = random.Random(19)
+    moment, log = random.Random(19), tmp_path / "killed" / "units.jsonl"
     for _ in range(20):
+        before = log.read_text().count("\n") if log.exists() else 0
         process = subprocess.Popen(
             _command(recipe_file, "killed"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )  # fmt: skip
-        time.sleep(moment.uniform(0.5, 8.0))
-        os.killpg(process.pid, signal.SIGKILL)
+        while process.poll() is None and (log.read_text().count("\n") if log.exists() else 0) == before:
+            time.sleep(0.02)  # something new is done, so that the twenty are not all at its start
+        time.sleep(moment.uniform(0.0, 0.5))
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     done = subprocess.run(
         _command(recipe_file, "killed"), cwd=tmp_path, capture_output=True, text=True, check=False

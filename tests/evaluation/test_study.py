@@ -138,6 +138,10 @@ def test_a_study_of_another_search_is_refused(tmp_path: Path) -> None:
     assert error.value.message == (
         f"sqlite:///{tmp_path}/s.db: the study `s` is another search:\n  objective: average, not worst"
     )
+    with pytest.raises(InputError) as hidden:
+        Study("nosuch://me:secret@host/db", "s", space(), 3, "tpe", 0, {})
+    assert hidden.value.message.startswith("nosuch://me:***@host/db: cannot open the study: ")
+    assert "secret" not in str(hidden.value)
     (tmp_path / "no.db").write_text("not a database")
     with pytest.raises(InputError) as failed:
         opened(tmp_path / "no.db", 3)
