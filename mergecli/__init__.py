@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     # Every public name stands here once. Type checkers follow these imports; `_homes` reads the lines.
+    from mergecli.evaluation.continual import Chained as Chained
+    from mergecli.evaluation.continual import continual as continual
     from mergecli.evaluation.evaluate import evaluate as evaluate
     from mergecli.evaluation.search import Searched as Searched
     from mergecli.evaluation.search import search as search

@@ -8,6 +8,7 @@ COMMANDS = {
     "merge": "mergecli.cli.merge",
     "eval": "mergecli.cli.evaluate",
     "search": "mergecli.cli.search",
+    "continual": "mergecli.cli.continual",
     "measure": "mergecli.cli.measure",
     "cos-sim": "mergecli.cli.cos_sim",
     "report": "mergecli.cli.report",

@@ -146,7 +146,9 @@ def _about(found: Info, *, short: bool) -> dict[str, str]:
     facts |= {**found.adapter, **found.mixture, **found.quantized}
     if "mergecli" in found.metadata:
         facts["written by"] = f"mergecli {found.metadata['mergecli']}"
-    facts |= {key: found.metadata[key] for key in ("method", "task", "tower") if key in found.metadata}
+    facts |= {
+        key: found.metadata[key] for key in ("method", "space", "task", "tower") if key in found.metadata
+    }
     facts |= {f"layers {line}": text for line, text in layer_lines(found.metadata).items()}
     return facts | {f"input {name}": digest(each) for name, each in found.inputs.items()}
 
@@ -157,9 +159,10 @@ def _note(found: Info) -> str:
     if found.is_model:
         return ""
     from mergecli.formats.quantized import SHARED
+    from mergecli.merging.chain_state import KIND
     from mergecli.storage.cache import LASTING
 
-    return " (no model)" if found.kind in (*LASTING, SHARED) else " (no model that this version knows)"
+    return " (no model)" if found.kind in (*LASTING, SHARED, KIND) else " (no model that this version knows)"
 
 
 def _where(files: int) -> str:

@@ -14,10 +14,12 @@ from mergecli.runtime.errors import UsageError
 
 
 def merge(
-    models: Annotated[list[str], typer.Argument(metavar="RECIPE|[NAME=]SOURCE...", help="A recipe, or models.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="A .safetensors file, or a folder (no suffix) for transformers.")
     ],
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="RECIPE|[NAME=]SOURCE...", help="A recipe, or models.")
+    ] = None,
     base: options.Base = None,
     method: Annotated[
         str | None,
@@ -35,6 +37,21 @@ def merge(
     ] = False,
     rank: Annotated[
         int | None, typer.Option("--rank", metavar="R", help="Of the adapter, at most. Default: as much as the merge has.")
+    ] = None,
+    onto: Annotated[
+        str | None,
+        typer.Option(
+            "--onto", metavar="MERGE|BASE",
+            help="Go on from an earlier merge without its models; from the base, begin. Writes NEXT.state.safetensors too.",
+        ),
+    ] = None,
+    replace: Annotated[
+        str | None,
+        typer.Option("--replace", metavar="TASK[=SOURCE]", help="With --onto: put the new model of a task in the place of the old one."),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option("--without", metavar="TASK[=SOURCE]", help="With --onto: take a task's model out. Repeatable."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where the method computes: cpu, cuda, cuda:1, ...")] = "cpu",
     shard_size: Annotated[
@@ -78,23 +95,29 @@ def merge(
     mergecli merge --base toy:base lora/digits lora/letters --method ties --as-adapter -o lora/merged
 
     mergecli merge recipe.toml --method ties --sweep method.scaling_factor=0.1:0.5:0.1 -o swept/
+
+    mergecli merge --onto two.safetensors shapes.safetensors --method opcm -o three.safetensors
     """
     from mergecli.merging.merge import merge
     from mergecli.runtime.distributed import is_first
     from mergecli.storage.sources import named_sources
 
-    if options.is_recipe(models):
+    if not models and not without:
+        raise UsageError("there are no fine-tuned models to merge", "name a recipe, or models as arguments")
+    if options.is_recipe(models or []):
         if base is not None:
             raise UsageError("--base: a recipe names its base itself", "use `--set base=...` to change it")
-        what: Path | dict[str, str] = Path(models[0])
+        what: Path | dict[str, str] = Path((models or [""])[0])
     else:
-        if method is None and not any(
-            change.startswith("method.name") for change in [*(changes or []), *(sweep or [])]
+        if (
+            method is None
+            and onto is None
+            and not any(change.startswith("method.name") for change in [*(changes or []), *(sweep or [])])
         ):
             raise UsageError(
                 "no method is named", "name one with `--method NAME`; `mergecli methods` lists them"
             )
-        what = named_sources(models)
+        what = named_sources(models or [])
     with console.progress() as progress:
         if sweep:
             from mergecli.merging.sweep_points import merge_sweep, points_of
@@ -108,6 +131,8 @@ def merge(
                 raise UsageError(
                     f"{option}: a sweep writes whole weights", "merge the best point again with it"
                 )
+            if onto is not None or replace is not None or without:
+                raise UsageError("--onto: a sweep begins anew, and does not go on from a merge")
             if card:
                 raise UsageError("--card: a sweep writes several models, and a folder has one card")
             changed = [*(changes or []), *([] if dtype is None else [f'dtype="{dtype}"'])]
@@ -119,7 +144,8 @@ def merge(
         else:
             work = partial(
                 merge, what, output=output, base=base, method=method, changes=changes or [], dtype=dtype, as_adapter=as_adapter,
-                rank=rank, device=device, shard_size=shard_size, card=card, statistics=statistics, coefficients=coefficients,
+                rank=rank, onto=onto, replace=replace, without=without or (), device=device, shard_size=shard_size, card=card,
+                statistics=statistics, coefficients=coefficients,
                 save_coefficients=save_coefficients, trace=trace, plot=plot, tensorboard=tensorboard, progress=progress,
             )  # fmt: skip
         if dry_run:
@@ -137,12 +163,13 @@ def merge(
                 f"the adapter has rank {each.rank}; its distance to the merge is {each.error:.2%} of the merged change"
             )
         ending.wrote(each.path, digest=each.digest)
-        ending.wrote_beside(each.card if each.path.suffix else None)
+        ending.wrote_beside(each.state, each.card if each.path.suffix else None)
     ending.wrote_beside(save_coefficients, trace, plot, tensorboard)
     described = [
         {"path": str(each.path), "method": each.method, "tasks": each.tasks, "tensors": each.tensors,
          "parameters": each.parameters, "digest": each.digest, "inputs": each.inputs,
-         **({"rank": each.rank, "error": each.error} if each.error is not None else {})}
+         **({"rank": each.rank, "error": each.error} if each.error is not None else {}),
+         **({"state": str(each.state)} if each.state else {})}
         for each in written
     ]  # fmt: skip
     if as_json:

@@ -39,6 +39,28 @@ def taskvector(
             help="Of a recipe, with --quantize: residuals to the mean of all, which is quantized once.",
         ),
     ] = False,
+    rebase: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--rebase",
+            metavar="FROM TO",
+            help="Move task vectors of one base to another of the same architecture.",
+        ),
+    ] = None,
+    transport: Annotated[
+        str | None,
+        typer.Option(
+            "--transport",
+            metavar="NAME",
+            help="With --rebase: orthogonal (default), identity, gradient_sign or gradient_force.",
+        ),
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            "--examples", metavar="N", help="Of the gradient: labeled training images. Default: 128."
+        ),
+    ] = None,
     changes: options.Set = None,
 ) -> None:
     """Subtract the base from fine-tuned models; prints the paths of the task vectors.
@@ -48,6 +70,8 @@ def taskvector(
     mergecli taskvector toy:digits --base toy:base -o digits.safetensors
 
     mergecli taskvector recipe.toml -o vectors/ --quantize 4
+
+    mergecli taskvector digits.safetensors --rebase toy:base other.safetensors -o moved.safetensors
     """
     from mergecli.merging.taskvector import taskvector
 
@@ -60,6 +84,9 @@ def taskvector(
             quantize=quantize,
             per=per,
             residual=residual,
+            rebase=rebase,
+            transport=transport,
+            examples=examples,
             changes=changes or [],
             progress=progress,
         ):

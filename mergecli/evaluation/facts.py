@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from mergecli.formats.mixture import mixture_of
+from mergecli.formats.quantized import quantized_models
 from mergecli.storage.metadata import looked_at, made_of, pool_in
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def _checkpoint_facts(tower: Tower, base_digest: str, settings: Settings) -> dic
         found["routing"] = mixture.router or mixture.routing(settings.routing) or "task"
         if mixture.has_heads:
             found["heads"] = "learned"
+    if quantized := quantized_models(metadata):
+        found["quantized"] = quantized
     return found | made_of(metadata)[0]
 
 

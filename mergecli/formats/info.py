@@ -12,7 +12,7 @@ from mergecli.formats.lora_files import Adapter, is_adapter, open_adapter
 from mergecli.formats.mixture import mixture_of
 from mergecli.formats.open_clip_names import read_through
 from mergecli.formats.opening import is_model, model_path, open_source
-from mergecli.formats.quantized import about_quantization, dequantized, is_quantized
+from mergecli.formats.quantized import about_quantization, dequantized
 from mergecli.runtime.errors import InputError
 from mergecli.storage.atomic import check_targets
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
@@ -50,8 +50,8 @@ class Info:
     mixture: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of a mixture: its tasks, whether it routes or is task-conditioned, and how large it is beside one tower."""
     quantized: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of a file of quantized tensors: bits, what they lose, and the file that it shares with others. Its tensors and its digest
-    are those that it is read as."""
+    """Of a file of quantized tensors: bits, what they lose, and the file that it shares with others; its tensors and its digest
+    are those that it is read as. Of what was merged from such files: how many, and what they lost."""
     warnings: tuple[str, ...] = ()
     """What speaks against its use."""
 
@@ -132,7 +132,7 @@ def _info(source: Source, whole: Checkpoint) -> Info:
         is_model=is_model(each),
         coefficients=coefficients_of(each),
         mixture=_about_mixture(each) if each.is_mixture else {},
-        quantized=about_quantization(each) if is_quantized(each) else {},
+        quantized=about_quantization(each),
         warnings=tuple(found.text for found in findings_of(source, each)),
     )
 

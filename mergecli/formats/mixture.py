@@ -77,7 +77,7 @@ class OpenMixture:
         }
         kept = {
             key: self.stored.metadata[key]
-            for key in ("format", "mergecli", "method", "recipe", "inputs")
+            for key in ("format", "mergecli", "method", "recipe", "inputs", "quantized")
             if key in self.stored.metadata
         }
         if isinstance(self.method, Routed) and self.method.is_routed:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -19,16 +19,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergecli import methods
 from mergecli.formats.lora import AdaptedCheckpoint
+from mergecli.formats.quantized import models_metadata
 from mergecli.merging.learning.files import Learned, Learning, LearningFiles
 from mergecli.merging.learning.learn import learning
 from mergecli.merging.low_rank_target import AdapterWriter, target_in, target_of
 from mergecli.merging.merge_plan import merge_plan
-from mergecli.merging.merge_target import MergeTarget, ModelWriter, cast
+from mergecli.merging.merge_target import Merged, MergeTarget, ModelWriter, cast, foreign_vectors
 from mergecli.merging.models import ModelPasses, Models, open_models
+from mergecli.merging.onto import Onto, begin, go_on
 from mergecli.merging.spaces import in_space, space_of
 from mergecli.methods._base import DataDriven, Group, Method, TwoPass, Unit
 from mergecli.methods._bitmasks import packed_size
 from mergecli.methods._calibrated import Calibrated
+from mergecli.methods._continual import Continual
 from mergecli.methods._learned import Learner
 from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.recipe.reading import Override, recipe_of
@@ -48,28 +51,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Merged:
-    """What `merge` wrote."""
-
-    path: Path
-    method: str
-    tasks: tuple[str, ...]
-    tensors: int
-    parameters: int
-    inputs: Mapping[str, str]
-    """Input -> digest of its content."""
-    digest: str = ""
-    """Of the content, as `info` shows it; empty in processes that write nothing."""
-    warnings: tuple[str, ...] = ()
-    card: Path | None = None
-    """The model card, if one was written."""
-    rank: int | None = None
-    """Of an adapter: the largest of its modules."""
-    error: float | None = None
-    """Of an adapter: |merged change - what it has of it| / |merged change|, Frobenius norms."""
-
-
 def merge(
     recipe: str | Path | Recipe | Mapping[str, str | Path],
     *,
@@ -81,6 +62,9 @@ def merge(
     dtype: str | None = None,
     as_adapter: bool = False,
     rank: int | None = None,
+    onto: str | Path | None = None,
+    replace: str | None = None,
+    without: Sequence[str] = (),
     device: str = "cpu",
     shard_size: str | None = None,
     card: bool | None = None,
@@ -104,6 +88,10 @@ def merge(
         dtype: of the output, in place of the recipe's: same, float32, float16 or bfloat16.
         as_adapter: write an adapter that plain peft loads, in place of weights.
         rank: the most that its rank may be; by default as much as the merge has.
+        onto: an earlier merge, to which the recipe's models are added without its own; or the base, on which a chain begins. What
+            the next step needs is written beside the output, `NEXT.state.safetensors`.
+        replace: with `onto`, `TASK` or `TASK=SOURCE`: the earlier model of that task, in whose place the new one comes.
+        without: with `onto`, the same of earlier models that are taken out.
         device: where the method computes; files are read and written by the CPU.
         shard_size: of the files of a folder, such as `2GB`; by default there is one file.
         card: whether a model card is written, `README.md` in the folder or beside the file; by default for a folder.
@@ -132,11 +120,31 @@ def merge(
     )
     given = (statistics, coefficients, save_coefficients, trace, plot, tensorboard)
     files = LearningFiles(*(None if each is None else Path(each) for each in given))
+    if onto is None and (replace is not None or without):
+        option = "--replace" if replace is not None else "--without"
+        raise UsageError(f"{option}: of which merge?", "name it with `--onto`")
+    if onto is not None or (recipe.method is not None and _only_in_chains(recipe)):
+        if any(each is not None for each in given):
+            raise UsageError("a step of a chain looks at no images, and has nothing to learn or to trace")
+        if recipe.as_adapter or recipe.space not in ("", "dense"):
+            raise UsageError(
+                "a step of a chain is of whole weights",
+                "leave out `as_adapter` and `space`; `extract` makes an adapter of a merge",
+            )
+        step = Onto(recipe, Path(output), replace, tuple(without), device, shard_size, card)
+        with shown(progress) as report:
+            return begin(step, report) if onto is None else go_on(step, onto, report)
     points = {Path(output): recipe}
     with shown(progress) as report:
         return merge_points(
             points, device=device, shard_size=shard_size, files=files, card=card, progress=report
         )[0]
+
+
+def _only_in_chains(recipe: Recipe) -> bool:
+    """Whether the order of the models counts for the method, so that every merge by it is a chain."""
+    method = recipe.built
+    return isinstance(method, Continual) and method.kind == "continual"
 
 
 def merge_points(
@@ -259,8 +267,10 @@ def _stream(
     with ExitStack() as stack:
         passes = _passes(models, learned, Scratch(_folder_of(targets[0]), stack), progress)
         known = _surveys(learned, passes)
+        abouts = [{**each.about, **models_metadata(models.tuned)} for each in learned]
         writers = [
-            each.target.open(models, size, stack, [*models.read, *each.files], each.about) for each in learned
+            each.target.open(models, size, stack, [*models.read, *each.files], about)
+            for each, about in zip(learned, abouts, strict=True)
         ]
         _merge_blocks(passes, models, learned, known, [each.write for each in writers])
         for number, target in enumerate(targets):
@@ -269,9 +279,9 @@ def _stream(
                 writers[number].write(key, cast(result, dtypes[key], key))
         digests = models.digests()
         merged: list[Merged] = []
-        for each, writer in zip(learned, writers, strict=True):
+        for each, writer, about in zip(learned, writers, abouts, strict=True):
             inputs = digests | {name: file.digest() for name, file in each.files.items()}
-            writer.describe(each.target.metadata(inputs, each.about))
+            writer.describe(each.target.metadata(inputs, about))
             done = _merged(models, each.target, inputs)
             merged.append(replace(done, warnings=(*done.warnings, *_foreign_files(each, inputs))))
     return tuple(
@@ -360,7 +370,8 @@ Write = Callable[[str, "Tensor", int], None]
 def _merged(models: Models, target: MergeTarget, inputs: Mapping[str, str]) -> Merged:
     reference = models.dense.reference
     return Merged(
-        target.path, str(target.recipe.method), tuple(models.tuned), len(reference.entries), reference.parameters, inputs, warnings=tuple(_foreign_vectors(models, inputs)) if inputs else (),
+        target.path, str(target.recipe.method), tuple(models.tuned), len(reference.entries), reference.parameters, inputs,
+        warnings=tuple(foreign_vectors(models, inputs)) if inputs else (),
     )  # fmt: skip
 
 
@@ -434,11 +445,3 @@ def _foreign_files(learned: Learned, digests: Mapping[str, str]) -> Iterator[str
         if other := [name for name, digest in origin.items() if digests.get(name, digest) != digest]:
             how = "merged from" if file.metadata.get("kind") == "checkpoint" else "learned on"
             yield f"{file.path}: was {how} other weights of {quoted(other)}"
-
-
-def _foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:
-    """A warning for each task vector that was made from another base than the one it is added to."""
-    for name, each in models.tuned.items():
-        origin, base = inputs_of(each.metadata).get("base"), digests.get("base")
-        if each.is_task_vector and origin and base and origin != base:
-            yield f"{each.path}: `{name}` is a task vector of another base ({origin}) than {base}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,7 +24,7 @@ from mergecli.results.card_file import CARD
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.atomic import check_target, whole_folder
 from mergecli.storage.checkpoint import MIXTURE
-from mergecli.storage.metadata import UNKNOWN_DIGEST, about, model_folder_files
+from mergecli.storage.metadata import UNKNOWN_DIGEST, about, inputs_of, model_folder_files
 from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, TORCH_NAMES, layout_size
 from mergecli.storage.safetensors_writer import SafetensorsWriter, ShardedWriter
 from mergecli.storage.sources import Source
@@ -51,6 +51,30 @@ class ModelWriter(Protocol):
     def describe(self, metadata: Mapping[str, str], /) -> None:
         """Takes the metadata, of the length that was planned, when all is merged."""
         ...
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` wrote."""
+
+    path: Path
+    method: str
+    tasks: tuple[str, ...]
+    tensors: int
+    parameters: int
+    inputs: Mapping[str, str]
+    """Input -> digest of its content."""
+    digest: str = ""
+    """Of the content, as `info` shows it; empty in processes that write nothing."""
+    warnings: tuple[str, ...] = ()
+    card: Path | None = None
+    """The model card, if one was written."""
+    state: Path | None = None
+    """What the next step of a chain needs, if one was written."""
+    rank: int | None = None
+    """Of an adapter: the largest of its modules."""
+    error: float | None = None
+    """Of an adapter: |merged change - what it has of it| / |merged change|, Frobenius norms."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +207,8 @@ class MergeTarget:
                 "tasks": json.dumps(list(self.recipe.tuned)),
                 "settings_table": json.dumps(settings),
             }
+        if self.recipe.space:
+            more = {**more, "space": self.recipe.space}
         return about(
             kind,
             method=str(self.recipe.method),
@@ -225,6 +251,14 @@ class MergeTarget:
         for name in models.others:
             writer.write(name, models.reference.read(name))
         return writer
+
+
+def foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:
+    """A warning for each task vector that was made from another base than the one it is added to."""
+    for name, each in models.tuned.items():
+        origin, base = inputs_of(each.metadata).get("base"), digests.get("base")
+        if each.is_task_vector and origin and base and origin != base:
+            yield f"{each.path}: `{name}` is a task vector of another base ({origin}) than {base}"
 
 
 def cast(result: Tensor, dtype: str, name: str) -> Tensor:

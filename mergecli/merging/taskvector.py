@@ -1,20 +1,25 @@
-"""`taskvector`: a fine-tuned model minus its base, written as a file that says what it is, perhaps as codes of a few bits."""
+"""`taskvector`: a fine-tuned model minus its base, written as a file that says what it is: perhaps as codes of a few bits, or
+moved to another base."""
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from mergecli.formats.quantized import is_quantized, scheme_of, shared_path
 from mergecli.formats.quantizer import BITS, PER, Per
+from mergecli.merging.merge_target import foreign_vectors
 from mergecli.merging.models import Models, open_models
 from mergecli.merging.quantize import Describe, Loss, Quantization
+from mergecli.merging.rebase import Transport, write_moved
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
-from mergecli.runtime.errors import InputError, UsageError, did_you_mean
+from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, did_you_mean
 from mergecli.runtime.notes import note
 from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.atomic import check_space, check_target, check_targets, refuse_inputs, warn_of_others
@@ -22,7 +27,10 @@ from mergecli.storage.checkpoint import TASK_VECTOR
 from mergecli.storage.metadata import UNKNOWN_DIGEST, about, inputs_of
 from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES
 from mergecli.storage.safetensors_writer import SafetensorsWriter
-from mergecli.storage.sources import named_sources
+from mergecli.storage.sources import named_sources, parse_source
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def taskvector(
@@ -34,6 +42,9 @@ def taskvector(
     quantize: int | None = None,
     per: str | None = None,
     residual: bool = False,
+    rebase: Sequence[str | Path] | None = None,
+    transport: str | None = None,
+    examples: int | None = None,
     changes: Sequence[str] = (),
     progress: AnyProgress | None = None,
 ) -> tuple[Path, ...]:
@@ -48,6 +59,9 @@ def taskvector(
         per: what shares a step of the quantizer: a `row` of a tensor, or a whole `tensor` as in the paper.
         residual: of a recipe: quantize the mean of the task vectors, once and with a bit more (2: 3, 3: 4, 4: 8), and of
             each task vector what the quantized mean leaves (RTVQ). The mean is `shared/mean.safetensors` beside the files.
+        rebase: two bases of one architecture, FROM and TO: the task vectors, which are FROM's, are moved to TO.
+        transport: how: `orthogonal` by default, `identity`, `gradient_sign` or `gradient_force`; see `mergecli.merging.rebase`.
+        examples: of the last two, the labeled training images of the task at which the gradient is taken; 128 by default.
 
     Raises:
         UsageError: an option is wrong. InputError: a model is missing or damaged, or a task vector already, or quantized.
@@ -57,6 +71,9 @@ def taskvector(
             f"dtype: expected one of {', '.join(DTYPES[1:])}, got `{dtype}`{did_you_mean(dtype, DTYPES)}"
         )
     quantization = _quantization(quantize, per, residual, dtype)
+    moving = _moving(rebase, transport, examples, base, quantization)
+    if rebase is not None:
+        base = rebase[0]
     target = Path(output)
     if isinstance(tuned, Recipe) or Path(tuned).suffix == ".toml":
         recipe = recipe_of(tuned, base=base, changes=changes)
@@ -81,13 +98,20 @@ def taskvector(
         check_target(target)
         recipe = recipe_of(named_sources([str(tuned)]), base=base, changes=changes)
         targets = dict.fromkeys(recipe.tuned, target)
+    if moving:
+        moving.check(recipe)
+        sources = {**recipe.tuned, moving.label: moving.goal}
+    else:
+        sources = recipe.tuned
     with ExitStack() as stack:
         report = stack.enter_context(shown(progress))
-        models = open_models(recipe, stack, needs="deltas" if quantization else "base")
+        everything = replace(recipe, tuned=sources)
+        models = open_models(everything, stack, needs="deltas" if quantization else "base")
         outputs = [*targets.values(), *([quantization.shared(targets)] if residual and quantization else [])]
         for path in outputs:
             refuse_inputs(path, models.paths)
-        _refuse_vectors(models, quantization)
+        if not moving:
+            _refuse_vectors(models, quantization)
         check_space(_sizes(models, targets, quantization, dtype))
         if target.suffix != ".safetensors":
             own = {path.relative_to(target).parts[0] for path in outputs}
@@ -96,7 +120,13 @@ def taskvector(
         def describe(name: str, digests: Mapping[str, str]) -> dict[str, str]:
             return _metadata(models, replace(recipe, dtype=dtype), name, digests)
 
-        if quantization:
+        if moving:
+            for name, path in targets.items():
+                if report:
+                    report(f"moving {name}", list(targets).index(name), len(targets))
+                own = replace(models, tuned={key: models.tuned[key] for key in (name, moving.label)})
+                _move(own, moving, moving.signs(recipe, name), dtype, path, describe)
+        elif quantization:
             losses = quantization.write(models, targets, describe, report)
             note(_summary(quantization, losses, outputs, 4 * models.size * len(targets)))
         else:
@@ -125,6 +155,34 @@ def _quantization(bits: int | None, per: str | None, residual: bool, dtype: str)
     return Quantization(bits, cast("Per", per or PER[0]), residual, dtype)
 
 
+def _moving(
+    rebase: Sequence[str | Path] | None,
+    transport: str | None,
+    examples: int | None,
+    base: str | Path | None,
+    quantization: Quantization | None,
+) -> Transport | None:
+    """How the task vectors are moved to another base; None if they are not. Raises UsageError if that is not said rightly."""
+    if rebase is None:
+        if given := next(
+            (key for key, each in (("transport", transport), ("examples", examples)) if each), None
+        ):
+            raise UsageError(
+                f"{given}: is for task vectors that are moved", "add `--rebase FROM TO`, or leave it out"
+            )
+        return None
+    if len(rebase) != 2:
+        raise UsageError(f"rebase: expected two bases, FROM and TO, got {len(rebase)}")
+    if base is not None:
+        raise UsageError("base: `--rebase FROM TO` names both bases", "leave `--base` out")
+    if quantization:
+        raise UsageError(
+            "quantize: a task vector is moved as it is",
+            "move it first, then quantize what was written: `mergecli taskvector MOVED --quantize 4`",
+        )
+    return Transport.of(transport, parse_source(str(rebase[1]), Path()), examples)
+
+
 def _refuse_vectors(models: Models, quantization: Quantization | None) -> None:
     """Raises InputError for a task vector that cannot be made into what is asked for."""
     for name, each in models.tuned.items():
@@ -143,6 +201,37 @@ def _sizes(
     if quantization:
         return quantization.sizes(models, targets)
     return dict.fromkeys(targets.values(), models.size * DTYPE_BYTES[SAFETENSORS_NAMES[dtype]])
+
+
+def _move(
+    models: Models,
+    transport: Transport,
+    signs: Mapping[str, Tensor],
+    dtype: str,
+    path: Path,
+    describe: Describe,
+) -> None:
+    """Writes the task vector of the first of two models as one of the second."""
+    import torch
+
+    name, kind = next(iter(models.tuned)), getattr(torch, dtype)
+    layout = {key: (SAFETENSORS_NAMES[dtype], shape) for key, shape in models.shapes.items()}
+
+    def metadata(digests: Mapping[str, str]) -> dict[str, str]:
+        inputs = {"base": digests[transport.label], name: digests[name], "moved from": digests["base"]}
+        return describe(name, {}) | {"inputs": json.dumps(inputs), "transport": transport.name}
+
+    unknown = dict.fromkeys(("base", name, transport.label), UNKNOWN_DIGEST)
+    with SafetensorsWriter(path, layout, metadata(unknown)) as writer:
+        before, after = write_moved(
+            models, transport, signs, lambda key, moved: writer.write(key, moved.to(kind))
+        )
+        digests = models.digests()
+        writer.describe(metadata(digests))
+    kept = f"{after / before:.1%}" if before else "all"
+    note(f"{name}: {kept} of the task vector's norm is kept")
+    for text in foreign_vectors(models, digests):
+        warnings.warn(text, MergecliWarning, stacklevel=2)
 
 
 def _metadata(models: Models, recipe: Recipe, name: str, digests: Mapping[str, str]) -> dict[str, str]:

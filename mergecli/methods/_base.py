@@ -104,6 +104,11 @@ class Group:
         base, rows = None if self._base is None else self._base.clone(), self._rows.clone()
         return self._of(self.name, base, rows, self._start, self.members)
 
+    def of_rows(self, rows: Tensor, names: tuple[str, ...], *, are_deltas: bool) -> Group:
+        """The same tensor of other models, whose (T, ...) rows are all of one kind."""
+        kinds = (are_deltas,) * len(names)
+        return Group(self.name, self._base, rows, kinds, names, self._seed, self._start, self.members)
+
     def apart(self) -> list[Group]:
         """The stacked tensors, each as a group of its own that shares this one's memory; itself if it is one tensor."""
         if not self.members:
@@ -130,6 +135,10 @@ class Group:
         tasks, block size, device and threads change nothing.
         """
         return self.drawn(self.names[task], self._seed)
+
+    def uniform_numbers(self, task: int, count: int) -> Tensor:
+        """(count,) random numbers in [0, 1) that depend on the recipe's seed, the tensor's and the task's name only."""
+        return uniform(self._seed, self.name, self.names[task], 0, count).to(self._rows.device)
 
     def drawn(self, label: str, seed: int) -> Tensor:
         """(...) random numbers in [0, 1) that depend on seed, tensor's name, label and entry only."""
@@ -200,6 +209,7 @@ class Groups(Protocol):
 
 KINDS = {
     "weights only": "the checkpoints and nothing else",
+    "continual": "the checkpoints, one after another: an earlier merge takes the place of its models",
     "a few images": "training images of each task, without labels, measured once",
     "test-time": "images of each task, without labels, to learn from",
     "routed": "no task is named: each image or token has weights of its own",

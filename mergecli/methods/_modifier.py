@@ -48,7 +48,7 @@ class Modifier(TwoPass):
         """What the other method surveys of groups as `before` changes them."""
         if not isinstance(self.of, TwoPass):
             return None
-        return self.of.survey(_Changed(groups, lambda group: self.before(group, surveyed)))
+        return self.of.survey(ChangedGroups(groups, lambda group: self.before(group, surveyed)))
 
     def inner(self, surveyed: Any, /) -> Any:
         """The other method's share of what this one surveyed."""
@@ -70,8 +70,8 @@ class Modifier(TwoPass):
         return merged
 
 
-class _Changed:
-    """Passes over groups as a modifier changes them."""
+class ChangedGroups:
+    """Passes over groups that are changed before they are looked at."""
 
     def __init__(self, groups: Groups, change: Callable[[Group], Group]) -> None:
         self._groups, self._change = groups, change

@@ -35,7 +35,9 @@ class RankOneMoe(WeightEnsembling):
     title: ClassVar[str] = (
         "directions of task vectors that routers weigh for each image, learned on unlabeled images"
     )
-    paper: ClassVar[str] = "FusionBench's rankone_moe (github.com/EnnengYang/RankOne-MoE)"
+    paper: ClassVar[str] = (
+        "FusionBench's rankone_moe, after Tang et al., Weight-ensembling mixture of experts, arXiv 2402.00433"
+    )
     also_called: ClassVar[Mapping[str, str]] = {"rankone_moe": "", "rank_one_wemoe": ""}
 
     prefixes = ("left.", "right.", ROUTER)

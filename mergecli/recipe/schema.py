@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +13,41 @@ from mergecli import methods
 from mergecli.data.tasks import TaskTable
 from mergecli.methods import Method
 from mergecli.recipe.toml import RecipeReader
-from mergecli.runtime.errors import UsageError, nearest, quoted, toml_text
+from mergecli.runtime.errors import UsageError, did_you_mean, nearest, quoted, toml_text
 from mergecli.storage.sources import Source
 from mergecli.storage.table_reader import TableReader
 
 DTYPES = ("same", "float32", "float16", "bfloat16")
 SPACES = ("dense", "core", "knots")
 KEYS = (
-    "schema", "base", "seed", "dtype", "space", "as_adapter", "rank", "leave_out", "pool", "tuned", "method", "eval", "tasks",
+    "schema", "base", "seed", "dtype", "space", "as_adapter", "rank", "leave_out", "pool", "tuned", "method", "eval", "continual",
+    "tasks",
 )  # fmt: skip
 EVAL_KEYS = ("tasks", "batch_size", "splits")
+CONTINUAL_KEYS = ("order", "orders", "seed")
+
+
+@dataclass(frozen=True)
+class Orders:
+    """In which orders models arrive one after another."""
+
+    order: tuple[str, ...] = ()
+    """Every model once; empty where it is not given."""
+    orders: int | None = None
+    """So many orders, drawn at random; None for one order, that of `order` or else of `[tuned]`."""
+    seed: int = 42
+    """Of the first drawn order; each next one has the next number."""
+
+    def of(self, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        """The orders of these models, each as Python's `random.Random(seed + number).shuffle` of the list gives it."""
+        if self.orders is None:
+            return (self.order or tuple(names),)
+        found: list[tuple[str, ...]] = []
+        for number in range(self.orders):
+            drawn = list(names)
+            random.Random(self.seed + number).shuffle(drawn)
+            found.append(tuple(drawn))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -53,6 +79,7 @@ class Recipe:
     splits: tuple[str, ...] = ()
     """Splits of the tasks' data that `fetch` brings besides their own for training and testing."""
     batch_size: int = 128
+    continual: Orders = Orders()
     tasks: Mapping[str, TaskTable] = field(default_factory=dict[str, TaskTable])
     pins: Mapping[tuple[bool, str], Source] = field(default_factory=dict[tuple[bool, str], Source])
     """What the lock beside the recipe says: (whether it is a data set, a source as it is written) -> that at a commit."""
@@ -91,12 +118,13 @@ def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -
     evaluation = read.table(top.get("eval", {}), "eval", EVAL_KEYS)
     wanted = evaluation.get("tasks", ())
     leave_out = read.texts(top["leave_out"], "leave_out") if "leave_out" in top else ()
+    models = read.table(top.get("tuned", {}), "tuned")
     return Recipe(
         path=path,
         base=reader.source(top["base"], "base") if "base" in top else None,
         tuned={
             reader.name(name, f"tuned.{name}"): replace(source, leave_out=leave_out)
-            for name, value in read.table(top.get("tuned", {}), "tuned").items()
+            for name, value in models.items()
             if (source := reader.source(value, f"tuned.{name}"))
         },
         leave_out=leave_out,
@@ -113,6 +141,7 @@ def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -
         else read.texts([wanted] if isinstance(wanted, str) else wanted, "eval.tasks"),
         splits=read.texts(evaluation["splits"], "eval.splits") if "splits" in evaluation else (),
         batch_size=read.whole(evaluation.get("batch_size", 128), "eval.batch_size", 1),
+        continual=_orders(top["continual"], models, read) if "continual" in top else Orders(),
         tasks={
             reader.name(name, f"tasks.{name}"): _task(value, f"tasks.{name}", reader)
             for name, value in read.table(top.get("tasks", {}), "tasks").items()
@@ -143,6 +172,28 @@ def _method(value: object, read: TableReader) -> tuple[str | None, dict[str, Any
         read.wrong("method.name", what, "`--method NAME` gives one; `mergecli methods` lists them")
         return None, settings
     return read.text(settings.pop("name"), "method.name") or None, settings
+
+
+def _orders(value: object, models: Collection[str], read: TableReader) -> Orders:
+    table = read.table(value, "continual", CONTINUAL_KEYS)
+    order = read.texts(table["order"], "continual.order") if "order" in table else ()
+    seed = read.whole(table["seed"], "continual.seed") if "seed" in table else 42
+    orders = read.whole(table["orders"], "continual.orders", 1) if "orders" in table else None
+    if "order" in table and orders is not None:
+        read.wrong("continual.orders", "there is `order` too: give one of the two")
+    elif orders is None and "seed" in table:
+        read.wrong("continual.seed", "is for orders that are drawn: say how many with `orders`")
+    problems = [
+        f"`{name}` is no model of `[tuned]`{did_you_mean(name, models)}"
+        for name in order
+        if name not in models
+    ]
+    problems += [f"`{name}` stands there twice" for name in dict.fromkeys(order) if order.count(name) > 1]
+    if order and not problems and (left := [name for name in models if name not in order]):
+        problems = [f"lacks {quoted(left)}: expected every model once"]
+    for problem in problems:
+        read.wrong("continual.order", problem)
+    return Orders(order, orders, seed)
 
 
 def _task(value: object, key: str, reader: RecipeReader) -> TaskTable:

@@ -66,7 +66,8 @@ class Evaluation:
 
     checkpoint: Mapping[str, str | None]
     """`name`, `path` (no folders; of an ensemble its name), `digest`, `kind`, `method` and its settings, `method.density` for one; None where the
-    file does not say. `ensemble` is how an ensemble is made of its `models`. `heads` is `learned` where the file's own take the place of zero-shot heads. Of the best point of a sweep `selected_on`: the split that it was chosen on."""
+    file does not say. `ensemble` is how an ensemble is made of its `models`. `heads` is `learned` where the file's own take the place of zero-shot heads. `quantized` says of which
+    quantized task vectors it was made, and what those lost. Of the best point of a sweep `selected_on`: the split that it was chosen on."""
     clip: Mapping[str, str | None]
     """`path` of the CLIP whose other parts were used, and digests: `digest` of its vision tower, `text` of all that heads
     depend on, `rest` of projection and logit scale, `processing` of the image processor's settings."""

@@ -323,6 +323,11 @@ def about_towers(rows: Sequence[Row]) -> Block:
     if heads := [row.name for row in rows if row.result and row.result.checkpoint.get("heads") == "learned"]:
         verb = "have" if len(heads) > 1 else "has"
         notes.append(f"{quoted(heads)} {verb} learned heads; those of the other rows are zero-shot heads.")
+    quantized: dict[str, list[str]] = {}
+    for row in rows:
+        if row.result and (of := row.result.checkpoint.get("quantized")):
+            quantized.setdefault(of, []).append(row.name)
+    notes += [f"{quoted(names)}: made of {of}." for of, names in quantized.items()]
     found = [_task_found(row.result) if row.result else None for row in rows]
     if any(each is not None for each in found):
         columns.append((Column("task found", "percent", better="higher"), list(found)))

@@ -22,6 +22,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     "merge": ("merge", "r.toml", "--method", "average", "-o", "m.safetensors"),
     "eval": RESULT,
     "measure": ("measure", "toys.toml", "--method", "fisher", "--set", "method.examples=2", "--task", "digits", "-o", "s"),
+    "continual": ("continual", "toys.toml", "--method", "average", "--limit", "2", "-o", "chain"),
     "cos-sim": ("cos-sim", "r.toml"),
     "report": ("report", "result.json"),
     "finetune": (
@@ -40,7 +41,7 @@ if find_spec("optuna"):
         "search", "toys.toml", "--method", "task_arithmetic", "--space", "method.scaling_factor=0.1:0.3", "--trials", "1",
         "--limit", "2", "-o", "found",
     )  # fmt: skip
-LONG = ("eval", "search", "measure", "finetune", "cos-sim", "extract", "export", "taskvector")
+LONG = ("eval", "search", "continual", "measure", "finetune", "cos-sim", "extract", "export", "taskvector")
 """Those that load libraries for seconds, which `merge` stands for in the daily tests of whole processes."""
 PROCESSES = [pytest.param(each, marks=[pytest.mark.slow] * (each in LONG)) for each in GOOD]
 BAD: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -53,6 +54,7 @@ BAD: dict[str, tuple[int, tuple[str, ...]]] = {
         2,
         ("search", "r.toml", "--method", "ties", "--space", "method.densty=0.1:0.2", "-o", "found"),
     ),
+    "continual": (2, ("continual", "r.toml", "--method", "tsv_m", "-o", "chain")),
     "cos-sim": (3, ("cos-sim", "none.safetensors")),
     "report": (3, ("report", "none.json")),
     "finetune": (2, ("finetune", "--task", "digits", "-o", "f.safetensors")),

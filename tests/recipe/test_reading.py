@@ -211,7 +211,7 @@ def test_a_key_whose_table_was_left_out_is_found(file: Path, change: str, meant:
 def test_a_key_like_no_other_is_told_which_there_are(file: Path) -> None:
     known = (
         "`schema`, `base`, `seed`, `dtype`, `space`, `as_adapter`, `rank`, `leave_out`, `pool`, `tuned`, `method`, `eval`, "
-        "`tasks`"
+        "`continual`, `tasks`"
     )
     assert message_of(file, changes=["zzz=1"]) == f"--set: `zzz`: unknown key; there are {known}"
 
