@@ -138,6 +138,11 @@ def _first_state(recipe: Recipe, stack: ExitStack) -> ChainState:
 def continual_method(recipe: Recipe) -> Continual:
     """The recipe's method; raises UsageError if it cannot go on from an earlier merge."""
     method = recipe.built
+    if method.layers:
+        raise UsageError(
+            "`method.layers`: a merge that others go on from has the same settings in every layer",
+            "leave `[[method.layers]]` out, or merge all models at once",
+        )
     if not isinstance(method, Continual):
         known = [name for name in methods.names() if issubclass(methods.find(name), Continual)]
         raise UsageError(
