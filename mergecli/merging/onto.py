@@ -14,6 +14,7 @@ import tomli
 from mergecli import methods
 from mergecli.formats.mixture import one_tower
 from mergecli.formats.opening import open_source
+from mergecli.formats.quantized import models_metadata
 from mergecli.merging.chain_state import (
     COUNT,
     ChainState,
@@ -136,13 +137,22 @@ def _first_state(recipe: Recipe, stack: ExitStack) -> ChainState:
 
 
 def continual_method(recipe: Recipe) -> Continual:
-    """The recipe's method; raises UsageError if it cannot go on from an earlier merge."""
+    """The recipe's method; raises UsageError if it cannot go on from an earlier merge, or the recipe asks for what no step does."""
     method = recipe.built
     if not isinstance(method, Continual):
         known = [name for name in methods.names() if issubclass(methods.find(name), Continual)]
         raise UsageError(
             f"`{recipe.method}` needs all models at once, and cannot go on from an earlier merge",
             f"{', '.join(known)} can",
+        )
+    if recipe.as_adapter or recipe.space not in ("", "dense"):
+        raise UsageError(
+            "a step of a chain is of whole weights",
+            "leave out `as_adapter` and `space`; `extract` makes an adapter of a merge",
+        )
+    if method.layers:
+        raise UsageError(
+            "a step of a chain has the same settings for all layers", "leave out `[[method.layers]]`"
         )
     return method
 
@@ -475,7 +485,8 @@ def _new(job: _Job) -> dict[str, Checkpoint]:
 
 def _about(job: _Job) -> dict[str, str]:
     """What the model's metadata say of the chain: the model that it goes on from."""
-    return {"chain": job.earlier.state.model if job.earlier.model else "begins"}
+    origin = job.earlier.state.model if job.earlier.model else "begins"
+    return {"chain": origin, **models_metadata(_new(job))}
 
 
 def _inputs(job: _Job, digests: Mapping[str, str]) -> dict[str, str]:
