@@ -33,7 +33,7 @@ from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe, recipe_text
 from mergecli.results.card import write_card
 from mergecli.results.plan import Plan, Work
-from mergecli.runtime.distributed import usable_device
+from mergecli.runtime.distributed import is_first, usable_device
 from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.errors import InputError, MergecliError, UsageError, did_you_mean, quoted, toml_text
 from mergecli.runtime.memory import peak_memory
@@ -311,6 +311,10 @@ def _step(step: Onto, earlier: _Earlier, stack: ExitStack, progress: Progress | 
     kept = state_layout(method.remembers, layout, models.floats)
     check_space({step.output: target.size(models), side: layout_size(kept)})
     work_begins(lambda: _plan(step, models, method, layout_size(kept), target))
+    if not is_first():  # the first of several processes writes
+        return Merged(
+            target.path, str(recipe.method), tuple(every), len(layout), models.reference.parameters, {}
+        )
     chain = Chain(len(stays), state.numbers) if stays else START
     return _merged(_Job(step, method, models, target, chain, stays, taken, earlier, kept, size), progress)
 
