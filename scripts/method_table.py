@@ -7,7 +7,7 @@
     python scripts/method_table.py RECIPE DIR --table                       # makes nothing, prints what is there
 
 RECIPE names a base, models that are called after their tasks, and their images. Every method of the registry has a row with its
-defaults, some have more (`VARIANTS`). Rows with random numbers, or that draw images, are made with every seed. Methods that
+defaults, some have more (`VARIANTS`); ensembles of the models are beside them. Rows with random numbers, or that draw images, are made with every seed. Methods that
 learn look at the images that their defaults say, unlabeled test images as published for most.
 
 A row of one seed is a file of DIR/rows. It is not made again while models, settings and seed are the same, so the same command goes
@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
@@ -68,6 +69,7 @@ ON = {"representation_surgery": ("task_arithmetic", "ada_merging, by layer")}
 """Method that corrects a merged tower -> the rows whose towers it corrects."""
 DRAWS = ("dare", "della")
 """Methods that look at no images, and draw random numbers."""
+ENSEMBLES = ("logits", "probabilities", "confidence")
 STEPS = ("steps", "mask_steps", "epochs")
 FEWEST = 10
 """So many steps, or as many as is usual if they are fewer, are made whatever `--share` is."""
@@ -235,7 +237,7 @@ class Table:
             file = self.folder / "rows" / f"{self.stem(row.label, seed)}.{routing}.eval.json"
             took = self.forked(
                 f"eval {row.label}, seed {seed}",
-                lambda routing=routing, file=file: self.evaluate([path], file, routing=routing),
+                partial(self.evaluate, [path], file, routing=routing),
             )
             if took is None:
                 return None
@@ -247,17 +249,24 @@ class Table:
             path.with_suffix(".json").unlink()
         return found
 
-    def reference(self, label: str) -> dict[str, Any] | None:
-        """The results of the base, or of each model on its own task."""
-        key = self.key(label, 0)
-        found = self.done(label, 0, key)
-        if found is None:
-            file = self.folder / "rows" / f"{self.stem(label, 0)}.eval.json"
-            more: dict[str, Any] = {"only": ["base"]} if label == "base" else {"individual": True}
-            if self.forked(f"eval {label}", lambda: self.evaluate([], file, **more)) is None:
-                return None
-            found = {"key": key, "label": label, "results": [self.scores(file)]}
-            write(self.folder / "rows" / f"{self.stem(label, 0)}.json", json.dumps(found))
+    def references(self, *, makes: bool) -> dict[str, Any]:
+        """Label -> results of the base, of ensembles of the models, and of each model on its own task."""
+        found: dict[str, Any] = {}
+        for label, more in (("base", {"ensemble": ENSEMBLES}), ("fine-tuned", {"individual": True})):
+            key = self.key(label, 0)
+            known = self.done(label, 0, key)
+            if known is None and makes:
+                folder = self.folder / "rows" / f"{self.stem(label, 0)}-evaluated"
+                if self.forked(f"eval {label}", partial(self.evaluate, [], folder, **more)) is None:
+                    continue
+                wanted = [label, *(f"ensemble-{kind}" for kind in more.get("ensemble", ()))]
+                known = {
+                    "key": key,
+                    "results": {name: self.scores(folder / f"{name}.json") for name in wanted},
+                }
+                shutil.rmtree(folder)
+                write(self.folder / "rows" / f"{self.stem(label, 0)}.json", json.dumps(known))
+            found |= known["results"] if known else {}
         return found
 
     def evaluate(self, checkpoints: Sequence[Path], file: Path, **more: Any) -> None:
@@ -267,13 +276,13 @@ class Table:
 
     def scores(self, file: Path) -> dict[str, Any]:
         """What of a result file is kept, which is removed."""
-        result = json.loads(file.read_text())
+        from mergecli.results.result import read_result
+
+        result = read_result(file)
         file.unlink()
-        tasks = {name: each["accuracy"] for name, each in result["tasks"].items()}
-        found = [
-            each["task_found"] for each in result["tasks"].values() if each.get("task_found") is not None
-        ]
-        kept = {"average": result["average"]["accuracy"], "tasks": tasks, "size": result.get("relative_size")}
+        tasks = {name: each.accuracy for name, each in result.tasks.items()}
+        found = [each.task_found for each in result.tasks.values() if each.task_found is not None]
+        kept = {"average": result.average.accuracy, "tasks": tasks, "size": result.relative_size}
         return {**kept, **({"task_found": statistics.mean(found)} if found else {})}
 
     def own_store(self, store: Path) -> None:
@@ -369,10 +378,11 @@ def summary(
         "models": table.models,
         "share of steps": table.given.share,
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        **{
+        "unmerged": {
             label: {
-                "mean": round(100 * each["results"][0]["average"], 2),
-                "tasks": {task: round(100 * value, 1) for task, value in each["results"][0]["tasks"].items()},
+                "mean": round(100 * each["average"], 2),
+                "tasks": {task: round(100 * value, 1) for task, value in each["tasks"].items()},
+                "size": round(each["size"], 2),
             }
             for label, each in references.items()
         },
@@ -424,8 +434,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     def add(*cells: str) -> None:
         text.append("| " + " | ".join([*cells, *[""] * (6 - len(cells))]) + " |")
 
-    if "base" in results:
-        add("base", f"{results['base']['mean']:.1f}", "1", "", "", "")
+    unmerged: Mapping[str, Any] = results["unmerged"]
+    for label, each in unmerged.items():
+        if label == "base":
+            add(label, f"{each['mean']:.1f}", size(each))
     for kind in methods.KINDS:
         own = sorted((line for line in lines if line["kind"] == kind), key=lambda line: -line["mean"])
         if own:
@@ -437,14 +449,20 @@ def markdown(results: Mapping[str, Any]) -> str:
             add(
                 f"`{name}`" + (f",{rest}" if rest else "") if " on " not in name else line["label"],
                 f"{line['mean']:.1f}{spread}",
-                f"{line['size']:.2f}".rstrip("0").rstrip("."),
+                size(line),
                 line["images"] + found,
-                ("≥ " if line.get("resumed") else "") + f"{line['processor_seconds']:.0f}",
+                ("≥ " if line.get("resumed") else "")
+                + f"{line['processor_seconds']:.{int(line['processor_seconds'] < 10)}f}",
                 f"{line['gigabytes']:.2f}",
             )
-    if "fine-tuned" in results:
-        count = len(results["models"]) - 1
-        add("fine-tuned, each on its own", f"{results['fine-tuned']['mean']:.1f}", str(count), "", "", "")
+    for label, each in unmerged.items():
+        if label != "base":
+            name = (
+                "each model on its own task"
+                if label == "fine-tuned"
+                else label.replace("-", " of the models, ")
+            )
+            add(name, f"{each['mean']:.1f}", size(each))
     for name, found in results["order"].items():
         if len(found["methods"]) < 2:
             continue
@@ -456,6 +474,11 @@ def markdown(results: Mapping[str, Any]) -> str:
                 f"| {each['label']} | {each['published']:.1f} | {place} | {each['ours']:.1f} | {ranks.index(each['ours']) + 1} |"
             )
     return "\n".join(text)
+
+
+def size(line: Mapping[str, Any]) -> str:
+    """Relative to one model."""
+    return f"{line['size']:.2f}".rstrip("0").rstrip(".")
 
 
 def put(page: Path, text: str) -> None:
@@ -485,7 +508,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="evaluate at most so many images of each task")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--reference", default="clip-vit-base-patch32-ta8", help="published tables, with commas between"
+        "--reference",
+        default="clip-vit-base-patch32-ta8,clip-vit-base-patch32-tsv-pool",
+        help="published tables, with commas between",
     )
     parser.add_argument("--keep", action="store_true", help="keep merged files")
     parser.add_argument("--table", action="store_true", help="make nothing: print the table of what is there")
@@ -499,7 +524,7 @@ def main() -> None:
     chosen = [
         row for row in table.every.values() if not given.only or any(each in row.label for each in given.only)
     ]
-    references = {label: each for label in ("base", "fine-tuned") if (each := table.reference(label))}
+    references = table.references(makes=not given.table)
     found: dict[str, list[dict[str, Any]]] = {}
     for number, seed in enumerate(seeds):
         for row in chosen:

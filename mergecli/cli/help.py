@@ -16,7 +16,7 @@ _EVERYWHERE = {"--quiet", "--verbose", "--debug", "--help"}
 PANELS: dict[str, dict[str, str]] = {
     "merge": {
         "What is merged": "--recipe --base --method --set --sweep",
-        "Output": "--output --dtype --shard-size --card --json --dry-run",
+        "Output": "--output --dtype --as-adapter --rank --shard-size --card --json --dry-run",
         "Methods that look at images": "--statistics --coefficients --save-coefficients --trace --plot --tensorboard",
     },
     "eval": {

@@ -54,7 +54,8 @@ def merge_plan(
         work.append(Work("read", name, source, tensors=tensors, passes=found.passes, bytes=size))
     work += [row for each in learned for row in each.work]
     names = dict.fromkeys(methods.name_of(each.target.method) for each, _ in merges)
-    work.append(Work("merge", ", ".join(names), passes=found.passes, seconds=found.seconds))
+    space = "" if models.dense is models else f" in {recipe.space} space"
+    work.append(Work("merge", ", ".join(names) + space, passes=found.passes, seconds=found.seconds))
     for each, learning in merges:
         target = each.target
         inputs = [*models.read, *learning.inputs]

@@ -207,6 +207,8 @@ class MergeTarget:
                 "tasks": json.dumps(list(self.recipe.tuned)),
                 "settings_table": json.dumps(settings),
             }
+        if self.recipe.space:
+            more = {**more, "space": self.recipe.space}
         return about(
             kind,
             method=str(self.recipe.method),

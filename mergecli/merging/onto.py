@@ -23,7 +23,7 @@ from mergecli.merging.chain_state import (
     state_layout,
     state_path,
 )
-from mergecli.merging.merge_target import Merged, MergeTarget, cast, foreign_vectors
+from mergecli.merging.merge_target import Merged, MergeTarget, ModelWriter, cast, foreign_vectors
 from mergecli.merging.models import ModelPasses, Models, check_fit, open_models
 from mergecli.methods._base import Group
 from mergecli.methods._continual import START, Chain, Continual, Step
@@ -42,7 +42,7 @@ from mergecli.storage.atomic import check_space, check_target, refuse_inputs
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.metadata import UNKNOWN_DIGEST, inputs_of
 from mergecli.storage.safetensors_format import layout_size
-from mergecli.storage.safetensors_writer import SafetensorsWriter, ShardedWriter
+from mergecli.storage.safetensors_writer import SafetensorsWriter
 from mergecli.storage.scratch import Scratch
 from mergecli.storage.sizes import parse_size
 from mergecli.storage.sources import Source, named_sources, parse_source
@@ -101,13 +101,15 @@ def go_on(step: Onto, onto: str | Path, progress: Progress | None) -> Merged:
         try:
             previous = one_tower(stack.enter_context(open_source(source, step.recipe.base)))
         except MergecliError as error:
-            raise type(error)(f"--onto: {error.message}", error.hint) from error
+            is_state = str(onto).endswith(".state.safetensors")
+            hint = "name the model that it stands beside" if is_state else error.hint
+            raise type(error)(f"--onto: {error.message}", hint) from error
         recipe = step.recipe
         if state_path(previous.path).exists() or _is_merge(previous):
             earlier = _earlier(previous, stack)
             return _step(replace(step, recipe=_continued(earlier, recipe)), earlier, stack, progress)
         if step.replace is not None or step.without:
-            raise InputError(f"{previous.path}: is no merge, and no model can be taken out of it")
+            raise InputError(f"{source}: is no merge, and no model can be taken out of it")
         if recipe.method is None:
             raise UsageError(
                 "no method is named", "name one with `--method NAME`; `mergecli methods` lists them"
@@ -215,7 +217,7 @@ def _continued(earlier: _Earlier, recipe: Recipe) -> Recipe:
     if recipe.method is not None and recipe.method != state.method:
         raise UsageError(
             f"{place} is merged by `{state.method}`, got `{recipe.method}`",
-            "leave out `--method`, or begin a chain with `--onto BASE`",
+            f"a chain keeps its method: `--method {state.method}`, or begin another with `--onto BASE`",
         )
     chosen = methods.table_of(methods.create(state.method, {**state.settings, **recipe.settings}))
     own = methods.table_of(methods.create(state.method, state.settings))
@@ -502,7 +504,7 @@ class _Described:
 
     def __init__(self, state: SafetensorsWriter, metadata: Callable[[str], dict[str, str]]) -> None:
         self._state, self._metadata = state, metadata
-        self.of: SafetensorsWriter | ShardedWriter | None = None
+        self.of: ModelWriter | None = None
 
     def __enter__(self) -> _Described:
         return self

@@ -114,6 +114,11 @@ def points_of(
         chosen = dict(zip(keys, values, strict=True))
         swept = [Override(key, value, "--sweep") for key, value in chosen.items()]
         known = recipe_of(recipe, base=base, method=method, changes=changes, overrides=swept)
+        if known.as_adapter:
+            raise UsageError(
+                "as_adapter: a sweep makes whole weights",
+                "sweep with `--set as_adapter=false --set space=core`, then merge the best point as an adapter",
+            )
         points.append(Point(chosen, known))
     names = [point.name for point in points]
     if twice := sorted({name for name in names if names.count(name) > 1}):

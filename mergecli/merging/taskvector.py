@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from mergecli.formats.quantized import is_quantized, scheme_of, shared_path
-from mergecli.formats.quantizer import BITS, PER, Per
+from mergecli.formats.quantizer import BITS, PER
 from mergecli.merging.merge_target import foreign_vectors
 from mergecli.merging.models import Models, open_models
 from mergecli.merging.quantize import Describe, Loss, Quantization
@@ -149,7 +149,7 @@ def _quantization(bits: int | None, per: str | None, residual: bool, dtype: str)
         )
     if per is not None and per not in PER:
         raise UsageError(f"per: expected {' or '.join(PER)}, got `{per}`{did_you_mean(per, PER)}")
-    return Quantization(bits, cast("Per", per or PER[0]), residual, dtype)
+    return Quantization(bits, per or PER[0], residual, dtype)
 
 
 def _moving(

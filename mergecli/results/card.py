@@ -226,6 +226,8 @@ class _Merge:
 
 
 def _no_results(merge: _Merge) -> str:
+    if merge.is_adapter:  # results are of the tower with it, which has another digest
+        return f"{_RESULTS}\nNone yet. `mergecli eval FOLDER --recipe RECIPE` evaluates the base with the adapter.\n"
     model = merge.model.name if merge.model.suffix else "FOLDER"
     return (
         f"{_RESULTS}\nNone yet. `mergecli eval {model} -o RESULT.json` and "

@@ -210,15 +210,19 @@ def _measures(chains: Chains) -> list[_Row]:
     def forgotten(task: str) -> Measure:
         return lambda each: each.forgetting(task)
 
+    def transfer(steps: int) -> Measure:
+        return lambda each: each.transfer(last) / steps
+
+    def mean_forgetting(each: ChainScores) -> float | None:
+        return each.mean_forgetting
+
     rows: list[_Row] = [
-        _Row(f"average accuracy after step {step}", "percent", after(step)) for step in range(1, last + 1)
+        _Row(f"average accuracy, step {step}", "percent", after(step)) for step in range(1, last + 1)
     ]
-    rows.append(_Row("backward transfer, over T", "points", lambda each: each.transfer(last) / last))
+    rows.append(_Row("backward transfer / T", "points", transfer(last)))
     if last > 1:
-        rows.append(
-            _Row("backward transfer, over T - 1", "points", lambda each: each.transfer(last) / (last - 1))
-        )
-        rows.append(_Row("forgetting", "points", lambda each: each.mean_forgetting))
+        rows.append(_Row("backward transfer / (T-1)", "points", transfer(last - 1)))
+        rows.append(_Row("forgetting", "points", mean_forgetting))
         rows += [_Row(f"forgetting of {task}", "points", forgotten(task)) for task in chains.tasks]
     return rows
 

@@ -48,7 +48,7 @@ def test_every_step_is_evaluated_on_the_tasks_seen_so_far_and_the_last_merge_sta
     ]  # fmt: skip
     (alone,) = mergecli.evaluate(done.models, recipe=recipe_file, tasks=["more", "tints"], batch_size=8)
     assert alone.tasks == second.tasks
-    assert done.table.rows[0][:2] == ("average", "average accuracy after step 1")
+    assert done.table.rows[0][:2] == ("average", "average accuracy, step 1")
 
 
 def test_orders_are_drawn_as_python_shuffles_them_with_one_seed_after_the_other(
@@ -146,7 +146,7 @@ def test_what_is_wrong_is_said_before_any_work(recipe_file: Path, tmp_path: Path
 def test_the_command_prints_the_table_of_the_report(recipe_file: Path, tmp_path: Path, run: Run) -> None:
     ended = run("continual", recipe_file, "--method", "average", "--limit", "4", "-o", "out")
     assert ended.status == 0
-    assert ended.out.startswith("method\tmeasure\tmean\tstd\naverage\taverage accuracy after step 1\t")
+    assert ended.out.startswith("method\tmeasure\tmean\tstd\naverage\taverage accuracy, step 1\t")
     assert "merged and evaluated 2 steps in 1 order, wrote " in ended.end
     reported = run("report", "--continual", "out", "--steps", "steps.csv")
     assert reported.out == ended.out

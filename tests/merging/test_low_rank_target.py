@@ -447,8 +447,24 @@ def test_the_card_says_how_peft_loads_it(made: Path, tmp_path: Path) -> None:
     assert "A LoRA adapter of a CLIP vision tower, merged from 3 fine-tuned models by `ties`" in card
     assert 'tower = PeftModel.from_pretrained(base, "FOLDER")' in card
     assert 'space = "core"\nas_adapter = true\n' in card
+    assert "None yet. `mergecli eval FOLDER --recipe RECIPE` evaluates the base with the adapter." in card
     merged(made, tmp_path / "none", method="ties", card=False)
     assert not (tmp_path / "none" / "README.md").exists()
+
+
+def test_a_sweep_of_a_recipe_for_an_adapter_is_refused(made: Path, tmp_path: Path, run: Run) -> None:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "r.toml").write_text(
+        'base = "base.safetensors"\nas_adapter = true\nspace = "knots"\n[tuned]\nplain = "plain"\nstabilized = "stabilized"\n'
+    )
+    sweep = ["merge", "r.toml", "--sweep", "method.name=ties,average", "-o", "swept"]
+    refused = run(*sweep)
+    assert refused.status == 2
+    assert refused.err.startswith("error: as_adapter: a sweep makes whole weights\n")
+    assert run(*sweep, "--set", "as_adapter=false").status == 0
+    run("merge", "r.toml", "--method", "ties", "-o", "one")
+    want = read(tmp_path / "base.safetensors", tmp_path / "one")
+    assert_close(load_file(tmp_path / "swept" / "ties.safetensors"), want)
 
 
 def test_an_adapter_of_ours_is_merged_again_and_knows_its_base(made: Path, tmp_path: Path) -> None:
@@ -481,5 +497,7 @@ def test_a_dry_run_plans_the_adapter_and_writes_nothing(made: Path, tmp_path: Pa
     assert not list(tmp_path.iterdir())
     run(*arguments)
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert "ties in core space" in [each["what"] for each in json.loads(ended.out)["work"]]
+    assert "\nspace\tcore\n" in run("info", "out").out
     assert written["tensors"] == len(stored)
     assert written["bytes"] == sum(each.nbytes for each in stored.values())

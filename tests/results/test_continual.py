@@ -42,12 +42,12 @@ def values(table: Table) -> dict[str, list[float | None]]:
 
 def test_accuracy_transfer_and_forgetting_are_those_by_hand() -> None:
     found = values(continual_table(two_orders()))
-    assert found["average accuracy after step 1"] == pytest.approx([0.7, 0.08**0.5, 0.9, 0.5])
-    assert found["average accuracy after step 2"] == pytest.approx([0.7, 0.0, 0.7, 0.7])
-    assert found["average accuracy after step 3"] == pytest.approx([0.6, 0.2 / 3 * 2**0.5, 1.6 / 3, 2.0 / 3])
+    assert found["average accuracy, step 1"] == pytest.approx([0.7, 0.08**0.5, 0.9, 0.5])
+    assert found["average accuracy, step 2"] == pytest.approx([0.7, 0.0, 0.7, 0.7])
+    assert found["average accuracy, step 3"] == pytest.approx([0.6, 0.2 / 3 * 2**0.5, 1.6 / 3, 2.0 / 3])
     # order-01: (0.7 - 0.9) + (0.5 - 0.8) + 0; order-02: (0.4 - 0.5) + (0.9 - 0.8) + 0
-    assert found["backward transfer, over T"][2:] == pytest.approx([-0.5 / 3, 0.0], abs=1e-12)
-    assert found["backward transfer, over T - 1"][2:] == pytest.approx([-0.25, 0.0], abs=1e-12)
+    assert found["backward transfer / T"][2:] == pytest.approx([-0.5 / 3, 0.0], abs=1e-12)
+    assert found["backward transfer / (T-1)"][2:] == pytest.approx([-0.25, 0.0], abs=1e-12)
     assert found["forgetting of a"][2:] == pytest.approx([0.2, -0.1])
     assert found["forgetting of b"] == [pytest.approx(0.3), None, pytest.approx(0.3), None]
     assert found["forgetting of c"] == [pytest.approx(0.2), None, None, pytest.approx(0.2)]
@@ -66,7 +66,7 @@ def test_one_order_has_no_spread_and_no_columns_of_orders() -> None:
     assert [column.name for column in table.columns] == ["method", "measure", "mean", "std"]
     assert all(number_in(row[3]) is None for row in table.rows)
     one = values(continual_table([step("order-01", "a", 1, a=0.9)]))
-    assert one == {"average accuracy after step 1": [0.9, None], "backward transfer, over T": [0.0, None]}
+    assert one == {"average accuracy, step 1": [0.9, None], "backward transfer / T": [0.0, None]}
 
 
 def test_an_order_that_is_not_whole_is_left_out_with_a_warning() -> None:
