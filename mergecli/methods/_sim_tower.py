@@ -61,27 +61,25 @@ class SimTower:
 
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
         """What the tower of each image's task gives."""
-        pooled = self.body(pixel_values=pixel_values).pooler_output.float()
-        features = functional.normalize(pooled @ self.projection.T, dim=1)
+        whole = self.body(pixel_values=pixel_values)
+        # a tower of transformers gives a table of several tensors
+        pooled = whole if isinstance(whole, Tensor) else whole.pooler_output
+        features = functional.normalize(pooled.float() @ self.projection.T, dim=1)
         self.chosen = nearest_task(features, self.means, self.bases)
         rows = [(task, (self.chosen == task).nonzero()[:, 0]) for task in self.chosen.unique().tolist()]
         found = [
-            (
-                own,
-                functional_call(
-                    self.body, self._of(task), (), {"pixel_values": pixel_values[own], **options}
-                ),
-            )
+            functional_call(self.body, self._of(task), (), {"pixel_values": pixel_values[own], **options})
             for task, own in rows
         ]
-        order = torch.cat([own for own, _ in found]).argsort()
-        first = found[0][1]
+        order = torch.cat([own for _, own in rows]).argsort()
+        if isinstance(whole, Tensor):
+            return torch.cat(found)[order]
         joined = {
-            key: torch.cat([each[key] for _, each in found])[order]
-            for key, value in first.items()
+            key: torch.cat([each[key] for each in found])[order]
+            for key, value in found[0].items()
             if isinstance(value, Tensor)
         }
-        return type(first)(**joined)
+        return type(found[0])(**joined)
 
     def _of(self, task: int) -> dict[str, Tensor]:
         """The weights of a task's tower, where the base's are."""
