@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/demo
 
-.PHONY: help setup demo test slow gpu check lint types format docs startup sizes bare clean
+.PHONY: help setup demo test slow gpu bench table check lint types format docs startup sizes bare clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,17 @@ slow: .venv/documents .venv/ray ## the long tests too, on a Ray cluster of this 
 
 gpu: .venv/installed ## what only a GPU can show, in five minutes, with a table at the end
 	$(BIN)/python scripts/gpu_check.py
+
+# BENCH has more options, such as BENCH="--peers other-env/bin/python" or BENCH="--beside before=../old-checkout"
+bench: .venv/installed ## time and memory of merges, medians of five, and the picture of them; half an hour
+	$(BIN)/python scripts/bench.py --repeat 5 --json $(BENCH)
+	$(BIN)/python scripts/readme_picture.py
+
+# TABLE has more options, such as TABLE="--share 1 --seeds 0"
+TABLE ?= --share 0.06
+table: .venv/installed ## every method on the toys, and its place in the published order; resumes; hours
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/method_table.py recipes/toy.toml out/toy-table $(TABLE) \
+	  --json recipes/experiments/toy-methods.json --page docs/experiments/toys.md
 
 check: lint types test ## before a commit: everything
 

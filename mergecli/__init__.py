@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     # Every public name stands here once. Type checkers follow these imports; `_homes` reads the lines.
+    from mergecli.evaluation.continual import Chained as Chained
+    from mergecli.evaluation.continual import continual as continual
     from mergecli.evaluation.evaluate import evaluate as evaluate
+    from mergecli.evaluation.search import Searched as Searched
+    from mergecli.evaluation.search import search as search
     from mergecli.evaluation.sweep import Swept as Swept
     from mergecli.evaluation.sweep import sweep as sweep
+    from mergecli.formats.export import Exported as Exported
+    from mergecli.formats.export import export as export
     from mergecli.formats.info import info as info
     from mergecli.hub.doctor import Examined as Examined
     from mergecli.hub.doctor import doctor as doctor

@@ -1,10 +1,16 @@
 """Times merges of checkpoints that have the shapes of CLIP vision towers, beside the plain cost of reading and writing
-the same files and, where they are installed, beside FusionBench and mergekit. Every row is a whole process.
+the same files and, where they are installed, beside FusionBench, mergekit and sd-mecha. Every row is a whole process.
 
     python scripts/bench.py                                   eight ViT-B/32
+    python scripts/bench.py --repeat 5                        medians of five rounds, in each of which everything runs once
+    python scripts/bench.py --beside old=../old-checkout      the same commands by another version of this repository
     python scripts/bench.py --peers other-env/bin/python      with the programs of another environment beside
     python scripts/bench.py --memory                          max RSS for 2, 8, 20 models and for ViT-L/14
+    python scripts/bench.py --growth                          time for more models, more tensors and larger ones
+    python scripts/bench.py --cold                            the files not in the page cache
     python scripts/bench.py --large                           20 models of 1.2 GB under a memory limit of 1.5 GB
+
+Rounds alternate: each runs the programs in the order opposite to that of the one before, so that none profits from its place.
 """
 
 from __future__ import annotations
@@ -15,23 +21,38 @@ import os
 import platform
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-SHAPES = {"ViT-B/32": (768, 12, 32, 50), "ViT-L/14": (1024, 24, 14, 257)}
+ROOT = Path(__file__).resolve().parents[1]
+NUMBERS = ROOT / "docs" / "benchmarks.json"
+SHAPES = {
+    "ViT-B/32": (768, 12, 32, 50),
+    "ViT-L/14": (1024, 24, 14, 257),
+    "small": (192, 12, 32, 50),
+    "small and deep": (192, 24, 32, 50),
+    "wide": (384, 12, 32, 50),
+}
 """Width, layers, patch size and positions."""
 MERGES = {
     "average": ["--method", "average"],
     "task_arithmetic": ["--method", "task_arithmetic"],
     "ties": ["--method", "ties"],
+    "ties trim=tensor": ["--method", "ties", "--set", "method.trim=tensor"],
     "tsv_m": ["--method", "tsv_m"],
     "iso_c": ["--method", "iso_c"],
+    "dc_merge": ["--method", "dc_merge"],
+    "act_mat": ["--method", "act_mat"],
+    "wudi solver=spectral": ["--method", "wudi", "--set", "method.solver=spectral"],
 }
+USUAL = "average,task_arithmetic,ties,cos-sim,iso_c,tsv_m"
 FUSION_BENCH = """
 import sys, torch
 from transformers import CLIPVisionModel
@@ -54,35 +75,139 @@ elif what == "cos-sim":
 model = method.run(pool)
 if what != "cos-sim": model.save_pretrained(out)
 """
+SD_MECHA = """
+import sys, torch, sd_mecha as s
+from sd_mecha.extensions.builtin.merge_methods.linear import add_difference
+folder, count, what, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+base, *models = [s.model(f"{folder}/{name}/model.safetensors") for name in ("base", *(f"t{i}" for i in range(count)))]
+if what == "average": recipe = s.n_average(*models)
+elif what == "task_arithmetic": recipe = s.weighted_sum(base, s.n_average(*models), alpha=0.3 * count)
+elif what == "ties":
+    recipe = add_difference(base, s.ties_sum(*[s.subtract(each, base) for each in models], k=0.2), alpha=0.3)
+s.merge(recipe, output=out, merge_dtype=torch.float32, output_dtype=torch.float32)
+"""
+SD_MECHA_MERGES = ("average", "task_arithmetic", "ties")
 MERGEKIT = {"average": "linear", "task_arithmetic": "task_arithmetic", "ties": "ties"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command that is measured."""
+
+    what: str
+    program: str
+    command: Sequence[str]
+    folder: Path | None = None
+    """Where it writes, if it is to be empty before."""
+    least: int = 0
+    """Bytes that it must have written there."""
+    limit: int | None = None
+    """Bytes of data that it may hold."""
+    environment: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
 class Measured:
     """One process: seconds on the clock, seconds of processor, and the most memory it held."""
 
-    what: str
-    program: str
     seconds: float
     cpu_seconds: float
     max_rss_gb: float
-    status: int
+    failed: str = ""
+    """Why it failed, in a few words."""
 
 
-def measured(what: str, program: str, command: list[str], limit: int | None = None) -> Measured:
-    """Runs the command; `limit` bounds its address space in bytes."""
+@dataclass(frozen=True)
+class Row:
+    """A case and what it took: medians of the rounds, and the most memory of any."""
+
+    case: Case
+    rounds: Sequence[Measured]
+
+    @property
+    def failed(self) -> str:
+        return next((each.failed for each in self.rounds if each.failed), "")
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(each.seconds for each in self.rounds)
+
+    @property
+    def cpu_seconds(self) -> float:
+        return statistics.median(each.cpu_seconds for each in self.rounds)
+
+    @property
+    def max_rss_gb(self) -> float:
+        return max(each.max_rss_gb for each in self.rounds)
+
+    @property
+    def spread(self) -> str:
+        """The least and the most seconds."""
+        times = [each.seconds for each in self.rounds]
+        return f"{min(times):.2f} to {max(times):.2f}" if len(times) > 1 else ""
+
+
+def run(cases: Sequence[Case], rounds: int, cold: Sequence[Path] = ()) -> list[Row]:
+    """Measures all cases once a round; what failed is not tried again.
+
+    Args:
+        cold: files that are dropped from the page cache before each process.
+    """
+    found: list[list[Measured]] = [[] for _ in cases]
+    for turn in range(rounds):
+        order = range(len(cases)) if turn % 2 == 0 else range(len(cases) - 1, -1, -1)
+        for place in order:
+            if any(each.failed for each in found[place]):
+                continue
+            for path in cold:
+                drop(path)
+            found[place].append(measured(cases[place]))
+            each = found[place][-1]
+            print(
+                f"{cases[place].program} {cases[place].what}: {each.failed or f'{each.seconds:.2f} s'}",
+                file=sys.stderr,
+            )
+    return [Row(case, each) for case, each in zip(cases, found, strict=True)]
+
+
+def measured(case: Case) -> Measured:
+    """Runs the command."""
+    if case.folder:
+        fresh(case.folder, keep=".yaml")
+    limit = case.limit
     started = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))) if limit else None,
-    )  # fmt: skip
-    assert process.stderr is not None
-    text = process.stderr.read()
-    _, status, used = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    if status:
-        print(f"{program} {what}: failed\n{text.decode()[-800:]}", file=sys.stderr)
-    return Measured(what, program, seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e6, status)
+    with tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(
+                case.command, stdout=subprocess.DEVNULL, stderr=errors, env={**os.environ, **case.environment},
+                preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))) if limit else None,
+            )  # fmt: skip
+        except OSError as error:
+            return Measured(0, 0, 0, f"did not start: {error.strerror}")
+        _, status, used = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        text = errors.read().decode(errors="replace").strip()
+    failed = ""
+    if process.returncode:
+        print(text[-800:], file=sys.stderr)
+        failed = "out of memory" if "Memory" in text or process.returncode == -9 else "failed"
+    elif case.folder and case.least:
+        written = [file for file in case.folder.rglob("*") if file.suffix in (".safetensors", ".csv")]
+        if (size := sum(file.stat().st_size for file in written)) < case.least:
+            failed = f"wrote {size} bytes"
+    return Measured(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e6, failed)
+
+
+def drop(path: Path) -> None:
+    """Drops a file from the page cache."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+        os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(opened)
 
 
 def shapes_of(kind: str) -> dict[str, tuple[int, ...]]:
@@ -165,12 +290,47 @@ def ours(what: str, place: Path, count: int, output: Path) -> list[str]:
     return [*program, "merge", *models, *MERGES[what], "-o", str(output)]
 
 
-def theirs(what: str, place: Path, count: int, folder: Path, peers: str) -> list[tuple[str, list[str]]]:
-    """The command lines of the other programs for the same work; each writes into `folder`."""
-    output = folder / "fusion-bench"
-    commands = [("FusionBench", [peers, "-c", FUSION_BENCH, str(place), str(count), what, str(output)])]
-    if what in MERGEKIT:
-        recipe = folder / "mergekit.yaml"
+def installed(peers: str) -> list[str]:
+    """Which of the other programs the environment of a Python has; tells which it lacks.
+
+    Raises:
+        SystemExit: the Python does not run.
+    """
+    wanted = {"FusionBench": "fusion_bench", "mergekit": "mergekit", "sd-mecha": "sd_mecha"}
+    code = f"from importlib.util import find_spec\nprint(*[n for n, m in {wanted!r}.items() if find_spec(m)], sep='\\n')"
+    try:
+        found = subprocess.run([peers, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"--peers {peers}: this Python does not run: {error}") from None
+    if "mergekit" in found and not (Path(peers).parent / "mergekit-pytorch").exists():
+        found.remove("mergekit")
+    for name in wanted:
+        if name not in found:
+            print(f"{name}: not installed for {peers}, left out", file=sys.stderr)
+    return found
+
+
+def theirs(
+    what: str, place: Path, count: int, folder: Path, peers: str, programs: Sequence[str], least: int
+) -> list[Case]:
+    """The other programs on the same work; each writes into a folder of its own."""
+    most = int(0.92 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    found: list[Case] = []
+
+    def add(program: str, command: Sequence[str], output: Path) -> None:
+        found.append(Case(what, program, command, output, least, most))
+
+    if "FusionBench" in programs and f'"{what}"' in FUSION_BENCH:
+        output = folder / "fusion-bench"
+        add(
+            "FusionBench",
+            [peers, "-c", FUSION_BENCH, str(place), str(count), what, str(output / "model")],
+            output,
+        )
+    if "mergekit" in programs and what in MERGEKIT:
+        output = folder / "mergekit"
+        output.mkdir(parents=True, exist_ok=True)
+        recipe = output / "recipe.yaml"
         models = [
             {"model": str(place / f"t{i}/model.safetensors"), "parameters": {"weight": 1.0, "density": 0.2}}
             for i in range(count)
@@ -184,9 +344,16 @@ def theirs(what: str, place: Path, count: int, folder: Path, peers: str) -> list
         if what != "average":
             text["base_model"] = str(place / "base/model.safetensors")
         recipe.write_text(json.dumps(text))
-        program = str(Path(peers).parent / "mergekit-pytorch")
-        commands.append(("mergekit", [program, str(recipe), str(folder / "mergekit")]))
-    return commands
+        add(
+            "mergekit",
+            [str(Path(peers).parent / "mergekit-pytorch"), str(recipe), str(output / "model")],
+            output,
+        )
+    if "sd-mecha" in programs and what in SD_MECHA_MERGES:
+        output = folder / "sd-mecha"
+        file = output / "m.safetensors"
+        add("sd-mecha", [peers, "-c", SD_MECHA, str(place), str(count), what, str(file)], output)
+    return found
 
 
 def fresh(folder: Path, keep: str = "") -> Path:
@@ -196,60 +363,141 @@ def fresh(folder: Path, keep: str = "") -> Path:
             shutil.rmtree(path)
         elif not keep or path.suffix != keep:
             path.unlink()
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def compared(what: str, program: str, command: list[str], folder: Path, least: int, most: int) -> Measured:
-    """Another program's measurement; failed if it ends well but wrote no weights."""
-    row = measured(what, program, command, most)
-    written = sum(
-        file.stat().st_size for file in folder.rglob("*") if file.suffix in (".safetensors", ".csv")
-    )
-    if not row.status and written < least:
-        print(f"{program} {what}: wrote {written} bytes, at least {least} were expected", file=sys.stderr)
-        return replace(row, status=1)
-    return row
+def floors(place: Path, count: int, output: Path) -> list[Case]:
+    """What no merge of these files can do without."""
+    files = models_of(place, count)
+    return [
+        Case("read all, write one", "system calls", floor(files, output)),
+        Case("import torch", "python", [sys.executable, "-c", "import torch"]),
+    ]
 
 
-def compare(
-    folder: Path, peers: str | None, names: list[str], kind: str = "ViT-B/32", count: int = 8
-) -> list[Measured]:
-    """Every merge by us and by the others, after the floor, on the same files."""
-    place = made(folder, kind, count)
-    files = [place / name / "model.safetensors" for name in ("base", *(f"t{i}" for i in range(count)))]
+def models_of(place: Path, count: int) -> list[Path]:
+    return [place / name / "model.safetensors" for name in ("base", *(f"t{i}" for i in range(count)))]
+
+
+def compared(folder: Path, given: argparse.Namespace) -> list[Row]:
+    """Every merge by us, by other versions of us and by others, beside the floor, on the same files."""
+    place = made(folder, given.kind, given.count)
     output = folder / "out.safetensors"
-    rows = [measured("read all, write one", "system calls", floor(files, output)) for _ in range(2)][1:]
-    most = int(0.92 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    rows.append(measured("import torch", "python", [sys.executable, "-c", "import torch"]))
-    for what in names:
-        rows.append(measured(what, "mergecli", ours(what, place, count, output)))
-        if peers:
-            least = 1 if what == "cos-sim" else files[0].stat().st_size * 9 // 10
-            for name, command in theirs(what, place, count, fresh(folder / "peer"), peers):
-                rows.append(compared(what, name, command, fresh(folder / "peer", keep=".yaml"), least, most))
-    return rows
+    cases = floors(place, given.count, output)
+    programs = installed(given.peers) if given.peers else []
+    for what in given.only.split(","):
+        command = ours(what, place, given.count, output)
+        cases.append(Case(what, "mergecli", command, environment={"PYTHONPATH": str(ROOT)}))
+        for name, other in given.beside:
+            cases.append(Case(what, name, command, environment={"PYTHONPATH": str(other)}))
+        if programs:
+            least = 1 if what == "cos-sim" else models_of(place, 0)[0].stat().st_size * 9 // 10
+            cases += theirs(what, place, given.count, folder / "peers", given.peers, programs, least)
+    cold = models_of(place, given.count) if given.cold else []
+    run(cases[:1], 1)  # the files come into the page cache
+    return run(cases, given.repeat, cold)
 
 
-def memory(folder: Path) -> list[Measured]:
+def memory(folder: Path, rounds: int) -> list[Row]:
     """Max RSS against the number and the size of the models."""
-    rows: list[Measured] = []
+    cases: list[Case] = []
     for kind, counts in (("ViT-B/32", (2, 8, 20)), ("ViT-L/14", (2, 4))):
         for count in counts:
             place = made(folder, kind, count)
             for what in ("task_arithmetic", "ties", "cos-sim"):
                 command = ours(what, place, count, folder / "out.safetensors")
-                rows.append(measured(f"{what}, {count} x {kind}", "mergecli", command))
-    return rows
+                cases.append(Case(f"{what}, {count} x {kind}", "mergecli", command))
+    return run(cases, rounds)
 
 
-def large(folder: Path) -> list[Measured]:
+def growth(folder: Path, rounds: int) -> list[Row]:
+    """Time against the number of models, of tensors and of entries, each beside the floor of the same files."""
+    cases: list[Case] = []
+    for kind, counts in (("small", (2, 8, 20, 64)), ("small and deep", (8,)), ("wide", (8,))):
+        for count in counts:
+            place, output = made(folder, kind, count), folder / "out.safetensors"
+            cases.append(Case(f"{count} x {kind}", "system calls", floor(models_of(place, count), output)))
+            cases += [
+                Case(f"{what}, {count} x {kind}", "mergecli", ours(what, place, count, output))
+                for what in ("average", "ties", "cos-sim")
+            ]
+    return run([Case("import torch", "python", [sys.executable, "-c", "import torch"]), *cases], rounds)
+
+
+def large(folder: Path, rounds: int) -> list[Row]:
     """TIES on 20 models of 1.2 GB, as many real bytes, in an address space whose data may take 1.5 GB."""
     place = made(folder, "ViT-L/14", 20)
-    return [
-        measured(f"{what}, 20 x ViT-L/14, limit 1.5 GB", "mergecli", ours(what, place, 20, folder / "out.safetensors"), 1_500_000_000)
+    cases = [
+        Case(f"{what}, 20 x ViT-L/14, limit 1.5 GB", "mergecli", ours(what, place, 20, folder / "out.safetensors"), limit=1_500_000_000)
         for what in ("task_arithmetic", "ties")
     ]  # fmt: skip
+    return run(cases, rounds)
+
+
+def shown(rows: Sequence[Row]) -> str:
+    """A Markdown table. `of the floor` takes off what importing torch takes, from the whole of ours too."""
+    floor_of = {row.case.what: row.seconds for row in rows if row.case.program == "system calls"}
+    least = floor_of.get("read all, write one")
+    start = next((row.seconds for row in rows if row.case.what == "import torch"), 0.0)
+    own = {row.case.what: row.seconds for row in rows if row.case.program == "mergecli"}
+    lines = [
+        "| what | program | seconds | rounds | after `import torch`, of the floor | of ours | CPU s | max RSS GB |",
+        "| :-- | :-- | --: | --: | --: | --: | --: | --: |",
+    ]
+    for row in rows:
+        case = row.case
+        if row.failed:
+            lines.append(f"| {case.what} | {case.program} | {row.failed} | | | | | {row.max_rss_gb:.2f} |")
+            continue
+        under = floor_of.get(case.what.rpartition(", ")[2], least)
+        plain = case.program in ("system calls", "python")
+        share = f"{(row.seconds - start) / under:.1f}" if under and not plain else ""
+        ratio = f"{row.seconds / own[case.what]:.2f}" if case.what in own else ""
+        lines.append(
+            f"| {case.what} | {case.program} | {row.seconds:.2f} | {row.spread} | {share} | {ratio} | {row.cpu_seconds:.1f} | {row.max_rss_gb:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def as_json(rows: Sequence[Row], given: argparse.Namespace) -> dict[str, object]:
+    """What the picture of the README and the table of the documentation are made from."""
+    names: dict[str, dict[str, object]] = {}
+    for row in rows:
+        numbers: dict[str, object] = {
+            "seconds": round(row.seconds, 2),
+            "gigabytes": round(row.max_rss_gb, 2),
+            "cpu_seconds": round(row.cpu_seconds, 2),
+        }
+        if row.failed:
+            most = f" at {row.max_rss_gb:.0f} GB" if row.failed == "out of memory" else ""
+            numbers = {"failed": row.failed + most}
+        names.setdefault(row.case.what, {"name": row.case.what})[row.case.program] = numbers
+    size = 4 * sum(_entries(shape) for shape in shapes_of(given.kind).values()) / 1e9
+    return {
+        "measured": f"{os.cpu_count()} processors, torch {version('torch')}, medians of {given.repeat}",
+        "what": f"{given.count} {given.kind} in float32: {size * (given.count + 1):.1f} GB read, {size:.2f} GB written; "
+        f"files {'not ' if given.cold else ''}in the page cache; each row a whole process",
+        "command": "python scripts/bench.py " + " ".join(sys.argv[1:]),
+        "units": {"seconds": "wall time", "gigabytes": "max RSS", "cpu_seconds": "processor time"},
+        "rows": list(names.values()),
+    }
+
+
+def _entries(shape: Sequence[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not folder or not (Path(folder) / "mergecli").is_dir():
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=FOLDER with a folder that holds `mergecli`, got `{text}`"
+        )
+    return name, Path(folder).resolve()
 
 
 def main() -> None:
@@ -260,44 +508,53 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where the checkpoints are made and kept (default: a temporary one)"
     )
-    parser.add_argument("--peers", help="the Python of an environment with fusion-bench and mergekit")
     parser.add_argument(
-        "--only", default="average,task_arithmetic,ties,cos-sim,tsv_m,iso_c", help="what to measure"
+        "--peers", help="the Python of an environment with fusion-bench, mergekit or sd-mecha"
     )
+    parser.add_argument(
+        "--beside", type=_named, action="append", default=[], metavar="NAME=FOLDER", help="another version"
+    )
+    parser.add_argument(
+        "--only", default=USUAL, help=f"what to measure, of {', '.join([*MERGES, 'cos-sim'])}"
+    )
+    parser.add_argument("--repeat", type=int, default=1, help="rounds")
     parser.add_argument("--count", type=int, default=8, help="how many fine-tuned models")
+    parser.add_argument("--kind", choices=list(SHAPES), default="ViT-B/32")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--cold", action="store_true")
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=NUMBERS,
+        help="write the measurements to this file, or to docs/benchmarks.json",
+    )
     parser.add_argument("--make", nargs=2, metavar=("KIND", "COUNT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.make:
         make(given.folder, given.make[0], int(given.make[1]))
         return
+    if unknown := [each for each in given.only.split(",") if each not in (*MERGES, "cos-sim")]:
+        parser.error(f"--only: unknown: {', '.join(unknown)}; there are {', '.join([*MERGES, 'cos-sim'])}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
+        folder = (given.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         if given.memory:
-            rows = memory(folder)
+            rows = memory(folder, given.repeat)
+        elif given.growth:
+            rows = growth(folder, given.repeat)
         elif given.large:
-            rows = large(folder)
+            rows = large(folder, given.repeat)
         else:
-            rows = compare(folder, given.peers, given.only.split(","), count=given.count)
-    least = next((row.seconds for row in rows if row.program == "system calls"), None)
-    own = {row.what: row.seconds for row in rows if row.program == "mergecli"}
+            rows = compared(folder, given)
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}, torch {version('torch')}\n"
     )
-    print("| what | program | seconds | of the floor | of ours | CPU s | max RSS GB |")
-    print("| :-- | :-- | --: | --: | --: | --: | --: |")
-    for row in rows:
-        floors = f"{row.seconds / least:.1f}" if least else "-"
-        ratio = f"{row.seconds / own[row.what]:.1f}" if row.what in own else "-"
-        note = "" if row.status == 0 else " (failed)"
-        print(
-            f"| {row.what} | {row.program}{note} | {row.seconds:.2f} | {floors} | {ratio} | {row.cpu_seconds:.1f} | {row.max_rss_gb:.2f} |"
-        )
+    print(shown(rows))
     if given.json:
-        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        given.json.write_text(json.dumps(as_json(rows, given), indent=2) + "\n")
 
 
 if __name__ == "__main__":

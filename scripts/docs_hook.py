@@ -147,6 +147,9 @@ def _method(name: str) -> str:
         ]  # fmt: skip
         parts.append("## Settings\n\n" + _table(("setting", "value", "default", ""), rows))
     parts.append("## Cost\n\n" + "".join(f"- {_first(each)}.\n" for each in _cost(name)))
+    if settings:
+        about = methods.about_layers(method)
+        parts.append(f"[By layer](../guide/recipes.md#settings-by-layer), {about}.\n")
     parts.append(f"## Paper\n\n{_prose(method.paper)}\n")
     required = [each for each in settings.values() if each.required]
     command = f"mergecli merge recipe.toml --method {name} -o merged.safetensors"

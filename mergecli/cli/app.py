@@ -131,7 +131,9 @@ def _interrupted(error: BaseException | None) -> int:
     if is_first():
         kept = interrupts.kept_by(error) if error else ""
         how = (
-            f"{kept}; the same command goes on" if kept else "nothing is kept; the same command starts again"
+            f"{kept}; the same command goes on"
+            if kept
+            else "nothing new is kept; the same command starts again"
         )
         console.plain(f"interrupted: {how}")
     return 128 + (interrupts.received or signal.SIGINT)

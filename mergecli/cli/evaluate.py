@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,12 @@ def _complete_corruptions(incomplete: str) -> list[str]:
     from mergecli.data.corruptions import NAMES
 
     return [name for name in NAMES if name.startswith(incomplete)]
+
+
+def _complete_ensembles(incomplete: str) -> list[str]:
+    return [
+        kind for kind in ("logits", "probabilities", "weighted", "confidence") if kind.startswith(incomplete)
+    ]
 
 
 @options.with_engine
@@ -55,6 +62,17 @@ def evaluate(
     individual: Annotated[
         bool, typer.Option("--individual", help="Each model only on the task it is named after, in one result.")
     ] = False,
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ensemble", metavar="KIND", autocompletion=_complete_ensembles,
+            help="Add a row for all of them together: logits or probabilities (means), weighted, or confidence. Repeatable.",
+        ),
+    ] = None,
+    ensemble_weights: Annotated[
+        list[str] | None,
+        typer.Option("--ensemble-weight", metavar="NAME=X", help="Of a checkpoint in the weighted ensemble. Repeatable."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="A .json file; for several checkpoints, a folder.")
     ] = None,
@@ -153,6 +171,8 @@ def evaluate(
 
     mergecli eval --recipe recipe.toml --method ties --sweep method.scaling_factor=0.1:1.0:0.1 --select validation
 
+    mergecli eval --recipe recipe.toml --ensemble logits,confidence
+
     mergecli eval --recipe recipe.toml -o out/ --gpus all
     """
     if min_average is not None and not 0 <= min_average <= 1:
@@ -166,6 +186,8 @@ def evaluate(
 
     named = list(options.names("--task", tasks)) or None
     models = options.names("--model", only)
+    kinds = options.names("--ensemble", ensemble)
+    weights = _weights(ensemble_weights or [])
     chosen = {"--split": split, "--corruption": corruption}
     for option, text in chosen.items():
         if text is not None and not text.strip(" ,"):
@@ -184,7 +206,8 @@ def evaluate(
     if sweep:
         from mergecli.evaluation.sweep import sweep as evaluate_sweep
 
-        whole = {"a checkpoint": checkpoints, "--model": only, "--individual": individual, "--predictions": predictions,
+        whole = {"a checkpoint": checkpoints, "--model": only, "--individual": individual, "--ensemble": kinds,
+                 "--ensemble-weight": weights, "--predictions": predictions,
                  "--features": features, "--routes": routes, "--clip": clip}  # fmt: skip
         if (other := next((name for name, value in whole.items() if value), None)) is not None:
             raise UsageError(
@@ -219,7 +242,7 @@ def evaluate(
     with console.progress() as progress, _the_others_shown(form):
         work = partial(
             evaluate, named_sources(checkpoints or []) or (), recipe=known, only=models,
-            individual=individual, clip=clip, tasks=named, batch_size=batch_size, split=split, limit=limit,
+            individual=individual, ensemble=kinds, ensemble_weights=weights, clip=clip, tasks=named, batch_size=batch_size, split=split, limit=limit,
             corruption=corruption, severity=severity or 1, device=device, dtype=dtype, workers=workers, cache=cache,
             cache_size=cache_size, fresh=fresh, routing=routing, output=output, predictions=predictions, features=features,
             routes=routes, engine=engine, progress=progress,
@@ -232,11 +255,28 @@ def evaluate(
         ending.did(f"did part {engine.part} of the evaluation")
         return
     console.table(accuracy_table(results), form)
-    shown = results[0].models if individual else results
+    shown = results[0].models if individual else [each for each in results if not each.is_ensemble]
     ending.did(f"evaluated {amounts.count(len(shown), 'checkpoint')} on {_tasks(results)}")
     ending.wrote(*result_files([str(each.checkpoint["name"]) for each in results], output))
     ending.wrote_beside(predictions, features, routes)
     check_thresholds(results, thresholds, min_average)
+
+
+def _weights(texts: list[str]) -> dict[str, float]:
+    """Checkpoint -> weight, from texts `NAME=X`."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if not name or not 0 <= weight < math.inf:
+            raise UsageError(f"--ensemble-weight {text}: expected `NAME=X` with a number X of at least 0")
+        if name in found:
+            raise UsageError(f"--ensemble-weight {text}: `{name}` has one already, {found[name]:g}")
+        found[name] = weight
+    return found
 
 
 def _tasks(results: Sequence[Evaluation]) -> str:

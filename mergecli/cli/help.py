@@ -16,11 +16,11 @@ _EVERYWHERE = {"--quiet", "--verbose", "--debug", "--help"}
 PANELS: dict[str, dict[str, str]] = {
     "merge": {
         "What is merged": "--recipe --base --method --set --sweep",
-        "Output": "--output --dtype --shard-size --card --json --dry-run",
+        "Output": "--output --dtype --as-adapter --rank --shard-size --card --json --dry-run",
         "Methods that look at images": "--statistics --coefficients --save-coefficients --trace --plot --tensorboard",
     },
     "eval": {
-        "What is evaluated": "--recipe --set --clip --task --model --individual",
+        "What is evaluated": "--recipe --set --clip --task --model --individual --ensemble --ensemble-weight",
         "Images": "--split --limit --corruption --severity",
         "Output": "--output --format --json --predictions --features --routes --dry-run",
         "Thresholds": "--min-average --min",

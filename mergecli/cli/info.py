@@ -11,6 +11,7 @@ import typer
 
 from mergecli.cli import console, ending, options
 from mergecli.runtime.errors import InputError, UsageError
+from mergecli.storage.metadata import layer_lines
 
 if TYPE_CHECKING:
     from mergecli.formats.info import Info
@@ -142,10 +143,11 @@ def _about(found: Info, *, short: bool) -> dict[str, str]:
         "size": f"{found.size:,} bytes {_where(found.files)}",
         "digest": digest(found.digest),
     }
-    facts |= {**found.adapter, **found.mixture}
+    facts |= {**found.adapter, **found.mixture, **found.quantized}
     if "mergecli" in found.metadata:
         facts["written by"] = f"mergecli {found.metadata['mergecli']}"
     facts |= {key: found.metadata[key] for key in ("method", "task", "tower") if key in found.metadata}
+    facts |= {f"layers {line}": text for line, text in layer_lines(found.metadata).items()}
     return facts | {f"input {name}": digest(each) for name, each in found.inputs.items()}
 
 
@@ -154,9 +156,11 @@ def _note(found: Info) -> str:
         return " (vision tower of a whole CLIP)"
     if found.is_model:
         return ""
+    from mergecli.formats.quantized import SHARED
+    from mergecli.merging.chain_state import KIND
     from mergecli.storage.cache import LASTING
 
-    return " (no model)" if found.kind in LASTING else " (no model that this version knows)"
+    return " (no model)" if found.kind in (*LASTING, SHARED, KIND) else " (no model that this version knows)"
 
 
 def _where(files: int) -> str:

@@ -80,6 +80,7 @@ def methods(
         console.prose(f"    {' '.join(setting['documentation'].split())}")
     console.prose(f"{chr(10) if described['settings'] else ''}kind   {described['kind']}")
     console.prose(f"cost   {described['cost']}")
+    console.prose(f"layers {described['layers']}")
     console.prose(f"paper  {described['paper']}")
 
 
@@ -142,7 +143,8 @@ def _described(name: str) -> dict[str, Any]:
     method = registry.find(name)
     settings: list[dict[str, Any]] = [
         {"name": each.name, "expected": each.expected, "required": each.required,
-         "default": None if each.required else _plain(each.default), "documentation": each.documentation}
+         "default": None if each.required else _plain(each.default), "documentation": each.documentation,
+         "by_layer": each.name in registry.may_differ(method)}
         for each in registry.settings(name).values()
     ]  # fmt: skip
     return {
@@ -161,6 +163,7 @@ def _described(name: str) -> dict[str, Any]:
             )
             if part
         ),
+        "layers": registry.about_layers(method),
         "paper": method.paper,
     }
 

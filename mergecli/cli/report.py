@@ -87,6 +87,15 @@ def report(
         Path | None,
         typer.Option("--card", metavar="MODEL", help="Put the table and the model's results into its model card too."),
     ] = None,
+    continual: Annotated[
+        bool,
+        typer.Option(
+            "--continual", help="Results are steps of chains, or folders of `mergecli continual`: accuracy after each step, transfer, forgetting.",
+        ),
+    ] = False,
+    steps: Annotated[
+        Path | None, typer.Option("--steps", help="With --continual: write each step's accuracies as FusionBench's CSV files have them.")
+    ] = None,
 ) -> None:  # fmt: skip
     """Put results side by side: one row a model, one column a task.
 
@@ -95,6 +104,8 @@ def report(
     mergecli report out/*.json --reference clip-vit-base-patch32-ta8
 
     mergecli report out/*.json --against base --intervals -o report.html
+
+    mergecli report --continual chains/opcm chains/average --plot chains.png
     """
     from mergecli.results.card import card_path
     from mergecli.results.report import report
@@ -105,12 +116,12 @@ def report(
         results, sort=sort, ascending=ascending, metric=measure, seen=",".join(options.names("--seen", seen)), normalized=normalized,
         fine_tuned=fine_tuned, intervals=intervals, against=against, predictions=predictions or (), p_values=p_values,
         reference=reference, reference_rows=reference_rows, transpose=transpose, plot=plot, plot_kind=plot_kind,
-        output=output, format=chosen, card=card,
+        output=output, format=chosen, card=card, continual=continual, steps=steps,
     )  # fmt: skip
     console.table(table, form)
     ending.did(f"compared {amounts.count(len(results), 'result')}")
     ending.wrote(*([output] if output else []))
-    ending.wrote_beside(plot, card_path(card) if card else None)
+    ending.wrote_beside(plot, steps, card_path(card) if card else None)
     _warn(table)
     for line in table.notes:
         console.note(line)

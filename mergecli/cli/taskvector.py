@@ -18,6 +18,27 @@ def taskvector(
     ],
     base: options.Base = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = "float32",
+    quantize: Annotated[
+        int | None,
+        typer.Option(
+            "--quantize",
+            metavar="8|4|3|2",
+            help="Bits an entry: codes of a few bits in place of differences.",
+        ),
+    ] = None,
+    per: Annotated[
+        str | None,
+        typer.Option(
+            "--per", metavar="row|tensor", help="What shares a step of the quantizer. Default: row."
+        ),
+    ] = None,
+    residual: Annotated[
+        bool,
+        typer.Option(
+            "--residual",
+            help="Of a recipe, with --quantize: residuals to the mean of all, which is quantized once.",
+        ),
+    ] = False,
     changes: options.Set = None,
 ) -> None:
     """Subtract the base from fine-tuned models; prints the paths of the task vectors.
@@ -25,12 +46,22 @@ def taskvector(
     mergecli taskvector recipe.toml -o vectors/
 
     mergecli taskvector toy:digits --base toy:base -o digits.safetensors
+
+    mergecli taskvector recipe.toml -o vectors/ --quantize 4
     """
     from mergecli.merging.taskvector import taskvector
 
     with console.progress() as progress:
         for path in taskvector(
-            tuned, output=output, base=base, dtype=dtype, changes=changes or [], progress=progress
+            tuned,
+            output=output,
+            base=base,
+            dtype=dtype,
+            quantize=quantize,
+            per=per,
+            residual=residual,
+            changes=changes or [],
+            progress=progress,
         ):
             ending.wrote(path)
             console.path(path)

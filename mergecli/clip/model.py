@@ -37,6 +37,8 @@ class Clip:
     model: VisionModel
     """`set_tower` changes the weights of its `vision_model`."""
     processor: ImageProcessor
+    forms: Mapping[str, Form]
+    """The tensors of a vision tower that fits, by full name: of the plain tower, whatever layers are installed now."""
     states: Mapping[Path, int]
     """Of the files of weights when they were read."""
 
@@ -103,7 +105,8 @@ def load_clip(path: Path) -> Clip:
             raise InputError(f"{path}: the weights do not fit `config.json`:\n{listed(wrong)}")
         expect_fit(processor, path, config.vision_config)
         model = _read(lambda: VisionModel(config), stored)
-        return Clip(path, model, processor, dict(zip(stored.files, stored.states, strict=True)))
+        forms = {name: Form(shape) for name, shape in want.items() if name.startswith(VISION)}
+        return Clip(path, model, processor, forms, dict(zip(stored.files, stored.states, strict=True)))
 
 
 def _read(make: Callable[[], Made], stored: Checkpoint) -> Made:
@@ -135,8 +138,7 @@ def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
     Raises:
         InputError: tensors are missing, extra or of another shape; all of them are listed.
     """
-    want = {VISION + name: Form(tuple(tensor.shape)) for name, tensor in clip.tower.state_dict().items()}
-    have = checkpoint.vision().entries
+    want, have = clip.forms, checkpoint.vision().entries
     if lines := differences(have, want, "the base has"):
         cure = "name the base that it was fine-tuned from"
         if (extra := have.keys() - want.keys()) and len(extra) == len(lines):

@@ -78,8 +78,8 @@ class Counts:
         return bool(losses.isfinite().all())
 
 
-def counts_file(counts: Counts, metadata: Mapping[str, str]) -> bytes:
-    """The counts as the bytes of a safetensors file with checksums."""
+def counts_file(counts: Counts, metadata: Mapping[str, str], logits: Sequence[Tensor] | None = None) -> bytes:
+    """The counts as the bytes of a safetensors file with checksums; with the (B, C) `logits` of all batches, if they are kept."""
     import torch
 
     from mergecli.storage.safetensors_writer import save_tensors
@@ -89,6 +89,8 @@ def counts_file(counts: Counts, metadata: Mapping[str, str]) -> bytes:
         each.name: torch.tensor(getattr(counts, each.name), dtype=dtypes.get(each.name, torch.float64))
         for each in fields(Counts)
     }
+    if logits is not None:
+        tensors["logits"] = torch.cat(list(logits))
     with TemporaryDirectory(prefix="mergecli-counts-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "counts.safetensors"
         save_tensors(tensors, path, metadata, checked=True)
@@ -119,6 +121,8 @@ class Job:
     """What saves the features of every layer, if they are wanted."""
     routes: RouteSums | None = None
     """What sums up the routing weights, if they are wanted."""
+    logits: list[Tensor] | None = None
+    """Those of all batches, if they are kept."""
     tasks: list[int] = field(default_factory=list[int])
     """The number of the task that the tower found for each image; empty if it does not look for one."""
 
@@ -289,7 +293,10 @@ class Worker:
 
 
 def _add(job: Job, logits: Tensor, labels: Tensor) -> None:
-    if not job.counts.add(logits.cpu(), labels):
+    own = logits.cpu()
+    if job.logits is not None:
+        job.logits.append(own)
+    if not job.counts.add(own, labels):
         raise InputError(
             f"{job.checkpoint.path}: gives NaN or infinite logits on task `{job.task}`",
             "its training diverged, the file is damaged, or `--dtype` is too narrow: `float32` is the widest",

@@ -6,13 +6,13 @@ import contextlib
 import itertools
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from mergecli.clip.other_parts import Candidate, warn_of_other_parts
 from mergecli.data.contamination import findings_of, is_test
+from mergecli.evaluation.ensembles import Ensembles, ensemble_scores
 from mergecli.evaluation.facts import TowerFacts
 from mergecli.evaluation.features import feature_file
 from mergecli.evaluation.grid import Grid, fill
@@ -20,18 +20,18 @@ from mergecli.evaluation.plan import PlannedCounts
 from mergecli.evaluation.routes import Routes, route_files, write_routes
 from mergecli.evaluation.scoring import Scoring, tell
 from mergecli.evaluation.settings import Settings, Tower
-from mergecli.evaluation.work import CountingWork
-from mergecli.formats.mixture import LEFT_OUT
+from mergecli.evaluation.work import CountingWork, OpenedTowers, opened_tower
 from mergecli.formats.opening import model_path, open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
+from mergecli.results.pools import several_pools
 from mergecli.results.result import FINE_TUNED, Evaluation, Evaluations, result_files, write_predictions
 from mergecli.results.suspicions import too_good
 from mergecli.runtime.distributed import usable_device
 from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.engines.contract import Engine, Unit
 from mergecli.runtime.engines.grid import Failure, Failures
-from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, quoted
+from mergecli.runtime.errors import MergecliWarning, UsageError, quoted
 from mergecli.runtime.progress import shown
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
 from mergecli.storage.sources import Source, parse_source
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from mergecli.results.plan import Plan
     from mergecli.results.result import TaskScore
     from mergecli.runtime.progress import AnyProgress, Progress
-    from mergecli.storage.checkpoint import Checkpoint
 
 
 def evaluate(
@@ -55,6 +54,8 @@ def evaluate(
     *,
     only: Sequence[str] = (),
     individual: bool = False,
+    ensemble: Sequence[str] | str = (),
+    ensemble_weights: Mapping[str, float] | None = None,
     recipe: str | Path | Recipe | None = None,
     clip: str | Path | None = None,
     tasks: Sequence[str] | str | None = None,
@@ -89,6 +90,10 @@ def evaluate(
             recipe are evaluated, its base first.
         only: which models of the recipe, by their names; `base` is its base.
         individual: each model is evaluated only on the task that it is named after; all are one result, `fine-tuned`.
+        ensemble: adds a result for each of these ensembles of the checkpoints, or else of the recipe's `[tuned]`, made of the same
+            forward passes: `logits` and `probabilities` are means, `weighted` is a mean of logits with `ensemble_weights`, a
+            number for each checkpoint's name, and `confidence` takes each image's logits from the checkpoint with the highest
+            probability.
         tasks: names of tasks or sets, as a list or with commas between; else the recipe's `[eval]`, else the tasks of its `[tuned]`.
         limit: at most so many images of each task, drawn evenly over the classes, always the same ones.
         corruption: of every image after it was cropped, see `mergecli.data.corruptions`; at a `severity` from 1 to 5.
@@ -119,13 +124,16 @@ def evaluate(
     base, chosen, settings = asked(
         known, engine, clip=clip, tasks=tasks, batch_size=batch_size, split=split, limit=limit, corruption=corruption,
         severity=severity, device=device, dtype=dtype, workers=workers, cache=cache, cache_size=cache_size, fresh=fresh,
-        routing=routing, features=features, routes=routes,
+        routing=routing, features=features, routes=routes, logits=bool(ensemble),
     )  # fmt: skip
     failures = Failures(engine.keep_going)
     with contextlib.ExitStack() as files:
         report = files.enter_context(shown(progress))
         named = named_models(checkpoints, known, only, with_base=not individual)
-        targets = result_files([FINE_TUNED] if individual else [name for name, _ in named], output)
+        members = [name for name, _ in _told_apart(named) if checkpoints or only or name != "base"]
+        ensembles = Ensembles.of(ensemble, ensemble_weights, members, individual=individual)
+        results_of = [FINE_TUNED] if individual else [*(name for name, _ in named), *ensembles.names]
+        targets = result_files(results_of, output)
         used = [task for task in chosen if not individual or task.name in dict(named)]
         if not engine.keep_going:
             expect_all([base, *dict(named).values()], known, used)
@@ -141,7 +149,7 @@ def evaluate(
         models: list[Tower] = []
         for each in opened:
             with failures.of("tower", each.name):
-                models.append(_tower(*each))
+                models.append(opened_tower(*each)._replace(pool=_pool(each.source, known)))
         if individual:
             own = {name for name, _ in named}
             chosen = [task for task in chosen if task.name in own]
@@ -151,7 +159,15 @@ def evaluate(
                     f"write `TASK=SOURCE` for each, such as `{tasks_of(tasks, known)[0].name}=tuned.safetensors`",
                 )
         call = _Call(
-            [name for name, _ in named], base, chosen, settings, individual, targets, output, predictions
+            [name for name, _ in named],
+            base,
+            chosen,
+            settings,
+            individual,
+            targets,
+            output,
+            predictions,
+            ensembles,
         )
         work = CountingWork(
             OpenedTowers(base, dict(named)),
@@ -161,9 +177,22 @@ def evaluate(
             call.several,
         )
         results = _evaluate_open(call, models, engine, work, failures, report)
-    for each in too_good(results):
-        warnings.warn(each.text, MergecliWarning, stacklevel=2)
+    for text in [*(each.text for each in too_good(results)), several_pools(results)]:
+        if text:
+            warnings.warn(text, MergecliWarning, stacklevel=2)
     return Evaluations(results)
+
+
+def _pool(source: Source, known: Recipe | None) -> str | None:
+    """What a recipe says of the pool of one of its models."""
+    if known is None or known.pool is None:
+        return None
+    return known.pool if _place(source) in map(_place, known.tuned.values()) else None
+
+
+def _place(source: Source) -> object:
+    """What two ways to write one source have in common."""
+    return (source.path.resolve(), source.inside, source.task) if source.path else str(source)
 
 
 def _warn_of_contamination(models: Sequence[Candidate], tasks: Sequence[str], individual: bool) -> None:
@@ -197,6 +226,7 @@ def asked(
     routing: str = "sample",
     features: str | Path | None = None,
     routes: str | Path | None = None,
+    logits: bool = False,
 ) -> tuple[Source, list[Task], Settings]:
     """The CLIP, the tasks and the settings that arguments of `evaluate` mean."""
     from mergecli.data.decoding import Corruption
@@ -222,6 +252,7 @@ def asked(
         routing=cast("Routing", routing),
         features=Path(features) if features is not None else None,
         routes=Path(routes) if routes is not None else None,
+        logits=logits,
     )
     return base, chosen, settings
 
@@ -263,25 +294,6 @@ def _told_apart(named: Sequence[tuple[str, Source]]) -> list[tuple[str, Source]]
     return found
 
 
-@dataclass(frozen=True)
-class OpenedTowers:
-    """The towers of checkpoints that are there."""
-
-    base: Source
-    sources: Mapping[str, Source]
-
-    @property
-    def needed(self) -> Iterable[Source]:
-        return self.sources.values()
-
-    def leave(self) -> None:
-        pass
-
-    def open(self, name: str, stack: contextlib.ExitStack) -> Tower:
-        source = self.sources[name]
-        return _tower(name, source, stack.enter_context(open_source(source, self.base)))
-
-
 class _Call(NamedTuple):
     """What `evaluate` was asked for."""
 
@@ -294,6 +306,7 @@ class _Call(NamedTuple):
     """The file of each result."""
     output: str | Path | None
     predictions: str | Path | None
+    ensembles: Ensembles
 
     @property
     def several(self) -> bool:
@@ -319,7 +332,8 @@ def _evaluate_open(
     progress: Progress | None,
 ) -> tuple[Evaluation, ...]:
     """`evaluate` of towers that are open: checks the outputs, counts, and writes them."""
-    settings, names = call.settings, [FINE_TUNED] if call.individual else call.names
+    settings, ensembles = call.settings, call.ensembles
+    names = [FINE_TUNED] if call.individual else [*call.names, *ensembles.names]
     check_share(engine, call.folder)
     _check_files(models, call)
     if engine.is_this_process and not engine.collect:
@@ -334,8 +348,10 @@ def _evaluate_open(
     images: dict[str, TaskImages] = {}
     for task in call.tasks:
         with failures.of("task", task.name):
-            images[task.name] = scoring.images(task)
-            tell(images[task.name].images)
+            found = scoring.images(task)
+            tell(found.images)
+            scoring.check_prompts(found)
+            images[task.name] = found
     for tower in models:
         with failures.of("tower", tower.name):
             known = [images[task] for task in call.pairs(tower.name) if task in images]
@@ -350,7 +366,7 @@ def _evaluate_open(
     total = len(units) + len(failures.units)
     files = UnitFiles(call.folder, settings.max_size, what="its images are counted")
     grid = Grid(scoring, images, units, files, call.several)
-    scoring.check_work([(tower, images[task]) for tower, task in units], several=call.several)
+    scoring.check_features([(tower, images[task]) for tower, task in units], several=call.several)
 
     def planned() -> Plan:
         pairs = sorted(units, key=lambda of: list(images).index(of[1]))  # as they are counted: task by task
@@ -374,6 +390,12 @@ def _evaluate_open(
     results = (
         _evaluations(complete, call, scoring, scores) if complete and not (call.individual and broken) else ()
     )
+    finished = [tower.name for tower in complete]
+    if not broken & set(ensembles.weights):
+        for name, own, facts in ensemble_scores(grid, ensembles, towers, predictions=bool(call.predictions)):
+            scores[name] = own
+            results = (*results, evaluation_of(facts, own.tasks, call.base, scoring))
+            finished.append(name)
     by_name = {result.name: result for result in results}
     for name, target in zip(names, call.targets, strict=False):
         if name in by_name:
@@ -381,8 +403,8 @@ def _evaluate_open(
     if call.predictions is not None:
         rows: dict[str, list[object]] = {}
         for task in images:  # as they are counted: task by task
-            for tower in complete:
-                for column, values in scores[tower.name].predictions.get(task, {}).items():
+            for name in finished:
+                for column, values in scores[name].predictions.get(task, {}).items():
                     rows.setdefault(column, []).extend(values)
         write_predictions(Path(call.predictions), rows)
     if settings.routes is not None:
@@ -449,7 +471,11 @@ def _evaluations(
     about: dict[str, str | None] = {"name": FINE_TUNED, "path": FINE_TUNED, "digest": None, "kind": None, "method": FINE_TUNED}  # fmt: skip
     size = sum(facts[tower.name].bytes for tower in models if tower.name in own)
     together = TowerFacts(
-        about, facts[models[0].name].parameters, size, {tower.name: tower.label for tower in models}
+        about,
+        facts[models[0].name].parameters,
+        size,
+        {tower.name: tower.label for tower in models},
+        pool=models[0].pool,
     )
     return (evaluation_of(together, own, call.base, scoring),)
 
@@ -475,16 +501,6 @@ def evaluation_of(
         bytes=facts.bytes,
         relative_size=facts.bytes / tower_size,
         models=facts.models,
+        recipe_pool=facts.pool,
         looked_at=facts.looked_at,
     )  # fmt: skip
-
-
-def _tower(name: str, source: Source, opened: Checkpoint) -> Tower:
-    """The vision tower of an open checkpoint; raises InputError if something of it is missing."""
-    opened = opened.vision()
-    if left_out := opened.metadata.get(LEFT_OUT):
-        raise InputError(
-            f"{source}: is a tower without {left_out}, which the method's accuracy comes from",
-            "evaluate the whole file, on this task with `--task`",
-        )
-    return Tower(name, source.label, opened)

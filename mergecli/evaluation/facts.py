@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from mergecli.formats.mixture import mixture_of
-from mergecli.storage.metadata import looked_at, made_of
+from mergecli.formats.quantized import quantized_models
+from mergecli.storage.metadata import looked_at, made_of, pool_in
 
 if TYPE_CHECKING:
     from mergecli.evaluation.settings import Settings, Tower
@@ -24,6 +25,8 @@ class TowerFacts:
     bytes: int
     models: Mapping[str, str] = field(default_factory=dict[str, str])
     looked_at: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+    pool: str | None = None
+    """What the recipe says of the models."""
 
     @classmethod
     def of(cls, tower: Tower, base_digest: str, settings: Settings) -> Self:
@@ -36,6 +39,7 @@ class TowerFacts:
             bytes=checkpoint.nbytes,
             models=made_of(metadata)[1],
             looked_at=looked_at(metadata),
+            pool=pool_in(metadata) or tower.pool,
         )
 
     @classmethod
@@ -45,7 +49,7 @@ class TowerFacts:
 
     def to_json(self) -> dict[str, Any]:
         """What `of_json` takes."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "pool" or value is not None}
 
 
 def _checkpoint_facts(tower: Tower, base_digest: str, settings: Settings) -> dict[str, str | None]:
@@ -59,6 +63,8 @@ def _checkpoint_facts(tower: Tower, base_digest: str, settings: Settings) -> dic
         found["routing"] = mixture.router or mixture.routing(settings.routing) or "task"
         if mixture.has_heads:
             found["heads"] = "learned"
+    if quantized := quantized_models(metadata):
+        found["quantized"] = quantized
     return found | made_of(metadata)[0]
 
 

@@ -16,6 +16,8 @@ from mergecli.runtime.errors import InputError, listed
 from mergecli.runtime.notes import note
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergecli.data.images import TaskImages
     from mergecli.runtime.progress import Progress
     from mergecli.storage.units import UnitFiles
@@ -48,6 +50,17 @@ class Grid:
             else:
                 add(scores, self.tasks[task], counted, self.scoring.settings, tower if predictions else "")
         return {tower: scores for tower, scores in found.items() if not scores.missing}
+
+    def logits(self, unit: Unit) -> Tensor:
+        """(N, C) the logits in the unit's file, which is there.
+
+        Raises:
+            InputError: it is there no more.
+        """
+        found = self.files.read(unit, lambda stored: stored.read("logits"))
+        if found is None:
+            raise InputError(f"{self.files.path(unit)}: is gone, or damaged", "give the same command again")
+        return found
 
     def kept(self) -> str:
         """What is kept after an interruption."""

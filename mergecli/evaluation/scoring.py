@@ -33,6 +33,8 @@ from mergecli.runtime.notes import note
 from mergecli.storage.atomic import check_space
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergecli.data.images import Images, TaskImages
     from mergecli.data.tasks import Task
     from mergecli.results.plan import Plan
@@ -91,8 +93,12 @@ class Scoring:
 
     def on(self, split: str | None) -> Scoring:
         """The same on another split, with the same CLIP."""
+        return self.with_limit(self.settings.limit, split)
+
+    def with_limit(self, limit: int | None, split: str | None) -> Scoring:
+        """The same on so many images of each task of a split."""
         other = copy.copy(self)
-        other.settings, other._images = replace(self.settings, split=split), {}
+        other.settings, other._images = replace(self.settings, split=split, limit=limit), {}
         return other
 
     def check(self, tower: Tower, tasks: Iterable[str]) -> tuple[str, ...]:
@@ -125,9 +131,9 @@ class Scoring:
         if self.settings.routes and not any(experts):
             raise UsageError(
                 "--routes: none of the checkpoints holds a tower that routes",
-                "`weight_ensembling_moe`, `efficient_weight_ensembling_moe`, `esm_plus_plus` and `smile` make some",
+                "`weight_ensembling_moe`, `efficient_weight_ensembling_moe`, `esm_plus_plus`, `mass` and `smile` make some",
             )
-        if self.settings.features and (found := [each.name for each in towers if _finds_tasks(each)]):
+        if self.settings.features and (found := [each.name for each in towers if _sends_on(each)]):
             raise UsageError(
                 f"--features: {quoted(found)}: each image goes through the tower of the task that is found for it",
                 "name the tower of one task: `FILE#TASK`",
@@ -153,17 +159,18 @@ class Scoring:
             )
         return self._images[task.name]
 
-    def check_work(self, pairs: Iterable[tuple[str, TaskImages]], *, several: bool) -> None:
-        """Raises InputError if a prompt is too long, or the disk has no room for the features of these towers on these tasks."""
+    def check_prompts(self, of_task: TaskImages) -> None:
+        """Raises InputError if a prompt of a task is too long, unless its head is kept and no prompt is read."""
         from mergecli.clip.heads import check_prompts, has_head
 
-        wanted = list(pairs)
-        for each in {of_task.task.name: of_task for _, of_task in wanted}.values():
-            of = each.classes, each.task.templates
-            if not has_head(self.clip, self.digests.text, *of, self.settings.max_size):
-                check_prompts(self.clip, *of)
+        of = of_task.classes, of_task.task.templates
+        if not has_head(self.clip, self.digests.text, *of, self.settings.max_size):
+            check_prompts(self.clip, *of)
+
+    def check_features(self, pairs: Iterable[tuple[str, TaskImages]], *, several: bool) -> None:
+        """Raises InputError if the disk has no room for the features of these towers on these tasks."""
         sizes: dict[Path, int] = {}
-        for tower, of_task in wanted:
+        for tower, of_task in pairs:
             if file := feature_file(self.settings.features, tower, of_task.task.name, several):
                 sizes[file] = feature_size(self.clip, len(of_task.images))
         check_space(sizes)
@@ -209,6 +216,7 @@ class Scoring:
             "corruption": settings.corruption,
             "batch_size": settings.batch_size,
             **({"routes": True} if settings.routes else {}),
+            **({"logits": True} if settings.logits else {}),
         }
         return sha256(json.dumps(about).encode()).hexdigest()[:32]
 
@@ -297,7 +305,7 @@ class Scoring:
     def _job(
         self, of_task: TaskImages, unit: Unit, tower: Tower, save: Callable[[Unit, bytes, float], None]
     ) -> Job:
-        routes = RouteSums() if self.settings.routes and self.check(tower, ()) else None
+        routes = RouteSums() if self.settings.routes and _routes_images(tower) else None
 
         def write(job: Job) -> None:
             facts = TowerFacts.of(tower, self.digests.vision, self.settings)
@@ -312,10 +320,11 @@ class Scoring:
                     else {}
                 ),
             }
-            save(unit, counts_file(job.counts, metadata), job.seconds)
+            save(unit, counts_file(job.counts, metadata, job.logits), job.seconds)
 
         name = of_task.task.name
-        return Job(tower.checkpoint, name, len(of_task.images), write, routes=routes)
+        logits: list[Tensor] | None = [] if self.settings.logits else None
+        return Job(tower.checkpoint, name, len(of_task.images), write, routes=routes, logits=logits)
 
     @cached_property
     def _slots(self) -> list[ModelSlot]:
@@ -355,8 +364,12 @@ def _task_found(tower: Tower, job: Job) -> float | None:
     return job.tasks.count(tasks.index(job.task)) / len(job.tasks) if job.task in tasks else None
 
 
-def _finds_tasks(tower: Tower) -> bool:
-    return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).router is not None
+def _sends_on(tower: Tower) -> bool:
+    return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).sends_on
+
+
+def _routes_images(tower: Tower) -> bool:
+    return tower.checkpoint.is_mixture and mixture_of(tower.checkpoint).is_routed
 
 
 def _routes_batches(tower: Tower) -> bool:

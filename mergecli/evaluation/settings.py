@@ -41,6 +41,8 @@ class Settings:
     """The folder that gets the features of every layer."""
     routes: Path | None = None
     """The folder that gets the routes of towers that route."""
+    logits: bool = False
+    """Whether the logits of every image are kept, which ensembles are made of."""
 
     def __post_init__(self) -> None:
         """Raises UsageError if dtype, routing or corruption are unknown, or a number is below 1."""
@@ -68,5 +70,7 @@ class Tower(NamedTuple):
     """What results call its source."""
     checkpoint: Checkpoint
     """The vision tower only, open."""
+    pool: str | None = None
+    """What a recipe says of it that has it among its models."""
     identity: str = ""
     """What tells it from others before it is merged; empty for one that is told by its content."""

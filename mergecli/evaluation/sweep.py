@@ -86,8 +86,8 @@ class Swept:
     def near(self) -> list[int]:
         """Points whose average does not differ significantly from the best one's: the 95 % interval of the difference, as if
         they had seen different images, contains 0."""
-        best = _counts(self.results[self.best])
-        intervals = [difference_interval(best, _counts(each)) for each in self.results]
+        best = counts_of(self.results[self.best])
+        intervals = [difference_interval(best, counts_of(each)) for each in self.results]
         return [
             number
             for number, each in enumerate(intervals)
@@ -186,7 +186,7 @@ def sweep(
             check(stand_in, split=each)
     confirm = partial(stand_in, split=split) if select else None
     work_begins(
-        partial(_plan, points, kept, targets, device, partial(stand_in, split=select or split), confirm)
+        partial(sweep_plan, points, kept, targets, device, partial(stand_in, split=select or split), confirm)
     )
     known = identities(points, settings.device)
     scoring = Scoring(model_path(base), settings)
@@ -197,11 +197,11 @@ def sweep(
         merges = MergedPoints({point.name: point for point in points}, known, folder, settings.device)
 
         def run(scoring: Scoring, points: Sequence[Point], engine: Engine) -> tuple[Grid, list[Failure]]:
-            grid = _grid(scoring, points, tasks, known, files)
+            grid = grid_of(scoring, points, tasks, known, files)
             work = CountingWork(
                 merges, base, {task.name: task for task in tasks}, scoring.settings, several=True
             )
-            here = partial(_count, grid, points, kept, folder, report)
+            here = partial(count_points, grid, points, kept, folder, report)
             return grid, fill(grid, engine, work, here, report, window=WINDOW)
 
         grid, failures = run(scoring, points, engine)
@@ -209,7 +209,7 @@ def sweep(
             if failures:
                 raise FailedUnitsError(failures, len(grid.units))
             return Swept(points, (), 0, select or "", None)
-        results = _results(grid, points, base)
+        results = results_of(grid, points, base)
         points = tuple(point for point in points if point.name in results)
         if not points:
             raise FailedUnitsError(failures, len(grid.units))
@@ -218,7 +218,7 @@ def sweep(
         if select is not None:
             alone = replace(engine, part=None, collect=False, keep_going=False)
             own, _ = run(scoring.on(split), [best], alone)
-            confirmed = _results(own, [best], base)[best.name]
+            confirmed = results_of(own, [best], base)[best.name]
             done += own.units.values()
     every = [results[point.name] for point in points]
     splits = {score.split for score in every[0].tasks.values()}
@@ -296,7 +296,7 @@ def _make_room(folder: Path) -> None:
         sizes.pop(0)
 
 
-def _grid(
+def grid_of(
     scoring: Scoring, points: Sequence[Point], tasks: Sequence[Task], known: Identities, files: UnitFiles
 ) -> Grid:
     """The units of the points on the scoring's split."""
@@ -311,20 +311,30 @@ def _grid(
     return Grid(scoring, images, units, files, several=True)
 
 
-def _count(
+def count_points(
     grid: Grid,
     points: Sequence[Point],
     kept: Path | None,
     folder: Path,
     progress: Progress | None,
     missing: Sequence[Unit],
+    *,
+    stay: bool = False,
 ) -> None:
-    """Merges the points that have units missing, as many at a time as there is room for, and counts them in this process."""
+    """Merges the points that have units missing, as many at a time as there is room for, and counts them in this process.
+
+    Args:
+        stay: whether merges that fit into the folder together stay there, for the next call.
+    """
     wanted = {unit.of[0] for unit in missing}
     device = grid.scoring.settings.device
-    for batch in _batches([point for point in points if kept or point.name in wanted], kept):
+    batches = list(_batches([point for point in points if kept or point.name in wanted], kept))
+    stay = stay and len(batches) == 1
+    for batch in batches:
         files = point_files(batch, kept or folder)
-        merge_batch(batch, kept or folder, device=device, progress=progress)
+        new = [point for point, path in zip(batch, files, strict=True) if kept or not path.exists()]
+        if new:
+            merge_batch(new, kept or folder, device=device, progress=progress)
         with ExitStack() as stack:
             towers = {
                 path.stem: Tower(path.stem, path.stem, stack.enter_context(open_checkpoint(path)).vision())
@@ -333,12 +343,12 @@ def _count(
             for tower in towers.values():
                 grid.scoring.check(tower, grid.tasks)
             grid.count([unit for unit in missing if unit.of[0] in towers], towers, progress)
-        if not kept:
+        if not kept and not stay:
             for path in files:
                 path.unlink()
 
 
-def _results(grid: Grid, points: Sequence[Point], base: Source) -> dict[str, Evaluation]:
+def results_of(grid: Grid, points: Sequence[Point], base: Source) -> dict[str, Evaluation]:
     """Point -> its result, of those that are counted on every task."""
     scores = grid.scores()
     found: dict[str, Evaluation] = {}
@@ -351,7 +361,7 @@ def _results(grid: Grid, points: Sequence[Point], base: Source) -> dict[str, Eva
     return found
 
 
-def _plan(
+def sweep_plan(
     points: Sequence[Point],
     kept: Path | None,
     outputs: Sequence[Path],
@@ -409,7 +419,7 @@ def _batches(points: Sequence[Point], kept: Path | None) -> Iterator[Sequence[Po
         yield points[start : start + share]
 
 
-def _counts(result: Evaluation) -> list[Count]:
+def counts_of(result: Evaluation) -> list[Count]:
     return [Count(each.correct, each.images) for each in result.tasks.values()]
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from mergecli.evaluation.scoring import Scoring
 from mergecli.evaluation.settings import Settings, Tower
-from mergecli.formats.opening import model_path
+from mergecli.formats.mixture import LEFT_OUT
+from mergecli.formats.opening import model_path, open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.runtime.engines.contract import Unit
 from mergecli.runtime.engines.worker import node
@@ -19,6 +20,7 @@ from mergecli.storage.sources import Source
 
 if TYPE_CHECKING:
     from mergecli.data.tasks import Task
+    from mergecli.storage.checkpoint import Checkpoint
 
 _MOST = 64
 """Towers that a worker keeps open: files, not weights."""
@@ -39,6 +41,36 @@ class Towers(Protocol):
     def leave(self) -> None:
         """Removes what was put on this machine."""
         ...
+
+
+@dataclass(frozen=True)
+class OpenedTowers:
+    """The towers of checkpoints that are there."""
+
+    base: Source
+    sources: Mapping[str, Source]
+
+    @property
+    def needed(self) -> Iterable[Source]:
+        return self.sources.values()
+
+    def leave(self) -> None:
+        pass
+
+    def open(self, name: str, stack: ExitStack) -> Tower:
+        source = self.sources[name]
+        return opened_tower(name, source, stack.enter_context(open_source(source, self.base)))
+
+
+def opened_tower(name: str, source: Source, opened: Checkpoint) -> Tower:
+    """The vision tower of an open checkpoint; raises InputError if something of it is missing."""
+    opened = opened.vision()
+    if left_out := opened.metadata.get(LEFT_OUT):
+        raise InputError(
+            f"{source}: is a tower without {left_out}, which the method's accuracy comes from",
+            "evaluate the whole file, on this task with `--task`",
+        )
+    return Tower(name, source.label, opened)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from mergecli.formats.lora_files import Adapter, is_adapter, open_adapter
 from mergecli.formats.mixture import mixture_of
 from mergecli.formats.open_clip_names import read_through
 from mergecli.formats.opening import is_model, model_path, open_source
+from mergecli.formats.quantized import about_quantization, dequantized
 from mergecli.runtime.errors import InputError
 from mergecli.storage.atomic import check_targets
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
@@ -48,6 +49,9 @@ class Info:
     still has them."""
     mixture: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of a mixture: its tasks, whether it routes or is task-conditioned, and how large it is beside one tower."""
+    quantized: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of a file of quantized tensors: bits, what they lose, and the file that it shares with others; its tensors and its digest
+    are those that it is read as. Of what was merged from such files: how many, and what they lost."""
     warnings: tuple[str, ...] = ()
     """What speaks against its use."""
 
@@ -105,7 +109,7 @@ def _opened(checkpoint: str | Path) -> Info:
         adapter = open_adapter(path)
         with adapter.stored as stored:
             return replace(_info(source, stored), kind="adapter", is_model=True, adapter=_about(adapter))
-    with read_through(open_checkpoint(path)) as whole:
+    with dequantized(read_through(open_checkpoint(path))) as whole:
         return _info(source, whole)
 
 
@@ -128,6 +132,7 @@ def _info(source: Source, whole: Checkpoint) -> Info:
         is_model=is_model(each),
         coefficients=coefficients_of(each),
         mixture=_about_mixture(each) if each.is_mixture else {},
+        quantized=about_quantization(each),
         warnings=tuple(found.text for found in findings_of(source, each)),
     )
 
@@ -157,7 +162,8 @@ def _about(adapter: Adapter) -> dict[str, str]:
         "modules": f"{len(adapter.modules)} ({', '.join(ends)})",
     }
     if error := adapter.stored.metadata.get("error"):
-        about["error"] = f"{error} of the change it was extracted from"
+        origin = "merged change" if "method" in adapter.stored.metadata else "change it was extracted from"
+        about["error"] = f"{error} of the {origin}"
     if adapter.whole:
         about["whole tensors"] = str(len(adapter.whole))
     if config.base:

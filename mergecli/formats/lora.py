@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergecli.formats.lora_files import Adapter
-from mergecli.runtime.errors import InputError, listed
+from mergecli.runtime.errors import InputError, listed, quoted
 from mergecli.storage.checkpoint import VISION, Checkpoint
 from mergecli.storage.lazy_checkpoint import BlockReader, LazyCheckpoint, lazy_checkpoint
 from mergecli.storage.safetensors_format import entry_count
@@ -21,13 +21,63 @@ ROWS = 8
 """Rows of a weight that are multiplied together: always the same ones, so that no entry depends on how the weight is
 cut into blocks. Products of other shapes round otherwise."""
 
+Kind = Literal["linear", "convolution", "embedding"]
+"""Of a module; peft has names and shapes of its own for the factors of each."""
+
 KEPT = 4
 """Weights whose factors are kept in memory: those that several threads read at one time."""
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """The change s B A of one weight."""
+
+    module: str
+    """As the adapter calls it."""
+    kind: Kind
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    """Of B and A as matrices: (O, k) and (k, I)."""
+    load: Callable[[], tuple[Tensor, Tensor, Tensor | None]]
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """k, which of a linearized adapter is twice its own."""
+        return self.shapes[1][0]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(O, k) s B and (k, I) A in float64."""
+        left, right, _ = self.load()
+        return left.double() * self.scaling, right.double()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedCheckpoint(LazyCheckpoint):
+    """A base with an adapter added."""
+
+    base: Checkpoint
+    adapter: Adapter
+    changes: Mapping[str, LowRank]
+    """Weight -> its change, which of DoRA is only a part of it."""
+    dtype: str | None
+    """What base and change are rounded to together."""
+
+    @property
+    def more_than_low_rank(self) -> str:
+        """What it changes that no product of factors of low rank does; empty if there is nothing."""
+        if self.adapter.config.use_dora:
+            return "is a DoRA, whose change is not of low rank"
+        if self.dtype is not None:
+            return f"is rounded to {self.dtype} together with its base"
+        others = [name for name, parts in self.adapter.modules.items() if "B.bias" in parts]
+        if whole := [*self.adapter.whole, *(f"{name}.bias" for name in others)]:
+            return f"changes whole tensors too: {quoted(whole)}"
+        return ""
+
+
 def adapted(
     base: Checkpoint, adapter: Adapter, *, path: Path | None = None, dtype: str | None = None
-) -> LazyCheckpoint:
+) -> AdaptedCheckpoint:
     """The base with the adapter added, as a checkpoint; nothing is computed before it is read.
 
     LoRA (Hu et al. 2021, arXiv 2106.09685): W + s B A. Linearized at (A0, B0) (Tang et al. 2024, arXiv 2310.04742):
@@ -50,9 +100,11 @@ def adapted(
         )
     load = lru_cache(KEPT)(partial(_load, adapter))
     readers: dict[str, BlockReader] = {}
+    changes: dict[str, LowRank] = {}
     for module, parts in adapter.modules.items():
         name = f"{prefix}{module}.weight"
-        readers[name] = _Weight(base, name, partial(load, module), adapter.config.scaling(module)).read_block
+        changes[name] = _low_rank(adapter, module, partial(load, module))
+        readers[name] = _Weight(base, name, changes[name].load, changes[name].scaling).read_block
         if "B.bias" in parts:
             name = f"{prefix}{module}.bias"
             scaling = adapter.config.scaling(module)
@@ -61,7 +113,22 @@ def adapted(
         readers[prefix + name] = partial(_replace, adapter.stored, key)
     metadata = {key: text for key, text in adapter.stored.metadata.items() if key in ("method", "inputs")}
     lazy = lazy_checkpoint(base, readers, dtype=dtype, path=path, metadata=metadata, others=(adapter.stored,))
-    return replace(lazy, files=(*lazy.files, adapter.config.path))
+    known: dict[str, Any] = {**vars(lazy), "files": (*lazy.files, adapter.config.path)}
+    return AdaptedCheckpoint(**known, base=base, adapter=adapter, changes=changes, dtype=dtype)
+
+
+def _low_rank(
+    adapter: Adapter, module: str, load: Callable[[], tuple[Tensor, Tensor, Tensor | None]]
+) -> LowRank:
+    entries = {part: adapter.stored.entries[key].shape for part, key in adapter.modules[module].items()}
+    if "embedding_A" in entries:
+        (rank, rows), (width, _) = entries["embedding_A"], entries["embedding_B"]
+        kind: Kind = "embedding"
+    else:
+        (rows, rank, *_), (_, *inner) = entries["B"], entries["A"]
+        width, kind = entry_count(tuple(inner)), "linear" if len(inner) == 1 else "convolution"
+    rank *= 2 if adapter.is_linearized else 1
+    return LowRank(module, kind, ((rows, rank), (rank, width)), load, adapter.config.scaling(module))
 
 
 def _prefix(base: Checkpoint, adapter: Adapter) -> str:

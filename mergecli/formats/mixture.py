@@ -48,6 +48,11 @@ class OpenMixture:
         """What finds the task of an image, whose own tower it then goes through; None if nothing does."""
         return self.method.router if isinstance(self.method, FindsTask) else None
 
+    @property
+    def sends_on(self) -> bool:
+        """Whether an image passes once to find its weights, and then through them."""
+        return isinstance(self.method, Routed) and self.method.sends_on
+
     def routing(self, asked: Routing) -> Routing | None:
         """How it routes when it is asked to do so by samples or by batches; None if it is task-conditioned."""
         if not isinstance(self.method, Routed) or not self.method.is_routed:
@@ -72,7 +77,7 @@ class OpenMixture:
         }
         kept = {
             key: self.stored.metadata[key]
-            for key in ("format", "mergecli", "method", "recipe", "inputs")
+            for key in ("format", "mergecli", "method", "recipe", "inputs", "quantized")
             if key in self.stored.metadata
         }
         if isinstance(self.method, Routed) and self.method.is_routed:

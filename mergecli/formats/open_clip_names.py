@@ -110,18 +110,66 @@ def renaming(path: Path, shapes: Mapping[str, Shape], *, opened: bool) -> Renami
     return Renaming(origins, tuple(name for name in shapes if name not in used))
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of our tensors in a tensor of open_clip."""
+
+    name: str
+    origin: Origin
+    """Where it lies there."""
+
+
+def open_clip_parts(path: Path, names: Iterable[str]) -> dict[str, list[Part]]:
+    """Tensor of open_clip's CLIP -> ours that it is made of: one, or queries, keys and values in order.
+
+    Args:
+        names: ours, of a whole CLIP.
+
+    Raises:
+        InputError: a tensor of a CLIP is not among them, or there are others.
+    """
+    known = set(names)
+    layers = {tower: _layers(tower, known) for tower in (VISION, _TEXT)}
+    origins = _whole("", "", "visual.", layers[VISION], layers[_TEXT])
+    problems = [f"lacks tensor `{name}`" for name in sorted(origins.keys() - known)]
+    problems += [f"has an extra tensor `{name}`" for name in sorted(known - origins.keys())]
+    if problems:
+        raise InputError(
+            f"{path}: has not the tensors of a CLIP:\n{listed(problems, 10)}",
+            "only OpenAI's architecture, such as ViT-B-32, has a place in open_clip's `CLIP`",
+        )
+    found: dict[str, list[Part]] = {}
+    for name, origin in origins.items():
+        found.setdefault(origin.name, []).append(Part(name, origin))
+    return found
+
+
+def _layers(tower: str, names: Iterable[str]) -> int:
+    start = f"{tower}encoder.layers."
+    return len({name.removeprefix(start).partition(".")[0] for name in names if name.startswith(start)})
+
+
+def _whole(whole: str, text: str, visual: str, layers: int, text_layers: int) -> dict[str, Origin]:
+    """The origins of a whole CLIP: `whole` is what the names of all begin with, `text` and `visual` those of its towers."""
+    return {
+        **_tower(visual, layers),
+        **_text_tower(text, text_layers),
+        "visual_projection.weight": Origin(visual + "proj", transposed=True),
+        "text_projection.weight": Origin(text + "text_projection", transposed=True),
+        "logit_scale": Origin(whole + "logit_scale", scalar=True),
+    }
+
+
 def _clip(path: Path, root: str, shapes: Mapping[str, Shape]) -> Renaming:
     """The renaming of a CLIP whose vision tower's names begin with `root`."""
-    origins = _tower(root, shapes)
+    layers = _blocks_of(root, shapes)
+    origins = _tower(root, layers)
     inside = [root]
     whole = root.removesuffix("visual.")
     text = whole + "text." if any(name.startswith(whole + "text.transformer.") for name in shapes) else whole
     if root.endswith("visual.") and any(name.startswith(text + "transformer.resblocks.") for name in shapes):
         inside.append(text + "transformer.")
-        origins |= _text_tower(text, shapes)
-        origins["visual_projection.weight"] = Origin(root + "proj", transposed=True)
-        origins["text_projection.weight"] = Origin(text + "text_projection", transposed=True)
-        origins["logit_scale"] = Origin(whole + "logit_scale", scalar=True)
+        origins = _whole(whole, text, root, layers, _blocks_of(text, shapes))
     used = {origin.name for origin in origins.values()}
     left_out = [name for name in shapes if name not in used]
     problems = [f"lacks tensor `{name}`" for name in sorted(used - shapes.keys())]
@@ -141,33 +189,37 @@ def _clip(path: Path, root: str, shapes: Mapping[str, Shape]) -> Renaming:
     return Renaming(origins)
 
 
-def _tower(root: str, names: Iterable[str]) -> dict[str, Origin]:
+def _blocks_of(root: str, names: Iterable[str]) -> int:
+    """How many transformer blocks there are in the file."""
+    start = f"{root}transformer.resblocks."
+    return len({name.removeprefix(start).partition(".")[0] for name in names if name.startswith(start)})
+
+
+def _tower(root: str, layers: int) -> dict[str, Origin]:
     return {
         VISION + "embeddings.class_embedding": Origin(root + "class_embedding"),
         VISION + "embeddings.patch_embedding.weight": Origin(root + "conv1.weight"),
         VISION + "embeddings.position_embedding.weight": Origin(root + "positional_embedding"),
         **_pair(VISION + "pre_layrnorm", root + "ln_pre"),
         **_pair(VISION + "post_layernorm", root + "ln_post"),
-        **_blocks(VISION, root, names),
+        **_blocks(VISION, root, layers),
     }
 
 
-def _text_tower(root: str, names: Iterable[str]) -> dict[str, Origin]:
+def _text_tower(root: str, layers: int) -> dict[str, Origin]:
     return {
         _TEXT + "embeddings.token_embedding.weight": Origin(root + "token_embedding.weight"),
         _TEXT + "embeddings.position_embedding.weight": Origin(root + "positional_embedding"),
         **_pair(_TEXT + "final_layer_norm", root + "ln_final"),
-        **_blocks(_TEXT, root, names),
+        **_blocks(_TEXT, root, layers),
     }
 
 
-def _blocks(ours: str, root: str, names: Iterable[str]) -> dict[str, Origin]:
-    """As many transformer blocks as there are in the file."""
-    start = root + "transformer.resblocks."
-    numbers = {name.removeprefix(start).partition(".")[0] for name in names if name.startswith(start)}
+def _blocks(ours: str, root: str, layers: int) -> dict[str, Origin]:
+    """Of so many transformer blocks."""
     origins: dict[str, Origin] = {}
-    for number in range(len(numbers)):
-        new, old = f"{ours}encoder.layers.{number}.", f"{start}{number}."
+    for number in range(layers):
+        new, old = f"{ours}encoder.layers.{number}.", f"{root}transformer.resblocks.{number}."
         for theirs, name in _BLOCK.items():
             origins |= _pair(new + name, old + theirs)
         for third, letter in enumerate("qkv"):

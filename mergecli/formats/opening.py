@@ -10,6 +10,7 @@ from mergecli.formats.lora import adapted
 from mergecli.formats.lora_files import expect_base, is_adapter, open_adapter
 from mergecli.formats.mixture import mixture_of
 from mergecli.formats.open_clip_names import read_through
+from mergecli.formats.quantized import dequantized
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.checkpoint import MIXTURE, TASK_VECTOR, Checkpoint, open_checkpoint
 from mergecli.storage.lazy_checkpoint import rounded
@@ -51,7 +52,8 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
         else:
             under = replace(source, adapter=None, dtype=None, leave_out=())
             opened = _of_task(
-                _model(stack.enter_context(read_through(open_checkpoint(path, cure=cure)))), source
+                _model(stack.enter_context(dequantized(read_through(open_checkpoint(path, cure=cure))))),
+                source,
             )
             if opened.is_mixture and (added or source.dtype):
                 raise InputError(

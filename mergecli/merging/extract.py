@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mergecli.formats.linear_layers import chosen_layers, expect_room, is_end, modules_of
-from mergecli.formats.lora_config import CONFIG
-from mergecli.formats.lora_files import PLAIN, base_name, check_adapter_folder
+from mergecli.formats.linear_layers import chosen_layers, expect_room
+from mergecli.formats.lora_files import PLAIN, check_adapter_folder
+from mergecli.formats.lora_writer import Factors, write_adapter
+from mergecli.merging.low_rank import Change, dropped, factored, relative
 from mergecli.merging.models import open_models
 from mergecli.methods._base import Group, Unit
-from mergecli.methods._svd import decompose
 from mergecli.recipe.reading import recipe_of
-from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
+from mergecli.recipe.schema import DTYPES, recipe_text
 from mergecli.runtime.errors import UsageError, did_you_mean
 from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.atomic import expect_finite, refuse_inputs, whole_folder
-from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.metadata import about, inputs_of
-from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES
-from mergecli.storage.safetensors_writer import SafetensorsWriter
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mergecli.storage.safetensors_format import DTYPE_BYTES
 
 _NAME = "tuned"
 
@@ -104,38 +95,34 @@ def extract(
         if rank is not None:
             expect_room(rank, reference, chosen)
 
-        def work(_: int, group: Group) -> tuple[str, _Change]:
+        def work(_: int, group: Group) -> tuple[str, Change]:
             delta, keep = group.deltas[0], group.name in chosen
-            return group.name, _factored(delta, rank, energy, dtype) if keep else _dropped(delta)
+            return group.name, factored(delta, rank, energy, dtype) if keep else dropped(delta)
 
-        changes: dict[str, _Change] = {}
+        changes: dict[str, Change] = {}
         for name, change in models.map(work, unit=Unit.TENSOR):
             changes[name] = change
             if report:
                 report("extracting", len(changes), len(models.floats))
         found = {module: changes[name] for name, module in chosen.items()}
-        config = _config(reference, recipe, {module: change.rank for module, change in found.items()})
         # of a task vector the base is known, though it is not read
         origin = {key: each for key, each in inputs_of(models.tuned[_NAME].metadata).items() if key == "base"}
-        error, error_of_modules = _relative(changes.values()), _relative(found.values())
+        error, error_of_modules = relative(changes.values()), relative(found.values())
         metadata = about(
             "adapter", recipe=recipe_text(recipe), inputs={**origin, **models.digests()}, error=f"{error:.6g}",
             error_of_modules=f"{error_of_modules:.6g}",
         )  # fmt: skip
-        tensors = {key: factor for module, change in found.items() for key, factor in _keys(module, change)}
-        layout = {key: (SAFETENSORS_NAMES[dtype], tuple(factor.shape)) for key, factor in tensors.items()}
+        factors = {module: Factors(*change.factors) for module, change in found.items() if change.factors}
+        tensors = {key: each for module, own in factors.items() for key, each in own.tensors(module).items()}
         expect_finite(
             tensors, target, "its training diverged, or the file is damaged: take an earlier checkpoint"
         )
         with whole_folder(target) as folder:
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            with SafetensorsWriter(folder / PLAIN, layout, metadata) as writer:
-                for key, factor in tensors.items():
-                    writer.write(key, factor)
+            write_adapter(folder, factors, reference, recipe.base, metadata)
         return Extracted(
             path=target,
             ranks={module: change.rank for module, change in found.items()},
-            errors={name: _relative([change]) for name, change in changes.items()},
+            errors={name: relative([change]) for name, change in changes.items()},
             error=error,
             error_of_modules=error_of_modules,
             dropped=tuple(name for name, each in changes.items() if each.norm and not each.factors),
@@ -143,78 +130,3 @@ def extract(
             size=(target / PLAIN).stat().st_size,
             tower_size=sum(each.size * DTYPE_BYTES[each.dtype] for each in reference.entries.values()),
         )
-
-
-@dataclass(frozen=True)
-class _Change:
-    """Squared norms of a tensor's change and of what is lost of it, and the factors that are kept."""
-
-    norm: float
-    lost: float
-    factors: tuple[Tensor, ...] = ()
-    """(k, I) and (O, k)."""
-
-    @property
-    def rank(self) -> int:
-        return len(self.factors[0])
-
-
-def _dropped(delta: Tensor) -> _Change:
-    norm = _square(delta)
-    return _Change(norm, norm)
-
-
-def _factored(delta: Tensor, rank: int | None, energy: float | None, dtype: str) -> _Change:
-    import torch
-
-    left, values, right = decompose(delta, rank)
-    if energy is not None:
-        kept = values.square().cumsum(0)
-        rank = int((kept < energy * kept[-1]).sum()) + 1
-        left, values, right = left[:, :rank], values[:rank], right[:, :rank]
-    root = values.sqrt()
-    first, second = ((root * each).to(getattr(torch, dtype)) for each in (right, left))
-    first = first.T.contiguous()
-    lost = delta.double() - second.double() @ first.double()
-    return _Change(_square(delta), _square(lost), (first, second))
-
-
-def _square(values: Tensor) -> float:
-    return float(values.double().square().sum())
-
-
-def _relative(changes: Iterable[_Change]) -> float:
-    every = list(changes)
-    norm = math.fsum(change.norm for change in every)
-    return math.sqrt(math.fsum(change.lost for change in every) / norm) if norm else 0.0
-
-
-def _keys(module: str, change: _Change) -> list[tuple[str, Tensor]]:
-    key = f"base_model.model.{module}.lora_"
-    return [(f"{key}{part}.weight", factor) for part, factor in zip("AB", change.factors, strict=True)]
-
-
-def _config(reference: Checkpoint, recipe: Recipe, ranks: Mapping[str, int]) -> dict[str, object]:
-    """The adapter's configuration: every alpha is the rank, so that the factors are not scaled."""
-    ends = sorted({module.rpartition(".")[2] for module in ranks})
-    by_ends = {
-        module
-        for module in modules_of(reference, range(1, 9)).values()
-        if any(is_end(each, module) for each in ends)
-    }
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {module: each for module, each in ranks.items() if each != rank}
-    return {
-        "alpha_pattern": others,
-        "base_model_name_or_path": base_name(recipe.base) if recipe.base else None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "lora_alpha": rank,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": others,
-        "target_modules": ends if by_ends == set(ranks) else sorted(ranks),
-        "use_dora": False,
-        "use_rslora": False,
-    }

@@ -8,30 +8,38 @@ so that the same inputs and recipe give the same bytes. Of a whole CLIP only the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergecli import methods
+from mergecli.formats.lora import AdaptedCheckpoint
+from mergecli.formats.quantized import models_metadata
 from mergecli.merging.learning.files import Learned, Learning, LearningFiles
 from mergecli.merging.learning.learn import learning
+from mergecli.merging.low_rank_target import AdapterWriter, target_in, target_of
 from mergecli.merging.merge_plan import merge_plan
-from mergecli.merging.merge_target import MergeTarget, cast
+from mergecli.merging.merge_target import Merged, MergeTarget, ModelWriter, cast, foreign_vectors
 from mergecli.merging.models import ModelPasses, Models, open_models
+from mergecli.merging.onto import Onto, begin, go_on
+from mergecli.merging.spaces import in_space, space_of
 from mergecli.methods._base import DataDriven, Group, Method, TwoPass, Unit
 from mergecli.methods._bitmasks import packed_size
 from mergecli.methods._calibrated import Calibrated
+from mergecli.methods._continual import Continual
+from mergecli.methods._learned import Learner
 from mergecli.methods._mixture import extra_values, outcomes
 from mergecli.recipe.reading import Override, recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.results.card import write_card
 from mergecli.runtime.distributed import is_first
-from mergecli.runtime.dry_run import work_begins
-from mergecli.runtime.errors import UsageError, quoted
+from mergecli.runtime.dry_run import is_dry, work_begins
+from mergecli.runtime.errors import MergecliWarning, UsageError, quoted
 from mergecli.runtime.progress import AnyProgress, Progress, shown
 from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import made_again
@@ -43,24 +51,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Merged:
-    """What `merge` wrote."""
-
-    path: Path
-    method: str
-    tasks: tuple[str, ...]
-    tensors: int
-    parameters: int
-    inputs: Mapping[str, str]
-    """Input -> digest of its content."""
-    digest: str = ""
-    """Of the content, as `info` shows it; empty in processes that write nothing."""
-    warnings: tuple[str, ...] = ()
-    card: Path | None = None
-    """The model card, if one was written."""
-
-
 def merge(
     recipe: str | Path | Recipe | Mapping[str, str | Path],
     *,
@@ -70,6 +60,11 @@ def merge(
     settings: Mapping[str, Any] | None = None,
     changes: Sequence[str] = (),
     dtype: str | None = None,
+    as_adapter: bool = False,
+    rank: int | None = None,
+    onto: str | Path | None = None,
+    replace: str | None = None,
+    without: Sequence[str] = (),
     device: str = "cpu",
     shard_size: str | None = None,
     card: bool | None = None,
@@ -85,12 +80,18 @@ def merge(
 
     Args:
         recipe: a recipe or its file; or the fine-tuned models themselves, name -> source, in the order of all sums.
-        output: a `.safetensors` file, or a Hugging Face folder if the name has no suffix.
+        output: a `.safetensors` file, or a Hugging Face folder if the name has no suffix; of an adapter, its folder.
         base: the base model, where `recipe` is a mapping.
         method: a method's name; replaces the recipe's.
         settings: the method's settings, with `method`.
         changes: further changes to the recipe, each `key=value` as for `--set`.
         dtype: of the output, in place of the recipe's: same, float32, float16 or bfloat16.
+        as_adapter: write an adapter that plain peft loads, in place of weights.
+        rank: the most that its rank may be; by default as much as the merge has.
+        onto: an earlier merge, to which the recipe's models are added without its own; or the base, on which a chain begins. What
+            the next step needs is written beside the output, `NEXT.state.safetensors`.
+        replace: with `onto`, `TASK` or `TASK=SOURCE`: the earlier model of that task, in whose place the new one comes.
+        without: with `onto`, the same of earlier models that are taken out.
         device: where the method computes; files are read and written by the CPU.
         shard_size: of the files of a folder, such as `2GB`; by default there is one file.
         card: whether a model card is written, `README.md` in the folder or beside the file; by default for a folder.
@@ -105,17 +106,45 @@ def merge(
     Raises:
         UsageError: the recipe is wrong. InputError: a model is missing, damaged, or does not fit the others.
     """
-    written_in = [Override("dtype", dtype, "--dtype")] if dtype is not None else []
+    written_in = [
+        Override(key, value, option)
+        for key, value, option in (
+            ("dtype", dtype, "--dtype"),
+            ("as_adapter", as_adapter or None, "--as-adapter"),
+            ("rank", rank, "--rank"),
+        )
+        if value is not None
+    ]
     recipe = recipe_of(
         recipe, base=base, method=method, settings=settings, changes=changes, overrides=written_in
     )
     given = (statistics, coefficients, save_coefficients, trace, plot, tensorboard)
     files = LearningFiles(*(None if each is None else Path(each) for each in given))
+    if onto is None and (replace is not None or without):
+        option = "--replace" if replace is not None else "--without"
+        raise UsageError(f"{option}: of which merge?", "name it with `--onto`")
+    if onto is not None or (recipe.method is not None and _only_in_chains(recipe)):
+        if any(each is not None for each in given):
+            raise UsageError("a step of a chain looks at no images, and has nothing to learn or to trace")
+        if recipe.as_adapter or recipe.space not in ("", "dense"):
+            raise UsageError(
+                "a step of a chain is of whole weights",
+                "leave out `as_adapter` and `space`; `extract` makes an adapter of a merge",
+            )
+        step = Onto(recipe, Path(output), replace, tuple(without), device, shard_size, card)
+        with shown(progress) as report:
+            return begin(step, report) if onto is None else go_on(step, onto, report)
     points = {Path(output): recipe}
     with shown(progress) as report:
         return merge_points(
             points, device=device, shard_size=shard_size, files=files, card=card, progress=report
         )[0]
+
+
+def _only_in_chains(recipe: Recipe) -> bool:
+    """Whether the order of the models counts for the method, so that every merge by it is a chain."""
+    method = recipe.built
+    return isinstance(method, Continual) and method.kind == "continual"
 
 
 def merge_points(
@@ -144,16 +173,18 @@ def _merge_points(
     card: bool | None,
     progress: Progress | None,
 ) -> tuple[Merged, ...]:
-    targets = [MergeTarget.of(recipe, path, card) for path, recipe in points.items()]
+    targets = [target_of(recipe, path, card) for path, recipe in points.items()]
     size = parse_size(shard_size, "--shard-size", least=1) if shard_size is not None else None
     for each in targets:
+        if size is not None and each.recipe.as_adapter:
+            raise UsageError("--shard-size: an adapter is one file")
         if size is not None and each.path.suffix:
             raise UsageError(
                 f"{each.path}: one file has no shards", "name a folder, without suffix, with `--shard-size`"
             )
     for each in targets:
         files.check(each)
-    needs_base = any(each.method.needs_base for each in targets)
+    needs_base = any(each.method.reads_base for each in targets)
     with ExitStack() as stack:
         models = open_models(
             targets[0].recipe,
@@ -164,7 +195,8 @@ def _merge_points(
         )
         for each in targets:
             files.refuse_inputs(each, models.paths)
-            each.check(models)
+        models, targets = _in_one_space(models, targets, stack, progress)
+        targets = [each.fitted(models) for each in targets]
         check_space({each.path: each.size(models) for each in targets})
         found: dict[str, Learning] = {}
         for each in targets:
@@ -181,9 +213,47 @@ def _merge_points(
         return _stream(models, learned, size, progress)
 
 
+def _in_one_space(
+    models: Models, targets: Sequence[MergeTarget], stack: ExitStack, progress: Progress | None
+) -> tuple[Models, list[MergeTarget]]:
+    """The models in the space in which all the merges are, and the targets of these.
+
+    Raises:
+        UsageError: they are in several.
+    """
+    spaces = [space_of(each.recipe, each.method, models) for each in targets]
+    if len(set(spaces)) > 1:
+        raise UsageError(
+            f"space: these merges are in {quoted(sorted(set(spaces)))}, and share passes over one"
+        )
+    found = [target_in(target, space) for target, space in zip(targets, spaces, strict=True)]
+    if spaces[0] == "dense":
+        _warn_of_adapters(models, targets)
+        return models, found
+    scratch = Scratch(_folder_of(targets[0]), stack, in_memory=is_dry())
+    return in_space(models, spaces[0], scratch, progress), found
+
+
+def _warn_of_adapters(models: Models, targets: Sequence[MergeTarget]) -> None:
+    """Warns of what is known against merging whole weights of adapters by a method."""
+    if all(isinstance(each, AdaptedCheckpoint) for each in models.tuned.values()):
+        for text in dict.fromkeys(each.method.against_adapters for each in targets):
+            if text:
+                warnings.warn(text, MergecliWarning, stacklevel=2)
+
+
+def _folder_of(target: MergeTarget) -> Path:
+    """The folder in which the output is made, or the nearest around it that is there."""
+    return next(each for each in target.path.absolute().parents if each.is_dir())
+
+
 def _learned_for(target: MergeTarget, learned: Learned) -> Learned:
-    """The learned state, with this target's own merge-time settings."""
+    """The learned state, with this target's own merge-time settings and those by layer."""
     method = target.method if target.method.merge_time else learned.target.method
+    if isinstance(method, Learner):  # all other settings may be those of a file
+        own = {key: getattr(method, key) for key in method.merge_time}
+        method = replace(learned.target.method, **own)
+    method = replace(method, layers=target.method.layers)
     return replace(learned, target=replace(target, method=method))
 
 
@@ -195,32 +265,40 @@ def _stream(
     if not is_first():  # the first of several processes writes
         return tuple(_merged(models, each, {}) for each in targets)
     with ExitStack() as stack:
-        folder = next(each for each in targets[0].path.absolute().parents if each.is_dir())
-        passes = _passes(models, learned, Scratch(folder, stack), progress)
+        passes = _passes(models, learned, Scratch(_folder_of(targets[0]), stack), progress)
         known = _surveys(learned, passes)
+        abouts = [{**each.about, **models_metadata(models.tuned)} for each in learned]
         writers = [
-            each.target.open(models, size, stack, [*models.read, *each.files], each.about) for each in learned
+            each.target.open(models, size, stack, [*models.read, *each.files], about)
+            for each, about in zip(learned, abouts, strict=True)
         ]
         _merge_blocks(passes, models, learned, known, [each.write for each in writers])
         for number, target in enumerate(targets):
-            dtypes = {name: dtype for name, (dtype, _) in target.layout(models).items()}
+            dtypes = target.computed(models)
             for key, result in _extra_values(learned[number], known[number], models):
                 writers[number].write(key, cast(result, dtypes[key], key))
         digests = models.digests()
         merged: list[Merged] = []
-        for each, writer in zip(learned, writers, strict=True):
+        for each, writer, about in zip(learned, writers, abouts, strict=True):
             inputs = digests | {name: file.digest() for name, file in each.files.items()}
-            writer.describe(each.target.metadata(inputs, each.about))
+            writer.describe(each.target.metadata(inputs, about))
             done = _merged(models, each.target, inputs)
             merged.append(replace(done, warnings=(*done.warnings, *_foreign_files(each, inputs))))
     return tuple(
-        replace(done, digest=writer.digest, card=_card(each, writer.digest))
+        replace(done, digest=writer.digest, card=_card(each, writer.digest), **_of_adapter(writer))
         for done, writer, each in zip(merged, writers, targets, strict=True)
     )
 
 
-def _extra_values(learned: Learned, known: Any, models: Models) -> Iterable[tuple[str, Tensor]]:
-    return extra_values(learned.target.method, known, learned.value, len(models.tuned)).items()
+def _extra_values(learned: Learned, known: _Surveyed, models: Models) -> Iterable[tuple[str, Tensor]]:
+    return extra_values(learned.target.method, known.own.surveyed, learned.value, len(models.tuned)).items()
+
+
+def _of_adapter(writer: ModelWriter) -> dict[str, Any]:
+    """What is known of an adapter when it is written."""
+    if not isinstance(writer, AdapterWriter):
+        return {}
+    return {name: getattr(writer, name) for name in ("tensors", "parameters", "rank", "error")}
 
 
 def _card(target: MergeTarget, digest: str) -> Path | None:
@@ -231,7 +309,7 @@ def _passes(
     models: Models, learned: Sequence[Learned], scratch: Scratch, progress: Progress | None
 ) -> ModelPasses:
     """Passes for all the merges: what one of them must be given together, all are."""
-    methods = [each.target.method for each in learned]
+    methods = [method for each in learned for method in each.target.every_method]
     unit, fused = max(each.unit for each in methods), any(each.fuses for each in methods)
     return ModelPasses(models, unit, progress, fused, scratch)
 
@@ -240,19 +318,20 @@ def _merge_blocks(
     passes: ModelPasses,
     models: Models,
     learned: Sequence[Learned],
-    known: Sequence[Any],
+    known: Sequence[_Surveyed],
     writes: Sequence[Write],
 ) -> None:
     """The last pass: every block is merged once for each target, and written."""
     targets = [each.target for each in learned]
-    dtypes = [{name: dtype for name, (dtype, _) in each.layout(models).items()} for each in targets]
+    dtypes = [each.computed(models) for each in targets]
     packed = [each.packed(models) for each in targets]
 
     def work(start: int, group: Group) -> None:
-        for number, target in enumerate(targets):
+        for number in range(len(targets)):
             own = group.copy() if number + 1 < len(targets) else group
-            for each in [own] if target.method.fuses else own.apart():
-                for key, result in outcomes(target.method, each, known[number]).items():
+            for each in [own] if known[number].of(own).method.fuses else own.apart():
+                method, surveyed = known[number].of(each)
+                for key, result in outcomes(method, each, surveyed).items():
                     data, row_size = cast(result, dtypes[number][key], key), packed[number].get(key)
                     if row_size is None:
                         writes[number](key, data, start)
@@ -289,9 +368,10 @@ Write = Callable[[str, "Tensor", int], None]
 
 
 def _merged(models: Models, target: MergeTarget, inputs: Mapping[str, str]) -> Merged:
+    reference = models.dense.reference
     return Merged(
-        target.path, str(target.recipe.method), tuple(models.tuned), len(models.reference.entries),
-        models.reference.parameters, inputs, warnings=tuple(_foreign_vectors(models, inputs)) if inputs else (),
+        target.path, str(target.recipe.method), tuple(models.tuned), len(reference.entries), reference.parameters, inputs,
+        warnings=tuple(foreign_vectors(models, inputs)) if inputs else (),
     )  # fmt: skip
 
 
@@ -312,25 +392,49 @@ def _survey_key(method: Method) -> str:
     return f"{methods.name_of(method)} {methods.table_of(method, without=Method.merge_time)}"
 
 
-def _surveys(several: Sequence[Learned], passes: ModelPasses) -> list[Any]:
-    """What each method needs to know before it merges: what it learned and surveyed, None where it needs nothing.
+class _Ready(NamedTuple):
+    """A method and what it needs to know before it merges: what it learned and surveyed, None where it needs nothing."""
 
-    Methods that differ only in merge-time settings share one survey.
-    """
+    method: Method
+    surveyed: Any
+
+
+class _Surveyed(NamedTuple):
+    """What merges the tensors of one target."""
+
+    own: _Ready
+    """The method with its own settings."""
+    by_tensor: Mapping[str, _Ready]
+    """Tensor -> the same with its settings by layer."""
+
+    def of(self, group: Group) -> _Ready:
+        """What merges a group; the members of one that a method wants stacked have the same settings."""
+        return self.by_tensor.get(group.members[0] if group.members else group.name, self.own)
+
+
+def _surveys(several: Sequence[Learned], passes: ModelPasses) -> list[_Surveyed]:
+    """What merges the tensors of each target. Methods that differ only in merge-time settings share one survey."""
     found: dict[str, Any] = {}
-    results: list[Any] = []
-    for each in several:
-        method = each.target.method
+
+    def ready(method: Method, learned: Learned) -> _Ready:
         key = _survey_key(method)
         if key not in found:
             own = replace(passes, fused=method.fuses)
             if isinstance(method, TwoPass):
                 found[key] = method.survey(own)
             elif isinstance(method, Calibrated):
-                found[key] = method.survey_with(own, each.value)
+                found[key] = method.survey_with(own, learned.value)
             else:
-                found[key] = each.value
-        results.append(found[key])
+                found[key] = learned.value
+        return _Ready(method, found[key])
+
+    results: list[_Surveyed] = []
+    for each in several:
+        target = each.target
+        made = {id(method): ready(method, each) for method in target.every_method}
+        own = made.get(id(target.method)) or _Ready(target.method, None)
+        by_tensor = {name: made[id(method)] for name, method in target.merged_by.items()}
+        results.append(_Surveyed(own, by_tensor))
     return results
 
 
@@ -341,11 +445,3 @@ def _foreign_files(learned: Learned, digests: Mapping[str, str]) -> Iterator[str
         if other := [name for name, digest in origin.items() if digests.get(name, digest) != digest]:
             how = "merged from" if file.metadata.get("kind") == "checkpoint" else "learned on"
             yield f"{file.path}: was {how} other weights of {quoted(other)}"
-
-
-def _foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:
-    """A warning for each task vector that was made from another base than the one it is added to."""
-    for name, each in models.tuned.items():
-        origin, base = inputs_of(each.metadata).get("base"), digests.get("base")
-        if each.is_task_vector and origin and base and origin != base:
-            yield f"{each.path}: `{name}` is a task vector of another base ({origin}) than {base}"

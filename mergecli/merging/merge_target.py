@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from mergecli import methods
 from mergecli.formats.mixture import check_names
 from mergecli.merging.models import Models
 from mergecli.methods._base import Method
+from mergecli.methods._fused import stacks
+from mergecli.methods._layers import Place, UnmatchedError, by_tensor, places
 from mergecli.methods._mixture import SAME, Mixture
 from mergecli.recipe.schema import Recipe, recipe_text
 from mergecli.results.card import check_card
@@ -21,13 +24,57 @@ from mergecli.results.card_file import CARD
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.atomic import check_target, whole_folder
 from mergecli.storage.checkpoint import MIXTURE
-from mergecli.storage.metadata import UNKNOWN_DIGEST, about, model_folder_files
+from mergecli.storage.metadata import UNKNOWN_DIGEST, about, inputs_of, model_folder_files
 from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, TORCH_NAMES, layout_size
 from mergecli.storage.safetensors_writer import SafetensorsWriter, ShardedWriter
 from mergecli.storage.sources import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class ModelWriter(Protocol):
+    """Writes what is merged."""
+
+    size: int
+    """Bytes of the output."""
+
+    @property
+    def digest(self) -> str:
+        """Of the content; known when all is written."""
+        ...
+
+    def write(self, name: str, data: Tensor, start: int = 0, /) -> None:
+        """Takes entries of a tensor from `start` on; from any thread."""
+        ...
+
+    def describe(self, metadata: Mapping[str, str], /) -> None:
+        """Takes the metadata, of the length that was planned, when all is merged."""
+        ...
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` wrote."""
+
+    path: Path
+    method: str
+    tasks: tuple[str, ...]
+    tensors: int
+    parameters: int
+    inputs: Mapping[str, str]
+    """Input -> digest of its content."""
+    digest: str = ""
+    """Of the content, as `info` shows it; empty in processes that write nothing."""
+    warnings: tuple[str, ...] = ()
+    card: Path | None = None
+    """The model card, if one was written."""
+    state: Path | None = None
+    """What the next step of a chain needs, if one was written."""
+    rank: int | None = None
+    """Of an adapter: the largest of its modules."""
+    error: float | None = None
+    """Of an adapter: |merged change - what it has of it| / |merged change|, Frobenius norms."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +86,10 @@ class MergeTarget:
     path: Path
     has_card: bool = False
     """Whether a model card is written too."""
+    places: Mapping[str, Place] = field(default_factory=dict[str, Place])
+    """Tensor -> where it stands among the method's settings by layer; empty if there are none."""
+    kind: ClassVar[str] = "checkpoint"
+    """Of the file, where it holds one tower."""
 
     @classmethod
     def of(cls, recipe: Recipe, path: Path, card: bool | None = None) -> MergeTarget:
@@ -81,6 +132,10 @@ class MergeTarget:
             found[key] = (part.dtype, part.shape)
         return found
 
+    def computed(self, models: Models) -> dict[str, str]:
+        """Name -> dtype of what the method gives, for the writer."""
+        return {name: dtype for name, (dtype, _) in self.layout(models).items()}
+
     def packed(self, models: Models) -> dict[str, int]:
         """Name -> bytes of a row, of what is packed."""
         if not isinstance(self.method, Mixture) or not self.method.is_mixture:
@@ -93,8 +148,45 @@ class MergeTarget:
         """Bytes of what is written."""
         return layout_size(self.layout(models))
 
-    def check(self, models: Models) -> None:
-        """Raises InputError if the method writes more than one tower, and cannot from tensors of these names."""
+    @cached_property
+    def merged_by(self) -> Mapping[str, Method]:
+        """Tensor -> the method with its settings there; empty where all tensors have the same."""
+        return by_tensor(self.method, self.places)
+
+    @property
+    def every_method(self) -> list[Method]:
+        """What merges tensors, each with its settings."""
+        return list({id(each): each for each in self.merged_by.values()}.values()) or [self.method]
+
+    def fitted(self, models: Models) -> MergeTarget:
+        """The same for these models, whose tensors it is known to fit.
+
+        Raises:
+            UsageError: no tensor belongs to one of the method's settings by layer.
+            InputError: the method writes more than one tower, and cannot from tensors of these names.
+        """
+        self._check(models)
+        if not self.method.layers:
+            return self
+        where = f"{self.recipe.path}: " if self.recipe.path else ""
+        try:
+            found = replace(self, places=places(self.method.layers, models.floats))
+        except UnmatchedError as error:
+            raise UsageError(
+                f"{where}`method.layers[{error.line}].match`: {error}",
+                "`mergecli info BASE --keys` lists the tensors",
+            ) from error
+        for name, members in stacks(models.shapes):
+            several = {id(found.merged_by[each]): found.merged_by[each] for each in members}
+            if len(several) > 1 and any(each.fuses for each in several.values()):
+                raise UsageError(
+                    f"{where}`method.layers`: `{self.recipe.method}` merges queries, keys and values as one matrix, "
+                    f"and those of `{name}` have other settings each",
+                    "match all three, or set `fuse_qkv = false` for them",
+                )
+        return found
+
+    def _check(self, models: Models) -> None:
         if not isinstance(self.method, Mixture) or not self.method.is_mixture:
             return
         entries, path = models.reference.entries, models.reference.path
@@ -107,7 +199,7 @@ class MergeTarget:
 
     def metadata(self, digests: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
         """The file's metadata."""
-        kind, settings = "checkpoint", methods.table_of(self.method)
+        kind, settings = self.kind, methods.recipe_table(self.method)
         if isinstance(self.method, Mixture) and self.method.is_mixture:
             kind = MIXTURE
             more = {
@@ -125,8 +217,13 @@ class MergeTarget:
 
     def writer(
         self, path: Path, models: Models, size: int | None, inputs: Iterable[str], more: Mapping[str, str]
+    ) -> ModelWriter:
+        """What writes the weights to the file or folder `path`; nothing is written yet."""
+        return self._writer(path, models, size, inputs, more)
+
+    def _writer(
+        self, path: Path, models: Models, size: int | None, inputs: Iterable[str], more: Mapping[str, str]
     ) -> SafetensorsWriter | ShardedWriter:
-        """What writes the weights to the file or folder `path`; nothing is written before it is entered."""
         layout, placeholder = self.layout(models), self.metadata(dict.fromkeys(inputs, UNKNOWN_DIGEST), more)
         if not self.path.suffix and size:
             return ShardedWriter(path, layout, placeholder, size)
@@ -141,17 +238,25 @@ class MergeTarget:
         stack: ExitStack,
         inputs: Iterable[str],
         more: Mapping[str, str],
-    ) -> SafetensorsWriter | ShardedWriter:
+    ) -> ModelWriter:
         """The writer, to which copied tensors are written already; the file is whole when `stack` ends."""
         path = self.path
         if not path.suffix:
             path = stack.enter_context(whole_folder(self.path, (CARD,) if self.has_card else ()))
             for name, text in model_folder_files(models.reference.path).items():
                 (path / name).write_text(text, encoding="utf-8")
-        writer = stack.enter_context(self.writer(path, models, size, inputs, more))
+        writer = stack.enter_context(self._writer(path, models, size, inputs, more))
         for name in models.others:
             writer.write(name, models.reference.read(name))
         return writer
+
+
+def foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]:
+    """A warning for each task vector that was made from another base than the one it is added to."""
+    for name, each in models.tuned.items():
+        origin, base = inputs_of(each.metadata).get("base"), digests.get("base")
+        if each.is_task_vector and origin and base and origin != base:
+            yield f"{each.path}: `{name}` is a task vector of another base ({origin}) than {base}"
 
 
 def cast(result: Tensor, dtype: str, name: str) -> Tensor:

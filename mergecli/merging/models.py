@@ -75,6 +75,11 @@ class Models:
         return self.base or next(iter(self.tuned.values()))
 
     @property
+    def dense(self) -> Models:
+        """The models as they are, where these are in other coordinates."""
+        return self
+
+    @property
     def paths(self) -> dict[str, Path]:
         """Every file that is read, by what it is read for."""
         named = {**({"base": self.base} if self.base else {}), **self.tuned}

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,8 @@ from mergecli.storage.store import locate
 
 MOST = 1000
 """The most points of one sweep; more is taken for a typing error."""
+_LONGEST = 160
+"""Characters of a point's name; of a longer one the end is a digest, since names of files are at most 255 bytes long."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,11 @@ class Point:
     @property
     def name(self) -> str:
         """What files and results are called by: `ties,scaling_factor-0.3`."""
-        parts = [
-            f"{key.rpartition('.')[2]}-{_short(each)}"
-            for key, each in self.values.items()
-            if key != "method.name"
-        ]
-        return ",".join([str(self.recipe.method), *parts])
+        parts = [f"{_label(key)}-{_short(each)}" for key, each in self.values.items() if key != "method.name"]
+        name = ",".join([str(self.recipe.method), *parts])
+        if len(name) <= _LONGEST:
+            return name
+        return f"{name[: _LONGEST - 17]},{sha256(name.encode()).hexdigest()[:16]}"
 
 
 def parse_axis(text: str) -> Axis:
@@ -76,7 +78,7 @@ def parse_axis(text: str) -> Axis:
         )
     try:
         is_range = written.count(":") == 2 or _WITHOUT_STEP.fullmatch(written)
-        values = _range(written, text) if is_range else tuple(map(parse_value, _split(written)))
+        values = _range(written, text) if is_range else tuple(map(parse_value, split_values(written)))
     except ValueError as error:
         raise UsageError(f"sweep `{text}`: {error}") from error
     if not values:
@@ -112,6 +114,11 @@ def points_of(
         chosen = dict(zip(keys, values, strict=True))
         swept = [Override(key, value, "--sweep") for key, value in chosen.items()]
         known = recipe_of(recipe, base=base, method=method, changes=changes, overrides=swept)
+        if known.as_adapter:
+            raise UsageError(
+                "as_adapter: a sweep makes whole weights",
+                "sweep with `--set as_adapter=false --set space=core`, then merge the best point as an adapter",
+            )
         points.append(Point(chosen, known))
     names = [point.name for point in points]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -169,21 +176,33 @@ class Identities:
     """Name of a point -> text of all that its merge depends on."""
 
 
-def identities(points: Sequence[Point], device: str) -> Identities:
+def model_digests(points: Sequence[Point]) -> dict[str, str]:
+    """Model -> digest.
+
+    Raises:
+        UsageError, InputError: models are missing or damaged, or do not fit together.
+    """
+    with ExitStack() as stack:
+        needs = "base" if any(point.recipe.built.reads_base for point in points) else "weights"
+        return open_models(points[0].recipe, stack, needs=needs).digests()
+
+
+def identities(points: Sequence[Point], device: str, inputs: Mapping[str, str] | None = None) -> Identities:
     """Reads the models and the data that the points' methods look at, and merges nothing.
+
+    Args:
+        inputs: what `model_digests` gives, if it is known.
 
     Raises:
         UsageError, InputError: models or data are missing or damaged, or the models do not fit together.
     """
     from mergecli.storage.metadata import version
 
-    built = [point.recipe.built for point in points]
-    with ExitStack() as stack:
-        needs = "base" if any(method.needs_base for method in built) else "weights"
-        inputs = open_models(points[0].recipe, stack, needs=needs).digests()
+    inputs = model_digests(points) if inputs is None else inputs
     found: dict[str, str] = {}
-    for point, method in zip(points, built, strict=True):
-        settings = methods.table_of(method)
+    for point in points:
+        method = point.recipe.built
+        settings = methods.recipe_table(method)
         text = recipe_text(point.recipe, str(point.recipe.method), settings)
         seen = _looked_at(point.recipe, method) if isinstance(method, DataDriven) else []
         about = [point.name, version(), device.partition(":")[0], text, list(inputs.items()), seen]
@@ -227,7 +246,7 @@ def _range(written: str, text: str) -> tuple[Any, ...]:
     return tuple(int(value) if whole else float(value) for value in values)
 
 
-def _split(written: str) -> list[str]:
+def split_values(written: str) -> list[str]:
     """The values between the commas that stand outside of brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for character in written:
@@ -242,6 +261,12 @@ def _split(written: str) -> list[str]:
         else:
             parts[-1] += character
     return [part.strip() for part in parts if part.strip()]
+
+
+def _label(key: str) -> str:
+    """A setting as part of a file's name: `density`, and `layers0.density` of one by layer."""
+    line, by_layer, name = key.removeprefix("method.").partition("].")
+    return f"{line.replace('[', '')}.{name}" if by_layer else key.rpartition(".")[2]
 
 
 def _short(value: Any) -> str:

@@ -65,10 +65,11 @@ class Objective(Protocol):
         ...
 
     def losses_and_gradients(
-        self, batch: int, places: Sequence[int] | None = None
+        self, batch: int, places: Sequence[int] | None = None, factors: Tensor | None = None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """(T,) mean loss of the predictions on batch number `batch` of every task, or of those in some places (0 for tasks that
-        are not looked at), and name -> (...) gradient of their sum with respect to the weights, which may be overwritten.
+        are not looked at), and name -> (...) gradient of their sum with respect to the weights, which may be overwritten; with
+        (T,) `factors` that of the sum of each loss times the factor of its task.
 
         Where several processes share the tasks, the gradient is that of this process's tasks: `total` sums what is
         computed from it.
@@ -89,6 +90,10 @@ class Objective(Protocol):
 
     def routes(self) -> Tensor:
         """(T,) mean routing weights in the last step, of a tower that routes."""
+        ...
+
+    def drawn(self, label: str, count: int) -> Tensor:
+        """(count,) random numbers in [0, 1) that depend on the seed and the label, on the CPU."""
         ...
 
     def uniform(self, name: str, label: str) -> Tensor:

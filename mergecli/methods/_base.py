@@ -6,7 +6,7 @@ Letters in shapes: T tasks, n entries of a block, `...` the tensor's own shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -104,6 +104,11 @@ class Group:
         base, rows = None if self._base is None else self._base.clone(), self._rows.clone()
         return self._of(self.name, base, rows, self._start, self.members)
 
+    def of_rows(self, rows: Tensor, names: tuple[str, ...], *, are_deltas: bool) -> Group:
+        """The same tensor of other models, whose (T, ...) rows are all of one kind."""
+        kinds = (are_deltas,) * len(names)
+        return Group(self.name, self._base, rows, kinds, names, self._seed, self._start, self.members)
+
     def apart(self) -> list[Group]:
         """The stacked tensors, each as a group of its own that shares this one's memory; itself if it is one tensor."""
         if not self.members:
@@ -131,6 +136,10 @@ class Group:
         """
         return self.drawn(self.names[task], self._seed)
 
+    def uniform_numbers(self, task: int, count: int) -> Tensor:
+        """(count,) random numbers in [0, 1) that depend on the recipe's seed, the tensor's and the task's name only."""
+        return uniform(self._seed, self.name, self.names[task], 0, count).to(self._rows.device)
+
     def drawn(self, label: str, seed: int) -> Tensor:
         """(...) random numbers in [0, 1) that depend on seed, tensor's name, label and entry only."""
         stop = self._start + self.shape.numel()
@@ -151,6 +160,15 @@ def uniform(seed: int, name: str, label: str, start: int, stop: int) -> Tensor:
         runs.append(torch.rand(RUN, generator=torch.Generator().manual_seed(number)))
     drawn = torch.cat(runs) if runs else torch.empty(0)
     return drawn[start - first * RUN : stop - first * RUN]
+
+
+def gaussian(radius: Tensor, angle: Tensor) -> Tensor:
+    """(...) normal random numbers from two of (...) uniform ones (Box and Muller)."""
+    import math
+
+    import torch
+
+    return torch.sqrt(-2 * torch.log1p(-radius)) * torch.cos(2 * math.pi * angle)
 
 
 class Shelf(Protocol):
@@ -191,6 +209,7 @@ class Groups(Protocol):
 
 KINDS = {
     "weights only": "the checkpoints and nothing else",
+    "continual": "the checkpoints, one after another: an earlier merge takes the place of its models",
     "a few images": "training images of each task, without labels, measured once",
     "test-time": "images of each task, without labels, to learn from",
     "routed": "no task is named: each image or token has weights of its own",
@@ -198,6 +217,22 @@ KINDS = {
     "modifiers": "another method, whose input or output they change",
 }
 """Kind of method -> what such methods need, in a few words, in the order of lists."""
+
+
+@dataclass(frozen=True)
+class LayerLine:
+    """One `[[method.layers]]` of a recipe: what becomes of the tensors that it matches and no line before it does."""
+
+    match: tuple[str, ...]
+    """Patterns, of which one must match."""
+    keep: str | None
+    """`base` or the task whose weights are copied; None where the method merges."""
+    settings: Mapping[str, Any] = field(hash=False)
+    """As written: those that differ from the method's own, perhaps with gradients."""
+    first: Method = field(hash=False)
+    """The method with these settings, at the first layer."""
+    last: Method = field(hash=False)
+    """The same at the last layer; another one where a setting has a gradient."""
 
 
 @dataclass(frozen=True)
@@ -229,10 +264,18 @@ class Method:
     not_recorded: ClassVar[frozenset[str]] = frozenset()
     """Settings that no number depends on; results do not record them."""
 
+    layers: tuple[LayerLine, ...] = field(default=(), kw_only=True)
+    """Settings by layer. No setting of a method itself: `_layers` says what they do."""
+
     @classmethod
     def needed(cls) -> list[str]:
         """What must be there besides the fine-tuned models, a word each."""
         return ["base"] * cls.needs_base + ["images"] * (cls.looks_at != Method.looks_at)
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether this method, with its settings by layer, cannot merge without a base."""
+        return self.needs_base or any(line.keep == "base" for line in self.layers)
 
     @property
     def unit(self) -> Unit:
@@ -249,6 +292,11 @@ class Method:
     def reads(self) -> int:
         """How many times this method, with these settings, reads every model."""
         return self.passes
+
+    @property
+    def against_adapters(self) -> str:
+        """What is published against merging the weights of adapters by this method, as a warning; empty if nothing is."""
+        return ""
 
     @classmethod
     def check(cls, tasks: tuple[str, ...], settings: dict[str, Any]) -> list[tuple[str, str]]:

@@ -144,6 +144,11 @@ class Routed(Mixture):
     def is_routed(self) -> bool:
         return True
 
+    @property
+    def sends_on(self) -> bool:
+        """Whether a first pass finds the weights of each image, through which it then goes in a second one."""
+        return False
+
     def install(
         self, tower: nn.Module, read: Read, tasks: Sequence[str], routing: Routing, prefix: str, /
     ) -> Installed:

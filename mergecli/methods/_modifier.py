@@ -37,6 +37,10 @@ class Modifier(TwoPass):
     def reads(self) -> int:
         return self.of.reads
 
+    @property
+    def against_adapters(self) -> str:
+        return self.of.against_adapters
+
     def survey(self, groups: Groups, /) -> Any:
         return self.survey_of(groups, None)
 
@@ -44,7 +48,7 @@ class Modifier(TwoPass):
         """What the other method surveys of groups as `before` changes them."""
         if not isinstance(self.of, TwoPass):
             return None
-        return self.of.survey(_Changed(groups, lambda group: self.before(group, surveyed)))
+        return self.of.survey(ChangedGroups(groups, lambda group: self.before(group, surveyed)))
 
     def inner(self, surveyed: Any, /) -> Any:
         """The other method's share of what this one surveyed."""
@@ -66,8 +70,8 @@ class Modifier(TwoPass):
         return merged
 
 
-class _Changed:
-    """Passes over groups as a modifier changes them."""
+class ChangedGroups:
+    """Passes over groups that are changed before they are looked at."""
 
     def __init__(self, groups: Groups, change: Callable[[Group], Group]) -> None:
         self._groups, self._change = groups, change

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MARGIN = 0.01
+"""How much larger the largest eigenvalue may be than what a few multiplications find."""
+
+
 class NormalEquation:
     """C = sum_i w_i t_i^T t_i  (I, I)  and  D = sum_i w_i tau_i t_i^T t_i  (O, I), in float64, task by task."""
 
@@ -46,10 +50,31 @@ class NormalEquation:
 
     def truncated(self, cutoff: float) -> Tensor:
         """(O, I) D C^+, without the eigenvalues up to `cutoff` of the largest."""
+        if (solved := self._solved(cutoff)) is not None:
+            return solved
         values, vectors = self._spectrum()
         kept = values > cutoff * values[-1:]
         vectors = vectors[:, kept]
         return ((self.sides[1] @ vectors) / values[kept]) @ vectors.T
+
+    def _solved(self, cutoff: float) -> Tensor | None:
+        """(O, I) D C^-1, where all eigenvalues are above `cutoff` of the largest; None where that is not sure.
+
+        Why: C minus a multiple of the identity has a Cholesky factor where its eigenvalues are above it, and two factors
+        take a twentieth of the time of all eigenvectors.
+        """
+        import torch
+
+        left, right = self.sides
+        if not left.numel():
+            return None
+        shifted = left.clone()
+        shifted.diagonal().sub_(cutoff * (1 + MARGIN) * largest_eigenvalue(left))
+        if int(torch.linalg.cholesky_ex(shifted).info):
+            return None
+        del shifted
+        factor, failed = torch.linalg.cholesky_ex(left)
+        return None if int(failed) else torch.cholesky_solve(right.T, factor).T
 
     def ridge(self, ridge: float) -> Tensor:
         """(O, I) D (C + ridge)^-1; D C^+ where that cannot be told from a division by 0."""
@@ -82,6 +107,30 @@ class NormalEquation:
 
         values, vectors = torch.linalg.eigh(self.sides[0])
         return values.clamp_(min=0), vectors
+
+
+def largest_eigenvalue(square: Tensor, steps: int = 24) -> float:
+    """The largest eigenvalue of a symmetric (I, I) matrix whose eigenvalues are at least 0, from below: Lanczos' method.
+
+    The start is fixed, so that equal matrices give equal numbers. Its error after 24 steps is below one in a hundred, but for
+    starts that are orthogonal to the eigenvector, of which a normal one is none (Kuczynski and Wozniakowski, 1992).
+    """
+    import torch
+
+    size = len(square)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(size, generator=generator, dtype=square.dtype).to(square.device)
+    basis = [start / start.norm()]
+    for _ in range(min(steps, size) - 1):
+        grown = square @ basis[-1]
+        for _ in range(2):  # once is not orthogonal enough
+            for each in basis:
+                grown -= (each @ grown) * each
+        if not float(length := grown.norm()) > 0:
+            break
+        basis.append(grown / length)
+    span = torch.stack(basis, dim=1)
+    return float(torch.linalg.eigvalsh(span.T @ square @ span)[-1])
 
 
 def participation(values: Tensor) -> int:

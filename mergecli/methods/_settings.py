@@ -79,6 +79,8 @@ def settings_of(method: type) -> Mapping[str, Setting]:
     documents = _field_documents(method)
     result: dict[str, Setting] = {}
     for field in dataclasses.fields(method):
+        if field.name == "layers":
+            continue
         default = field.default
         if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()

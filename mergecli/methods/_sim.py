@@ -51,6 +51,10 @@ class FindsTask(Conditioned, Routed):
         return self.router is not None
 
     @property
+    def sends_on(self) -> bool:
+        return self.router is not None
+
+    @property
     def support(self) -> SimSupport:
         """What measures the images that tasks are known by."""
         return SimSupport(examples=self.router_examples or 32, feature_size=self.feature_size or 0)

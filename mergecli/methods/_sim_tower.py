@@ -5,7 +5,6 @@ Letters in shapes: T tasks, B images, D the size of features, q the directions o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 from torch.nn import functional
+
+from mergecli.methods._task_towers import body_of, joined
 
 KEPT = 4
 """Weights of this many tasks are held at once, those that were used last: each is as large as a tower."""
@@ -49,8 +50,7 @@ class SimTower:
     ) -> SimTower:
         """Puts it into a tower that has the base's weights already."""
         like = next(tower.parameters())
-        shared = {id(each): each for each in (*tower.parameters(), *tower.buffers())}
-        body = copy.deepcopy(tower, shared)
+        body = body_of(tower)
         means, bases, projection = (
             each.to(like.device, torch.float32) for each in (means, bases, projection)
         )
@@ -68,18 +68,15 @@ class SimTower:
         self.chosen = nearest_task(features, self.means, self.bases)
         rows = [(task, (self.chosen == task).nonzero()[:, 0]) for task in self.chosen.unique().tolist()]
         found = [
-            functional_call(self.body, self._of(task), (), {"pixel_values": pixel_values[own], **options})
+            (
+                own,
+                functional_call(
+                    self.body, self._of(task), (), {"pixel_values": pixel_values[own], **options}
+                ),
+            )
             for task, own in rows
         ]
-        order = torch.cat([own for _, own in rows]).argsort()
-        if isinstance(whole, Tensor):
-            return torch.cat(found)[order]
-        joined = {
-            key: torch.cat([each[key] for each in found])[order]
-            for key, value in found[0].items()
-            if isinstance(value, Tensor)
-        }
-        return type(found[0])(**joined)
+        return joined(found)
 
     def _of(self, task: int) -> dict[str, Tensor]:
         """The weights of a task's tower, where the base's are."""

@@ -20,9 +20,12 @@ _POSITIONS = re.compile(r"(^|[._])pos(ition(al)?)?_embed(ding)?s?(\.weight)?$")
 
 def is_matrix(group: Group, position_embedding: PositionEmbedding) -> bool:
     """Whether the tensor is a linear map: it has two dimensions and is not a table of positions counted as such."""
-    if len(group.shape) != 2:
-        return False
-    return position_embedding == "matrix" or not _POSITIONS.search(group.name)
+    return is_matrix_named(group.name, tuple(group.shape), position_embedding)
+
+
+def is_matrix_named(name: str, shape: tuple[int, ...], position_embedding: PositionEmbedding) -> bool:
+    """The same of a tensor's name and shape."""
+    return len(shape) == 2 and (position_embedding == "matrix" or not _POSITIONS.search(name))
 
 
 def decompose(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +44,7 @@ def decompose(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, 
     values = squares.flip(0)[:k].clamp_(min=0).sqrt_()
     values = values.masked_fill_(values <= NEGLIGIBLE * values[:1], 0)
     inner = vectors.flip(1)[:, :k] * (values > 0)
-    outer = (tall @ inner).mul_(_inverse(values))
+    outer = (tall @ inner).mul_(inverse(values))
     left, right = (outer, inner) if matrix.shape[0] >= matrix.shape[1] else (inner, outer)
     return left, values, right
 
@@ -51,14 +54,25 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Directions of negligible singular values are left out: U V^T then is 0 on them, so that it is always defined.
     """
+    tall = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
+    root, values = _inverse_root(tall)
+    factor = tall @ root
+    return (factor if matrix.shape[0] >= matrix.shape[1] else factor.T), values
+
+
+def inverse_root(matrix: Tensor) -> Tensor:
+    """(I, I) float64 (X^T X)^(-1/2) of a (O, I) matrix X, 0 in its negligible directions: X times it is `polar(X)[0]`."""
+    return _inverse_root(matrix.double())[0]
+
+
+def _inverse_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a float64 matrix, and its singular values, smallest first."""
     import torch
 
-    tall = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
-    squares, vectors = torch.linalg.eigh(gram(tall))
+    squares, vectors = torch.linalg.eigh(gram(matrix))
     values = squares.clamp_(min=0).sqrt_()
     values = values.masked_fill_(values <= NEGLIGIBLE * values[-1:], 0)
-    factor = tall @ ((vectors * _inverse(values)) @ vectors.T)
-    return (factor if matrix.shape[0] >= matrix.shape[1] else factor.T), values
+    return (vectors * inverse(values)) @ vectors.T, values
 
 
 def gram(matrix: Tensor) -> Tensor:
@@ -75,6 +89,6 @@ def gram(matrix: Tensor) -> Tensor:
     return result
 
 
-def _inverse(values: Tensor) -> Tensor:
+def inverse(values: Tensor) -> Tensor:
     """1 / values, and 0 where they are 0."""
     return values.reciprocal().masked_fill_(values == 0, 0)

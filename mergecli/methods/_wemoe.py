@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mergecli.methods._adam import adam_step
 from mergecli.methods._adapted import Adapted, Change, Objective
-from mergecli.methods._base import Group, total
+from mergecli.methods._base import Group, gaussian, total
 from mergecli.methods._learned import State
 from mergecli.methods._mixture import SAME, Installed, Part, Read, Routed, Routing
 from mergecli.methods._settings import Range
@@ -63,9 +63,18 @@ class WeightEnsembling(Routed, Adapted):
     def phases(self) -> tuple[int, ...]:
         return (self.steps,)
 
+    def is_put_together(self, name: str) -> bool:
+        """Whether a tensor is put together for each input; all others are those of task arithmetic."""
+        return _MLP.match(name) is not None
+
+    def routes_of(self, shape: tuple[int, ...], tasks: int) -> int:
+        """How many routing weights an MLP has whose first weight has this shape."""
+        del shape
+        return tasks
+
     def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
         own = {name: Part(SAME, shape)}
-        return own | (self.expert_parts(name, shape, tasks) if _MLP.match(name) else {})
+        return own | (self.expert_parts(name, shape, tasks) if self.is_put_together(name) else {})
 
     def expert_parts(self, name: str, shape: tuple[int, ...], tasks: int) -> dict[str, Part]:
         """Key -> tensor that is written for the task vectors of an MLP's tensor."""
@@ -85,24 +94,25 @@ class WeightEnsembling(Routed, Adapted):
         for name, shape in tensors.items():
             match = _MLP.match(name)
             if match and match["own"] == _FIRST:
-                for key, size in self._router_shapes(shape[1] + self.position_size, tasks).items():
+                for key, size in self._router_shapes(shape, tasks).items():
                     found[self._router_key(match["layer"]) + key] = Part("F32", size)
         return found
 
     def _router_key(self, layer: str) -> str:
         return f"{ROUTER}shared." if self.shares_router else f"{ROUTER}{layer}."
 
-    def _router_shapes(self, width: int, tasks: int) -> dict[str, tuple[int, ...]]:
-        """Key -> shape of one router's parameters; `width` is that of its input."""
+    def _router_shapes(self, shape: tuple[int, ...], tasks: int) -> dict[str, tuple[int, ...]]:
+        """Key -> shape of the parameters of the router of an MLP whose first weight has this shape."""
+        width, routes = shape[1] + self.position_size, self.routes_of(shape, tasks)
         if self.router_layers == 0:
-            return {"0.bias": (tasks,)}
-        last = {"weight": (tasks, width), "bias": (tasks,)}
+            return {"0.bias": (routes,)}
+        last = {"weight": (routes, width), "bias": (routes,)}
         first = {"0.weight": (width, width), "0.bias": (width,)} if self.router_layers == 2 else {}
         return {**first, **{f"{self.router_layers - 1}.{key}": size for key, size in last.items()}}
 
     def expand(self, group: Group, learned: Any, /) -> dict[str, Tensor]:
         del learned
-        if _MLP.match(group.name):
+        if self.is_put_together(group.name):
             return {group.name: group.base.clone(), **self.expert_values(group.name, group.deltas)}
         return {group.name: total(group.deltas).mul_(self.start).add_(group.base)}
 
@@ -111,7 +121,7 @@ class WeightEnsembling(Routed, Adapted):
 
     def weights(self, name: str, index: int, read: Read, /) -> Tensor:
         own = read(name).float()
-        return own + self.expert(name, index, own.shape, read) if _MLP.match(name) else own
+        return own + self.expert(name, index, own.shape, read) if self.is_put_together(name) else own
 
     def install(
         self, tower: nn.Module, read: Read, tasks: Sequence[str], routing: Routing, prefix: str, /
@@ -132,7 +142,7 @@ class WeightEnsembling(Routed, Adapted):
             if key not in routers or self.position_size:
                 own = {
                     each: parameters.get(key + each, read(key + each).to(like.device))
-                    for each in self._router_shapes(like.shape[1] + self.position_size, len(tasks))
+                    for each in self._router_shapes(tuple(like.shape), len(tasks))
                 }
                 position = torch.tensor(_sinusoid(int(path.split(".")[-2]), self.position_size))
                 routers[key] = Router(own, position.to(like.device))
@@ -143,10 +153,11 @@ class WeightEnsembling(Routed, Adapted):
                         routers[key].own[list(own).index(each)] = parameters[key + each]
                     else:
                         parameters[key + each] = parameter
-            linear = {f"{prefix}{path}.{name}": mlp.get_submodule(name) for name in ("fc1", "fc2")}
-            experts = [self.experts(f"{name}.weight", each.weight, read) for name, each in linear.items()]
-            offsets = [self.dense(f"{name}.bias", each.bias, read) for name, each in linear.items()]
-            layers[path] = RoutedMlp(mlp, experts, offsets, routers[key], routing)
+            parts = [
+                self.linear_part(f"{prefix}{path}.{name}", mlp.get_submodule(name), read)
+                for name in ("fc1", "fc2")
+            ]
+            layers[path] = RoutedMlp(mlp, parts, routers[key], routing, len(tasks), self.best_routes)
             put(tower, path, layers[path])
         return RoutedTower(tower, layers, parameters)
 
@@ -154,6 +165,18 @@ class WeightEnsembling(Routed, Adapted):
         self, tower: nn.Module, read: Read, tasks: Sequence[str], prefix: str, /
     ) -> Installed:
         return self.install(tower, read, tasks, self.train_routing, prefix)
+
+    @property
+    def best_routes(self) -> int:
+        """How many routing weights of an MLP count, the largest; 0: all."""
+        return 0
+
+    def linear_part(self, name: str, layer: Any, read: Read) -> Any:
+        """What the tasks add to one linear layer of an MLP, on its device and in its dtype."""
+        from mergecli.methods._wemoe_layers import WholeVectors
+
+        experts = self.experts(f"{name}.weight", layer.weight, read)
+        return WholeVectors(experts, self.dense(f"{name}.bias", layer.bias, read))
 
     def experts(self, name: str, like: Tensor, read: Read) -> Any:
         """The task vectors of one weight, on the device and in the dtype of `like`."""
@@ -172,7 +195,8 @@ class WeightEnsembling(Routed, Adapted):
         for key, weight in objective.weights.items():
             state[key] = torch.zeros_like(weight)
             if key.endswith(".weight"):
-                state[key] = self.router_spread * _normal(objective, key)
+                drawn = gaussian(*(objective.uniform(key, part) for part in ("radius", "angle")))
+                state[key] = self.router_spread * drawn
             elif key.endswith(f"{max(self.router_layers - 1, 0)}.bias"):
                 state[key] += self.start
         moments = {
@@ -208,14 +232,6 @@ class WeightEnsembling(Routed, Adapted):
 
     def traced(self, state: State, /) -> Tensor:
         return state["routes"]
-
-
-def _normal(objective: Objective, key: str) -> Tensor:
-    """(...) normal random numbers for a router's weights (Box and Muller)."""
-    import torch
-
-    one, other = objective.uniform(key, "radius"), objective.uniform(key, "angle")
-    return torch.sqrt(-2 * torch.log1p(-one)) * torch.cos(2 * math.pi * other)
 
 
 def _sinusoid(position: int, size: int) -> list[float]:

@@ -226,23 +226,68 @@ class Router(nn.Module):
         return result.mean(1)
 
 
+class WholeVectors(nn.Module):
+    """What the tasks add to a linear layer: task vectors of weight and bias."""
+
+    offsets: Tensor
+
+    def __init__(self, experts: Dense | Pruned, offsets: Tensor) -> None:
+        """`experts` of the (m, n) weight, `offsets` (T, m) of the bias."""
+        super().__init__()
+        self.experts = experts
+        self.register_buffer("offsets", offsets, persistent=False)
+
+    def product(self, inputs: Tensor, shares: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(B, S, m) of (B, S, n) inputs, and (B, T) shares or (1, T) that all images have."""
+        return linear(inputs, shares, weight, bias, self.experts, self.offsets)
+
+
+class RankOnes(nn.Module):
+    """What the tasks add to a linear layer: matrices of rank one, of which none is ever written down.
+
+    K is T times the number of matrices of a task.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        """`left` (K, m) and `right` (K, n): matrix k is the outer product of their rows k."""
+        super().__init__()
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("right", right, persistent=False)
+
+    def product(self, inputs: Tensor, shares: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(B, S, m) of (B, S, n) inputs, and (B, K) shares or (1, K) that all images have."""
+        inner = functional.linear(inputs, self.right) * shares[:, None]
+        return functional.linear(inputs, weight, bias) + inner @ self.left
+
+
+def largest(shares: Tensor, count: int) -> Tensor:
+    """(B, K) shares of which those below the `count` largest of an image are nearly 0: g sigmoid(100 (g - least)), so
+    that the least of them is halved; all as they are if `count` is 0 or at least K."""
+    if not 0 < count < shares.shape[1]:
+        return shares
+    least = shares.topk(count, dim=1).values[:, -1:]
+    return shares * (100 * (shares - least)).sigmoid()
+
+
 class RoutedMlp(nn.Module):
-    """A tower's `mlp` whose weights are the base's plus the task vectors, each times its routing weight."""
+    """A tower's `mlp` whose weights are the base's plus what the tasks add, each times its routing weight."""
 
     def __init__(
         self,
         mlp: Any,
-        experts: Sequence[Dense | Pruned],
-        offsets: Sequence[Tensor],
+        parts: Sequence[WholeVectors | RankOnes],
         router: Router,
         routing: Routing,
+        tasks: int,
+        best: int = 0,
     ) -> None:
-        """`experts`: task vectors of the weights of `fc1` and `fc2`; `offsets`: (T, m) those of the biases."""
+        """`parts`: what the tasks add to `fc1` and `fc2`; `best`: how many routing weights count, 0 for all."""
         super().__init__()
-        self.mlp, self.router, self.routing = mlp, router, routing
-        for name, own, offset in zip(("fc1", "fc2"), experts, offsets, strict=True):
-            self.add_module(f"{name}_experts", own)
-            self.register_buffer(f"{name}_offsets", offset, persistent=False)
+        self.mlp, self.router, self.routing, self.tasks, self.best = mlp, router, routing, tasks, best
+        self.parts = nn.ModuleList(parts)
         self.shares = torch.zeros(0)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -250,17 +295,17 @@ class RoutedMlp(nn.Module):
         shares = self.router(hidden)
         if self.routing == "batch":
             shares = shares.mean(0, keepdim=True)
-        self.shares = shares.detach()
+        shares = largest(shares, self.best)
+        self.shares = shares.detach().unflatten(1, (self.tasks, -1)).mean(2)
         shares = shares.to(hidden.dtype)
-        inner = self.mlp.activation_fn(self._linear("fc1", hidden, shares))
-        return self._linear("fc2", inner, shares)
+        inner = self.mlp.activation_fn(self._linear(0, hidden, shares))
+        return self._linear(1, inner, shares)
 
-    def _linear(self, name: str, inputs: Tensor, shares: Tensor) -> Tensor:
+    def _linear(self, place: int, inputs: Tensor, shares: Tensor) -> Tensor:
         """(B, S, m) of (B, S, n): each image with weights of its own, or all with the same."""
-        layer: Any = getattr(self.mlp, name)
-        experts: Any = self.get_submodule(f"{name}_experts")
-        weight, bias = layer.weight.detach(), layer.bias.detach()
-        return linear(inputs, shares, weight, bias, experts, self.get_buffer(f"{name}_offsets"))
+        layer: Any = self.mlp.fc2 if place else self.mlp.fc1
+        part: Any = self.parts[place]
+        return part.product(inputs, shares, layer.weight.detach(), layer.bias.detach())
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class ActMat(PerTensor):
 
     title: ClassVar[str] = "least squares on the task vectors themselves, without images"
     paper: ClassVar[str] = "Hameed et al., ACTMat, COLM 2026, arXiv 2604.01329"
+    published = "ACTMat (density {density})"
     work: ClassVar[str] = "an eigendecomposition of a square matrix for each matrix"
     elementwise: ClassVar[bool] = False
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from mergecli.methods._adam import adam_step
 from mergecli.methods._adapted import UNSAVED, Adapted, Change, Objective, combine
 from mergecli.methods._base import Group
+from mergecli.methods._coefficients import coefficient_gradients, coefficients_of, columns, weighted
 from mergecli.methods._concrete_masks import (
     FINAL,
     Kind,
@@ -27,7 +28,6 @@ from mergecli.methods._concrete_masks import (
 )
 from mergecli.methods._learned import LearnedTensors, State
 from mergecli.methods._settings import Range
-from mergecli.methods.ada_merging import coefficient_gradients, coefficients_of, columns, weighted
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -34,6 +34,7 @@ class ConcreteTsvM(ConcreteTaskArithmetic):
     paper: ClassVar[str] = (
         "FusionBench's concrete_tsvm; Tang et al., arXiv 2312.06173, and Gargiulo et al., arXiv 2412.00081"
     )
+    published = ""
     also_called: ClassVar[Mapping[str, str]] = {"concrete_tsvm": "", "clip_concrete_tsvm": ""}
     gives_masks = False
     elementwise: ClassVar[bool] = False

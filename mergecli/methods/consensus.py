@@ -23,6 +23,7 @@ class Consensus(PerTensor):
     paper: ClassVar[str] = (
         "Wang et al., Localizing task information, ICML 2024, arXiv 2405.07813, equations 5 and 7"
     )
+    published = "Consensus Task Arithmetic"
 
     scaling_factor: Annotated[float, Range()] = 0.3
     """lambda; 0 gives the base back."""

@@ -32,6 +32,7 @@ class DcMerge(PerTensor):
 
     title: ClassVar[str] = "task vectors merged in shared orthogonal directions, a block a task"
     paper: ClassVar[str] = "Zhang et al., DC-Merge, CVPR 2026, arXiv 2603.06242"
+    published = "DC-Merge"
     work: ClassVar[str] = (
         "a singular value decomposition of each matrix of each model, and two of what they make"
     )

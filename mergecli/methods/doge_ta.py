@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from mergecli.methods._adam import adam
-from mergecli.methods._base import Group, Groups, TwoPass, total
-from mergecli.methods._depth import layer_of
-from mergecli.methods._kth_largest import Rank, kth_largest
+from mergecli.methods._base import Group, Groups, TwoPass
+from mergecli.methods._doge import as_matrices, corrections, is_layer_weight, scales, thresholds
 from mergecli.methods._settings import Fraction, Range
-from mergecli.methods._svd import decompose
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,48 +49,26 @@ class DogeTa(TwoPass):
 
     def survey(self, groups: Groups, /) -> Tensor:
         """(T,) the smallest magnitude kept of each task."""
-
-        def entries(group: Group) -> Tensor:
-            magnitudes = group.deltas.abs_().reshape(group.tasks, -1)
-            return magnitudes if _is_layer_weight(group.name) else magnitudes[:, :0]
-
-        return kth_largest(groups, [Rank(self.density, lambda count: int(count * self.density))], entries)[0]
+        return thresholds(groups, self.density)
 
     def merge(self, group: Group, surveyed: Tensor, /) -> Tensor:
         import torch
 
-        if not _is_layer_weight(group.name) or not group.shape.numel():
+        if not is_layer_weight(group.name) or not group.shape.numel():
             return group.base.clone()
-        rows = len(group.base) if group.base.dim() > 1 else 1
-        deltas = group.deltas.view(group.tasks, rows, -1)  # (T, O, I)
-        norms = torch.linalg.vector_norm(deltas, dim=(1, 2), dtype=torch.float64)
-        scales = (self.scaling_factor / norms).masked_fill_(norms == 0, 0).float()
-        correction = self._correction(deltas, scales)
+        deltas = as_matrices(group)  # (T, O, I)
+        each = scales(deltas, self.scaling_factor)
+        directions = min(deltas.shape[1:]) // self.subspace_divisor
+        correction = corrections(
+            deltas,
+            each,
+            directions=directions,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            shared=True,
+        )[0]
         merged = torch.zeros_like(correction)
-        for row, scale, threshold in zip(deltas, scales, surveyed.tolist(), strict=True):
+        for row, scale, threshold in zip(deltas, each, surveyed.tolist(), strict=True):
             dropped = row.abs() < threshold
             merged += (row + correction).masked_fill_(dropped, 0).mul_(scale)
         return merged.view(group.shape).add_(group.base)
-
-    def _correction(self, deltas: Tensor, scales: Tensor) -> Tensor:
-        """(O, I) what is added to every task vector of a matrix."""
-        import torch
-
-        size = min(deltas.shape[1:])
-        leading = [decompose(delta, max(1, size // len(deltas)))[0] for delta in deltas]
-        kept = decompose(torch.cat(leading, dim=1), size // self.subspace_divisor)[0].float()  # (O, k)
-        together = float(scales.double().sum())
-        summed = total(deltas * scales.view(-1, 1, 1))
-        missing = torch.linalg.vecdot(deltas, deltas - summed)  # (T, O)
-        by_row = deltas.transpose(0, 1).contiguous()  # (O, T, I)
-
-        def gradient(at: Tensor) -> Tensor:
-            left = missing.T.unsqueeze(2) - together * (by_row @ at.unsqueeze(2))  # (O, T, 1)
-            own = (left.transpose(1, 2) @ by_row).squeeze(1).mul_(-2 * together)  # (O, I)
-            return own - kept @ (kept.T @ own)
-
-        return adam(torch.zeros_like(summed), gradient, self.learning_rate, self.steps)
-
-
-def _is_layer_weight(name: str) -> bool:
-    return layer_of(name) is not None and name.endswith("weight") and "norm" not in name and "ln_" not in name

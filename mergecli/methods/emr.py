@@ -36,6 +36,7 @@ class Emr(FindsTask, TwoPass):
     prefixes = ("unified.", "masks.", "rescalers", *FindsTask.prefixes)
     title: ClassVar[str] = "one task vector for all tasks; each has a mask of its signs, and a rescaler"
     paper: ClassVar[str] = "Huang et al., EMR-Merging, NeurIPS 2024, arXiv 2405.17461"
+    published = "EMR-Merging"
 
     def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
         masks = Part("U8", (tasks, packed_size(prod(shape))), packed=True)

@@ -51,6 +51,7 @@ class Esm(GramStatistics):
         "task vectors merged in the directions that change outputs on 32 unlabeled images a task"
     )
     paper: ClassVar[str] = "Li et al., Model merging in the essential subspace, CVPR 2026, arXiv 2602.20208"
+    published = "ESM"
     work: ClassVar[str] = "eigendecompositions of each matrix of each model, and two of what they make"
     passes: ClassVar[int] = 2
     merge_time: ClassVar[frozenset[str]] = GramStatistics.merge_time | {

@@ -47,6 +47,7 @@ class EsmPlusPlus(Routed, Esm):
         "low-rank changes of ESM's tower, among which each image chooses; nothing is trained"
     )
     paper: ClassVar[str] = "Li et al., Essential subspace routing, arXiv 2606.19164"
+    published = "ESM++ (rank {lora_rank})"
     also_called: ClassVar[Mapping[str, str]] = {"esmpp": "", "essential_subspace_routing": ""}
     work: ClassVar[str] = f"{Esm.work}, and one more of each matrix that routes"
     measured_as: ClassVar[str] = ""

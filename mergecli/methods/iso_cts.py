@@ -27,6 +27,7 @@ class IsoCts(PerTensor):
 
     title: ClassVar[str] = "common and task-specific directions with equal singular values"
     paper: ClassVar[str] = "Marczak et al., No task left behind, ICML 2025, arXiv 2502.04959, algorithm 2"
+    published = "Iso-CTS"
     work: ClassVar[str] = (
         "a singular value decomposition of each matrix of each model, and three of what they make"
     )

@@ -36,6 +36,7 @@ class Lot(GramStatistics):
 
     title: ClassVar[str] = "task vectors by least squares on each task's own inputs"
     paper: ClassVar[str] = "Sun et al., LOT-Merging, NeurIPS 2025, arXiv 2505.23859"
+    published = "LOT-Merging"
     measured_as: ClassVar[str] = "lot"
     work: ClassVar[str] = "an eigendecomposition of a square matrix for each matrix"
     merge_time: ClassVar[frozenset[str]] = GramStatistics.merge_time | {"scaling_factor", "cutoff"}

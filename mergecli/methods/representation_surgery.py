@@ -42,6 +42,7 @@ class RepresentationSurgery(Conditioned, TaskLearner):
         "on top of a merged tower: a small correction of each task's image features, learned without labels"
     )
     paper: ClassVar[str] = "Yang et al., Representation Surgery, ICML 2024, arXiv 2402.02705"
+    published = "Representation Surgery"
     also_called: ClassVar[Mapping[str, str]] = {"surgery": ""}
     prefixes = ("surgery.",)
     needs = frozenset({"merged_tower"})

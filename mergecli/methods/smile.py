@@ -36,6 +36,7 @@ class Smile(Routed, PerTensor):
     prefixes = ("left.", "right.", "deltas.")
     title: ClassVar[str] = "the base's linear layers with low-rank experts, among which each token chooses"
     paper: ClassVar[str] = "Tang et al., SMILE, arXiv 2408.10174"
+    published = "SMILE"
     also_called: ClassVar[Mapping[str, str]] = {"smile_upscaling": ""}
     work: ClassVar[str] = "a singular value decomposition of each linear layer of each model"
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from mergecli.methods._adam import adam_step
 from mergecli.methods._adapted import Adapted, Change, Objective, combine
 from mergecli.methods._base import Group
+from mergecli.methods._coefficients import coefficient_gradients, coefficients_of, columns, weighted
 from mergecli.methods._learned import LearnedTensors, State
 from mergecli.methods._mixture import SAME, Conditioned, Part, Read
 from mergecli.methods._settings import Range
-from mergecli.methods.ada_merging import coefficient_gradients, coefficients_of, columns, weighted
 from mergecli.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class SyMerge(Conditioned, Adapted):
         "coefficients and a classification head of each task, learned from the predictions of the tasks' own models"
     )
     paper: ClassVar[str] = "Jung et al., SyMerge, ICML 2026, arXiv 2412.19098"
+    published = "SyMerge"
     prefixes = ("sy_merge.",)
     derived = frozenset({"feature_size", "class_counts"})
     besides: ClassVar[str] = "its own classification head"

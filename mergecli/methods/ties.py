@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from mergecli.methods._base import Group, Groups, TwoPass, total
+from mergecli.methods._continual import START, Chain, Continual, Remembered, Step
 from mergecli.methods._kth_largest import keep_largest, magnitude_thresholds
 from mergecli.methods._settings import Fraction, Range
 
@@ -23,7 +24,7 @@ class Surveyed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ties(TwoPass):
+class Ties(Continual, TwoPass):
     """theta = theta_0 + lambda tau,  entry by entry:
 
     trim       t_i = tau_i where |tau_i| is among the largest `density` of its task vector, else 0
@@ -34,11 +35,18 @@ class Ties(TwoPass):
     `density`. The published tables used `trim = "fusion_bench"` and `zero_sign = "majority"`; the difference is at most
     one entry a task vector, and entries that cancel exactly.
     With `trim = "tensor"` a tensor of few entries may lose all of them. The paper takes the mean: `aggregate = "mean"`, with a scaling factor about 1.
+
+    In a chain a step merges the tau of the steps before, as if it were one task vector, and the new one. So the second step gives
+    the bytes of a merge of two; later ones differ from a merge of all.
     """
 
     title: ClassVar[str] = "task vectors trimmed, a sign elected for each entry, the agreeing ones added"
     published = "Ties-Merging"
     paper: ClassVar[str] = "Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708, algorithm 1"
+    remembers: ClassVar[Remembered] = "task vector"
+    why_not_without: ClassVar[str] = (
+        "signs were elected and entries trimmed with it, and what lost is not remembered"
+    )
 
     scaling_factor: Annotated[float, Range()] = 0.3
     """lambda; 0 gives the base back."""
@@ -71,11 +79,18 @@ class Ties(TwoPass):
             majority = float((balance > 0) - (balance < 0)) or -1.0
         return Surveyed(thresholds, majority)
 
+    def survey_step(self, groups: Groups, chain: Chain, /) -> Surveyed:
+        del chain
+        return self.survey(groups)
+
     def merge(self, group: Group, surveyed: Surveyed, /) -> Tensor:
-        trimmed = self._trimmed(group, surveyed.thresholds)  # (T, ...) trim
+        return self.whole(Step(group, START, surveyed))
+
+    def remember(self, step: Step, /) -> Tensor:
+        trimmed = self._trimmed(step.group, step.surveyed.thresholds)  # (T, ...) trim
         sign = total(trimmed).sign_()  # (...) elect
-        if surveyed.majority_sign:
-            sign.masked_fill_(sign == 0, surveyed.majority_sign)
+        if majority := step.surveyed.majority_sign:
+            sign.masked_fill_(sign == 0, majority)
         agreeing = trimmed.mul_(sign).clamp_(min=0)  # (T, ...) magnitudes of the entries that agree, else 0
         # aggregate
         if self.aggregate == "max":
@@ -84,7 +99,17 @@ class Ties(TwoPass):
             merged = total(agreeing)
             if self.aggregate == "mean":
                 merged /= (agreeing > 0).sum(0).clamp_(min=1)
-        return merged.mul_(sign).mul_(self.scaling_factor).add_(group.base)
+        return merged.mul_(sign)
+
+    def weights(self, memory: Tensor, step: Step, /) -> Tensor:
+        return memory.mul_(self.scaling_factor).add_(step.group.base)
+
+    @property
+    def can_recall(self) -> bool:
+        return self.scaling_factor != 0
+
+    def recall(self, weights: Tensor, step: Step, /) -> Tensor:
+        return (weights - step.group.base).div_(self.scaling_factor)
 
     def _trimmed(self, group: Group, thresholds: dict[str, Tensor]) -> Tensor:
         """(T, ...) the task vectors with all but their largest entries set to 0."""

@@ -10,7 +10,7 @@ from mergecli.methods._base import Group, PerTensor
 from mergecli.methods._mixture import SAME, Part, Read
 from mergecli.methods._settings import Fraction
 from mergecli.methods._sim import FindsTask
-from mergecli.methods._svd import PositionEmbedding, decompose, is_matrix
+from mergecli.methods._svd import PositionEmbedding, decompose, is_matrix_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,10 +74,7 @@ class TsvC(FindsTask, PerTensor):
         return left @ read(f"right.{name}")[index].float() + base
 
     def _is_matrix(self, name: str, shape: tuple[int, ...]) -> bool:
-        import torch
-
-        row = torch.empty((1, *shape), device="meta")
-        return is_matrix(Group(name, None, row, (True,), ("",)), self.position_embedding)
+        return is_matrix_named(name, shape, self.position_embedding)
 
     def _rank(self, shape: tuple[int, ...], tasks: int) -> int | None:
         """k of a matrix, or None where it is kept whole."""

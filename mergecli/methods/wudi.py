@@ -38,6 +38,7 @@ class Wudi(PerTensor):
     paper: ClassVar[str] = (
         "Cheng et al., Whoever started the interference should end it, ICML 2025, arXiv 2503.08099"
     )
+    published = "WUDI"
     work: ClassVar[str] = (
         "`steps` products of square matrices for each matrix, or one eigendecomposition of such a matrix"
     )

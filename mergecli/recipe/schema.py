@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,41 @@ from mergecli import methods
 from mergecli.data.tasks import TaskTable
 from mergecli.methods import Method
 from mergecli.recipe.toml import RecipeReader
-from mergecli.runtime.errors import UsageError, nearest, quoted, toml_text
+from mergecli.runtime.errors import UsageError, did_you_mean, nearest, quoted, toml_text
 from mergecli.storage.sources import Source
 from mergecli.storage.table_reader import TableReader
 
 DTYPES = ("same", "float32", "float16", "bfloat16")
-KEYS = ("schema", "base", "seed", "dtype", "leave_out", "tuned", "method", "eval", "tasks")
+SPACES = ("dense", "core", "knots")
+KEYS = (
+    "schema", "base", "seed", "dtype", "space", "as_adapter", "rank", "leave_out", "pool", "tuned", "method", "eval", "continual",
+    "tasks",
+)  # fmt: skip
 EVAL_KEYS = ("tasks", "batch_size", "splits")
+CONTINUAL_KEYS = ("order", "orders", "seed")
+
+
+@dataclass(frozen=True)
+class Orders:
+    """In which orders models arrive one after another."""
+
+    order: tuple[str, ...] = ()
+    """Every model once; empty where it is not given."""
+    orders: int | None = None
+    """So many orders, drawn at random; None for one order, that of `order` or else of `[tuned]`."""
+    seed: int = 42
+    """Of the first drawn order; each next one has the next number."""
+
+    def of(self, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        """The orders of these models, each as Python's `random.Random(seed + number).shuffle` of the list gives it."""
+        if self.orders is None:
+            return (self.order or tuple(names),)
+        found: list[tuple[str, ...]] = []
+        for number in range(self.orders):
+            drawn = list(names)
+            random.Random(self.seed + number).shuffle(drawn)
+            found.append(tuple(drawn))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -29,10 +58,19 @@ class Recipe:
     base: Source | None = None
     tuned: Mapping[str, Source] = field(default_factory=dict[str, Source])
     """Task -> fine-tuned model; the order of every sum."""
+    pool: str | None = None
+    """Which published pool the models are of, or another name for them: averages of two pools do not compare."""
     leave_out: tuple[str, ...] = ()
     """Beginnings of names of tensors that the models have and the base has not, such as heads, and that are not read."""
     seed: int = 0
     dtype: str = "same"
+    space: str = ""
+    """What a method sees of adapters: `dense`, their weights; `core` or `knots`, coordinates of low rank. Empty: `core` where
+    all models are adapters and the output is one, else `dense`."""
+    as_adapter: bool = False
+    """Whether the output is an adapter."""
+    rank: int | None = None
+    """The most that the rank of such an output may be; None: as much as the merge has."""
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The method's settings as written, without defaults."""
@@ -41,6 +79,7 @@ class Recipe:
     splits: tuple[str, ...] = ()
     """Splits of the tasks' data that `fetch` brings besides their own for training and testing."""
     batch_size: int = 128
+    continual: Orders = Orders()
     tasks: Mapping[str, TaskTable] = field(default_factory=dict[str, TaskTable])
     pins: Mapping[tuple[bool, str], Source] = field(default_factory=dict[tuple[bool, str], Source])
     """What the lock beside the recipe says: (whether it is a data set, a source as it is written) -> that at a commit."""
@@ -79,17 +118,22 @@ def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -
     evaluation = read.table(top.get("eval", {}), "eval", EVAL_KEYS)
     wanted = evaluation.get("tasks", ())
     leave_out = read.texts(top["leave_out"], "leave_out") if "leave_out" in top else ()
+    models = read.table(top.get("tuned", {}), "tuned")
     return Recipe(
         path=path,
         base=reader.source(top["base"], "base") if "base" in top else None,
         tuned={
             reader.name(name, f"tuned.{name}"): replace(source, leave_out=leave_out)
-            for name, value in read.table(top.get("tuned", {}), "tuned").items()
+            for name, value in models.items()
             if (source := reader.source(value, f"tuned.{name}"))
         },
         leave_out=leave_out,
+        pool=(read.text(top["pool"], "pool") or None) if "pool" in top else None,
         seed=read.whole(top.get("seed", 0), "seed"),
         dtype=read.one_of(top.get("dtype", "same"), "dtype", DTYPES),
+        space=read.one_of(top["space"], "space", SPACES) if "space" in top else "",
+        as_adapter=read.flag(top.get("as_adapter", False), "as_adapter"),
+        rank=read.whole(top["rank"], "rank", 1) if "rank" in top else None,
         method=method,
         settings=settings,
         eval_tasks=()
@@ -97,6 +141,7 @@ def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -
         else read.texts([wanted] if isinstance(wanted, str) else wanted, "eval.tasks"),
         splits=read.texts(evaluation["splits"], "eval.splits") if "splits" in evaluation else (),
         batch_size=read.whole(evaluation.get("batch_size", 128), "eval.batch_size", 1),
+        continual=_orders(top["continual"], models, read) if "continual" in top else Orders(),
         tasks={
             reader.name(name, f"tasks.{name}"): _task(value, f"tasks.{name}", reader)
             for name, value in read.table(top.get("tasks", {}), "tasks").items()
@@ -127,6 +172,28 @@ def _method(value: object, read: TableReader) -> tuple[str | None, dict[str, Any
         read.wrong("method.name", what, "`--method NAME` gives one; `mergecli methods` lists them")
         return None, settings
     return read.text(settings.pop("name"), "method.name") or None, settings
+
+
+def _orders(value: object, models: Collection[str], read: TableReader) -> Orders:
+    table = read.table(value, "continual", CONTINUAL_KEYS)
+    order = read.texts(table["order"], "continual.order") if "order" in table else ()
+    seed = read.whole(table["seed"], "continual.seed") if "seed" in table else 42
+    orders = read.whole(table["orders"], "continual.orders", 1) if "orders" in table else None
+    if "order" in table and orders is not None:
+        read.wrong("continual.orders", "there is `order` too: give one of the two")
+    elif orders is None and "seed" in table:
+        read.wrong("continual.seed", "is for orders that are drawn: say how many with `orders`")
+    problems = [
+        f"`{name}` is no model of `[tuned]`{did_you_mean(name, models)}"
+        for name in order
+        if name not in models
+    ]
+    problems += [f"`{name}` stands there twice" for name in dict.fromkeys(order) if order.count(name) > 1]
+    if order and not problems and (left := [name for name in models if name not in order]):
+        problems = [f"lacks {quoted(left)}: expected every model once"]
+    for problem in problems:
+        read.wrong("continual.order", problem)
+    return Orders(order, orders, seed)
 
 
 def _task(value: object, key: str, reader: RecipeReader) -> TaskTable:
@@ -167,12 +234,25 @@ def recipe_text(recipe: Recipe, method: str | None = None, settings: Mapping[str
         lines.append(f"base = {toml_text(recipe.base.written)}")
     if recipe.leave_out:
         lines.append(f"leave_out = {toml_text(recipe.leave_out)}")
-    lines += [f"seed = {recipe.seed}", f"dtype = {toml_text(recipe.dtype)}", "", "[tuned]"]
+    if recipe.pool:
+        lines.append(f"pool = {toml_text(recipe.pool)}")
+    lines += [f"seed = {recipe.seed}", f"dtype = {toml_text(recipe.dtype)}"]
+    lines += [f"space = {toml_text(recipe.space)}"] if recipe.space else []
+    lines += ["as_adapter = true"] if recipe.as_adapter else []
+    lines += [f"rank = {recipe.rank}"] if recipe.rank is not None else []
+    lines += ["", "[tuned]"]
     lines += [
         f"{name if '.' not in name and '+' not in name else toml_text(name)} = {toml_text(source.written)}"
         for name, source in recipe.tuned.items()
     ]
     if method is not None:
         lines += ["", "[method]", f"name = {toml_text(method)}"]
-        lines += [f"{key} = {toml_text(value)}" for key, value in (settings or {}).items()]
+        own = {key: value for key, value in (settings or {}).items() if key != "layers"}
+        lines += [f"{key} = {toml_text(value)}" for key, value in own.items()]
+        for table in (settings or {}).get("layers", ()):
+            lines += [
+                "",
+                "[[method.layers]]",
+                *(f"{key} = {toml_text(value)}" for key, value in table.items()),
+            ]
     return "\n".join(lines) + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +18,8 @@ from mergecli.storage.table_reader import Problem, TableReader
 SOURCE_KEYS = ("source", "revision", "subfolder", "file", "dtype", "modelscope", "adapter")
 SOURCE_DTYPES = ("float32", "float16", "bfloat16")
 
+_LAST_STEP = re.compile(r"(\[\d+\]|(^|\.)[^.\[]*)$")
+"""Of a dotted key: the last name or number in brackets."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -42,25 +45,33 @@ class RecipeReader:
     def option(self, key: str) -> str | None:
         """The option that gave the value under a dotted key; None where the file did."""
         while key and key not in self.options:
-            key = key.rpartition(".")[0]
+            key = _LAST_STEP.sub("", key)
         return self.options.get(key)
 
     def override(self, table: dict[str, Any], each: Override) -> None:
         """Puts the value where its key says; tables on the way are copied, since they may be the caller's."""
-        first = each.key.partition(".")[0]
-        # a model's or a task's name may have dots in it
-        parts = [part.strip() for part in each.key.split(".", {"tuned": 1, "tasks": 2}.get(first, -1))]
-        for part in parts[:-1]:
-            inner = table.get(part, {})
-            if first == "method" and isinstance(inner, str):  # a method's name alone stands for its table
-                inner = {"name": inner}
-            if not isinstance(inner, Mapping):
-                self.values.wrong(each.key, f"`{part}` is not a table")
-                return
-            table[part] = dict(cast("Mapping[str, Any]", inner))
-            table = table[part]
-        table[parts[-1]] = each.value
         self.options[each.key] = each.option
+        steps = _steps(each.key)
+        holder: Any = table
+        for step, after in pairwise(steps):
+            inner: Any = _inside(holder, step, {} if isinstance(after, str) else [])
+            if steps[0] == "method" and isinstance(inner, str):  # a method's name alone stands for its table
+                inner = {"name": inner}
+            if not isinstance(inner, Mapping if isinstance(after, str) else list):
+                what = "a table" if isinstance(after, str) else "a list"
+                self.values.wrong(each.key, f"`{step}` is not {what}")
+                return
+            if isinstance(after, int) and after > len(inner):
+                there = f"there are {len(inner)} of them" if inner else "there is none"
+                self.values.wrong(each.key, f"`{step}[{after}]`: {there}; `[{len(inner)}]` adds one")
+                return
+            _put(
+                holder,
+                step,
+                dict(cast("Mapping[str, Any]", inner)) if isinstance(inner, Mapping) else list(inner),
+            )
+            holder = holder[step]
+        _put(holder, steps[-1], each.value)
 
     def refuse(self, where: str, text: str = "") -> None:
         """Raises UsageError with every problem, each with its option, or else with `where` and the line of the TOML `text`."""
@@ -154,6 +165,32 @@ class RecipeReader:
         return name
 
 
+def _steps(key: str) -> list[str | int]:
+    """`a.b[0].c` as `a`, `b`, 0, `c`; a model's or a task's name may have dots and brackets in it."""
+    first = key.partition(".")[0]
+    steps: list[str | int] = []
+    for part in key.split(".", {"tuned": 1, "tasks": 2}.get(first, -1)):
+        found = re.fullmatch(r"\s*([^\[\]]*?)\s*((?:\[\d+\])*)\s*", part) if first == "method" else None
+        steps.append(found[1] if found else part.strip())
+        steps += [int(number) for number in re.findall(r"\d+", found[2])] if found else []
+    return steps
+
+
+def _inside(holder: Any, step: str | int, missing: Any) -> Any:
+    """The value under a name or a number."""
+    if isinstance(step, int):
+        return holder[step] if step < len(holder) else missing
+    return holder.get(step, missing)
+
+
+def _put(holder: Any, step: str | int, value: Any) -> None:
+    """Sets the value under a name or a number; the number after the last one adds it."""
+    if isinstance(step, int) and step == len(holder):
+        holder.append(value)
+    else:
+        holder[step] = value
+
+
 def parse_changes(changes: Iterable[str]) -> list[Override]:
     """The `key.sub=value` changes of `--set`.
 
@@ -199,10 +236,14 @@ def place_of(where: str, text: str, key: str) -> str:
 def line_of(text: str, key: str) -> int | None:
     """The line on which a dotted key, or else the nearest table around it, begins; None if it is not in the text."""
     table, found, nearest = "", None, 0
+    counts: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         code = line.strip()
         if code.startswith("["):
             table = code.strip("[] ").split("]")[0].replace('"', "").replace(" ", "")
+            if code.startswith("[["):
+                counts[table] = counts.get(table, -1) + 1
+                table = f"{table}[{counts[table]}]"
             dotted = table
         elif "=" in code and not code.startswith("#"):
             name = code.split("=", 1)[0].strip().replace('"', "").replace(" ", "")

@@ -50,7 +50,7 @@ def write_card(model: Path, sources: Sequence[Source] | None = None, digest: str
             as far as they come from a hub.
         digest: of the model, if it is known.
     """
-    with open_checkpoint(model) as stored:
+    with open_checkpoint(_weights(model)) as stored:
         merge = _Merge.of(model, stored, sources, digest)
     card = CardFile.read(card_path(model))
     card.write(merge.front(), merge.text() + _no_results(merge), _name_in_card(model))
@@ -81,6 +81,14 @@ def add_results(model: Path, results: Sequence[Evaluation], table: Table) -> Pat
     text = f"{before}{_RESULTS}\n{table.text('md')}"
     card.write({"model-index": _model_index(model, own)}, text, card.describes)
     return card.path
+
+
+_ADAPTER = "adapter_model.safetensors"
+
+
+def _weights(model: Path) -> Path:
+    """The file or folder that is opened: of an adapter, the file in its folder."""
+    return model / _ADAPTER if (model / _ADAPTER).is_file() else model
 
 
 @dataclass(frozen=True)
@@ -131,14 +139,21 @@ class _Merge:
         """Whether transformers can load it: a folder with a configuration."""
         return (self.model / "config.json").is_file()
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter, which is added to the base."""
+        return self.metadata.get("kind") == "adapter"
+
     def front(self) -> dict[str, Any]:
         """The keys of the front matter; None where there is nothing to say."""
-        names = [each.name for value in self.models.values() for each in _sources(value) if each.kind in HUBS]
+        models = {"base": self.models.get("base")} if self.is_adapter else self.models
+        names = [each.name for value in models.values() for each in _sources(value) if each.kind in HUBS]
+        library = "peft" if self.is_adapter else "transformers" if self.is_transformers else "mergecli"
         return {
             "base_model": list(dict.fromkeys(names)),
-            "base_model_relation": "merge",
-            "library_name": "transformers" if self.is_transformers else "mergecli",
-            "tags": ["merge", "mergecli", "clip", self.method],
+            "base_model_relation": "adapter" if self.is_adapter else "merge",
+            "library_name": library,
+            "tags": ["merge", "mergecli", "clip", *["lora"] * self.is_adapter, self.method],
             "license": strictest(self.licenses)[0],
             "model-index": None,
         }
@@ -169,6 +184,7 @@ class _Merge:
         title = f" ({methods.find(self.method).title})" if self.method in methods.names() else ""
         count = len(self.models) - ("base" in self.models)
         what = "CLIP vision towers" if self.metadata.get("kind") == "mixture" else "A CLIP vision tower"
+        what = "A LoRA adapter of a CLIP vision tower" if self.is_adapter else what
         return (
             f"{what}, merged from {count} fine-tuned model{'s' if count > 1 else ''} by `{self.method}`{title}. "
             f"{self.parameters:,} parameters in {' and '.join(self.dtypes)}; digest of the weights `{self.digest}`."
@@ -182,6 +198,14 @@ class _Merge:
         return Table((Column("model"), Column("source"), Column("digest")), tuple(rows)).text("md")
 
     def _use(self) -> Iterator[str]:
+        if self.is_adapter:
+            yield "## Use\n"
+            yield _fenced(
+                "from peft import PeftModel\nfrom transformers import CLIPVisionModel\n\n"
+                'base = CLIPVisionModel.from_pretrained("BASE")  # the base in the table above\n'
+                'tower = PeftModel.from_pretrained(base, "FOLDER")  # this folder, or the name of this repository\n',
+                "python",
+            )
         if self.is_transformers:
             yield "## Use\n"
             yield _fenced(
@@ -202,6 +226,8 @@ class _Merge:
 
 
 def _no_results(merge: _Merge) -> str:
+    if merge.is_adapter:  # results are of the tower with it, which has another digest
+        return f"{_RESULTS}\nNone yet. `mergecli eval FOLDER --recipe RECIPE` evaluates the base with the adapter.\n"
     model = merge.model.name if merge.model.suffix else "FOLDER"
     return (
         f"{_RESULTS}\nNone yet. `mergecli eval {model} -o RESULT.json` and "

@@ -49,6 +49,7 @@ def columns(rows: Sequence[Row], reference: Reference, intervals: bool = False) 
             (Column(f"difference{suffix}", "points"), differences),
         ]
     notes = [f"reference: the published table `{reference.name}`, the row of the same method."]
+    notes += [f"its source: {'; '.join(reference.sources)}."] if reference.sources else []
     if intervals:
         notes.append(
             "difference: ±: longer side of the 95 % interval for two independent proportions (Newcombe), as if the published "
@@ -66,7 +67,7 @@ def _estimate(row: Row, reference: Reference, part: str, difference: float) -> C
     """The difference with its interval, if the number of images of the published number is known."""
     theirs = _counterpart(row, reference)
     shared = [task for task in _part(reference, part) if task in row.values]
-    if theirs is None or not shared or any(task not in IMAGES for task in shared):
+    if theirs is None or not theirs.accuracies or any(task not in IMAGES for task in shared):
         return difference
     counts = [Count(round(theirs.accuracies[task] * IMAGES[task]), IMAGES[task]) for task in shared]
     low, high = difference_interval(row.counts(shared), counts)
@@ -82,8 +83,9 @@ def _pair(row: Row, reference: Reference, part: str) -> tuple[float | None, floa
     theirs = _counterpart(row, reference)
     if theirs is None or row.result is None:
         return None, None
-    shared = [task for task in _part(reference, part) if task in row.values]
-    if not shared:
+    wanted = _part(reference, part)
+    shared = [task for task in wanted if task in row.values]
+    if not shared or (not theirs.accuracies and shared != wanted):
         return None, None
     return sum(row.values[task] for task in shared) / len(shared), _average(theirs, reference, part, shared)
 
@@ -128,14 +130,14 @@ def _average(row: PublishedRow, reference: Reference, part: str, shared: Sequenc
 def rows(reference: Reference, tasks: Sequence[str]) -> list[Row]:
     """The published rows, for those of our tasks that the table has."""
     shared = {part: [t for t in _part(reference, part) if t in tasks] for part in ("all", "seen", "unseen")}
-    if not shared["all"]:
+    if not shared["all"] or (reference.averaged and shared["all"] != list(reference.averaged)):
         return []
     parts = ("seen", "unseen") if reference.seen else ()
     return [
         Row(
             name=row.name,
             method="published",
-            values={task: row.accuracies[task] for task in shared["all"]},
+            values={task: row.accuracies[task] for task in shared["all"] if task in row.accuracies},
             average=_average(row, reference, "all", shared["all"]),
             seen=reference.seen,
             averages={part: _average(row, reference, part, shared[part]) for part in parts if shared[part]},
@@ -158,7 +160,7 @@ def departures(evaluations: Sequence[Evaluation], reference: Reference) -> list[
         where = f"{quoted(tasks)}: " if tasks else ""
         who = "" if len(models) == len(evaluations) else f" ({quoted(models)})"
         lines.append(f"{_OTHER.format(reference.name)}{where}{problem}{who}")
-    if silent := [each.name for each in evaluations if _models_of(each, reference) is None]:
+    if silent := [each.name for each in evaluations if _are_unknown(each, reference)]:
         lines.append(
             f"whether the models are those of `{reference.name}` cannot be seen from {quoted(silent)}: "
             "`mergecli info CHECKPOINT` lists what it was made of"
@@ -178,10 +180,17 @@ def _models_of(result: Evaluation, reference: Reference) -> dict[str, str] | Non
     return {task: path} if path == f"{reference.backbone}_{task}{reference.suffix}" else None
 
 
-def _settings(result: Evaluation) -> Iterator[str]:
+def _are_unknown(result: Evaluation, reference: Reference) -> bool:
+    """Whether nothing says which models a result is of."""
+    if reference.averaged:
+        return not result.pool and result.checkpoint.get("method") != "pretrained"
+    return _models_of(result, reference) is None
+
+
+def _settings(result: Evaluation, reference: Reference) -> Iterator[str]:
     """Settings that are not the defaults, which are those of the published tables."""
     method = result.checkpoint.get("method")
-    if method not in methods.names() or not methods.find(method).published:
+    if method not in methods.names() or _published(method or "", result) not in reference.rows:
         return
     usual = methods.table_of(methods.create(method, {}), without=_named(methods.find(method)))
     for key, value in usual.items():
@@ -205,6 +214,8 @@ def _repository(source: str) -> str:
 
 def _model_problems(result: Evaluation, reference: Reference) -> Iterator[tuple[str, str]]:
     """(problem, task) for each model that is not the published one."""
+    if reference.averaged:
+        return
     models = _models_of(result, reference) or {}
     single = not result.models
     for task, name in models.items():
@@ -231,7 +242,8 @@ def _problems(result: Evaluation, reference: Reference) -> Iterator[tuple[str, s
         )
     yield from _model_problems(result, reference)
     yield from (
-        (f"{problem}, which the published table is taken to have", "") for problem in _settings(result)
+        (f"{problem}, which the published table is taken to have", "")
+        for problem in _settings(result, reference)
     )
     if result.dtype != "float32":
         yield f"computed in {result.dtype}, not float32", ""
@@ -246,8 +258,10 @@ def _problems(result: Evaluation, reference: Reference) -> Iterator[tuple[str, s
 
 
 def _task_problems(task: str, score: TaskScore, reference: Reference) -> Iterator[str]:
-    from mergecli.data.tasks import digest, find
+    from mergecli.data.tasks import digest, find, names
 
+    if task not in names():
+        return
     published = find(task)
     if score.classes != digest(published.classes or ()):
         yield "other class names"
@@ -259,5 +273,5 @@ def _task_problems(task: str, score: TaskScore, reference: Reference) -> Iterato
     split = reference.split or published.split
     if score.split != split:
         yield f"split `{score.split}`, not `{split}`"
-    elif reference.split is None and score.images != IMAGES[task]:
+    elif reference.split is None and score.images != IMAGES.get(task, score.images):
         yield f"{score.images:,} images, not {IMAGES[task]:,}"

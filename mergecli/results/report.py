@@ -11,6 +11,7 @@ from mergecli.results import differences, published, references, suspicions
 from mergecli.results import rows as scored
 from mergecli.results.card import add_results, check_card
 from mergecli.results.cells import Cell, Column
+from mergecli.results.pools import refuse_several_pools
 from mergecli.results.result import FINE_TUNED, Evaluation, read_result
 from mergecli.results.rows import METRICS, Block, Metric, Row, about_images, about_towers
 from mergecli.results.tables import SUFFIXES, Format, Table
@@ -39,6 +40,8 @@ def report(
     output: str | Path | None = None,
     format: Format | None = None,
     card: str | Path | None = None,
+    continual: bool = False,
+    steps: str | Path | None = None,
 ) -> Table:
     """One row a result: accuracy on every task and their average; `-` where a result lacks a task.
 
@@ -58,6 +61,9 @@ def report(
         output: a file for the table, in `format` (by default what its suffix says).
         card: a merged model, a folder or a file: puts the table into its model card, and its own results into the front
             matter, where hubs read them (`model-index`).
+        continual: the results are steps of chains, or folders of `continual`: average accuracy after each step, backward
+            transfer and forgetting, mean and standard deviation over the orders. `plot` draws the first two.
+        steps: with `continual`, a CSV file with the accuracies of each step, in the columns of FusionBench's.
 
     Raises:
         UsageError: an argument is wrong. InputError: a file is missing, or not what it should be.
@@ -66,6 +72,16 @@ def report(
         raise UsageError(
             "there are no results to report", "name the JSON files that `mergecli eval -o` wrote"
         )
+    if continual:
+        others = {"--sort": sort, "--ascending": ascending, "--seen": seen, "--normalized": normalized, "--fine-tuned": fine_tuned,
+                  "--intervals": intervals, "--against": against, "--predictions": predictions, "--p-values": p_values,
+                  "--reference": reference, "--reference-rows": reference_rows, "--plot-kind": plot_kind, "--card": card,
+                  "--metric": metric != "accuracy"}  # fmt: skip
+        if given := [option for option, value in others.items() if value]:
+            raise UsageError(f"{given[0]}: does not go with --continual")
+        return _of_chains(results, plot, output, format, steps, transpose)
+    if steps is not None:
+        raise UsageError("--steps: is for `--continual`")
     _check(
         metric, normalized, fine_tuned, intervals, against, predictions, p_values, reference, reference_rows
     )
@@ -101,6 +117,7 @@ def report(
         blocks.append(
             differences.columns(rows, tasks, compared[-1], answers, p_values=p_values, intervals=intervals)
         )
+    refuse_several_pools(compared, theirs)
     table = _table(rows, blocks, list(dict.fromkeys(scored.comparable(compared))))
     table = table.transposed() if transpose else table
     if plot or "html" in (format, SUFFIXES.get(Path(output).suffix) if output else None):
@@ -119,6 +136,38 @@ def report(
         write_text(Path(output), table.text(form))
     if card is not None:
         add_results(Path(card), evaluations, table)
+    return table
+
+
+def _of_chains(
+    results: Sequence[str | Path | Evaluation], plot: str | Path | None, output: str | Path | None, format: Format | None,
+    steps: str | Path | None, transpose: bool,
+) -> Table:  # fmt: skip
+    """The report of chains, and its files."""
+    from mergecli.results import continual
+
+    every = continual.expanded(results)
+    read = {str(each): Path(each) for each in every if not isinstance(each, Evaluation)}
+    _check_files(read, output, format, plot, None)
+    if steps:
+        check_targets([(Path(steps), (".csv",))], read)
+    chains, warnings = continual.read_chains(every)
+    table = continual.table_of(chains, warnings)
+    table = table.transposed() if transpose else table
+    is_page = "html" in (format, SUFFIXES.get(Path(output).suffix) if output else None)
+    if plot or is_page:
+        from mergecli.results import plots
+
+        if plot or plots.has_matplotlib():
+            figure = plots.chain_curves(chains)
+            if plot:
+                plots.save(figure, Path(plot))
+            table = replace(table, figures=(plots.svg(figure, "chains"),))
+    if steps:
+        write_text(Path(steps), continual.steps_csv(chains))
+    if output:
+        form = SUFFIXES[Path(output).suffix] if format in (None, "table") else str(format)
+        write_text(Path(output), table.text(form))
     return table
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergecli.data.pools import pool_of
 from mergecli.results.frames import frame
 from mergecli.runtime.errors import InputError, UsageError, quoted
 from mergecli.storage.atomic import whole_file
@@ -64,8 +65,9 @@ class Evaluation:
     """The result of one tower on several tasks."""
 
     checkpoint: Mapping[str, str | None]
-    """`name`, `path` (no folders), `digest`, `kind`, `method` and its settings, `method.density` for one; None where the
-    file does not say. `heads` is `learned` where the file's own take the place of zero-shot heads. Of the best point of a sweep `selected_on`: the split that it was chosen on."""
+    """`name`, `path` (no folders; of an ensemble its name), `digest`, `kind`, `method` and its settings, `method.density` for one; None where the
+    file does not say. `ensemble` is how an ensemble is made of its `models`. `heads` is `learned` where the file's own take the place of zero-shot heads. `quantized` says of which
+    quantized task vectors it was made, and what those lost. Of the best point of a sweep `selected_on`: the split that it was chosen on."""
     clip: Mapping[str, str | None]
     """`path` of the CLIP whose other parts were used, and digests: `digest` of its vision tower, `text` of all that heads
     depend on, `rest` of projection and logit scale, `processing` of the image processor's settings."""
@@ -81,7 +83,9 @@ class Evaluation:
     device: str | None = None
     """The device, such as `cpu`; others round differently. None in files that do not record it."""
     models: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of a merge, model -> source as in its recipe, without folders; empty if the file does not record it."""
+    """Of a merge, model -> source as in its recipe, without folders; empty if the file does not record it. Of an ensemble, its members."""
+    recipe_pool: str | None = None
+    """The pool of the models as the recipe says it; None where it does not."""
     looked_at: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     """Of a data-driven method, task -> `split` and `data`, the fingerprint of the images."""
 
@@ -89,6 +93,16 @@ class Evaluation:
     def name(self) -> str:
         """The name of the checkpoint in tables."""
         return self.checkpoint["name"] or ""
+
+    @property
+    def pool(self) -> str | None:
+        """The pool of its models: as the recipe says it, else by where they come from; None if it is not known."""
+        return self.recipe_pool or pool_of(self.models.values() or [self.checkpoint.get("path") or ""])
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether it is of several towers together, and not of one."""
+        return self.checkpoint.get("ensemble") is not None
 
     @property
     def average(self) -> Average:
@@ -116,6 +130,7 @@ class Evaluation:
             "batch_size": self.batch_size,
             "dtype": self.dtype,
             **({"device": self.device} if self.device else {}),
+            **({"pool": self.recipe_pool} if self.recipe_pool else {}),
             **({"models": dict(self.models)} if self.models else {}),
             **({"looked_at": dict(self.looked_at)} if self.looked_at else {}),
             "model_info": {
@@ -195,6 +210,7 @@ def _result(values: Mapping[str, Any], read: TableReader) -> Evaluation:
         batch_size=read.whole(values.get("batch_size"), "batch_size"),
         dtype=read.text(values.get("dtype"), "dtype"),
         device=read.text(values["device"], "device") if "device" in values else None,
+        recipe_pool=read.text(values["pool"], "pool") if "pool" in values else None,
         models=_strings(values.get("models", {}), "models", read),
         looked_at={task: _strings(each, f"looked_at.{task}", read) for task, each in looked_at.items()},
         bytes=read.whole(info["bytes"], "model_info.bytes") if "bytes" in info else None,

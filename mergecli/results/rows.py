@@ -50,13 +50,14 @@ class Row:
 
 
 Kind = Literal["merge", "model", "base", "ceiling", "published"]
-"""What the row of a report is: a merge; a model that was merged or trained; the pre-trained base; the fine-tuned models,
+"""What the row of a report is: a merge; a model that was merged or trained, or several together; the pre-trained base; the fine-tuned models,
 each on its own task; or a row of a published table."""
 
 
 def kinds_of(rows: Sequence[Row]) -> tuple[Kind, ...]:
     """What each row is. A model of which nothing is known counts as a merge."""
-    inputs = {source for row in rows if row.result for source in row.result.models.values()}
+    merges = [row.result for row in rows if row.result and not row.result.is_ensemble]
+    inputs = {source for result in merges for source in result.models.values()}
 
     def kind_of(row: Row) -> Kind:
         if row.result is None:
@@ -65,6 +66,8 @@ def kinds_of(rows: Sequence[Row]) -> tuple[Kind, ...]:
             return "ceiling"
         if row.method == "pretrained":
             return "base"
+        if row.result.is_ensemble:
+            return "model"
         trained = (row.method or "").startswith("finetune")
         return "model" if trained or row.result.checkpoint.get("path") in inputs else "merge"
 
@@ -211,7 +214,7 @@ def _uneven(rows: Sequence[Row], tasks: Sequence[str]) -> Iterable[str]:
     """A warning for each row that lacks a task, since its average is over other tasks."""
     for row in rows:
         lacking = [task for task in tasks if task not in row.values]
-        if lacking:
+        if lacking and row.values:
             yield f"`{row.name}` lacks {quoted(lacking)}: its average is of other tasks than the others'"
 
 
@@ -320,6 +323,11 @@ def about_towers(rows: Sequence[Row]) -> Block:
     if heads := [row.name for row in rows if row.result and row.result.checkpoint.get("heads") == "learned"]:
         verb = "have" if len(heads) > 1 else "has"
         notes.append(f"{quoted(heads)} {verb} learned heads; those of the other rows are zero-shot heads.")
+    quantized: dict[str, list[str]] = {}
+    for row in rows:
+        if row.result and (of := row.result.checkpoint.get("quantized")):
+            quantized.setdefault(of, []).append(row.name)
+    notes += [f"{quoted(names)}: made of {of}." for of, names in quantized.items()]
     found = [_task_found(row.result) if row.result else None for row in rows]
     if any(each is not None for each in found):
         columns.append((Column("task found", "percent", better="higher"), list(found)))

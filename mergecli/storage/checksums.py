@@ -56,14 +56,14 @@ class ChunkHashes:
         """`expected` has the digests of the chunks of some tensors, one after another; for a tensor that has others the
         exception `refuse(name)` is raised."""
         self.expected = expected or {}
-        self._refuse = refuse
+        self.refusal = refuse
         self._whole: dict[tuple[str, int], bytes] = {}
         self._begun: dict[tuple[str, int], tuple[int, xxhash.xxh3_128]] = {}
         self._lock = threading.Lock()
 
     def anew(self) -> ChunkHashes:
         """The same expectations of bytes that are yet to be read."""
-        return ChunkHashes(self.expected, self._refuse)
+        return ChunkHashes(self.expected, self.refusal)
 
     def is_whole(self, name: str, chunk: int) -> bool:
         """Whether all bytes of the chunk have been hashed."""
@@ -103,7 +103,7 @@ class ChunkHashes:
     def _finish(self, name: str, chunk: int, found: bytes) -> None:
         want = self.expected.get(name)
         if want is not None and want[_LENGTH * chunk : _LENGTH * (chunk + 1)] != found:
-            raise self._refuse(name)
+            raise self.refusal(name)
         self._whole[name, chunk] = found
         self._begun.pop((name, chunk), None)
 

@@ -82,6 +82,38 @@ def made_of(metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]
     )
 
 
+def pool_in(metadata: Mapping[str, str]) -> str | None:
+    """The pool that the recipe of a file of ours says; None where it does not say."""
+    import tomli
+
+    try:
+        pool: Any = tomli.loads(metadata.get("recipe", "")).get("pool")
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return pool if isinstance(pool, str) and pool else None
+
+
+def layer_lines(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Pattern -> settings by layer of the method that made a file of ours, as its recipe has them; empty where it has none."""
+    import tomli
+
+    try:
+        lines: Any = tomli.loads(metadata.get("recipe", ""))["method"].get("layers", [])
+        return {
+            _text(line["match"]): ", ".join(
+                f"{key} = {toml_text(each)}" for key, each in line.items() if key != "match"
+            )
+            or "the method's own settings"
+            for line in lines
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def _text(pattern: object) -> str:
+    return ", ".join(pattern) if isinstance(pattern, list) else str(pattern)
+
+
 def looked_at(metadata: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Task -> `split` and `data` (the digest) of the images that a file's method looked at; empty where it does not say."""
     try:

@@ -74,6 +74,32 @@ def test_only_chooses_among_the_recipes_models(place: Path, run: Run) -> None:
     assert (ended.status, ended.rest) == (2, "error: the recipe has no model `clod` (did you mean `cold`?)\n")
 
 
+def test_ensembles_are_further_rows_and_files(place: Path, run: Run) -> None:
+    weights = ("--ensemble-weight", "warm=1", "--ensemble-weight", "cold=3")
+    ended = run("eval", "--recipe", "r.toml", "--ensemble", "logits,weighted", *weights, "-o", "out")
+    assert ended.status == 0
+    rows = [line.split("\t") for line in ended.out.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["base", "warm", "cold", "ensemble-logits", "ensemble-weighted"]
+    assert [row[1] for row in rows[3:]] == ["ensemble"] * 2
+    assert [float(row[2]) for row in rows] == [1, 1, 1, 2, 2]
+    assert "evaluated 3 checkpoints on 2 tasks, wrote 5 files in out" in ended.end
+    written = json.loads((place / "out" / "ensemble-weighted.json").read_text())
+    assert written["checkpoint"]["ensemble.weights"] == "warm 0.25, cold 0.75"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("warm", "error: --ensemble-weight warm: expected `NAME=X` with a number X of at least 0\n"),
+        ("warm=inf", "error: --ensemble-weight warm=inf: expected `NAME=X` with a number X of at least 0\n"),
+        ("cold=2", "error: --ensemble-weight cold=2: `cold` has one already, 1\n"),
+    ],
+)
+def test_weights_of_ensembles_are_numbers_each_given_once(run: Run, text: str, message: str) -> None:
+    ended = run("eval", "--ensemble", "weighted", "--ensemble-weight", "cold=1", "--ensemble-weight", text)
+    assert (ended.status, ended.err) == (2, message)
+
+
 def test_individual_takes_each_model_on_its_own_task_into_one_result(place: Path, run: Run) -> None:
     run("eval", "--recipe", "r.toml", "-o", "out/")
     ended = run("eval", "--individual", "--recipe", "r.toml", "-o", "own.json")

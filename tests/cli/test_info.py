@@ -158,3 +158,31 @@ def test_tensors_of_several_files_are_side_by_side(world: World, run: Run) -> No
     assert rows[0] == ["tensor", "base.safetensors", "s.safetensors"]
     assert ["scale", "F32", "F32 2"] in rows
     assert ["conv", "F32 3x2x4x4", ""] in rows
+
+
+def test_settings_by_layer_are_shown_and_recorded_in_results(world: World, run: Run) -> None:
+    recipe = """base = "base.safetensors"
+[tuned]
+t1 = "t1.safetensors"
+[method]
+name = "task_arithmetic"
+[[method.layers]]
+match = "layer"
+scaling_factor = { first = 0.1, last = 0.2 }
+[[method.layers]]
+match = ["conv", "zz*"]
+keep = "t1"
+"""
+    (world.folder / "r.toml").write_text(recipe)
+    assert run("merge", "r.toml", "-o", "out/").status == 0
+    table = run("info", "out", "--format", "md").out
+    assert "| layers layer | scaling_factor = { first = 0.1, last = 0.2 } |" in table
+    assert r'| layers conv, zz\* | keep = "t1" |' in table
+    shown = recipe[recipe.index("[[") :].replace("\n[[", "\n\n[[")
+    assert shown in run("info", "out", "--recipe").out
+    assert shown in (world.folder / "out" / "README.md").read_text()
+    described = json.loads(run("methods", "task_arithmetic", "--json").out)
+    assert (described["settings"][0]["by_layer"], described["layers"]) == (
+        True,
+        "every setting may differ by layer",
+    )

@@ -12,7 +12,7 @@ from mergecli.merging.learning import probe
 from mergecli.runtime import interrupts
 from tests.conftest import Run, World
 
-NOTHING = "interrupted: nothing is kept; the same command starts again\n"
+NOTHING = "interrupted: nothing new is kept; the same command starts again\n"
 
 
 @pytest.fixture(autouse=True)

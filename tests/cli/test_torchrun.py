@@ -297,6 +297,34 @@ def test_two_processes_learn_masks_as_one_does(world: AdaptedWorld, run: Run, tm
     expect_the_same_learned(world, *(tmp_path / f"{name}.learned.safetensors" for name in ("one", "two")))
 
 
+EVERY_OTHER = {
+    "sy_merge": ["steps=2"],
+    "fw_merging": ["steps=3", "granularity=layer", "learning_rate=0.5"],
+    "ada_rank": ["steps=2", "objective=experts"],
+    "doge_ada_merging": ["steps=2", "correction_steps=3"],
+    "pwe_moe": ["steps=2"],
+    "rank_one_moe": ["steps=2", "rank=2"],
+}
+"""Method that adapts -> settings."""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_heads_ranks_steps_and_routers_as_one_does(
+    world: AdaptedWorld, run: Run, tmp_path: Path
+) -> None:
+    out, err = torchrun(
+        2, [merge(world, f"two.{name}", name, *more) for name, more in EVERY_OTHER.items()], tmp_path
+    )
+    assert out == [*(f"two.{name}.safetensors" for name in EVERY_OTHER), str([0] * len(EVERY_OTHER))], err
+    for name, more in EVERY_OTHER.items():
+        assert run(*merge(world, f"one.{name}", name, *more)).status == 0
+        one, two = (tmp_path / f"{count}.{name}.learned.safetensors" for count in ("one", "two"))
+        # where a gradient is nothing but rounding, Adam makes a whole step of it
+        assert share_apart(one, two, 1e-5) < 0.05, name
+        want, got = load_file(one), load_file(two)
+        assert (got["trace.entropies"] - want["trace.entropies"]).abs().max() < 1e-5, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "kind"),

@@ -6,6 +6,7 @@ Each command runs once as a process in a pipe and once on a terminal that is 40 
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,19 +22,26 @@ GOOD: dict[str, tuple[str, ...]] = {
     "merge": ("merge", "r.toml", "--method", "average", "-o", "m.safetensors"),
     "eval": RESULT,
     "measure": ("measure", "toys.toml", "--method", "fisher", "--set", "method.examples=2", "--task", "digits", "-o", "s"),
+    "continual": ("continual", "toys.toml", "--method", "average", "--limit", "2", "-o", "chain"),
     "cos-sim": ("cos-sim", "r.toml"),
     "report": ("report", "result.json"),
     "finetune": (
         "finetune", "--base", "toy:base", "--task", "digits", "--steps", "1", "--batch-size", "2", "-o", "f.safetensors",
     ),
     "extract": ("extract", "toy:digits", "--base", "toy:base", "--rank", "1", "-o", "adapter"),
+    "export": ("export", "toy:digits", "--clip", "toy:base", "-o", "digits.pt"),
     "info": ("info", "t1.safetensors"),
     "cache": ("cache",),
     "methods": ("methods", "ties"),
     "tasks": ("tasks", "toy8"),
 }  # fmt: skip
 """A command of each kind that does its work."""
-LONG = ("eval", "measure", "finetune", "cos-sim", "extract", "taskvector")
+if find_spec("optuna"):
+    GOOD["search"] = (
+        "search", "toys.toml", "--method", "task_arithmetic", "--space", "method.scaling_factor=0.1:0.3", "--trials", "1",
+        "--limit", "2", "-o", "found",
+    )  # fmt: skip
+LONG = ("eval", "search", "continual", "measure", "finetune", "cos-sim", "extract", "export", "taskvector")
 """Those that load libraries for seconds, which `merge` stands for in the daily tests of whole processes."""
 PROCESSES = [pytest.param(each, marks=[pytest.mark.slow] * (each in LONG)) for each in GOOD]
 BAD: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -42,10 +50,16 @@ BAD: dict[str, tuple[int, tuple[str, ...]]] = {
     "merge": (2, ("merge", "r.toml", "--method", "tise", "-o", "m.safetensors")),
     "eval": (2, ("eval", "toy:base", "--clip", "toy:base", "--task", "digts")),
     "measure": (2, ("measure", "r.toml", "--method", "ties", "-o", "s")),
+    "search": (
+        2,
+        ("search", "r.toml", "--method", "ties", "--space", "method.densty=0.1:0.2", "-o", "found"),
+    ),
+    "continual": (2, ("continual", "r.toml", "--method", "tsv_m", "-o", "chain")),
     "cos-sim": (3, ("cos-sim", "none.safetensors")),
     "report": (3, ("report", "none.json")),
     "finetune": (2, ("finetune", "--task", "digits", "-o", "f.safetensors")),
     "extract": (2, ("extract", "toy:digits", "-o", "adapter")),
+    "export": (3, ("export", "toy:digits", "-o", "digits.pt")),
     "info": (3, ("info", "none.safetensors")),
     "cache": (2, ("cache", "pixel")),
     "methods": (2, ("methods", "tise")),
@@ -89,7 +103,7 @@ def is_quiet(text: str) -> bool:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_tried(command: str) -> None:
     assert command in BAD
-    assert command in GOOD or command in ("push", "doctor")
+    assert command in GOOD or command in ("push", "doctor", *([] if find_spec("optuna") else ["search"]))
 
 
 @pytest.mark.parametrize("command", GOOD)

@@ -13,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mergecli
 from mergecli.clip import heads
 from mergecli.data import tasks
 from mergecli.data.tasks import TaskTable
 from mergecli.evaluation import counting, scoring
 from mergecli.evaluation.evaluate import evaluate
+from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.results.result import read_result
 from mergecli.runtime.errors import InputError, MergecliWarning, UsageError
@@ -462,3 +464,18 @@ def test_a_model_that_may_have_been_trained_on_the_test_images_is_warned_of_befo
     evaluate(own, recipe=known, tasks=["dtd", "tints"], individual=True)
     evaluate({"old": old}, recipe=known, tasks=["dtd"], split="train")
     evaluate({"old": old}, recipe=known, tasks=["tints"])
+
+
+def test_results_have_the_pool_that_the_recipe_of_the_models_says(place, tmp_path):
+    known = recipe_of(place / "recipe.toml", changes=["pool=mine"])
+    mergecli.merge(known, method="average", output=tmp_path / "merged.safetensors")
+    found = {each.name: each.pool for each in evaluate(recipe=known, limit=3, ensemble="logits")}
+    assert found == {"base": None, "tints": "mine", "more": "mine", "ensemble-logits": "mine"}
+    (own,) = evaluate(recipe=known, limit=3, individual=True)
+    other = recipe_of(place / "recipe.toml", changes=["pool=yours"])
+    two = [tmp_path / "merged.safetensors", place / "more-tower.safetensors"]
+    assert own.pool == "mine"
+    with pytest.warns(
+        MergecliWarning, match="averages of models of different pools do not compare: `mine`: `me"
+    ):
+        assert [each.pool for each in evaluate(two, recipe=other, limit=3)] == ["mine", "yours"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -112,6 +114,18 @@ def test_a_damaged_model_ends_an_evaluation_unless_the_others_are_to_go_on(place
     assert int(caught.value.status) == 3
     assert [result.name for result in caught.value.results] == ["base", "tower", "vector"]
     assert (results(tmp_path / "out"), log(tmp_path / "out")) == (whole, EVERY)
+
+
+def test_a_task_whose_prompts_are_too_long_fails_and_the_others_go_on(place, recipe, tmp_path):
+    wrong = replace(recipe.tasks["more"], templates=("so " * 90 + "{}",))
+    recipe = replace(recipe, tasks={**recipe.tasks, "more": wrong})
+    with pytest.raises(mergecli.FailedUnitsError) as caught:
+        mergecli.evaluate(place / "base", recipe=recipe, output=tmp_path, engine=Engine(keep_going=True))
+    said = (
+        r"1 of 2 units failed:\n  base on more: class `.*`: a prompt has \d+ tokens, the text tower takes 77"
+    )
+    assert re.match(said, caught.value.message)
+    assert log(tmp_path) == ["base on tints"]
 
 
 SWEEP = {"over": ["method.scaling_factor=0.1,0.2,0.3"], "method": "ties", "select": "validation"}

@@ -200,5 +200,5 @@ def test_ctrl_c_is_130_while_libraries_are_imported_too(world: World, seconds: f
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
-    assert err == "interrupted: nothing is kept; the same command starts again\n"
+    assert err == "interrupted: nothing new is kept; the same command starts again\n"
     assert not (world.folder / "m.safetensors").exists()

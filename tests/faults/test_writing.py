@@ -101,7 +101,7 @@ def test_an_interrupted_merge_leaves_the_old_file_and_nothing_else(
         time.sleep(0.002)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    kept = "interrupted: nothing is kept; the same command starts again\n"
+    kept = "interrupted: nothing new is kept; the same command starts again\n"
     assert (process.returncode, out, err) == (status, "", kept)
     assert target.read_text() == "old"
     assert sorted(tmp_path.iterdir()) == before

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import mergecli
 from mergecli import methods
@@ -113,3 +115,20 @@ def test_a_method_that_looks_at_images_cannot_be_changed_by_another(world: World
     )  # fmt: skip
     assert (ended.status, ended.out) == (2, "")
     assert "`method.of.name`: `fisher` looks at images, and cannot be changed by another method" in ended.err
+
+
+def test_a_sweep_over_settings_by_layer_has_a_point_for_each(world: World) -> None:
+    lines = "[{ match = 'layer', scaling_factor = 0.1 }, { match = 'zz*', scaling_factor = 0.2 }]"
+    over = ["method.layers[0].scaling_factor=0.5,0.6", "method.layers[1].scaling_factor=0.7"]
+    points = points_of(
+        world.files, over, base=world.base_file, method="task_arithmetic", changes=[f"method.layers={lines}"]
+    )
+    assert [point.name for point in points] == [
+        "task_arithmetic,layers0.scaling_factor-0.5,layers1.scaling_factor-0.7",
+        "task_arithmetic,layers0.scaling_factor-0.6,layers1.scaling_factor-0.7",
+    ]
+    merges = merge_sweep(points, world.folder / "swept")
+    got = load_file(merges[1].path)
+    for name, scale in (("layer.0.bias", 0.6), ("zz.long", 0.7), ("conv", 0.3)):
+        want = world.base[name] + scale * sum(each[name] - world.base[name] for each in world.tuned.values())
+        assert torch.allclose(got[name], want, atol=1e-6)

@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from mergecli.formats.opening import open_source
 from mergecli.merging.merge import merge
 from mergecli.merging.taskvector import taskvector
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.checkpoint import open_checkpoint
+from mergecli.storage.sources import parse_source
 from tests.conftest import World, assert_same
 
 
@@ -81,3 +85,123 @@ def test_whole_numbers_that_differ_from_the_base_are_refused(world: World) -> No
     ):
         taskvector(world.files["t1"], base=world.base_file, output=world.folder / "v.safetensors")
     assert not Path(world.folder / "v.safetensors").exists()
+
+
+@pytest.fixture
+def recipe(world: World) -> Path:
+    path = world.folder / "r.toml"
+    lines = [f'{name} = "{file.name}"' for name, file in world.files.items()]
+    path.write_text("\n".join(['base = "base.safetensors"', "[tuned]", *lines]))
+    return path
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "emr", "tsv_c"])
+@pytest.mark.parametrize(("bits", "residual"), [(8, False), (4, True)])
+def test_quantized_task_vectors_are_merged_like_the_models(
+    world: World, recipe: Path, method: str, bits: int, residual: bool
+) -> None:
+    paths = taskvector(recipe, output=world.folder / "q", quantize=bits, residual=residual)
+    every = [world.files, dict(zip(world.files, paths, strict=True))]
+    found: list[Tensor] = []
+    for number, models in enumerate(every):
+        merged = world.folder / f"{number}.safetensors"
+        merge(models, base=world.base_file, method=method, output=merged)
+        tower = f"{merged}#t1" if method in ("emr", "tsv_c") else str(merged)
+        with open_source(parse_source(tower, Path())) as opened:
+            found.append(opened.read("zz.long") - world.base["zz.long"])
+        with open_checkpoint(merged) as checkpoint:
+            quantized = json.loads(checkpoint.metadata.get("quantized", "{}"))
+    want, got = found
+    # near a threshold a rounding decides whether an entry is kept
+    assert float((got - want).norm() / want.norm()) < (0.5 if residual else 0.2)
+    assert {name: each["bits"] for name, each in quantized.items()} == dict.fromkeys(world.files, bits)
+
+
+def test_residuals_to_the_mean_of_equal_models_are_zero_but_for_the_mean(world: World) -> None:
+    recipe = world.folder / "same.toml"
+    recipe.write_text('base = "base.safetensors"\n[tuned]\na = "t1.safetensors"\nb = "t1.safetensors"\n')
+    one, two = taskvector(recipe, output=world.folder / "q", quantize=8, residual=True)
+    assert load_file(one)["zz.long.codes"].equal(load_file(two)["zz.long.codes"])
+    with open_checkpoint(one) as checkpoint:
+        assert float(checkpoint.metadata["error"]) < 1e-4  # an error of 8 bits, itself kept by 8 bits
+
+
+def test_a_task_vector_is_quantized_without_a_base_and_remembers_it(world: World) -> None:
+    (vector,) = taskvector(world.files["t1"], base=world.base_file, output=world.folder / "v.safetensors")
+    (direct,) = taskvector(
+        world.files["t1"],
+        base=world.base_file,
+        output=world.folder / "d.safetensors",
+        quantize=4,
+        per="tensor",
+    )
+    (later,) = taskvector(vector, output=world.folder / "l.safetensors", quantize=4, per="tensor")
+    assert_same(load_file(later), load_file(direct))
+    with open_checkpoint(later) as one, open_checkpoint(direct) as other:
+        assert json.loads(one.metadata["inputs"])["base"] == json.loads(other.metadata["inputs"])["base"]
+    with pytest.raises(InputError, match=r"l.safetensors: `l` is quantized to 4 bits already"):
+        taskvector(later, output=world.folder / "m.safetensors", quantize=8)
+    with pytest.raises(InputError, match=r"l.safetensors: `l` is a task vector already"):
+        taskvector(later, base=world.base_file, output=world.folder / "m.safetensors")
+
+
+def test_zero_vectors_half_precision_and_tensors_that_stay_as_they_are(world: World) -> None:
+    save_file(world.base, world.files["t1"])
+    (zero,) = taskvector(
+        world.files["t1"],
+        base=world.base_file,
+        output=world.folder / "z.safetensors",
+        quantize=2,
+        dtype="float16",
+    )
+    assert not any(bool(value.any()) for value in load_file(zero).values())
+    with open_checkpoint(zero) as checkpoint:
+        assert checkpoint.metadata["error"] == checkpoint.metadata["largest_error"] == "0.000000e+00"
+        assert {name for name in checkpoint.entries if "." not in name} == {
+            "scale",
+            "empty",
+            "conv",
+        }  # no `steps`
+        assert checkpoint.entries["conv"].dtype == "F16"
+    half = {
+        key: value.half() if value.is_floating_point() else value for key, value in world.tuned["t1"].items()
+    }
+    save_file(half, world.files["t1"])
+    (path,) = taskvector(
+        world.files["t1"], base=world.base_file, output=world.folder / "h.safetensors", quantize=4
+    )
+    with open_checkpoint(path) as checkpoint:
+        assert 0.01 < float(checkpoint.metadata["error"]) < 0.2
+
+
+def test_nan_and_differences_too_large_for_float32_are_refused(world: World) -> None:
+    options = {"base": world.base_file, "output": world.folder / "v.safetensors", "quantize": 4}
+    changed = dict(world.tuned["t1"])
+    changed["zz.long"] = changed["zz.long"].clone()
+    changed["zz.long"][7] = float("nan")
+    save_file(changed, world.files["t1"])
+    with pytest.raises(InputError, match=r"t1: `zz.long` has NaN"):
+        taskvector(world.files["t1"], **options)
+    changed["zz.long"][7] = 3e38
+    save_file(changed, world.files["t1"])
+    save_file({**world.base, "zz.long": torch.full((5000,), -3e38)}, world.base_file)
+    with pytest.raises(InputError, match=r"t1: `zz.long`: its differences are too large"):
+        taskvector(world.files["t1"], **options)
+    assert not (world.folder / "v.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"quantize": 5}, "quantize: expected 8, 4, 3 or 2 bits, got 5"),
+        ({"quantize": 4, "per": "rows"}, "per: expected row or tensor, got `rows` (did you mean `row`?)"),
+        ({"per": "row"}, "per: is for quantized task vectors"),
+        ({"residual": True}, "residual: is for quantized task vectors"),
+        ({"quantize": 4, "residual": True}, "residual: is to the mean of several models, and there is one"),
+        ({"quantize": 4}, "there is no base, and `t1` is not a task vector"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(world: World, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        taskvector(world.files["t1"], output=world.folder / "v.safetensors", **given)
+    assert error.value.message == message

@@ -22,6 +22,9 @@ pytestmark = pytest.mark.usefixtures("own_store")
         ("ada_merging", {"steps": 1, "preprocess": "ties"}),
         ("concrete_task_arithmetic", {"steps": 1}),
         ("concrete_ada_merging", {"steps": 1, "mask_steps": 1}),
+        ("pwe_moe", {"steps": 1}),
+        ("rank_one_moe", {"steps": 0, "rank": 2}),
+        ("doge_ada_merging", {"steps": 0, "correction_steps": 2}),
     ],
 )
 def test_blocks_change_no_byte_of_the_merge(

@@ -7,6 +7,7 @@ import pytest
 
 from mergecli import methods
 from mergecli.recipe.reading import recipe_of
+from mergecli.recipe.schema import recipe_text
 from mergecli.runtime.errors import InputError, UsageError
 
 WHOLE = """\
@@ -208,8 +209,19 @@ def test_a_key_whose_table_was_left_out_is_found(file: Path, change: str, meant:
 
 
 def test_a_key_like_no_other_is_told_which_there_are(file: Path) -> None:
-    known = "`schema`, `base`, `seed`, `dtype`, `leave_out`, `tuned`, `method`, `eval`, `tasks`"
+    known = (
+        "`schema`, `base`, `seed`, `dtype`, `space`, `as_adapter`, `rank`, `leave_out`, `pool`, `tuned`, `method`, `eval`, "
+        "`continual`, `tasks`"
+    )
     assert message_of(file, changes=["zzz=1"]) == f"--set: `zzz`: unknown key; there are {known}"
+
+
+def test_a_pool_is_a_name_and_stands_in_the_recipe_in_effect(file: Path) -> None:
+    assert message_of(file, changes=["pool=3"]).startswith("--set: `pool`: expected ")
+    named = recipe_of(file, changes=["pool=mine"])
+    assert named.pool == "mine"
+    assert 'pool = "mine"\n' in recipe_text(named)
+    assert "pool" not in recipe_text(recipe_of(file))
 
 
 @pytest.mark.parametrize(
@@ -383,3 +395,52 @@ def test_a_method_is_checked_and_built_once_for_a_recipe(file: Path, monkeypatch
     recipe = recipe_of(recipe_of(file, method="lines", settings={"of": {"name": "ties"}}))
     assert recipe.built is recipe.built
     assert built == ["lines", "ties"]
+
+
+LAYERS = """base = "toy:base"
+[tuned]
+a = "toy:digits"
+[method]
+name = "ties"
+[[method.layers]]
+match = "mlp"
+density = 0.5
+[[method.layers]]
+match = "norm"
+density = 2
+"""
+
+
+def test_a_setting_by_layer_is_changed_by_its_number_and_wrong_ones_have_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "layers.toml"
+    path.write_text(LAYERS)
+    assert message_of(path) == f"{path}:11: `method.layers[1].density`: expected a number in (0, 1], got 2"
+    right = "method.layers[1].density={ first = 0.1, last = 0.2 }"
+    changes = [right, "method.layers[0].density=0.25", "method.layers[2].match=attention"]
+    lines = recipe_of(path, changes=[*changes, "method.layers[2].keep=a"]).built.layers
+    assert [(line.match, line.keep, line.settings) for line in lines] == [
+        (("mlp",), None, {"density": 0.25}),
+        (("norm",), None, {"density": {"first": 0.1, "last": 0.2}}),
+        (("attention",), "a", {}),
+    ]
+    assert message_of(path, changes=[right, "method.layers[3].density=1"]) == (
+        "--set: `method.layers[3].density`: `layers[3]`: there are 2 of them; `[2]` adds one"
+    )
+    assert message_of(path, changes=[right, "method.layers[0].density=3"]) == (
+        "--set: `method.layers[0].density`: expected a number in (0, 1], got 3"
+    )
+    assert message_of(path, changes=[right, "method.layers.density=3"]) == (
+        "--set: `method.layers.density`: `layers` is not a table"
+    )
+    assert message_of(path, changes=["method.layers=[{ match = 'mlp', density = 3 }]"]) == (
+        "--set: `method.layers[0].density`: expected a number in (0, 1], got 3"
+    )
+
+
+def test_a_recipe_in_effect_has_its_settings_by_layer_and_gives_the_same_again(tmp_path: Path) -> None:
+    path = tmp_path / "layers.toml"
+    path.write_text(LAYERS.replace("density = 2", "scaling_factor = { first = 0.1, last = 0.2 }"))
+    known = recipe_of(path)
+    again = tmp_path / "again.toml"
+    again.write_text(recipe_text(known, "ties", methods.recipe_table(known.built)))
+    assert recipe_of(again).built == known.built

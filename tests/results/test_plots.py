@@ -8,10 +8,13 @@ import pytest
 from PIL import Image
 
 from mergecli.results import plots
+from mergecli.results.cells import Column
 from mergecli.results.plots.curves import spread
 from mergecli.results.plots.style import labels
+from mergecli.results.plots.traces import traces
 from mergecli.results.report import report
 from mergecli.results.result import Evaluation
+from mergecli.results.tables import Table
 from mergecli.runtime.errors import UsageError
 from tests.results.test_report import THREE, TWO, result
 
@@ -157,3 +160,14 @@ def test_there_are_only_the_plots_there_are(tmp_path: Path) -> None:
         plots.require_matplotlib(tmp_path / "r.gif")
     with pytest.raises(UsageError, match="got `pie`"):
         plots.check_kind("pie")
+
+
+def test_a_trace_of_any_loss_is_drawn(tmp_path: Path) -> None:
+    names = ("step", "cross-entropy", "cross-entropy a", "cross-entropy b", "coefficient a", "coefficient b")
+    table = Table(
+        tuple(Column(name, "number") for name in names),
+        ((1, 1.5, 1.0, 2.0, 0.3, 0.3), (2, 1.0, 0.5, 1.5, 0.4, 0.2)),
+    )
+    traces(table, tmp_path / "trace.svg")
+    drawn = (tmp_path / "trace.svg").read_text()
+    assert all(f"<!-- {word} -->" in drawn for word in ("cross-entropy", "coefficient", "mean", "a", "b"))

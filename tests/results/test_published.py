@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mergecli.data import tasks as catalogue
+from mergecli.data.pools import pools
 from mergecli.results.cells import Estimate
 from mergecli.results.references import IMAGES, find, names
 from mergecli.results.report import report
@@ -36,12 +37,36 @@ def test_every_published_table_has_a_name() -> None:
                    "pixelate", "spatter")  # fmt: skip
     merged = {"clip-vit-base-patch16-ta8", TA8, "clip-vit-large-patch14-ta8"}
     lora = {f"individual-clip-vit-base-patch16-ta8-{each}" for each in ("lora", "l-lora")}
-    assert set(names()) == merged | lora | {f"individual-{name}" for name in merged} | {
+    averages = {name for name in names() if find(name).averaged}
+    assert set(names()) - averages == merged | lora | {f"individual-{name}" for name in merged} | {
         f"{B32}-generalization-1", f"{B32}-generalization-2", *(f"{B32}-robustness-{each}" for each in corruptions),
+    }  # fmt: skip
+    small, large = "clip-vit-base-patch32", "clip-vit-large-patch14"
+    every = (small, "clip-vit-base-patch16", large)
+    assert averages == {
+        *(f"{name}-tsv-pool{count}" for name in every for count in ("", "-14", "-20")),
+        *(f"{name}-{end}" for name in every for end in ("act-mat-pool", "act-mat-lora-pool", "ta8-averages", "tall20-averages")),
+        *(f"{name}-{end}" for name in (small, large) for end in ("ta-pool", "symerge-pool-14", "symerge-pool-20")),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", names())
+def test_tables_of_averages_name_their_pool_their_tasks_and_their_source() -> None:
+    for reference in map(find, names()):
+        if reference.averaged:
+            assert reference.pool in pools()
+            assert reference.sources
+            assert all(
+                not row.accuracies and 0.3 < row.averages["all"] < 1 for row in reference.rows.values()
+            )
+    tsv = find("clip-vit-base-patch16-tsv-pool-20")
+    assert (tsv.pool, len(tsv.tasks)) == ("tsv", 20)
+    assert {"emnist_digits"} == set(tsv.tasks) - set(catalogue.expand(("tall20",)))
+    assert (tsv.rows["ESM"].averages, tsv.rows["ESM++ (rank 8)"].averages) == ({"all": 0.853}, {"all": 0.885})
+    assert find("clip-vit-large-patch14-ta-pool").rows["SyMerge"].averages == {"all": 0.941}
+    assert find("clip-vit-base-patch32-ta8-averages").rows["Iso-C + LARV"].averages == {"all": 0.859}
+
+
+@pytest.mark.parametrize("name", [name for name in names() if not find(name).averaged])
 def test_printed_averages_are_the_means_of_the_printed_accuracies_within_what_rounding_allows(
     name: str,
 ) -> None:
@@ -242,6 +267,48 @@ def test_a_method_is_compared_with_a_row_that_there_is() -> None:
 
     every = {row for name in names() for row in find(name).rows}
     published = [methods.find(each).published for each in methods.names()]
-    rows = {each.format(granularity="Layer") for each in published} - {""}
-    assert len(rows) == 11
+    rows = {each.format(granularity="Layer", lora_rank=32, density=1.0) for each in published} - {""}
+    assert len(rows) == 25
     assert rows | set(_UNMERGED.values()) <= every
+
+
+def of_pool(name: str, method: str, pool: str | None, tasks: int = 8, **settings: str) -> Evaluation:
+    """A result on the first so many tasks."""
+    every = catalogue.expand(("tall20",))[:tasks]
+    own = result(name, method, **{task.replace("-", "_"): 0.5 for task in every})
+    scores = dict(zip(every, own.tasks.values(), strict=True))
+    about = {**own.checkpoint, **{f"method.{key}": value for key, value in settings.items()}}
+    return replace(own, tasks=scores, recipe_pool=pool, checkpoint=about)
+
+
+def test_an_average_is_held_against_the_row_of_the_same_method_and_settings_if_the_tasks_are_the_same() -> (
+    None
+):
+    ours = [
+        of_pool("a", "esm", "tsv", 14),
+        of_pool("b", "esm_plus_plus", "tsv", 14, lora_rank="8"),
+        of_pool("c", "ties", "tsv", 8),
+    ]
+    table = report(ours, reference="clip-vit-base-patch16-tsv-pool-14", reference_rows=True, intervals=True)
+    assert column(table, "reference")[:3] == [0.876, 0.899, None]
+    assert column(table, "difference")[:2] == [pytest.approx(0.5 - 0.876), pytest.approx(0.5 - 0.899)]
+    (row,) = [each for each in table.rows if each[0] == "DC-Merge"]
+    assert (row[1], row[2], column(table, "average")[table.rows.index(row)]) == ("published", None, 0.871)
+    assert any(note.startswith("its source: kiddo127/ESM") for note in table.notes)
+    assert any("visual projections of their own" in each for each in table.warnings)
+    assert not any("`DC-Merge` lacks" in each for each in table.warnings)
+
+
+def test_a_result_of_unknown_models_is_said_to_be_one_beside_a_table_of_a_pool() -> None:
+    table = report([of_pool("a", "esm", None)], reference="clip-vit-base-patch32-tsv-pool")
+    assert any(
+        "whether the models are those of `clip-vit-base-patch32-tsv-pool`" in each for each in table.warnings
+    )
+
+
+def test_settings_matter_only_where_the_table_has_the_method() -> None:
+    other = of_pool("a", "tsv_m", "fusion_bench", scaling_factor="0.5")
+    assert not any("scaling_factor" in each for each in report([other], reference=TA8).warnings)
+    other = replace(other, recipe_pool="tsv")
+    table = report([other], reference="clip-vit-base-patch32-tsv-pool")
+    assert any("`scaling_factor` is 0.5, not 1.0" in each for each in table.warnings)

@@ -107,6 +107,13 @@ def test_a_row_with_learned_heads_is_said_to_have_them() -> None:
     assert not any("learned heads" in each for each in accuracy_table(THREE).notes)
 
 
+def test_a_row_made_of_quantized_task_vectors_says_so_below_the_table() -> None:
+    of = "2 task vectors of 4 bits (errors 9.69% to 10.36%)"
+    checkpoint = {**THREE[1].checkpoint, "quantized": of}
+    table = accuracy_table([THREE[0], replace(THREE[1], checkpoint=checkpoint)])
+    assert f"`{THREE[1].name}`: made of {of}." in table.notes
+
+
 def test_losses_are_losses() -> None:
     table = report(THREE, metric="loss", sort="average", ascending=True)
     assert column(table, "mnist") == [1.2, 1.4, 1.3]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from conftest import Ended, Run
 
 from mergecli.runtime import interrupts
+from tests.conftest import Ended, Run
 
 
 @pytest.fixture(autouse=True)
@@ -78,5 +78,5 @@ def test_an_ending_that_a_library_turned_into_another_error_is_still_that_ending
             raise RuntimeError("something in a library") from None
 
     monkeypatch.setattr("mergecli.cli.methods._of_each_kind", swallow)
-    kept = "interrupted: nothing is kept; the same command starts again\n"
+    kept = "interrupted: nothing new is kept; the same command starts again\n"
     assert run("methods") == Ended(128 + number, "", kept)

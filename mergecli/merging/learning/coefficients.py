@@ -78,7 +78,7 @@ def coefficients(models: Models, target: MergeTarget, files: LearningFiles, stac
         named = {SETTINGS[need] for need in method.needs} - method.changeable
         used, stored = read_learned(
             path, method, recipe, models.tuned, stack,
-            ours={key: getattr(method, key) for key in method.changeable if key in recipe.settings},
+            ours={key: getattr(method, key) for key in (*method.changeable, *method.merge_time) if key in recipe.settings},
             from_file={*named, *(key for key in method.derived if not getattr(method, key))},
         )  # fmt: skip
         merged = needed.get("merged_tower")
@@ -181,7 +181,7 @@ def _write(path: Path, work: LearningWork, tensors: State) -> None:
     from mergecli.storage.safetensors_writer import save_tensors
 
     method, models, recipe = work.method.completed(tensors), work.models, work.recipe
-    name, settings = methods.name_of(method), methods.table_of(method)
+    name, settings = methods.name_of(method), methods.table_of(method, without=method.merge_time)
     metadata = about(
         KIND, method=name, recipe=recipe_text(recipe, name, settings), inputs=work.inputs,
         tasks=json.dumps(list(models.tuned)), settings_table=json.dumps(settings), seed=str(recipe.seed),

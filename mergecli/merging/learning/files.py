@@ -185,7 +185,7 @@ def read_learned(
             f"{path}: is for the models {quoted(map(str, known))}, in this order; these are {quoted(tasks)}",
             "name the same models in that order, or learn again without `--coefficients`",
         )
-    free = {*ours, *from_file, *method.not_recorded}
+    free = {*ours, *from_file, *method.not_recorded, "layers"}
     given = {key: frozen(value) for key, value in recipe.settings.items() if key not in free}
     if differing := [key for key, value in given.items() if frozen(settings.get(key)) != value]:
         learned = ", ".join(f"`{key} = {toml_text(settings.get(key))}`" for key in differing)

@@ -137,9 +137,10 @@ class TowerObjective:
         return weight, bias
 
     def losses_and_gradients(
-        self, batch: int, places: Sequence[int] | None = None
+        self, batch: int, places: Sequence[int] | None = None, factors: Tensor | None = None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """(T,) mean losses on batch number `batch` of every task, or of some, and name -> (...) gradient of their sum."""
+        """(T,) mean losses on batch number `batch` of every task, or of some, and name -> (...) gradient of their sum, each
+        times its factor."""
         import torch
 
         losses = torch.zeros(len(self.tasks), device=self._clip.device)
@@ -152,14 +153,16 @@ class TowerObjective:
         with torch.enable_grad():
             for start in range(0, len(wanted), share):
                 interrupts.check()
-                self._backward(wanted[start : start + share], batch, losses)
+                self._backward(wanted[start : start + share], batch, losses, factors)
         grads = {name: self._parameters[name].grad for name in self.weights}
         return self.total(losses), {
             name: torch.zeros_like(self.weights[name]) if grad is None else grad
             for name, grad in grads.items()
         }
 
-    def _backward(self, together: Sequence[TaskBatches], batch: int, losses: Tensor) -> None:
+    def _backward(
+        self, together: Sequence[TaskBatches], batch: int, losses: Tensor, factors: Tensor | None
+    ) -> None:
         """Puts several tasks' batches through the tower as one, and adds their gradients to the parameters'."""
         import torch
 
@@ -174,7 +177,10 @@ class TowerObjective:
             _loss(self._logits(part, each), each, rows)
             for each, part, rows in zip(together, parts, chosen, strict=True)
         ]
-        torch.stack(own).sum().backward()
+        stacked = torch.stack(own)
+        if factors is not None:
+            stacked = stacked * factors[[each.index for each in together]]
+        stacked.sum().backward()
         if self._installed is not None:
             found = [each.mean(0) for each in self._installed.routes().values()]
             self._routes.append(torch.stack(found).mean(0) * len(together))
@@ -204,6 +210,10 @@ class TowerObjective:
         own = torch.stack(self._routes).sum(0) if self._routes else torch.zeros(len(self.tasks))
         count = self.total(torch.tensor([float(len(self._batches))], device=self._clip.device))
         return self.total(own.to(self._clip.device)) / count
+
+    def drawn(self, label: str, count: int) -> Tensor:
+        """(count,) random numbers in [0, 1) for a label."""
+        return uniform(self._seed, "", label, 0, count)
 
     def uniform(self, name: str, label: str) -> Tensor:
         """(...) random numbers in [0, 1) for the entries of a tensor."""

@@ -123,7 +123,8 @@ class LearningWork:
         """The settings that the learning depends on."""
         method = self.method
         named = {SETTINGS[need] for need in method.needs}
-        return methods.table_of(method, without={*method.not_learned_from, *method.derived, *named})
+        without = {*method.not_learned_from, *method.merge_time, *method.derived, *named}
+        return methods.table_of(method, without=without)
 
     @property
     def key(self) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from mergecli.results.plots.chains import chain_curves
 from mergecli.results.plots.charts import Chart, bars, heat_map, heatmap, radar
 from mergecli.results.plots.curves import curves
+from mergecli.results.plots.parallel import parallel
 from mergecli.results.plots.routes import route_maps
 from mergecli.results.plots.style import (
     FORMATS,
@@ -16,6 +18,7 @@ from mergecli.results.plots.style import (
 )
 
 __all__ = [
-    "FORMATS", "KINDS", "Chart", "bars", "check_kind", "curves", "has_matplotlib", "heat_map", "heatmap", "radar",
+    "FORMATS", "KINDS", "Chart", "bars", "chain_curves", "check_kind", "curves", "has_matplotlib", "heat_map", "heatmap", "parallel",
+    "radar",
     "require_matplotlib", "route_maps", "save", "svg",
 ]  # fmt: skip

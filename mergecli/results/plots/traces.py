@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @styled
 def traces(table: Table, path: Path) -> None:
-    """Writes a plot of a trace: above the entropy of each task and their mean, below what is learned.
+    """Writes a plot of a trace: above the loss of each task and their mean, below what is learned.
 
     Args:
-        table: columns `step`, `entropy`, `entropy TASK` and then `coefficient TASK` or another `WORD NAME`, as
+        table: columns `step`, the name of the loss such as `entropy`, `entropy TASK` and then `coefficient TASK` or another `WORD NAME`, as
             `merge --trace` writes them.
 
     Raises:
@@ -27,9 +27,10 @@ def traces(table: Table, path: Path) -> None:
 
     rows: list[list[Any]] = [list(row) for row in table.rows]
     values = {column.name: [row[index] for row in rows] for index, column in enumerate(table.columns)}
+    loss = table.columns[1].name
     parts = {
         kind: {name.removeprefix(kind): each for name, each in values.items() if name.startswith(kind)}
-        for kind in ("entropy ", table.columns[-1].name.partition(" ")[0] + " ")
+        for kind in (f"{loss} ", table.columns[-1].name.partition(" ")[0] + " ")
     }
     names = list(dict.fromkeys(name for each in parts.values() for name in each))
     styles: dict[str, Any] = {
@@ -41,11 +42,11 @@ def traces(table: Table, path: Path) -> None:
     for panel, (kind, lines) in zip(axes, parts.items(), strict=True):
         for name, each in lines.items():
             panel.plot(
-                values["step"], _smooth(each) if kind == "entropy " else each, linewidth=1.2, **styles[name]
+                values["step"], _smooth(each) if kind == f"{loss} " else each, linewidth=1.2, **styles[name]
             )
         panel.set_ylabel(kind.strip())
         panel.grid(axis="y", color="#b0b0b0", alpha=0.5, linewidth=0.6)
-    axes[0].plot(values["step"], _smooth(values["entropy"]), color=INK, linewidth=2.2)
+    axes[0].plot(values["step"], _smooth(values[loss]), color=INK, linewidth=2.2)
     if len(rows) > 1:
         axes[1].set_xlim(1, len(rows))
     axes[1].set_xlabel(labels(["step"])[0])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from mergecli.data.pools import pools
 from mergecli.runtime.errors import UsageError, did_you_mean, quoted
 
 B32 = "clip-vit-base-patch32"
@@ -24,7 +25,7 @@ class Row:
 
     name: str
     accuracies: Mapping[str, float]
-    """In the table's order of tasks."""
+    """In the table's order of tasks; empty where only the average is published."""
     averages: Mapping[str, float]
     """As printed: of `all` tasks, or of the `seen` and of the `unseen` ones."""
 
@@ -43,6 +44,12 @@ class Reference:
     """The tasks whose models were merged, if not all."""
     caveat: str = ""
     """A known problem of the table."""
+    pool: str = "fusion_bench"
+    """The pool of its models, as `mergecli.data.pools` names it."""
+    averaged: tuple[str, ...] = ()
+    """The tasks that averages are over, of a table that has nothing else."""
+    sources: tuple[str, ...] = ()
+    """Where its numbers come from, if that is not the page of FusionBench."""
 
     @property
     def suffix(self) -> str:
@@ -52,7 +59,7 @@ class Reference:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Every task of the table."""
-        return tuple(next(iter(self.rows.values())).accuracies)
+        return self.averaged or tuple(next(iter(self.rows.values())).accuracies)
 
 
 def names() -> list[str]:
@@ -75,7 +82,7 @@ def find(name: str) -> Reference:
 
 @cache
 def _tables() -> Mapping[str, Reference]:
-    found = [*_main(), *_generalization(), *_robustness()]
+    found = [*_main(), *_generalization(), *_robustness(), *_averages()]
     return {each.name: each for each in found}
 
 
@@ -120,6 +127,31 @@ def _robustness() -> Iterable[Reference]:
             caveat += ", and its images seem to have been shrunk to 32 x 32 pixels"
         split = None if corruption == "clean" else corruption
         yield Reference(f"{B32}-robustness-{corruption}", B32, rows, split, caveat=caveat)
+
+
+_COUNT = {"ta8": "", "tall14": "-14", "tall20": "-20"}
+_OTHER_DIGITS = {"emnist_letters": "emnist_digits"}
+"""What pools for open_clip have in the place of a task."""
+
+
+def _averages() -> Iterable[Reference]:
+    """Averages only, of the methods of 2026 and what they were compared with; of whatever pool."""
+    from mergecli.data.tasks import expand
+
+    groups: dict[tuple[str, str, str], list[Mapping[str, str]]] = {}
+    for line in _lines("pools"):
+        groups.setdefault((line["pool"], line["backbone"], line["tasks"]), []).append(line)
+    for (pool, backbone, tasks), lines in groups.items():
+        place = pools()[pool].tables.format(tasks=tasks, count=_COUNT[tasks])
+        own = expand((tasks,))
+        if pool != "fusion_bench":
+            own = tuple(_OTHER_DIGITS.get(task, task) for task in own)
+        yield Reference(
+            f"{backbone}-{place}", backbone,
+            {each["row"]: Row(each["row"], {}, {"all": _fraction(each["average"])}) for each in lines},
+            caveat="" if pool == "fusion_bench" else "its models have visual projections of their own, and results here the base's",
+            pool=pool, averaged=own, sources=tuple(dict.fromkeys(each["source"] for each in lines)),
+        )  # fmt: skip
 
 
 def _row(name: str, line: Mapping[str, str]) -> Row:

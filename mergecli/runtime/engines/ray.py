@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 from mergecli.runtime import interrupts
 from mergecli.runtime.engines.contract import Engine, LostWorkerError, Report, Unit, Work
 from mergecli.runtime.engines.worker import perform
-from mergecli.runtime.errors import InputError, MergecliError, UsageError, listed
+from mergecli.runtime.errors import InputError, MergecliError, MergecliWarning, UsageError, listed
 
 PACKAGES = ("mergecli", "torch", "transformers")
 """What must be of the same version on every machine."""
@@ -70,6 +71,12 @@ class RayExecutor:
         if on_gpu and not gpus:
             raise UsageError(
                 "--gpus-per-unit 0: a unit that computes on a GPU needs some of it", "such as 0.5"
+            )
+        if gpus and not on_gpu:
+            warnings.warn(
+                f"--gpus-per-unit {gpus:g}: units hold GPUs and compute on processors; `--device cuda` computes on GPUs",
+                MergecliWarning,
+                stacklevel=2,
             )
         _check_machines(able, work)
         self.slots = 2 * sum(_room(node, self._needed) for node in able)
@@ -152,8 +159,14 @@ def open_ray(engine: Engine, work: Work) -> RayExecutor:
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise InputError(
-                f"--address {engine.address or os.environ.get('RAY_ADDRESS', 'auto')}: there is no Ray cluster: {reason}",
-                "`ray start --head` starts one; without `--address` and RAY_ADDRESS, Ray starts on this machine",
+                f"--address {_address(engine)}: there is no Ray cluster that lets us in: {reason}",
+                "`ray start --head` starts one, and one that asks for a token needs RAY_AUTH_MODE=token and the token here "
+                "too; without `--address` and RAY_ADDRESS, Ray starts on this machine",
+            ) from error
+        except ray.exceptions.RayError as error:  # no token: it is no RuntimeError
+            raise InputError(
+                f"--address {_address(engine)}: Ray does not start: {str(error).strip().splitlines()[0].split('. ')[0]}",
+                "write the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN, or unset RAY_AUTH_MODE",
             ) from error
     try:
         return RayExecutor(engine, work, owns)
@@ -161,6 +174,11 @@ def open_ray(engine: Engine, work: Work) -> RayExecutor:
         if owns:
             ray.shutdown()
         raise
+
+
+def _address(engine: Engine) -> str:
+    """As messages name it."""
+    return engine.address or os.environ.get("RAY_ADDRESS", "auto")
 
 
 def _expect_answer(address: str) -> None:

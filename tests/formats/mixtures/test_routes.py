@@ -65,6 +65,17 @@ def test_routes_are_the_means_over_each_tasks_images(
             assert sum(got[key]) == pytest.approx(1, abs=1e-5)
 
 
+def test_towers_that_route_by_layers_of_their_own_follow_each_other(place: Path, tmp_path: Path) -> None:
+    """When a task begins, the layers of the last tower of the task before are still installed."""
+    files = {name: place / f"{name}.safetensors" for name in ROUTED}
+    results = mergecli.evaluate(files, recipe=place / "r.toml", routes=tmp_path / "routes")
+    got = {
+        result.name: {task: (score.correct, score.loss) for task, score in result.tasks.items()}
+        for result in results
+    }
+    assert got == {name: scores(place, file) for name, file in files.items()}
+
+
 def test_a_row_that_a_batch_shares_counts_for_each_of_its_images() -> None:
     sums = RouteSums()
     sums.add({"layer": torch.tensor([[1.0, 0.0]])}, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from tests.methods.reference._adamerging_loop import Found, Sight, deltas_of
 from tests.methods.reference._weights import Weights
@@ -42,4 +43,38 @@ def fw_merging(
             scores = sums if granularity == "task" else cosines[name]
             chosen = candidates[scores.index(min(scores))][name]
             now[name] = now[name] + 2 / (k + 2) * gamma * (chosen - now[name])
+    return Found(now, torch.empty(0), {}, losses)
+
+
+def fw_merging_soft(
+    sight: Sight,
+    base: Weights,
+    tuned: Sequence[Weights],
+    *,
+    rounds: int,
+    steps: int,
+    rate: float,
+    start: float = 0.3,
+) -> Found:
+    """Whole weights move to learned mixtures of whole models, one coefficient a model and tensor; torch's own Adam."""
+    now, losses = {name: base[name].double() for name in base}, list[list[float]]()
+    for k in range(rounds):
+        shape = (len(tuned), len(base))
+        shares = torch.full(shape, start if k == 0 else 1e-8, dtype=torch.float64, requires_grad=True)
+        adam = torch.optim.Adam([shares], lr=rate)
+
+        def mixed(before: Weights = now, shares: Tensor = shares) -> Weights:
+            return {
+                name: value
+                + sum(shares[i, n] * (model[name].double() - value) for i, model in enumerate(tuned))
+                for n, (name, value) in enumerate(before.items())
+            }
+
+        for i in range(steps):
+            loss, each = sight.loss(mixed(), k * steps + i)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            losses.append(each)
+        now = {name: value.detach() for name, value in mixed().items()}
     return Found(now, torch.empty(0), {}, losses)

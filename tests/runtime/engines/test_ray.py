@@ -83,6 +83,13 @@ def test_a_unit_sees_the_gpu_that_it_was_given_and_none_without(tmp_path, engine
         ran(Echo(tmp_path, "cuda"), ["a"], **engine, gpus_per_unit=0)
 
 
+def test_a_gpu_that_is_held_and_not_used_gets_a_warning(tmp_path, engine):
+    said = "--gpus-per-unit 0.5: units hold GPUs and compute on processors; `--device cuda` computes on GPUs"
+    with pytest.warns(MergecliWarning) as caught:
+        ran(Echo(tmp_path), ["a"], **engine, gpus_per_unit=0.5)
+    assert said in [str(each.message) for each in caught]
+
+
 def test_what_no_machine_has_is_refused_before_ray_waits_for_ever(tmp_path, engine):
     with pytest.raises(UsageError) as caught:
         ran(Echo(tmp_path), ["a"], **engine, gpus_per_unit=4)
@@ -135,6 +142,20 @@ def results(folder: str) -> dict[str, bytes]:
 
 def log(folder: str) -> list[str]:
     return sorted(json.loads(line)["unit"] for line in Path(folder, "units.jsonl").read_text().splitlines())
+
+
+def test_a_token_that_is_asked_for_and_not_there_is_an_error(cluster, tmp_path):
+    ended = subprocess.run(
+        [*COMMAND, "-o", "out", "--engine", "ray", "--address", cluster.address],
+        env={**os.environ, "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert (ended.returncode, [line for line in ended.stderr.splitlines() if line.startswith("error")]) == (
+        3,
+        [
+            f"error: --address {cluster.address}: Ray does not start: "
+            "Token authentication is enabled but no authentication token was found"
+        ],
+    )
 
 
 EVERY = sorted(

@@ -1,0 +1,514 @@
+"""`merge --onto`: a step of a chain, a merge that goes on from an earlier one without its models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import tomli
+
+from mergecli import methods
+from mergecli.formats.mixture import one_tower
+from mergecli.formats.opening import open_source
+from mergecli.merging.chain_state import (
+    COUNT,
+    ChainState,
+    chain_state,
+    memory_of,
+    read_state,
+    state_layout,
+    state_path,
+)
+from mergecli.merging.merge_target import Merged, MergeTarget, cast, foreign_vectors
+from mergecli.merging.models import ModelPasses, Models, check_fit, open_models
+from mergecli.methods._base import Group
+from mergecli.methods._continual import START, Chain, Continual, Step
+from mergecli.methods._modifier import ChangedGroups
+from mergecli.recipe.reading import recipe_of
+from mergecli.recipe.schema import Recipe, recipe_text
+from mergecli.results.card import write_card
+from mergecli.results.plan import Plan, Work
+from mergecli.runtime.distributed import usable_device
+from mergecli.runtime.dry_run import work_begins
+from mergecli.runtime.errors import InputError, MergecliError, UsageError, did_you_mean, quoted, toml_text
+from mergecli.runtime.memory import peak_memory
+from mergecli.runtime.notes import note
+from mergecli.runtime.progress import Progress
+from mergecli.storage.atomic import check_space, check_target, refuse_inputs
+from mergecli.storage.checkpoint import Checkpoint
+from mergecli.storage.metadata import UNKNOWN_DIGEST, inputs_of
+from mergecli.storage.safetensors_format import layout_size
+from mergecli.storage.safetensors_writer import SafetensorsWriter, ShardedWriter
+from mergecli.storage.scratch import Scratch
+from mergecli.storage.sizes import parse_size
+from mergecli.storage.sources import Source, named_sources, parse_source
+
+PREVIOUS = "previous merge"
+"""What messages and records call it; no model can have the name."""
+_TAKEN_OUT = "taken out: "
+
+
+@dataclass(frozen=True)
+class Onto:
+    """What a step was asked for."""
+
+    recipe: Recipe
+    """The new models; its base and method where they are named."""
+    output: Path
+    replace: str | None = None
+    without: tuple[str, ...] = ()
+    device: str = "cpu"
+    shard_size: str | None = None
+    card: bool | None = None
+
+
+class _Earlier(NamedTuple):
+    """What a step goes on from."""
+
+    state: ChainState
+    model: Checkpoint | None = None
+    """None where nothing was merged before."""
+    stored: Checkpoint | None = None
+    """The state's tensors; None where they are computed from the merged weights."""
+    folder: Path = Path()
+    """That of the merged model, where models without a folder are looked for."""
+
+
+def begin(step: Onto, progress: Progress | None) -> Merged:
+    """A merge of all models of the step, as the first step of a chain."""
+    recipe = step.recipe
+    if recipe.base is None:
+        raise UsageError(
+            "there is no base, and differences to it are needed", "name it with `base = ...` or `--base`"
+        )
+    with ExitStack() as stack:
+        return _step(step, _Earlier(_first_state(recipe, stack)), stack, progress)
+
+
+def go_on(step: Onto, onto: str | Path, progress: Progress | None) -> Merged:
+    """The next step of the chain that the merge `onto` belongs to; the first one if it is no merge, but a plain model.
+
+    Raises:
+        UsageError: the step does not go on with the same method, settings or dtype, or cannot take a model out.
+        InputError: the merge has no state, or that of another model.
+    """
+    source = parse_source(str(onto), Path())
+    with ExitStack() as stack:
+        try:
+            previous = one_tower(stack.enter_context(open_source(source, step.recipe.base)))
+        except MergecliError as error:
+            raise type(error)(f"--onto: {error.message}", error.hint) from error
+        recipe = step.recipe
+        if state_path(previous.path).exists() or _is_merge(previous):
+            earlier = _earlier(previous, stack)
+            return _step(replace(step, recipe=_continued(earlier, recipe)), earlier, stack, progress)
+        if step.replace is not None or step.without:
+            raise InputError(f"{previous.path}: is no merge, and no model can be taken out of it")
+        if recipe.method is None:
+            raise UsageError(
+                "no method is named", "name one with `--method NAME`; `mergecli methods` lists them"
+            )
+        if recipe.base is None:
+            note(f"{source}: a chain begins on it")
+            recipe = replace(recipe, base=source)
+        elif _first_state(recipe, stack).base != previous.digest():
+            first = recipe_of(named_sources([str(onto)])).tuned
+            if twice := first.keys() & recipe.tuned.keys():
+                raise UsageError(
+                    f"two models are called {quoted(twice)}", "write `NAME=SOURCE` for the new one"
+                )
+            note(f"{source}: is no merge, so it is the first model of a chain")
+            recipe = replace(recipe, tuned={**first, **recipe.tuned})
+        return begin(replace(step, recipe=recipe), progress)
+
+
+def _first_state(recipe: Recipe, stack: ExitStack) -> ChainState:
+    method = continual_method(recipe)
+    assert recipe.base
+    base = one_tower(stack.enter_context(open_source(recipe.base)))
+    return chain_state(recipe, methods.name_of(method), methods.table_of(method), base.digest())
+
+
+def continual_method(recipe: Recipe) -> Continual:
+    """The recipe's method; raises UsageError if it cannot go on from an earlier merge."""
+    method = recipe.built
+    if not isinstance(method, Continual):
+        known = [name for name in methods.names() if issubclass(methods.find(name), Continual)]
+        raise UsageError(
+            f"`{recipe.method}` needs all models at once, and cannot go on from an earlier merge",
+            f"{', '.join(known)} can",
+        )
+    return method
+
+
+def _is_merge(model: Checkpoint) -> bool:
+    """Whether the metadata say that a method of ours made it of other models."""
+    about = model.metadata
+    return about.get("kind") == "checkpoint" and about.get("method") in methods.names() and "recipe" in about
+
+
+def _earlier(previous: Checkpoint, stack: ExitStack) -> _Earlier:
+    """The merge with its state; or with one made of what the merge says of itself, if it was no step of a chain."""
+    folder = previous.path.absolute().parent
+    file = state_path(previous.path)
+    if file.exists():
+        return _Earlier(*_own_state(previous, stack), folder)
+    if "chain" in previous.metadata:
+        raise InputError(
+            f"{previous.path}: is a step of a chain, and its state is not beside it: expected {file}",
+            "copy the state with the model, or make the step again",
+        )
+    state = _recalled(previous)
+    method = methods.create(state.method, state.settings)
+    if not isinstance(method, Continual) or not method.can_recall:
+        raise InputError(
+            f"{previous.path}: was merged by `{state.method}`, and says too little for another merge to go on",
+            "`mergecli merge --onto BASE NEW --method NAME` begins a chain",
+        )
+    if method.remembers != "sum" or len(state.experts) > 1:
+        note(
+            f"{previous.path}: was no step of a chain, so what a step needs is computed from its weights, up to rounding; "
+            "a chain that begins with `--onto BASE` is exact"
+        )
+    return _Earlier(state, previous, None, folder)
+
+
+def _own_state(previous: Checkpoint, stack: ExitStack) -> tuple[ChainState, Checkpoint, Checkpoint]:
+    """The state beside a model, known to belong to it; the model, and the state's tensors."""
+    file = state_path(previous.path)
+    state, stored = read_state(file)
+    stack.enter_context(stored)
+    if (digest := previous.digest()) != state.model:
+        raise InputError(
+            f"{file}: is the state of another model ({state.model}) than {previous.path} ({digest})",
+            "one of them was replaced or copied alone: make the step again",
+        )
+    return state, previous, stored
+
+
+def _recalled(previous: Checkpoint) -> ChainState:
+    """What a merge that was no step of a chain says of itself."""
+    digests = inputs_of(previous.metadata)
+    try:
+        about: dict[str, Any] = tomli.loads(previous.metadata["recipe"])
+        table = dict(about["method"])
+        name, tuned = str(table.pop("name")), dict(about["tuned"])
+        experts = {str(each): digests[each] for each in tuned}
+        base, source = digests.get("base", ""), about.get("base", "")
+        return ChainState(
+            name, table, str(about["dtype"]), int(about["seed"]), base, source, experts, tuned, {}
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{previous.path}: does not say what it was merged of, and has no state") from error
+
+
+def _continued(earlier: _Earlier, recipe: Recipe) -> Recipe:
+    """The recipe of the step, with the chain's method, dtype, seed and base where it names none; raises UsageError where it
+    names others."""
+    state = earlier.state
+    assert earlier.model
+    place = f"{earlier.model.path}: its chain"
+    if recipe.method is not None and recipe.method != state.method:
+        raise UsageError(
+            f"{place} is merged by `{state.method}`, got `{recipe.method}`",
+            "leave out `--method`, or begin a chain with `--onto BASE`",
+        )
+    chosen = methods.table_of(methods.create(state.method, {**state.settings, **recipe.settings}))
+    own = methods.table_of(methods.create(state.method, state.settings))
+    if other := [key for key in {**own, **chosen} if own.get(key) != chosen.get(key)]:
+        raise UsageError(
+            f"{place} has `method.{other[0]}` = {toml_text(own.get(other[0]))}, got {toml_text(chosen.get(other[0]))}",
+            "a chain keeps its settings: leave them out, or begin another",
+        )
+    if recipe.dtype not in ("same", state.dtype):
+        raise UsageError(
+            f"{place} is in dtype `{state.dtype}`, got `{recipe.dtype}`",
+            "a chain keeps its dtype: leave it out",
+        )
+    if recipe.path is not None and recipe.seed != state.seed:
+        raise UsageError(
+            f"{place} has seed {state.seed}, the recipe {recipe.seed}", f"write `--set seed={state.seed}`"
+        )
+    return replace(
+        recipe,
+        base=recipe.base or _located("base", state.base_source, earlier.folder, "--base"),
+        method=state.method,
+        settings=dict(state.settings),
+        dtype=state.dtype,
+        seed=state.seed,
+    )
+
+
+def _located(name: str, written: str | dict[str, str], folder: Path, option: str) -> Source:
+    """A source that a state recorded without its folders: it is looked for beside the merged model."""
+    label = written if isinstance(written, str) else written["source"]
+    sources = recipe_of({"source": written}).tuned if written else {}
+    source = sources.get("source")
+    if source is not None and source.kind == "path":
+        path = folder / label
+        source = replace(source, path=path) if path.exists() else None
+    if source is None:
+        where = f"`{label}` is not beside the merge" if label else "the merge does not say where it is"
+        raise UsageError(f"{name}: {where}", f"name it with `{option}`")
+    return source
+
+
+def _step(step: Onto, earlier: _Earlier, stack: ExitStack, progress: Progress | None) -> Merged:
+    method, state, recipe = continual_method(step.recipe), earlier.state, step.recipe
+    out, taken = _taken_out(step, method, earlier)
+    stays = [name for name in state.experts if name not in out]
+    for name in recipe.tuned:
+        if name in stays:
+            raise UsageError(
+                f"`{name}` is in the merge already",
+                f"write `--replace {name}`, or give the new model another name",
+            )
+    if not recipe.tuned and not out:
+        raise UsageError("there are no new models to merge", "name them as arguments")
+    if not recipe.tuned and not stays:
+        raise UsageError(f"--without: nothing is left without {quoted(out)}")
+    every = {**{name: _named(state.sources[name]) for name in stays}, **recipe.tuned}
+    target = MergeTarget.of(replace(recipe, tuned=every), step.output, step.card)
+    side = state_path(step.output)
+    size = parse_size(step.shard_size, "--shard-size", least=1) if step.shard_size is not None else None
+    if size is not None and step.output.suffix:
+        raise UsageError(
+            f"{step.output}: one file has no shards", "name a folder, without suffix, with `--shard-size`"
+        )
+    check_target(side)
+    models = _models(step, earlier, taken, stack)
+    refuse_inputs(step.output, models.paths)
+    refuse_inputs(side, models.paths)
+    if earlier.model:
+        files = {f"{PREVIOUS} ({file.name})": file for file in earlier.model.files}
+        if earlier.stored:
+            files[f"state of the {PREVIOUS}"] = earlier.stored.path
+        refuse_inputs(step.output, files)
+        refuse_inputs(side, files)
+    assert models.base
+    if state.base and (digest := models.base.digest()) != state.base:
+        raise InputError(
+            f"{models.base.path}: is another base ({digest}) than that of the chain ({state.base})",
+            "name the base that the chain began on",
+        )
+    layout = target.layout(models)
+    kept = state_layout(method.remembers, layout, models.floats)
+    check_space({step.output: target.size(models), side: layout_size(kept)})
+    work_begins(lambda: _plan(step, models, method, layout_size(kept), target))
+    chain = Chain(len(stays), state.numbers) if stays else START
+    return _merged(_Job(step, method, models, target, chain, stays, taken, earlier, kept, size), progress)
+
+
+def _taken_out(step: Onto, method: Continual, earlier: _Earlier) -> tuple[list[str], dict[str, Source]]:
+    """Names of the models that leave the merge, and their sources."""
+    found: dict[str, Source] = {}
+    given = [("--without", text) for text in step.without]
+    given += [("--replace", step.replace)] if step.replace is not None else []
+    for option, text in given:
+        name, _, source = text.partition("=")
+        experts = earlier.state.experts
+        if name not in experts:
+            raise UsageError(
+                f"{option}: `{name}` is not in the merge{did_you_mean(name, experts)}; there are {quoted(experts, 20)}"
+            )
+        if method.why_not_without:
+            raise UsageError(
+                f"{option}: `{earlier.state.method}` cannot take `{name}` out again: {method.why_not_without}",
+                "merge the other models again",
+            )
+        if name in found:
+            raise UsageError(f"{option}: `{name}` is named twice")
+        if option == "--replace" and list(step.recipe.tuned) != [name]:
+            new = quoted(step.recipe.tuned) or "none"
+            raise UsageError(
+                f"--replace: expected one new model called `{name}`, got {new}", f"write `{name}=SOURCE`"
+            )
+        written = earlier.state.sources[name]
+        found[name] = (
+            parse_source(source, Path())
+            if source
+            else _located(f"`{name}`", written, earlier.folder, f"{option} {name}=SOURCE")
+        )
+    return list(found), found
+
+
+def _named(written: str | dict[str, str]) -> Source:
+    return recipe_of({"source": written}).tuned["source"]
+
+
+def _models(step: Onto, earlier: _Earlier, taken: Mapping[str, Source], stack: ExitStack) -> Models:
+    """The base, what is remembered, the models that are taken out, and the new ones: known to fit together."""
+    recipe = replace(
+        step.recipe,
+        tuned={**{f"{_TAKEN_OUT}{name}": each for name, each in taken.items()}, **step.recipe.tuned},
+    )
+    opened = open_models(recipe, stack, needs="base", device=step.device, says_other_parts=True)
+    for name in taken:
+        expert, digest = opened.tuned[f"{_TAKEN_OUT}{name}"], earlier.state.experts[name]
+        if (found := expert.digest()) != digest:
+            raise InputError(
+                f"{expert.path}: is another model ({found}) than the `{name}` that was merged ({digest})",
+                "name the one that was merged",
+            )
+    previous = earlier.model
+    if previous is None:
+        return opened
+    check_fit(Models(opened.base, {PREVIOUS: previous}))
+    method = step.recipe.built
+    assert isinstance(method, Continual)
+    memory = memory_of(previous, earlier.stored, method.remembers) if earlier.stored else previous
+    if lacking := [name for name in opened.floats if name not in memory.entries]:
+        raise InputError(f"{memory.path}: is a state without {quoted(lacking)}", "make the step again")
+    return replace(opened, tuned={PREVIOUS: memory, **opened.tuned}, device=usable_device(step.device))
+
+
+def _plan(step: Onto, models: Models, method: Continual, state_size: int, target: MergeTarget) -> Plan:
+    passes = method.reads
+    work = [
+        Work("read", name, str(each.path), tensors=len(each.entries), passes=passes, bytes=each.nbytes)
+        for name, each in models.read.items()
+    ]
+    work.append(Work("merge", str(step.recipe.method), passes=passes))
+    work.append(Work("write", "model", str(step.output), bytes=target.size(models)))
+    work.append(Work("write", "state", str(state_path(step.output)), bytes=state_size))
+    return Plan("merge", tuple(work), peak_memory(), 0.0)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A step that has been checked."""
+
+    step: Onto
+    method: Continual
+    models: Models
+    target: MergeTarget
+    chain: Chain
+    stays: Sequence[str]
+    taken: Mapping[str, Source]
+    earlier: _Earlier
+    kept: Mapping[str, tuple[str, tuple[int, ...]]]
+    """What the state holds."""
+    shard_size: int | None
+
+    def rows(self, group: Group) -> Group:
+        """The group as the method gets it: what is remembered, if anything is, and the new models."""
+        recalls = self.earlier.model is not None and self.earlier.stored is None
+        if not recalls and not self.taken:
+            return group
+        recalled = None
+        if recalls:
+            before = Chain(len(self.earlier.state.experts))
+            recalled = self.method.recall(group.tuned[0], Step(group, before))
+        are_deltas = self.method.remembers == "task vector"
+        rows = group.deltas if are_deltas else group.tuned
+        if recalled is not None:
+            rows[0] = recalled
+        first = 1 + len(self.taken)
+        for row in rows[1:first]:
+            rows[0] -= row
+        own = [*([0] if self.stays else []), *range(first, len(rows))]
+        return group.of_rows(rows[own], tuple(group.names[at] for at in own), are_deltas=are_deltas)
+
+
+def _merged(job: _Job, progress: Progress | None) -> Merged:
+    """Writes the model, and then its state."""
+    import torch
+
+    method, models, target, chain, kept = job.method, job.models, job.target, job.chain, job.kept
+    folder = next(each for each in target.path.absolute().parents if each.is_dir())
+    with ExitStack() as files:
+        passes = ModelPasses(models, method.unit, progress, False, Scratch(folder, files))
+        surveyed = method.survey_step(ChangedGroups(passes, job.rows), chain)
+        numbers = method.numbers(surveyed)
+        unknown = dict.fromkeys([*models.read, *job.earlier.state.experts], UNKNOWN_DIGEST)
+        state = SafetensorsWriter(
+            state_path(target.path), kept, _state_of(job, unknown, numbers, UNKNOWN_DIGEST), checked=True
+        )
+        files.enter_context(state)
+        written = files.enter_context(
+            _Described(state, lambda digest: _state_of(job, models.digests(), numbers, digest))
+        )
+        inputs = _inputs(job, unknown)
+        model = target.open(models, job.shard_size, files, inputs, _about(job))
+        written.of = model
+        dtypes = {name: dtype for name, (dtype, _) in target.layout(models).items()}
+
+        def work(start: int, group: Group) -> None:
+            own, name = job.rows(group), group.name
+            at = Step(own, chain, surveyed)
+            memory = method.remember(at)
+            if name in kept and method.remembers != "weights":
+                state.write(name, memory.cpu().contiguous(), start)
+            weights = method.weights(memory, at)
+            if name in kept and method.remembers == "weights":
+                state.write(name, weights.cpu().contiguous(), start)
+            model.write(name, cast(weights, dtypes[name], name), start)
+
+        for _ in passes.run("merging", work):
+            pass
+        state.write(COUNT, torch.tensor(len(target.recipe.tuned)))
+        inputs = _inputs(job, models.digests())
+        model.describe(target.metadata(inputs, _about(job)))
+        warnings = tuple(foreign_vectors(Models(models.base, _new(job)), inputs))
+    if job.taken:
+        note(
+            f"{quoted(job.taken)} {'is' if len(job.taken) == 1 else 'are'} taken out of a sum in float32: equal to a merge "
+            "without, up to the rounding of the sum's last bits"
+        )
+    sources = [each for each in (job.step.recipe.base, *job.step.recipe.tuned.values()) if each]
+    card = write_card(target.path, sources, model.digest) if target.has_card else None
+    return Merged(
+        target.path, str(target.recipe.method), tuple(target.recipe.tuned), len(models.reference.entries),
+        models.reference.parameters, inputs, model.digest, warnings, card, state.path,
+    )  # fmt: skip
+
+
+def _new(job: _Job) -> dict[str, Checkpoint]:
+    return {name: job.models.tuned[name] for name in job.step.recipe.tuned}
+
+
+def _about(job: _Job) -> dict[str, str]:
+    """What the model's metadata say of the chain: the model that it goes on from."""
+    return {"chain": job.earlier.state.model if job.earlier.model else "begins"}
+
+
+def _inputs(job: _Job, digests: Mapping[str, str]) -> dict[str, str]:
+    """Input -> digest: of all models that are in the merge, also of those that were not read."""
+    before = {name: job.earlier.state.experts[name] for name in job.stays}
+    return {"base": digests["base"], **before, **{name: digests[name] for name in job.step.recipe.tuned}}
+
+
+def _state_of(
+    job: _Job, digests: Mapping[str, str], numbers: Mapping[str, Sequence[float]], model: str
+) -> dict[str, str]:
+    recipe, before = job.target.recipe, job.earlier.state
+    assert recipe.base
+    experts = {name: before.experts[name] for name in job.stays}
+    experts |= {name: digests[name] for name in job.step.recipe.tuned}
+    state = ChainState(
+        method=str(recipe.method), settings=methods.table_of(job.method), dtype=recipe.dtype, seed=recipe.seed,
+        base=digests["base"], base_source=recipe.base.written, experts=experts,
+        sources={name: source.written for name, source in recipe.tuned.items()}, numbers=numbers, model=model,
+    )  # fmt: skip
+    return state.metadata(recipe_text(recipe, state.method, state.settings))
+
+
+class _Described:
+    """Tells the state the digest of its model, when that is written whole and the state is not yet."""
+
+    def __init__(self, state: SafetensorsWriter, metadata: Callable[[str], dict[str, str]]) -> None:
+        self._state, self._metadata = state, metadata
+        self.of: SafetensorsWriter | ShardedWriter | None = None
+
+    def __enter__(self) -> _Described:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self.of:
+            self._state.describe(self._metadata(self.of.digest))
