@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mergecli.clip.config import read_config
+from mergecli.clip.config import other_kind, read_config
 from mergecli.clip.network import Attention, TextModel, VisionModel, VisionTower
 from mergecli.clip.processor import ImageProcessor, expect_fit, read_processor
 from mergecli.clip.tokenizer import Tokenizer
@@ -82,6 +82,11 @@ def load_clip(path: Path) -> Clip:
     """
     with open_checkpoint(path) as stored:
         if not path.is_dir() or not stored.is_whole_clip:
+            if kind := other_kind(path / "config.json"):
+                raise InputError(
+                    f"{path}: is a model of the kind `{kind}`, not a CLIP",
+                    "`merge`, `taskvector` and `cos-sim` take any weights; images are classified by CLIPs only",
+                )
             raise InputError(
                 f"{path}: is not a whole CLIP",
                 (path.is_dir() and why_foreign(stored))

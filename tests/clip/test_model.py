@@ -218,6 +218,19 @@ def test_a_vision_tower_alone_is_no_clip(folder, tmp_path):
         load_clip(tmp_path / "tower")
 
 
+def test_another_dual_encoder_is_named(copy):
+    weights = load_file(copy / "model.safetensors")
+    del weights["vision_model.embeddings.class_embedding"]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    (copy / "config.json").write_text('{"model_type": "siglip"}')
+    with pytest.raises(InputError) as caught:
+        load_clip(copy)
+    assert str(caught.value) == (
+        f"{copy}: is a model of the kind `siglip`, not a CLIP\n"
+        "hint: `merge`, `taskvector` and `cos-sim` take any weights; images are classified by CLIPs only"
+    )
+
+
 def test_weights_that_do_not_fit_the_config_are_refused(copy):
     weights = load_file(copy / "model.safetensors")
     del weights["text_projection.weight"]
