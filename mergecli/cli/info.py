@@ -147,7 +147,9 @@ def _about(found: Info, *, short: bool) -> dict[str, str]:
     if "mergecli" in found.metadata:
         facts["written by"] = f"mergecli {found.metadata['mergecli']}"
     facts |= {
-        key: found.metadata[key] for key in ("method", "space", "task", "tower") if key in found.metadata
+        key: found.metadata[key]
+        for key in ("method", "space", "task", "tower", "transport")
+        if key in found.metadata
     }
     facts |= {f"layers {line}": text for line, text in layer_lines(found.metadata).items()}
     return facts | {f"input {name}": digest(each) for name, each in found.inputs.items()}

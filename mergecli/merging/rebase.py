@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mergecli.data.tasks import find
@@ -50,12 +50,13 @@ class Transport:
     """How task vectors are moved, and where to."""
 
     name: str
+    start: Source
+    """The base that they were made on, and the one that they are moved to."""
     goal: Source
-    """The base that they are moved to."""
     examples: int = EXAMPLES
 
     @classmethod
-    def of(cls, name: str | None, goal: Source, examples: int | None) -> Transport:
+    def of(cls, name: str | None, start: Source, goal: Source, examples: int | None) -> Transport:
         """Raises UsageError if there is no such way, or it looks at no images and a number of them was given."""
         name = name or "orthogonal"
         if name not in TRANSPORTS:
@@ -66,15 +67,27 @@ class Transport:
             raise UsageError(f"examples: `{name}` looks at no images", "leave it out")
         if examples is not None and examples < 1:
             raise UsageError(f"examples: expected a whole number, at least 1, got {examples}")
-        return cls(name, goal, examples or EXAMPLES)
+        return cls(name, start, goal, examples or EXAMPLES)
 
     @property
     def label(self) -> str:
         """The name of the goal among the models."""
         return f"{self.goal} (the base to move to)"
 
-    def check(self, recipe: Recipe) -> None:
-        """Raises InputError unless both bases have the same tensors, or one is missing."""
+    def recipe_of(self, recipe: Recipe) -> Recipe:
+        """The recipe with `start` as its base, whatever it names; of equal sources its own, which a lock may have pinned.
+
+        Raises:
+            UsageError: the task of a model, whose images are needed, is unknown. InputError: the bases have other tensors, or
+                one of them is missing.
+        """
+        known = recipe if str(recipe.base) == str(self.start) else replace(recipe, base=self.start)
+        for name in known.tuned if self.name.startswith("gradient") else ():
+            find(name, known)
+        self._check(known)
+        return known
+
+    def _check(self, recipe: Recipe) -> None:
         assert recipe.base is not None
         expect_all([recipe.base, self.goal], recipe)
         with ExitStack() as stack:

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from mergecli.formats.quantized import is_quantized, scheme_of, shared_path
-from mergecli.formats.quantizer import BITS, PER, Per
+from mergecli.formats.quantizer import BITS, PER
 from mergecli.merging.merge_target import foreign_vectors
 from mergecli.merging.models import Models, open_models
 from mergecli.merging.quantize import Describe, Loss, Quantization
@@ -72,8 +72,6 @@ def taskvector(
         )
     quantization = _quantization(quantize, per, residual, dtype)
     moving = _moving(rebase, transport, examples, base, quantization)
-    if rebase is not None:
-        base = rebase[0]
     target = Path(output)
     if isinstance(tuned, Recipe) or Path(tuned).suffix == ".toml":
         recipe = recipe_of(tuned, base=base, changes=changes)
@@ -91,18 +89,17 @@ def taskvector(
                 "residual: is to the mean of several models, and there is one",
                 "name a recipe, or leave it out",
             )
-        if base is None and not quantization:
+        if base is None and not quantization and not moving:
             raise UsageError("there is no base to subtract", "name it with `--base`")
         if target.suffix != ".safetensors":
             raise UsageError(f"{target}: expected the name of a `.safetensors` file")
         check_target(target)
         recipe = recipe_of(named_sources([str(tuned)]), base=base, changes=changes)
         targets = dict.fromkeys(recipe.tuned, target)
+    sources = dict(recipe.tuned)
     if moving:
-        moving.check(recipe)
-        sources = {**recipe.tuned, moving.label: moving.goal}
-    else:
-        sources = recipe.tuned
+        recipe = moving.recipe_of(recipe)
+        sources[moving.label] = moving.goal
     with ExitStack() as stack:
         report = stack.enter_context(shown(progress))
         everything = replace(recipe, tuned=sources)
@@ -152,7 +149,7 @@ def _quantization(bits: int | None, per: str | None, residual: bool, dtype: str)
         )
     if per is not None and per not in PER:
         raise UsageError(f"per: expected {' or '.join(PER)}, got `{per}`{did_you_mean(per, PER)}")
-    return Quantization(bits, cast("Per", per or PER[0]), residual, dtype)
+    return Quantization(bits, per or PER[0], residual, dtype)
 
 
 def _moving(
@@ -180,7 +177,8 @@ def _moving(
             "quantize: a task vector is moved as it is",
             "move it first, then quantize what was written: `mergecli taskvector MOVED --quantize 4`",
         )
-    return Transport.of(transport, parse_source(str(rebase[1]), Path()), examples)
+    start, goal = (parse_source(str(each), Path()) for each in rebase)
+    return Transport.of(transport, start, goal, examples)
 
 
 def _refuse_vectors(models: Models, quantization: Quantization | None) -> None:

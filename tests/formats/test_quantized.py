@@ -98,6 +98,10 @@ def test_info_says_bits_error_and_what_is_shared(folder: Path) -> None:
     assert (mean.kind, mean.is_model) == ("shared part of task vectors", False)
 
 
+def text(value: str) -> Callable[[dict[str, str]], None]:
+    return lambda metadata: metadata.update({KEY: value})
+
+
 def table(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, str]], None]:
     def changed(metadata: dict[str, str]) -> None:
         scheme = json.loads(metadata[KEY])
@@ -110,9 +114,9 @@ def table(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, str
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update({KEY: "{"}), "its quantization: it cannot be read"),
-        (lambda m: m.update({KEY: "[]"}), "its quantization: it cannot be read"),
-        (lambda m: m.update({KEY: "[" * 9999}), "its quantization: it cannot be read"),
+        (text("{"), "its quantization: it cannot be read"),
+        (text("[]"), "its quantization: it cannot be read"),
+        (text("[" * 9999), "its quantization: it cannot be read"),
         (table(lambda s: s.update(bits=5)), "its quantization: bits: expected 8, 4, 3 or 2, got 5"),
         (table(lambda s: s.update(bits="4")), 'its quantization: bits: expected 8, 4, 3 or 2, got "4"'),
         (table(lambda s: s.update(bits=True)), "its quantization: bits: expected 8, 4, 3 or 2, got true"),

@@ -103,6 +103,7 @@ def test_quantized_task_vectors_are_merged_like_the_models(
     paths = taskvector(recipe, output=world.folder / "q", quantize=bits, residual=residual)
     every = [world.files, dict(zip(world.files, paths, strict=True))]
     found: list[Tensor] = []
+    quantized: dict[str, Any] = {}
     for number, models in enumerate(every):
         merged = world.folder / f"{number}.safetensors"
         merge(models, base=world.base_file, method=method, output=merged)
@@ -175,7 +176,11 @@ def test_zero_vectors_half_precision_and_tensors_that_stay_as_they_are(world: Wo
 
 
 def test_nan_and_differences_too_large_for_float32_are_refused(world: World) -> None:
-    options = {"base": world.base_file, "output": world.folder / "v.safetensors", "quantize": 4}
+    options: dict[str, Any] = {
+        "base": world.base_file,
+        "output": world.folder / "v.safetensors",
+        "quantize": 4,
+    }
     changed = dict(world.tuned["t1"])
     changed["zz.long"] = changed["zz.long"].clone()
     changed["zz.long"][7] = float("nan")
