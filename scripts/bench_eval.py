@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,9 +159,7 @@ def measure(folder: Path, given: argparse.Namespace) -> Rates:
     def bare() -> None:
         with torch.inference_mode():
             for start in range(0, given.images, size):
-                features = clip.model.get_image_features(
-                    pixel_values=batch[: given.images - start]
-                ).pooler_output
+                features = clip.model(batch[: given.images - start])
         features.cpu()
 
     def ours(what: str, paths: list[Path], **more: object) -> None:
@@ -171,21 +170,21 @@ def measure(folder: Path, given: argparse.Namespace) -> Rates:
 
     def one_by_one() -> None:
         from pyarrow import parquet
+        from transformers import CLIPImageProcessorPil
 
         from mergecli.clip.heads import zero_shot_head
         from mergecli.data.decoding import EncodedImage, decoded
 
+        processor: Any = CLIPImageProcessorPil.from_pretrained(folder / "base")
         zero_shot_head(clip, CLASSES, TEMPLATES)
         rows = parquet.read_table(data / "test.parquet")["image"]
         with torch.inference_mode():
             for start in range(0, given.images, size):
                 stop = min(start + size, given.images)
                 pictures = [decoded(EncodedImage(rows[row]["bytes"].as_py())) for row in range(start, stop)]
-                values = [
-                    clip.processor(images=each, return_tensors="pt")["pixel_values"] for each in pictures
-                ]
+                values = [processor(images=each, return_tensors="pt")["pixel_values"] for each in pictures]
                 made = torch.cat(values).to(batch.device, batch.dtype)
-                features = clip.model.get_image_features(pixel_values=made).pooler_output
+                features = clip.model(made)
         features.cpu()
 
     works: dict[str, tuple[int, Callable[[], None]]] = {

@@ -1,14 +1,18 @@
 """Builds the toy zoo that ships in `mergecli/data/toy/models`: pre-trains the base, fine-tunes eight towers, checks them.
 
-    python scripts/build_toy.py base      # about forty minutes on two idle cores; resumes from --work
-    python scripts/build_toy.py towers    # with `mergecli.finetune`; about four minutes
-    python scripts/build_toy.py check     # the table of all merges, and what must be true of it
+    python scripts/build_toy.py base        # about forty minutes on two idle cores; resumes from --work
+    python scripts/build_toy.py strengths   # what the base makes of each task, seen more and more strangely
+    python scripts/build_toy.py towers      # with `mergecli.finetune`
+    python scripts/build_toy.py check       # the table of merges, and what must be true of it
+
+What the zoo is built for: its base is right on about half of the images of every task, and each tower on nearly all images of
+its own. So methods can differ on it as they do on published checkpoints. Strengths of the tasks' changes, steps and learning
+rate were chosen on images that are neither training nor test images.
 
 The shipped base does not come out of one run of this script: it was trained for about 6,260 steps in five pieces, over two
 pools of images (the first with fewer arrows and positions), the last 1,600 steps with half of all images in batches of
 a single kind, which is what taught it left from right; `base` now does that from the start, and learns other merges
-of the tokenizer. The towers come out of `towers` as it is. Strengths of the tasks' shifts, steps and batch size were
-chosen on test images, for merges to gain.
+of the tokenizer. The towers come out of `towers` as it is.
 """
 
 from __future__ import annotations
@@ -27,9 +31,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mergecli.scripts.toy_captions import compose, kind_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
+from toy_captions import compose, kind_of
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -39,9 +43,12 @@ from transformers import (
 )
 
 import mergecli
+from mergecli.clip.heads import logits, zero_shot_head
+from mergecli.clip.model import load_clip
 from mergecli.data.toy import TASKS
+from mergecli.data.toy.drawing import STRENGTHS, draw
 
-MODELS = Path(__file__).parent.parent / "mergecli" / "toy" / "models"
+MODELS = Path(__file__).parent.parent / "mergecli" / "data" / "toy" / "models"
 MEAN, SPREAD = (0.5, 0.45, 0.45), (0.32, 0.3, 0.3)
 START, END = "<|startoftext|>", "<|endoftext|>"
 POSITIONS = 24
@@ -259,6 +266,24 @@ def save_base(model: CLIPModel, folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)
 
 
+def show_strengths(options: argparse.Namespace) -> None:
+    """Prints the accuracy of the base on every task at strengths about those of the task, on validation images."""
+    clip = load_clip(MODELS / "base")
+    for name, task in TASKS.items():
+        head = zero_shot_head(clip, task.classes, task.templates)
+        line = name
+        for factor in (0, 0.6, 0.8, 1, 1.25):
+            # a shape is as drawn at strength 1, the others at 0
+            strength = 1 + factor * (STRENGTHS[name] - 1) if name == "shapes" else factor * STRENGTHS[name]
+            drawn = [draw(name, "train", task.train + index, strength) for index in range(options.images)]
+            shown = pixels(np.stack([np.asarray(image) for image, _ in drawn]))
+            with torch.inference_mode():
+                found = logits(clip, head, shown).argmax(1).tolist()
+            right = sum(each == label for each, (_, label) in zip(found, drawn, strict=True))
+            line += f"  {strength:.2f}: {100 * right / len(drawn):.0f}"
+        print(line, flush=True)
+
+
 def build_towers(options: argparse.Namespace) -> None:
     """Fine-tunes the base on every task with `mergecli.finetune`, two at a time, each on one thread."""
     names = [name for name in TASKS if not options.task or name in options.task]
@@ -279,7 +304,7 @@ def build_tower(options: argparse.Namespace, name: str) -> str:
 
 def check(_: argparse.Namespace) -> None:
     """Prints the table of all merges, and fails where the zoo departs from what it promises."""
-    recipe = MODELS.parents[2] / "recipes" / "toy.toml"
+    recipe = MODELS.parents[3] / "recipes" / "toy.toml"
     families: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         towers: dict[str, Path] = {}
@@ -309,8 +334,11 @@ def check(_: argparse.Namespace) -> None:
     size = sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file())
     print(f"{size / 1e6:.1f} MB in {MODELS.name}")
     promises = {
-        "the base's mean lies between 40 and 75 %": 0.40 <= base.average.accuracy <= 0.75,
-        "fine-tuning gains 15 points on average": gain >= 0.15,
+        "the base's mean lies between 40 and 55 %": 0.40 <= base.average.accuracy <= 0.55,
+        "no task of the base lies outside of 35 to 75 %": all(
+            0.35 <= score.accuracy <= 0.75 for score in base.tasks.values()
+        ),
+        "fine-tuned models are right on 90 %": tuned.average.accuracy >= 0.90,
         "the best merge recovers a third of that": share >= 1 / 3,
         "the best merge ruins no task": worst >= -0.02,
         "16 MB at most": size <= 16e6,
@@ -334,10 +362,13 @@ def main() -> None:
         "--work", type=Path, default=Path("build/toy"), help="folder of drawn images and checkpoints"
     )
     base.set_defaults(run=pretrain)
+    strengths = stages.add_parser("strengths", help="show what the base makes of each task")
+    strengths.add_argument("--images", type=int, default=208, help="of each task and strength")
+    strengths.set_defaults(run=show_strengths)
     towers = stages.add_parser("towers", help="fine-tune the base on each task")
     towers.add_argument("--task", action="append", help="only this task; may be repeated")
-    towers.add_argument("--steps", type=int, default=160)
-    towers.add_argument("--batch-size", type=int, default=64)
+    towers.add_argument("--steps", type=int, default=200)
+    towers.add_argument("--batch-size", type=int, default=32)
     towers.add_argument("--learning-rate", type=float, default=1e-4)
     towers.add_argument("--seed", type=int, default=0)
     towers.set_defaults(run=build_towers)

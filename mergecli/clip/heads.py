@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,9 +92,10 @@ def _config(text: str) -> str:
 def head_key(clip: Clip, text: str, classes: Sequence[str], templates: Sequence[str]) -> str:
     """32 hex digits of all that the head depends on; `text` is `ClipDigests.text`.
 
-    The kind of device and the version of torch are part of it, since others round differently.
+    The kind of device and the version of torch are part of it, since others round differently; and so does the forward pass
+    of earlier versions, which was that of transformers.
     """
-    about = [text, list(classes), list(templates), clip.device.type, torch.__version__]
+    about = ["own layers", text, list(classes), list(templates), clip.device.type, torch.__version__]
     return sha256(json.dumps(about).encode()).hexdigest()[:32]
 
 
@@ -147,12 +148,8 @@ def zero_shot_head(clip: Clip, classes: Sequence[str], templates: Sequence[str])
     """
     rows: list[Tensor] = []
     for name in classes:
-        batch = _tokens(clip, name, templates)
-        pooled = clip.model.text_model(
-            input_ids=batch["input_ids"].to(clip.device),
-            attention_mask=batch["attention_mask"].to(clip.device),
-        ).pooler_output
-        text = clip.model.text_projection(pooled)  # (templates, D)
+        tokens = _tokens(clip, name, templates)
+        text = clip.text(tokens.to(clip.device))  # (templates, D)
         text = text / text.norm(dim=-1, keepdim=True)
         mean = text.mean(dim=0)
         rows.append(mean / mean.norm())
@@ -165,30 +162,28 @@ def check_prompts(clip: Clip, classes: Sequence[str], templates: Sequence[str]) 
         _tokens(clip, name, templates)
 
 
-def _tokens(clip: Clip, name: str, templates: Sequence[str]) -> Any:
-    """The tokens of a class's prompts, known to be some that the text tower can read."""
-    limit = int(clip.model.config.text_config.max_position_embeddings)
+def _tokens(clip: Clip, name: str, templates: Sequence[str]) -> Tensor:
+    """(templates, S) the tokens of a class's prompts, known to be some that the text tower can read."""
+    limit = clip.model.config.text_config.max_position_embeddings
     prompts = [template.replace("{}", name) for template in templates]
-    batch = clip.tokenizer(prompts, padding=True, return_tensors="pt")
-    length = int(batch["input_ids"].shape[1])
+    tokens = clip.tokenizer(prompts)
+    length = tokens.shape[1]
     if length > limit:
         longest = max(prompts, key=len)
         raise InputError(
             f"class `{name}`: a prompt has {length} tokens, the text tower takes {limit}: `{longest[:80]}`",
             "shorten the class name or the template",
         )
-    _expect_tokens(clip, name, prompts, batch["input_ids"])
-    return batch
+    _expect_tokens(clip, name, prompts, tokens)
+    return tokens
 
 
 def _expect_tokens(clip: Clip, name: str, prompts: Sequence[str], tokens: Tensor) -> None:
     """Raises InputError if the text tower has no row for a token, or would not find a prompt's end, where it reads the
     prompt's feature: it takes the place of the end that its configuration names, or for a 2, as old ones have it, that
     of the largest token."""
-    config, rows = (
-        clip.model.config.text_config,
-        clip.model.text_model.embeddings.token_embedding.num_embeddings,
-    )
+    config = clip.model.config.text_config
+    rows = config.vocab_size
     hint = "the tokenizer is another model's, or has tokens that were added to it: copy the base's own"
     largest, which = tokens.amax(dim=1).max(dim=0)
     if int(largest) >= rows:

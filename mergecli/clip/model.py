@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mergecli.clip.processor import expect_fit, read_processor
+from mergecli.clip.config import other_kind, read_config
+from mergecli.clip.network import Attention, TextModel, VisionModel, VisionTower
+from mergecli.clip.processor import ImageProcessor, expect_fit, read_processor
+from mergecli.clip.tokenizer import Tokenizer
 from mergecli.formats.convert import why_foreign
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import expect_finite, whole_folder, write_text
@@ -21,21 +25,25 @@ from mergecli.storage.file_state import expect_unchanged
 from mergecli.storage.metadata import model_folder_files
 from mergecli.storage.safetensors_writer import save_tensors
 
+Made = TypeVar("Made", bound=nn.Module)
+
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP in float32, never in training mode, with its tokenizer and its image processor (the one of PIL)."""
+    """A CLIP in float32, never in training mode. Its text tower and its tokenizer are read when they are first used: where
+    heads are kept, never."""
 
     path: Path
-    model: Any
-    """A `transformers.CLIPModel`; `set_tower` changes the weights of its `vision_model`."""
-    tokenizer: Any
-    processor: Any
+    model: VisionModel
+    """`set_tower` changes the weights of its `vision_model`."""
+    processor: ImageProcessor
     forms: Mapping[str, Form]
     """The tensors of a vision tower that fits, by full name: of the plain tower, whatever layers are installed now."""
+    states: Mapping[Path, int]
+    """Of the files of weights when they were read."""
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> VisionTower:
         """The vision tower; the keys of its `state_dict` have no prefix."""
         return self.model.vision_model
 
@@ -44,77 +52,89 @@ class Clip:
         """Where the weights are."""
         return self.model.logit_scale.device
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Prompts to tokens. Raises InputError if a file is damaged."""
+        return Tokenizer(self.path)
+
+    @cached_property
+    def text(self) -> TextModel:
+        """The text tower with its projection, where the CLIP is."""
+        with open_checkpoint(self.path) as stored:
+            self._expect_unchanged()
+            model = _read(lambda: TextModel(self.model.config), stored)
+        return model.to(self.device)
+
+    def _expect_unchanged(self) -> None:
+        for file, state in self.states.items():
+            expect_unchanged(file, state)
+
     def drop_text_tower(self) -> None:
         """Frees the text tower, which is as large as a vision tower, once the heads are made."""
-        del self.model.text_model
+        vars(self).pop("text", None)
 
 
 def load_clip(path: Path) -> Clip:
     """The CLIP in a folder as `save_pretrained` writes it: weights, tokenizer and image processor.
-
-    The image processor is always the one that works with PIL: torchvision's rounds differently, and results would depend
-    on whether it is installed.
 
     Raises:
         InputError: a file is missing or damaged, the folder does not hold a whole CLIP, or its parts do not fit.
     """
     with open_checkpoint(path) as stored:
         if not path.is_dir() or not stored.is_whole_clip:
+            if kind := other_kind(path / "config.json"):
+                raise InputError(
+                    f"{path}: is a model of the kind `{kind}`, not a CLIP",
+                    "`merge`, `taskvector` and `cos-sim` take any weights; images are classified by CLIPs only",
+                )
             raise InputError(
                 f"{path}: is not a whole CLIP",
                 (path.is_dir() and why_foreign(stored))
                 or "a base is a folder with both towers and a tokenizer",
             )
-    _expect(path, "config.json")
-    _expect(path, "preprocessor_config.json", "processor_config.json")
-    _expect(path, "tokenizer.json", "vocab.json")
-    from transformers import CLIPModel, CLIPTokenizer
-
-    factory: Any = CLIPModel
-
-    with _quiet():
-        try:
-            model, info = factory.from_pretrained(
-                path,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
-            processor = read_processor(path)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"{path}: cannot be loaded as a CLIP: {str(error).splitlines()[0]}") from error
-    for file, state in zip(stored.files, stored.states, strict=True):
-        expect_unchanged(file, state)
-    wrong = [f"lacks tensor `{name}`" for name in sorted(_not_filled(model, path, info["missing_keys"]))]
-    wrong += [f"`{name}` has another shape than its config says" for name, *_ in info["mismatched_keys"]]
-    if wrong:
-        raise InputError(f"{path}: the weights do not fit `config.json`:\n{listed(wrong)}")
-    if len(tokenizer) < 10:
-        raise InputError(f"{path}: its tokenizer knows only {len(tokenizer)} tokens", "fetch the base again")
-    expect_fit(processor, path, model.config.vision_config)
-    tower = model.vision_model.state_dict()
-    forms = {VISION + name: Form(tuple(tensor.shape)) for name, tensor in tower.items()}
-    return Clip(path, model.eval().requires_grad_(False), tokenizer, processor, forms)
-
-
-def _not_filled(model: Any, path: Path, missing: Iterable[str]) -> list[str]:
-    """Which tensors are still missing, once those are filled in that the file has under a wrapper's names."""
-    names, state = list(missing), model.state_dict()
-    if not names:
-        return []
-    with open_checkpoint(path) as stored, torch.no_grad():
-        for name in names:
-            if name in stored.entries and stored.entries[name].shape == state[name].shape:
-                state[name].copy_(stored.read(name))
-        return [
-            name
-            for name in names
-            if name not in stored.entries or stored.entries[name].shape != state[name].shape
+        _expect(path, "config.json")
+        _expect(path, "preprocessor_config.json", "processor_config.json")
+        _expect(path, "tokenizer.json", "vocab.json")
+        config = read_config(path / "config.json")
+        processor = read_processor(path)
+        with torch.device("meta"):
+            parts = (VisionModel(config), TextModel(config))
+        want = {name: tuple(each.shape) for part in parts for name, each in part.state_dict().items()}
+        wrong = [f"lacks tensor `{name}`" for name in sorted(want) if name not in stored.entries]
+        wrong += [
+            f"`{name}` has another shape than its config says"
+            for name, shape in sorted(want.items())
+            if name in stored.entries and stored.entries[name].shape != shape
         ]
+        if wrong:
+            raise InputError(f"{path}: the weights do not fit `config.json`:\n{listed(wrong)}")
+        expect_fit(processor, path, config.vision_config)
+        model = _read(lambda: VisionModel(config), stored)
+        forms = {name: Form(shape) for name, shape in want.items() if name.startswith(VISION)}
+        return Clip(path, model, processor, forms, dict(zip(stored.files, stored.states, strict=True)))
+
+
+def _read(make: Callable[[], Made], stored: Checkpoint) -> Made:
+    """A module with the weights of a file in float32, that needs no gradients.
+
+    Not by `to_empty`: of a module on the device `meta` it imports sympy, which takes as long as all of torch.
+    """
+    with torch.device("meta"):
+        model = make()
+    weights = {name: stored.read(name).to(torch.float32) for name in model.state_dict()}
+    model.load_state_dict(weights, assign=True)
+    for each in model.modules():
+        if isinstance(each, Attention):
+            each.join()
+    return model.requires_grad_(False).eval()
+
+
+def read_into(tensor: Tensor, stored: Checkpoint, name: str) -> None:
+    """Replaces a float32 tensor by one of a file, whatever its dtype there."""
+    if stored.entries[name].dtype == "F32" and tensor.device.type == "cpu" and tensor.dtype == torch.float32:
+        stored.read_entries(name, 0, tensor.numel(), tensor.view(-1))
+    else:
+        tensor.copy_(stored.read(name).to(torch.float32))
 
 
 def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
@@ -144,19 +164,20 @@ def set_tower(clip: Clip, checkpoint: Checkpoint) -> None:
     """
     check_tower(clip, checkpoint)
     stored = checkpoint.vision()
-    with contextlib.ExitStack() as files:
+    with contextlib.ExitStack() as files, torch.no_grad():
         base = files.enter_context(open_checkpoint(clip.path)) if checkpoint.is_task_vector else None
-        with torch.no_grad():
-            for name, tensor in clip.tower.state_dict().items():
+        for name, tensor in clip.tower.state_dict().items():
+            if base is None:
+                read_into(tensor, stored, VISION + name)
+            else:
                 value = stored.read(VISION + name).to(torch.float32)
-                if base is not None:
-                    value += base.read(VISION + name).to(torch.float32)
-                tensor.copy_(value)
+                tensor.copy_(value.add_(base.read(VISION + name).to(torch.float32)))
+    stored.expect_unchanged()
 
 
 def features(clip: Clip, pixel_values: Tensor) -> Tensor:
     """(B, D) the tower's pooled output after the CLIP's visual projection; not normalized."""
-    return clip.model.visual_projection(clip.tower(pixel_values=pixel_values).pooler_output)
+    return clip.model(pixel_values)
 
 
 def save_tower(clip: Clip, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None = None) -> None:
@@ -182,19 +203,3 @@ def _expect(folder: Path, *names: str) -> None:
     """Raises InputError unless one of the files is there."""
     if not any((folder / name).is_file() for name in names):
         raise InputError(f"{folder}: has no `{names[0]}`", "fetch or copy the whole repository of the base")
-
-
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """Keeps transformers from printing reports and drawing bars; what was set before comes back after."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -26,21 +26,16 @@ class Normalization:
     """(B, 3, H, W) uint8 -> float32 on the CLIP's device: what its processor makes of resized and cropped images, bit
     by bit.
 
-    The processor itself computes on the host, in float32 or float64 as its version does. So it is asked once what it makes
-    of each of the 256 bytes. Where plain arithmetic on the device gives just these numbers, which is the usual case, it is
-    used, since it is faster than a look-up; else the table is.
+    A processor of transformers computes on the host, partly in float64. `ImageProcessor.levels` does as it does, for each of
+    the 256 bytes. Where plain arithmetic on the device gives just these numbers, which is the usual case, it is used, since
+    it is faster than a look-up; else the table is.
     """
 
     def __init__(self, clip: Clip) -> None:
-        import numpy as np
         import torch
 
         known = clip.processor
-        values = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (1, 256, 3))
-        made = known(
-            images=[values], do_resize=False, do_center_crop=False, input_data_format="channels_last", return_tensors="pt"
-        )  # fmt: skip
-        self._table: Tensor = made["pixel_values"][0].float().to(clip.device)  # (3, 1, 256)
+        self._table: Tensor = torch.from_numpy(known.levels())[:, None].to(clip.device)  # (3, 1, 256)
         scale = 1 / known.rescale_factor if known.do_rescale else 1.0
         mean, std = (known.image_mean, known.image_std) if known.do_normalize else ((0.0,) * 3, (1.0,) * 3)
         # a divisor on the device: by a number, a GPU multiplies with the reciprocal, which rounds otherwise

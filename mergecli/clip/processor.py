@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
+from mergecli.clip.config import VisionConfig
 from mergecli.data.decoding import ResizeAndCrop
 from mergecli.runtime.errors import InputError, MergecliWarning, did_you_mean, listed, toml_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """PIL's filters; each one's place is its number."""
@@ -30,21 +35,46 @@ _USED_IF = {
 _HINT = "copy `preprocessor_config.json` of the model that the tower was made from"
 
 
-def pil_processor() -> Any:
-    """The image processor class that works with PIL, under whichever name this transformers has it."""
-    import transformers
+@dataclass(frozen=True)
+class ImageProcessor:
+    """What becomes of an image before the vision tower gets it, with every value written in one way."""
 
-    for name in ("CLIPImageProcessorPil", "CLIPImageProcessor"):
-        with contextlib.suppress(AttributeError, ImportError):
-            found = getattr(transformers, name)
-            if not getattr(found, "is_fast", False):
-                return found
-    from transformers.models.clip import image_processing_clip
+    do_resize: bool
+    size: Mapping[str, int] | None
+    resample: int
+    """PIL's number of a filter."""
+    do_center_crop: bool
+    crop_size: Mapping[str, int] | None
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    do_convert_rgb: bool = True
+    do_pad: bool = False
 
-    return image_processing_clip.CLIPImageProcessor
+    def levels(self) -> NDArray[np.float32]:
+        """(3, 256) float32: what each byte of a channel becomes, in the arithmetic of transformers: the factor in float64,
+        the rest in float32."""
+        import numpy as np
+
+        values = np.arange(256, dtype=np.float64)
+        found = (values * self.rescale_factor if self.do_rescale else values).astype(np.float32)
+        every = np.broadcast_to(found, (3, 256))
+        if not self.do_normalize:
+            return every.copy()
+        mean, std = (np.array(each, np.float32)[:, None] for each in (self.image_mean, self.image_std))
+        return (every - mean) / std
+
+    def to_json_string(self) -> str:
+        """As transformers writes it, so that digests of earlier results stay what they were."""
+        table = {"image_processor_type": "CLIPImageProcessor", **asdict(self)}
+        if not self.do_pad:
+            del table["do_pad"]
+        return json.dumps(table, indent=2, sort_keys=True) + "\n"
 
 
-def read_processor(folder: Path) -> Any:
+def read_processor(folder: Path) -> ImageProcessor:
     """The image processor in a folder, with `resample` as PIL's number, a mean and a divisor for each channel, and no
     crop where there is no size of one, however the file writes them.
 
@@ -54,10 +84,21 @@ def read_processor(folder: Path) -> Any:
     for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
         if file.is_file() and not isinstance(_json(file), dict):
             raise InputError(f"{file}: expected a table of JSON: how images are prepared", _HINT)
-    known = pil_processor().from_pretrained(folder, local_files_only=True)
-    if problems := list(_settled(known)):
+    given = _table(folder)
+    if given is None:
+        raise InputError(f"{folder}: has no image processor", _HINT)
+    known, problems = _settled(given)
+    if problems:
         raise InputError(f"{folder}: its image processor cannot be used:\n{listed(problems)}", _HINT)
-    return known
+    return ImageProcessor(**known)
+
+
+def _table(folder: Path) -> dict[str, Any] | None:
+    """What the folder's file says of its image processor; None if there is no such file, or it cannot be read."""
+    both, own = (_json(folder / name) for name in ("processor_config.json", "preprocessor_config.json"))
+    found: Any = cast("dict[str, Any]", both).get("image_processor") if isinstance(both, dict) else None
+    given: object = found if isinstance(found, dict) else own
+    return cast("dict[str, Any]", given) if isinstance(given, dict) else None
 
 
 def _json(file: Path) -> Any:
@@ -70,8 +111,6 @@ def _json(file: Path) -> Any:
 def processor_differences(own: Path, base: Path) -> Iterator[str]:
     """In what the image processor in one folder differs from that in another, by what they do and not by how their files
     say it. Nothing where a folder has none.
-
-    It is read without transformers, which takes longer to import than a merge takes.
     """
     ours, theirs = _steps(own), _steps(base)
     if ours is not None and theirs is not None:
@@ -82,12 +121,9 @@ def processor_differences(own: Path, base: Path) -> Iterator[str]:
 
 def _steps(folder: Path) -> dict[str, Any] | None:
     """What the image processor in a folder does; None if there is none, or its file cannot be read."""
-    both, own = (_json(folder / name) for name in ("processor_config.json", "preprocessor_config.json"))
-    found: Any = cast("dict[str, Any]", both).get("image_processor") if isinstance(both, dict) else None
-    given: object = found if isinstance(found, dict) else own
-    if not isinstance(given, dict):
+    table = _table(folder)
+    if table is None:
         return None
-    table = cast("dict[str, Any]", given)
     known = {**_USUAL, **{name: value for name, value in table.items() if name in _USUAL}}
     return {name: _one_spelling(name, known[name]) if known[use] else None for name, use in _USED_IF.items()}
 
@@ -113,29 +149,64 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if _number(value) else value
 
 
-def _settled(known: Any) -> Iterator[str]:
-    """Writes the processor's values in one way; what is wrong with them."""
-    if isinstance(known.resample, str) and known.resample.lower() in _FILTERS:
-        known.resample = _FILTERS.index(known.resample.lower())
-    if known.do_resize and known.resample not in range(len(_FILTERS)):
-        near = did_you_mean(known.resample, _FILTERS) if isinstance(known.resample, str) else ""
-        yield f"`resample`: expected a number from 0 to 5 or one of {', '.join(_FILTERS)}, got {_said(known.resample)}{near}"
-    if known.crop_size is None:
-        known.do_center_crop = False
-    if known.do_rescale and not _positive(known.rescale_factor):
-        yield f"`rescale_factor`: expected a number above 0, got {_said(known.rescale_factor)}"
-    if known.do_normalize:
-        for name, smallest in (("image_mean", -math.inf), ("image_std", 0.0)):
-            value = getattr(known, name)
-            if _number(value):
-                value = (float(value),) * 3
-                setattr(known, name, value)
-            every: Sequence[object] = (
-                cast("Sequence[object]", value) if isinstance(value, list | tuple) else ()
-            )
-            if len(every) != 3 or not all(_number(each) and each > smallest for each in every):
-                above = " above 0" if not smallest else ""
-                yield f"`{name}`: expected three numbers{above}, one for each channel, got {_said(value)}"
+def _settled(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values of a processor's file, each written in one way, and what is wrong with them."""
+    known = {**_USUAL, "do_convert_rgb": True, "do_pad": False}
+    known |= {name: value for name, value in given.items() if name in known}
+    wrong: list[str] = []
+    for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"):
+        known[name] = bool(known[name])
+    for name in ("size", "crop_size"):
+        known[name] = _sides(name, known[name], wrong if known[_USED_IF[name]] else [])
+    if known["crop_size"] is None:
+        known["do_center_crop"] = False
+    filter_ = known["resample"]
+    found = (
+        _FILTERS.index(filter_.lower())
+        if isinstance(filter_, str) and filter_.lower() in _FILTERS
+        else filter_
+    )
+    known["resample"] = int(found) if found in range(len(_FILTERS)) else 0
+    if known["do_resize"] and found not in range(len(_FILTERS)):
+        near = did_you_mean(filter_, _FILTERS) if isinstance(filter_, str) else ""
+        wrong.append(
+            f"`resample`: expected a number from 0 to 5 or one of {', '.join(_FILTERS)}, got {_said(filter_)}{near}"
+        )
+    if known["do_rescale"] and not _positive(known["rescale_factor"]):
+        wrong.append(f"`rescale_factor`: expected a number above 0, got {_said(known['rescale_factor'])}")
+    for name, smallest in (("image_mean", -math.inf), ("image_std", 0.0)):
+        value = known[name]
+        if _number(value):
+            value = (float(value),) * 3
+        every = tuple(cast("Sequence[object]", value)) if isinstance(value, list | tuple) else ()
+        known[name] = every
+        if known["do_normalize"] and (
+            len(every) != 3 or not all(_number(each) and each > smallest for each in every)
+        ):
+            above = " above 0" if not smallest else ""
+            wrong.append(f"`{name}`: expected three numbers{above}, one for each channel, got {_said(value)}")
+    return known, wrong
+
+
+def _sides(name: str, value: Any, wrong: list[str]) -> dict[str, int] | None:
+    """A size as a table of its sides; adds to `wrong` what is none."""
+    sides = value
+    if _number(value):
+        sides = {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
+    elif isinstance(value, list | tuple):
+        every = cast("Sequence[Any]", value)
+        sides = dict(zip(("height", "width"), every, strict=False)) if len(every) == 2 else ""
+    elif isinstance(value, dict):
+        sides = {side: each for side, each in cast("dict[str, Any]", value).items() if each is not None}
+    if sides is None:
+        return None
+    if not isinstance(sides, dict) or not all(map(_positive, cast("dict[str, Any]", sides).values())):
+        wrong.append(
+            f"`{name}`: expected a number, or a table with `height` and `width`"
+            f"{' or `shortest_edge`' if name == 'size' else ''}, got {_said(value)}"
+        )
+        return None
+    return {side: int(each) for side, each in cast("dict[str, Any]", sides).items()}
 
 
 def _number(value: object) -> TypeGuard[float]:
@@ -150,31 +221,37 @@ def _said(value: object) -> str:
     return "nothing" if value is None else toml_text(value)
 
 
-def framing_of(known: Any, path: Path) -> tuple[ResizeAndCrop, tuple[int, int]]:
+def framing_of(known: ImageProcessor, path: Path) -> tuple[ResizeAndCrop, tuple[int, int]]:
     """What a processor does before it rescales, and the height and width that come out.
 
     Raises:
         InputError: it does something else than a CLIP's, or gives images of several sizes.
     """
-    size, crop = known.size, known.crop_size
-    fixed = (size.height, size.width) if size and known.do_resize and size.height and size.width else None
-    shorter = size.shortest_edge if size and known.do_resize and not fixed else None
-    cut = (crop.height, crop.width) if known.do_center_crop and crop.height and crop.width else None
+    size = (known.size or {}) if known.do_resize else {}
+    crop = (known.crop_size or {}) if known.do_center_crop else {}
+    fixed, cut = _rectangle(size), _rectangle(crop)
+    shorter = size.get("shortest_edge") if not fixed else None
     result = cut or fixed
     if result is None and shorter:
         raise InputError(
             f"{path}: its image processor crops nothing, so that images of several sizes come out",
             "`preprocessor_config.json` should have `do_center_crop`, and `crop_size` of the size that the tower takes",
         )
-    if result is None or known.do_pad or (known.do_resize and (not (fixed or shorter) or size.longest_edge)):
+    more = size.keys() - {"height", "width", "shortest_edge"}
+    if result is None or known.do_pad or (known.do_resize and (not (fixed or shorter) or more)):
         raise InputError(
             f"{path}: its image processor is not one of CLIP's",
             "`preprocessor_config.json` should have `size` with `shortest_edge`, and `crop_size`",
         )
-    return ResizeAndCrop(shorter, fixed, int(known.resample or 0), cut), result
+    return ResizeAndCrop(shorter, fixed, known.resample, cut), result
 
 
-def expect_fit(known: Any, path: Path, vision: Any) -> None:
+def _rectangle(sides: Mapping[str, int]) -> tuple[int, int] | None:
+    """Height and width; None if one is not there."""
+    return (sides["height"], sides["width"]) if sides.keys() >= {"height", "width"} else None
+
+
+def expect_fit(known: ImageProcessor, path: Path, vision: VisionConfig) -> None:
     """Compares a processor with the configuration of the vision tower that gets its images.
 
     Raises:
@@ -198,7 +275,7 @@ def expect_fit(known: Any, path: Path, vision: Any) -> None:
         )
 
 
-def _largest(known: Any) -> float:
+def _largest(known: ImageProcessor) -> float:
     """The largest number, whatever its sign, that a pixel becomes."""
     ends = [0.0, 255.0 * (known.rescale_factor if known.do_rescale else 1.0)]
     mean, std = (known.image_mean, known.image_std) if known.do_normalize else ((0.0,), (1.0,))

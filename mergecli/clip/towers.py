@@ -1,16 +1,20 @@
-"""Vision towers by themselves, as `transformers.CLIPVisionModel`: loaded from checkpoints and saved as checkpoints."""
+"""What Python gets: vision towers and whole CLIPs as modules of transformers, and modules saved as checkpoints."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import check_target, write_text
 from mergecli.storage.checkpoint import VISION, Checkpoint
 from mergecli.storage.differences import Form, differences, other_architecture
 from mergecli.storage.metadata import about
+
+if TYPE_CHECKING:
+    from mergecli.clip.model import Clip
 
 
 def load_tower(folder: Path, checkpoint: Checkpoint, base: Checkpoint | None = None) -> Any:
@@ -59,11 +63,36 @@ def load_processor(folder: Path) -> Any:
     from mergecli.clip.processor import read_processor
 
     try:
+        read_processor(folder)
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        images = read_processor(folder)
+        images = _pil_processor().from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder}: has no processor: {str(error).splitlines()[0]}") from error
     return CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+
+
+def _pil_processor() -> Any:
+    """The image processor class that works with PIL, under whichever name this transformers has it: that of torchvision
+    rounds differently, and results would depend on whether it is installed."""
+    import transformers
+
+    for name in ("CLIPImageProcessorPil", "CLIPImageProcessor"):
+        with contextlib.suppress(AttributeError, ImportError):
+            found = getattr(transformers, name)
+            if not getattr(found, "is_fast", False):
+                return found
+    from transformers.models.clip import image_processing_clip
+
+    return image_processing_clip.CLIPImageProcessor
+
+
+def load_whole(clip: Clip) -> Any:
+    """A `transformers.CLIPModel` with the weights of a CLIP."""
+    from transformers import CLIPConfig, CLIPModel
+
+    model: Any = CLIPModel(CLIPConfig.from_pretrained(clip.path, local_files_only=True))
+    model.load_state_dict({**clip.model.state_dict(), **clip.text.state_dict()})
+    return model.requires_grad_(False).eval()
 
 
 def save_module(model: Any, path: Path) -> Path:

@@ -387,6 +387,8 @@ def _do_all(run: _Run) -> None:
             raise
         ended = [each for each in run.study.trials if each.outcome in ("complete", "pruned")]
         complete = [each for each in ended if each.outcome == "complete"]
+        if not complete:
+            continue
         best = max(complete, key=lambda each: each.objective or 0.0)
         note(
             f"{len(ended)} of {run.study.slots} trials; the best is {best.slot} with {100 * (best.objective or 0.0):.1f} %"

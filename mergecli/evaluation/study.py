@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import socket
 import time
 import uuid
@@ -105,13 +106,14 @@ class Study:
                     known = dict(facts)
             except Exception as error:
                 raise InputError(
-                    f"{url}: cannot open the study: {_first_line(error)}", "`--storage` names another"
+                    f"{_without_password(url)}: cannot open the study: {_first_line(error)}",
+                    "`--storage` names another",
                 ) from error
         if differing := [
             f"{key}: {known.get(key)}, not {value}" for key, value in facts.items() if known.get(key) != value
         ]:
             raise UsageError(
-                f"{url}: the study `{name}` is another search:\n{listed(differing)}",
+                f"{_without_password(url)}: the study `{name}` is another search:\n{listed(differing)}",
                 "name another folder with `-o`, or another study with `--study`",
             )
 
@@ -421,11 +423,11 @@ def check_sampler(sampler: str, space: Space) -> None:
         )
 
 
-def storage_url(storage: str | None, folder: Path | None) -> str:
+def storage_url(storage: str | None, folder: Path) -> str:
     """The address of the database: by default a file in the output's folder."""
     if storage is not None:
         return storage if "://" in storage else f"sqlite:///{storage}"
-    return f"sqlite:///{folder / 'study.db'}" if folder is not None else "sqlite:///:memory:"
+    return f"sqlite:///{folder / 'study.db'}"
 
 
 def _counts(trial: FrozenTrial, number: int, slot: int, first: int) -> bool:
@@ -501,8 +503,12 @@ def _engine(url: str) -> dict[str, Any]:
     return {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {}
 
 
+def _without_password(url: str) -> str:
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return _without_password((str(error).splitlines() or [type(error).__name__])[0])
 
 
 @contextmanager

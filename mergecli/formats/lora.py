@@ -59,19 +59,27 @@ class AdaptedCheckpoint(LazyCheckpoint):
     adapter: Adapter
     changes: Mapping[str, LowRank]
     """Weight -> its change, which of DoRA is only a part of it."""
+    others: tuple[str, ...]
+    """Names of the tensors that it changes besides, such as biases."""
+    prefix: str
+    """What names have here before the adapter's own."""
     dtype: str | None
     """What base and change are rounded to together."""
 
     @property
+    def biases(self) -> dict[str, str]:
+        """Bias that it changes -> as the adapter calls it."""
+        return {name: name.removeprefix(self.prefix) for name in self.others if name.endswith(".bias")}
+
+    @property
     def more_than_low_rank(self) -> str:
-        """What it changes that no product of factors of low rank does; empty if there is nothing."""
+        """What it changes that neither products of factors of low rank do nor biases; empty if there is nothing."""
         if self.adapter.config.use_dora:
             return "is a DoRA, whose change is not of low rank"
         if self.dtype is not None:
             return f"is rounded to {self.dtype} together with its base"
-        others = [name for name, parts in self.adapter.modules.items() if "B.bias" in parts]
-        if whole := [*self.adapter.whole, *(f"{name}.bias" for name in others)]:
-            return f"changes whole tensors too: {quoted(whole)}"
+        if whole := [name for name in self.others if name not in self.biases]:
+            return f"has whole tensors: {quoted(whole)}"
         return ""
 
 
@@ -114,7 +122,10 @@ def adapted(
     metadata = {key: text for key, text in adapter.stored.metadata.items() if key in ("method", "inputs")}
     lazy = lazy_checkpoint(base, readers, dtype=dtype, path=path, metadata=metadata, others=(adapter.stored,))
     known: dict[str, Any] = {**vars(lazy), "files": (*lazy.files, adapter.config.path)}
-    return AdaptedCheckpoint(**known, base=base, adapter=adapter, changes=changes, dtype=dtype)
+    others = tuple(name for name in readers if name not in changes)
+    return AdaptedCheckpoint(
+        **known, base=base, adapter=adapter, changes=changes, others=others, prefix=prefix, dtype=dtype
+    )
 
 
 def _low_rank(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +57,7 @@ def write_adapter(
     reference: Checkpoint,
     base: Source | None,
     metadata: Mapping[str, str],
+    biases: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Writes weights and configuration into the folder, and gives the digest of the weights.
 
@@ -64,18 +65,28 @@ def write_adapter(
         factors: module -> its factors, all in one dtype.
         reference: the model whose modules they are.
         base: where that comes from.
+        biases: name -> values, of those that take the place of the base's.
     """
+    biases = biases or {}
     tensors = {key: each for module, own in factors.items() for key, each in own.tensors(module).items()}
+    tensors |= {bias_key(name, factors): each for name, each in biases.items()}
     layout = {
         key: (SAFETENSORS_NAMES[str(each.dtype).removeprefix("torch.")], tuple(each.shape))
         for key, each in tensors.items()
     }
     config = _config(reference, base, {module: each.rank for module, each in factors.items()})
+    config |= {"bias": "all"} if biases else {}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     with SafetensorsWriter(folder / PLAIN, layout, metadata) as writer:
         for key, factor in tensors.items():
             writer.write(key, factor)
     return writer.digest
+
+
+def bias_key(name: str, modules: Collection[str]) -> str:
+    """What peft calls a bias: that of a module with factors is inside of the layer around it."""
+    module = name.removesuffix(".bias")
+    return f"base_model.model.{module}{'.base_layer' if module in modules else ''}.bias"
 
 
 def _config(reference: Checkpoint, base: Source | None, ranks: Mapping[str, int]) -> dict[str, object]:

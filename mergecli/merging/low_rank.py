@@ -33,6 +33,11 @@ def dropped(delta: Tensor) -> Change:
     return Change(norm, norm)
 
 
+def kept_whole(delta: Tensor) -> Change:
+    """Nothing is lost of the change."""
+    return Change(_square(delta), 0.0)
+
+
 def factored(delta: Tensor, rank: int | None, energy: float | None, dtype: str) -> Change:
     """The best approximation of a (O, I) change of a rank, or of the least rank that keeps a share of its squared norm, as
     U sqrt(S) and sqrt(S) V^T (Eckart and Young 1936); what rounding to `dtype` loses counts."""

@@ -14,7 +14,7 @@ from mergecli.formats.linear_layers import chosen_layers, modules_of
 from mergecli.formats.lora import AdaptedCheckpoint, Kind
 from mergecli.formats.lora_files import check_adapter_folder
 from mergecli.formats.lora_writer import Factors, write_adapter
-from mergecli.merging.low_rank import Change, dropped, factored, refactored, relative
+from mergecli.merging.low_rank import Change, dropped, factored, kept_whole, refactored, relative
 from mergecli.merging.merge_target import MergeTarget, ModelWriter, cast
 from mergecli.merging.models import Models
 from mergecli.merging.spaces import SpaceModels
@@ -127,9 +127,12 @@ class _LiftingWriter:
         self._writer.describe(metadata)
 
     def _finish(self, name: str, core: Tensor) -> None:
-        left, right = self._models.lift(name, core)
         weight = self._models.dense.reference.read(name)
-        merged = weight.double() + (left @ right).view(weight.shape)
+        change = core.double()
+        if name in self._models.bases:
+            left, right = self._models.lift(name, core)
+            change = (left @ right).view(weight.shape)
+        merged = weight.double() + change
         self._writer.write(name, cast(merged, self._dtypes[name], name))
 
 
@@ -204,6 +207,11 @@ class AdapterTarget(MergeTarget):
             found[weight] = _Module(name, changes[0].kind, shape, most)
         return found
 
+    def biases(self, models: Models) -> dict[str, str]:
+        """Bias that the adapter has whole -> as adapters call it."""
+        named = {name: own for each in _adapters(models.dense).values() for name, own in each.biases.items()}
+        return {name: named[name] for name in models.dense.reference.entries if name in named}
+
     def ranks(self, models: Models) -> dict[str, int]:
         """Weight -> rank of its factors."""
         wanted = self.recipe.rank
@@ -217,7 +225,12 @@ class AdapterTarget(MergeTarget):
         if self.recipe.dtype != "same":
             return self.recipe.dtype
         adapters = _adapters(models.dense)
-        dtypes = {entry.dtype for each in adapters.values() for entry in each.adapter.stored.entries.values()}
+        dtypes = {
+            each.adapter.stored.entries[key].dtype
+            for each in adapters.values()
+            for parts in each.adapter.modules.values()
+            for key in parts.values()
+        }
         same = len(dtypes) == 1 and len(adapters) == len(models.tuned)
         return TORCH_NAMES[dtypes.pop()] if same else "float32"
 
@@ -230,7 +243,8 @@ class AdapterTarget(MergeTarget):
         for weight, module in self.modules(models).items():
             found[f"{module.name}.lora_A"] = dtype, (ranks[weight], math.prod(module.shape[1:]))
             found[f"{module.name}.lora_B"] = dtype, (module.shape[0], ranks[weight])
-        return found
+        entries = models.dense.reference.entries
+        return found | {name: ("F32", entries[bias].shape) for bias, name in self.biases(models).items()}
 
     def writer(
         self, path: Path, models: Models, size: int | None, inputs: Iterable[str], more: Mapping[str, str]
@@ -260,7 +274,8 @@ class AdapterWriter:
     def __init__(self, target: AdapterTarget, folder: Path, models: Models) -> None:
         self._target, self._folder, self._models = target, folder, models
         self._modules, self._ranks = target.modules(models), target.ranks(models)
-        self._dtype = target.dtype(models)
+        self._dtype, self._biases = target.dtype(models), target.biases(models)
+        self._whole: dict[str, Tensor] = {}
         self._changes: dict[str, Change] = {}
         self._assembly = _Assembly(models.shapes, self._finish)
         self.size = target.size(models)
@@ -297,19 +312,24 @@ class AdapterWriter:
         kept = [change for change in self._changes.values() if change.factors]
         lost = {"error": f"{self.error:.6g}", "error_of_modules": f"{relative(kept):.6g}"}
         self.digest = write_adapter(
-            self._folder, factors, reference, self._target.recipe.base, {**metadata, **lost}
+            self._folder, factors, reference, self._target.recipe.base, {**metadata, **lost}, self._whole
         )
-        self.tensors = sum(len(each.tensors(name)) for name, each in factors.items())
-        self.parameters = sum(each.left.numel() + each.right.numel() for each in factors.values())
+        every = [each for name, own in factors.items() for each in own.tensors(name).values()]
+        every += self._whole.values()
+        self.tensors, self.parameters = len(every), sum(each.numel() for each in every)
 
     def _finish(self, name: str, merged: Tensor) -> None:
-        if isinstance(self._models, SpaceModels):
-            left, right = self._models.lift(name, merged)
-            change = refactored(left, right, self._target.recipe.rank, self._dtype)
+        models = self._models
+        if isinstance(models, SpaceModels) and name in models.bases:
+            left, right = models.lift(name, merged)
+            self._changes[name] = refactored(left, right, self._target.recipe.rank, self._dtype)
+            return
+        before = models.dense.reference.read(name).float()
+        delta = merged if isinstance(models, SpaceModels) else merged - before
+        if name in self._biases:
+            self._whole[self._biases[name]] = cast(before + delta, "F32", name)
+            self._changes[name] = kept_whole(delta)
+        elif name in self._modules:
+            self._changes[name] = factored(delta.flatten(1), self._ranks[name], None, self._dtype)
         else:
-            delta = merged - self._models.reference.read(name).float()
-            keeps = name in self._modules
-            change = (
-                factored(delta.flatten(1), self._ranks[name], None, self._dtype) if keeps else dropped(delta)
-            )
-        self._changes[name] = change
+            self._changes[name] = dropped(delta)

@@ -126,11 +126,6 @@ def merge(
     if onto is not None or (recipe.method is not None and _only_in_chains(recipe)):
         if any(each is not None for each in given):
             raise UsageError("a step of a chain looks at no images, and has nothing to learn or to trace")
-        if recipe.as_adapter or recipe.space not in ("", "dense"):
-            raise UsageError(
-                "a step of a chain is of whole weights",
-                "leave out `as_adapter` and `space`; `extract` makes an adapter of a merge",
-            )
         step = Onto(recipe, Path(output), replace, tuple(without), device, shard_size, card)
         with shown(progress) as report:
             return begin(step, report) if onto is None else go_on(step, onto, report)

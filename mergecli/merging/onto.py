@@ -14,6 +14,7 @@ import tomli
 from mergecli import methods
 from mergecli.formats.mixture import one_tower
 from mergecli.formats.opening import open_source
+from mergecli.formats.quantized import models_metadata
 from mergecli.merging.chain_state import (
     COUNT,
     ChainState,
@@ -32,7 +33,7 @@ from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe, recipe_text
 from mergecli.results.card import write_card
 from mergecli.results.plan import Plan, Work
-from mergecli.runtime.distributed import usable_device
+from mergecli.runtime.distributed import is_first, usable_device
 from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.errors import InputError, MergecliError, UsageError, did_you_mean, quoted, toml_text
 from mergecli.runtime.memory import peak_memory
@@ -136,13 +137,27 @@ def _first_state(recipe: Recipe, stack: ExitStack) -> ChainState:
 
 
 def continual_method(recipe: Recipe) -> Continual:
-    """The recipe's method; raises UsageError if it cannot go on from an earlier merge."""
+    """The recipe's method; raises UsageError if it cannot go on from an earlier merge, or the recipe asks for what no step does."""
     method = recipe.built
+    if method.layers:
+        raise UsageError(
+            "`method.layers`: a merge that others go on from has the same settings in every layer",
+            "leave `[[method.layers]]` out, or merge all models at once",
+        )
     if not isinstance(method, Continual):
         known = [name for name in methods.names() if issubclass(methods.find(name), Continual)]
         raise UsageError(
             f"`{recipe.method}` needs all models at once, and cannot go on from an earlier merge",
             f"{', '.join(known)} can",
+        )
+    if recipe.as_adapter or recipe.space not in ("", "dense"):
+        raise UsageError(
+            "a step of a chain is of whole weights",
+            "leave out `as_adapter` and `space`; `extract` makes an adapter of a merge",
+        )
+    if method.layers:
+        raise UsageError(
+            "a step of a chain has the same settings for all layers", "leave out `[[method.layers]]`"
         )
     return method
 
@@ -301,6 +316,10 @@ def _step(step: Onto, earlier: _Earlier, stack: ExitStack, progress: Progress | 
     kept = state_layout(method.remembers, layout, models.floats)
     check_space({step.output: target.size(models), side: layout_size(kept)})
     work_begins(lambda: _plan(step, models, method, layout_size(kept), target))
+    if not is_first():  # the first of several processes writes
+        return Merged(
+            target.path, str(recipe.method), tuple(every), len(layout), models.reference.parameters, {}
+        )
     chain = Chain(len(stays), state.numbers) if stays else START
     return _merged(_Job(step, method, models, target, chain, stays, taken, earlier, kept, size), progress)
 
@@ -475,7 +494,8 @@ def _new(job: _Job) -> dict[str, Checkpoint]:
 
 def _about(job: _Job) -> dict[str, str]:
     """What the model's metadata say of the chain: the model that it goes on from."""
-    return {"chain": job.earlier.state.model if job.earlier.model else "begins"}
+    origin = job.earlier.state.model if job.earlier.model else "begins"
+    return {"chain": origin, **models_metadata(_new(job))}
 
 
 def _inputs(job: _Job, digests: Mapping[str, str]) -> dict[str, str]:

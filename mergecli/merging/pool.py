@@ -133,6 +133,7 @@ class ModelPool:
         """A whole `transformers.CLIPModel`: the base's text tower and projections, with that model's vision tower,
         as `load_model` has it."""
         from mergecli.clip.model import load_clip, set_tower
+        from mergecli.clip.towers import load_whole
 
         if BASE in self._loaded:
             raise UsageError(
@@ -140,12 +141,14 @@ class ModelPool:
             )
         base = self._source(BASE)
         clip = load_clip(model_path(base))
-        if name != BASE:
-            with open_source(self._written(name), base) as stored:
-                set_tower(clip, routed(stored).shared if stored.is_mixture else stored.vision())
-                if stored.is_mixture:
-                    install_routing(stored, clip.tower)
-        return clip.model
+        if name == BASE:
+            return load_whole(clip)
+        with open_source(self._written(name), base) as stored:
+            set_tower(clip, routed(stored).shared if stored.is_mixture else stored.vision())
+            model = load_whole(clip)
+            if stored.is_mixture:
+                install_routing(stored, model.vision_model)
+        return model
 
     def load_processor(self) -> Any:
         """The image processor with the tokenizer, a `transformers.CLIPProcessor`; images are resized by PIL."""

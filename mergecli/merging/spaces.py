@@ -119,7 +119,8 @@ class SpaceModels(Models):
     """Weight -> how one of the adapters that change it has that."""
     shelf: TensorShelf
     bases: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    """Weight -> shapes of `left` and `right` of its coordinates; () where there is none."""
+    """Weight -> shapes of `left` and `right` of its coordinates; () where there is none. Biases have no coordinates: their
+    changes are merged as they are."""
 
     @property
     def dense(self) -> Models:
@@ -214,6 +215,9 @@ def in_space(models: Models, space: str, scratch: Scratch, report: Progress | No
         for weight in base.entries
         if any(weight in each for each in adapters.values())
     }
+    biases = {
+        name for each in models.tuned.values() if isinstance(each, AdaptedCheckpoint) for name in each.biases
+    }
     shelf = TensorShelf(scratch)
     bases: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -232,8 +236,14 @@ def in_space(models: Models, space: str, scratch: Scratch, report: Progress | No
             bases[weight], shapes[weight] = (tuple(found.left.shape), right), tuple(found.cores[0].shape)
             if report:
                 report("projecting", number, len(changes))
+        for bias in sorted(biases & base.entries.keys()):
+            interrupts.check()
+            shapes[bias], own = base.entries[bias].shape, base.read(bias).float()
+            for name, each in models.tuned.items():
+                shelf.put(f"{name} {bias}", each.read(bias).float() - own)
     finally:
         torch.set_num_threads(threads)
+    shapes = {name: shapes[name] for name in base.entries if name in shapes}
     zeros = _checkpoint(shapes, dict.fromkeys(shapes, _zeros), base)
     tuned = {
         name: _checkpoint(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mergecli.methods._base import KINDS, DataDriven, LayerLine, Method, PerTensor, TwoPass
-from mergecli.methods._layers import about_layers, end_of, gradient_problem, matcher, may_differ
+from mergecli.methods._layers import about_layers, end_of, gradient_problem, matcher, may_differ, why_alike
 from mergecli.methods._mixture import Mixture
 from mergecli.methods._modifier import Modifier
 from mergecli.methods._settings import Setting, meant_setting, setting_problems, settings_of, settled
@@ -137,10 +137,8 @@ def _layers(
     name = name_of(method)
     if not isinstance(lines, list | tuple) or not all(isinstance(each, Mapping) for each in lines):
         raise SettingsError([("layers", f"expected a list of tables, got {toml_text(lines)}")])
-    if isinstance(method, Mixture):
-        raise SettingsError(
-            [("layers", f"`{name}` writes more than one tower, which has no settings by layer")]
-        )
+    if why := why_alike(type(method)):
+        raise SettingsError([("layers", f"`{name}` {why}, which has no settings by layer")])
     wrong: list[tuple[str, str]] = []
     found: list[LayerLine] = []
     for number, each in enumerate(lines):

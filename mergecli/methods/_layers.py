@@ -66,10 +66,17 @@ class Kept(PerTensor):
         return group.base if self.source == "base" else group.tuned[group.names.index(self.source)]
 
 
+def why_alike(method: type[Method]) -> str:
+    """Why all layers of a method have the same settings, as what it does; empty where they may differ."""
+    if issubclass(method, Mixture):
+        return "writes more than one tower"
+    return "goes on from one merge to the next" if method.kind == "continual" else ""
+
+
 @functools.cache
 def may_differ(method: type[Method]) -> frozenset[str]:
     """The settings that may differ by layer: of methods that look at images only those that the merge alone reads."""
-    if issubclass(method, Mixture):
+    if why_alike(method):
         return frozenset()
     every = frozenset(settings_of(method))
     return every & method.merge_time if issubclass(method, DataDriven) else every
@@ -77,8 +84,8 @@ def may_differ(method: type[Method]) -> frozenset[str]:
 
 def about_layers(method: type[Method]) -> str:
     """What of a method may differ by layer, in a sentence for people."""
-    if issubclass(method, Mixture):
-        return "nothing differs by layer: the file has more than one tower"
+    if why := why_alike(method):
+        return f"nothing differs by layer: it {why}"
     free = [f"`{name}`" for name in settings_of(method) if name in may_differ(method)]
     surveys = issubclass(method, TwoPass) or (
         issubclass(method, Calibrated) and method.survey_with is not Calibrated.survey_with

@@ -61,8 +61,10 @@ class SimTower:
 
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
         """What the tower of each image's task gives."""
-        pooled = self.body(pixel_values=pixel_values).pooler_output.float()
-        features = functional.normalize(pooled @ self.projection.T, dim=1)
+        whole = self.body(pixel_values=pixel_values)
+        # a tower of transformers gives a table of several tensors
+        pooled = whole if isinstance(whole, Tensor) else whole.pooler_output
+        features = functional.normalize(pooled.float() @ self.projection.T, dim=1)
         self.chosen = nearest_task(features, self.means, self.bases)
         rows = [(task, (self.chosen == task).nonzero()[:, 0]) for task in self.chosen.unique().tolist()]
         found = [

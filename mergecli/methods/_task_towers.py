@@ -20,6 +20,9 @@ def joined(parts: Sequence[tuple[Tensor, Any]]) -> Any:
     """The tower's output for all images, of (images, output) pairs: the numbers of some images, and what they gave."""
     order = torch.cat([images for images, _ in parts]).argsort()
     first = parts[0][1]
+    if isinstance(first, Tensor):
+        return torch.cat([output for _, output in parts])[order]
+    # a tower of transformers gives a table of several tensors
     tensors = {
         key: torch.cat([output[key] for _, output in parts])[order]
         for key, value in first.items()

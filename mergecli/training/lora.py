@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from mergecli.clip.model import Clip
 
 
+_TOWER = {"base_model_class": "CLIPVisionModel", "parent_library": "transformers.models.clip.modeling_clip"}
+"""What peft puts its adapters on: the module that transformers has for the tower."""
+
+
 def add_adapter(clip: Clip, low_rank: LowRank, seed: int) -> Any:
     """Adds trainable factors to the layers of the CLIP's tower; returns the `peft.PeftModel` around it.
 
@@ -94,11 +98,10 @@ def save_adapter(
 
 
 def _config(model: Any, base: str) -> dict[str, Any]:
-    tower = type(model.base_model.model)
     config: dict[str, Any] = model.peft_config["default"].to_dict()
     alpha = config["lora_alpha"]
     config |= {
-        "auto_mapping": {"base_model_class": tower.__name__, "parent_library": tower.__module__},
+        "auto_mapping": _TOWER,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,

@@ -12,7 +12,7 @@ from mergecli.clip.model import Clip, load_clip
 from mergecli.clip.preprocessing import Normalization, resize_and_crop_of
 from mergecli.data.decoding import resized_and_cropped
 from mergecli.runtime.errors import InputError, MergecliWarning
-from tests.support.processor import configured, pixel_values
+from tests.support.processor import configured, pixel_values, their_processor
 from tests.support.tiny_clip import make_tiny_clip, tinted
 
 
@@ -38,7 +38,7 @@ def test_resized_and_cropped_bytes_are_the_processor_s_own(clip, tmp_path, size,
     other = configured(clip, tmp_path / "other", **given)
     noise = np.random.default_rng(list(size)).integers(0, 256, (size[1], size[0], 3), np.uint8)
     image = Image.fromarray(noise)
-    want = other.processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
+    want = their_processor(other)(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
     framing, shape = resize_and_crop_of(other)
     got = resized_and_cropped(image, framing)
     assert got.dtype == np.uint8

@@ -38,7 +38,7 @@ def test_a_command_and_its_function_have_the_same_parameters(name: str) -> None:
         )  # `--sweep` makes it `mergecli.sweep`
     if name == "finetune":
         program -= {"each", "engine"}  # `--each` makes it `mergecli.finetune_each`
-    if name in ("merge", "evaluate", "continual", "finetune"):
+    if name in ("merge", "evaluate", "continual", "finetune", "search"):
         program -= {"dry_run"}  # `mergecli.plan` of the function
     if name in ("evaluate", "finetune"):
         program -= {"changes"}  # the recipe is read by the command

@@ -81,3 +81,23 @@ def test_the_package_itself_imports_nothing_heavy() -> None:
     code = "import mergecli, sys; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert {module.split(".")[0] for module in out.split()} & HEAVY == set()
+
+
+UNUSED = {"transformers", "datasets", "pyarrow", "tokenizers", "peft", "huggingface_hub", "sympy"}
+
+
+def test_an_evaluation_of_what_is_kept_imports_torch_and_little_else(tmp_path: Path) -> None:
+    (tmp_path / "toy.toml").write_text('base = "toy:base"\ntuned = { digits = "toy:digits" }\n')
+    command = ["eval", "toy:digits", "--recipe", "toy.toml", "--limit", "8"]
+    program = (
+        "import sys; from mergecli.cli import run; status = run(sys.argv[1:]);"
+        f"print(status, sorted({{name.split('.')[0] for name in sys.modules}} & {UNUSED}),"
+        " 'torch._dynamo' in sys.modules, 'PIL.Image' in sys.modules)"
+    )
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *command, "--fresh"],
+            capture_output=True, text=True, cwd=tmp_path, check=True,
+            env={**os.environ, "MERGECLI_HOME": str(tmp_path / "home")},
+        )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "0 [] False False"

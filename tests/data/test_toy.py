@@ -21,14 +21,14 @@ from mergecli.storage.store import TOY_MODELS, locate
 RECIPE = Path(__file__).parents[2] / "recipes" / "toy.toml"
 
 LEVELS = {
-    "digits": (135.9627, 28.3755),
-    "letters": (138.3156, 28.7390),
-    "shapes": (124.5842, 28.3237),
-    "textures": (143.0844, 28.9850),
-    "arrows": (142.1373, 27.9885),
-    "colours": (111.5571, 28.1497),
-    "positions": (125.1456, 27.5498),
-    "faces": (120.5770, 28.2963),
+    "digits": (125.5396, 9.9390),
+    "letters": (127.4417, 10.0167),
+    "shapes": (103.2385, 7.0660),
+    "textures": (137.3604, 24.4368),
+    "arrows": (133.0978, 9.0910),
+    "colours": (75.4718, 7.6467),
+    "positions": (105.9630, 5.5417),
+    "faces": (100.0121, 13.5614),
 }
 
 
@@ -113,14 +113,12 @@ def test_plain_transformers_loads_the_zoo() -> None:
 
 
 def test_the_towers_learned_something_and_a_merge_keeps_some_of_it(tmp_path: Path) -> None:
-    merged = mergecli.merge(
-        RECIPE, method="task_arithmetic", settings={"scaling_factor": 0.2}, output=tmp_path / "m.safetensors"
-    )
+    merged = mergecli.merge(RECIPE, method="task_arithmetic", output=tmp_path / "m.safetensors")
     towers = {"base": "toy:base", "m": merged.path}
     base, both = (each.average.accuracy for each in mergecli.evaluate(towers, recipe=RECIPE, limit=40))
     (tuned,) = mergecli.evaluate(individual=True, recipe=RECIPE, limit=40)
-    assert 0.40 <= base <= 0.75
-    assert tuned.average.accuracy >= base + 0.15
+    assert 0.40 <= base <= 0.55
+    assert tuned.average.accuracy >= 0.85
     assert both >= base + (tuned.average.accuracy - base) / 4
 
 

@@ -190,7 +190,8 @@ def test_chains_that_are_killed_anywhere_have_the_same_bytes(tmp_path: Path) -> 
         command = [sys.executable, "-c", CHAIN, str(recipe), str(output)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        with process.stdout as printed:
+            assert printed.readline() == "ready\n"
         return process
 
     start = time.monotonic()

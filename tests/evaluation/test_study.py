@@ -54,7 +54,14 @@ def do(study: Study, most: int = 10**6) -> list[Trial]:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "trials"), [("tpe", 18), ("cmaes", 14), ("sobol", 4), ("random", 4), ("grid", 4)]
+    ("sampler", "trials"),
+    [
+        ("tpe", 15),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("cmaes", 14), ("sobol", 3), ("random", 3), ("grid", 4))
+        ),
+    ],
 )
 def test_a_search_that_was_killed_proposes_what_it_would_have_proposed(
     tmp_path: Path, sampler: str, trials: int
@@ -76,7 +83,7 @@ def test_a_search_that_was_killed_proposes_what_it_would_have_proposed(
 
 
 def test_two_processes_share_the_slots_of_one_study(tmp_path: Path) -> None:
-    one, other = opened(tmp_path / "s.db", 18), opened(tmp_path / "s.db", 18)
+    one, other = opened(tmp_path / "s.db", 14), opened(tmp_path / "s.db", 14)
     other._owner["id"] = "other"
     first, second = one.claim(), other.claim()
     assert ([each.slot for each in first], [each.slot for each in second]) == ([*range(10)], [10, 11, 12, 13])
@@ -84,10 +91,10 @@ def test_two_processes_share_the_slots_of_one_study(tmp_path: Path) -> None:
     for study, claimed in ((one, first), (other, second)):
         for trial in claimed:
             study.finish(replace(trial, objective=value_of(trial)))
-    while do(one, 1) and do(other, 1) and len(one.trials) < 18:
+    while do(one, 1) and do(other, 1) and len(one.trials) < 14:
         pass
-    assert [each.slot for each in other.trials] == list(range(18))
-    assert len({str(each.values) for each in one.trials}) == 18
+    assert [each.slot for each in other.trials] == list(range(14))
+    assert len({str(each.values) for each in one.trials}) == 14
 
 
 def test_of_two_that_claim_a_slot_the_first_has_it(tmp_path: Path) -> None:
@@ -138,6 +145,10 @@ def test_a_study_of_another_search_is_refused(tmp_path: Path) -> None:
     assert error.value.message == (
         f"sqlite:///{tmp_path}/s.db: the study `s` is another search:\n  objective: average, not worst"
     )
+    with pytest.raises(InputError) as hidden:
+        Study("nosuch://me:secret@host/db", "s", space(), 3, "tpe", 0, {})
+    assert hidden.value.message.startswith("nosuch://me:***@host/db: cannot open the study: ")
+    assert "secret" not in str(hidden.value)
     (tmp_path / "no.db").write_text("not a database")
     with pytest.raises(InputError) as failed:
         opened(tmp_path / "no.db", 3)
@@ -146,7 +157,7 @@ def test_a_study_of_another_search_is_refused(tmp_path: Path) -> None:
 
 def test_the_more_important_setting_is_named_first(tmp_path: Path) -> None:
     searched = space("method.scaling_factor=0:1", "method.zero_sign=zero,majority")
-    study = opened(tmp_path / "s.db", 16, "random", searched=searched)
+    study = opened(tmp_path / "s.db", 10, "random", searched=searched)
     do(study)
     assert next(iter(study.importance())) == "method.scaling_factor"
     assert opened(tmp_path / "none.db", 2).importance() == {}

@@ -361,13 +361,33 @@ def test_an_adapter_on_another_base_is_not_merged_in_coordinates_of_this_one(
            space="core")  # fmt: skip
 
 
-def test_biases_are_told(made: Path, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "biased", 3, **PLAIN, bias="lora_only")
-    with pytest.raises(InputError, match=r"`biased` changes whole tensors too: `encoder\.layers\.0.*bias`"):
-        merged(made, tmp_path / "out", {"biased": tmp_path / "biased"}, method="average", space="core")
-    done = merged(made, tmp_path / "out", {"biased": tmp_path / "biased"}, method="average")
+@pytest.mark.parametrize("space", ["core", "knots", "dense"])
+@pytest.mark.parametrize("biases", [{"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}])
+def test_biases_are_merged_and_stay_whole(
+    made: Path, tmp_path: Path, space: str, biases: dict[str, Any]
+) -> None:
+    write_adapter(tmp_path / "biased", 3, **PLAIN, **biases)
+    names = {"biased": tmp_path / "biased", "stabilized": made / "stabilized"}
+    done = merged(made, tmp_path / "out", names, method="average", space=space)
+    parts = changes_of(made, {str(tmp_path / "biased"): 0, "stabilized": 0})
+    want = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
+    assert_close(change(made, tmp_path / "out"), want)
+    assert_close(read(made / "base.safetensors", tmp_path / "out"), merged_by_peft(tmp_path / "out"), 1e-6)
     assert done.error is not None
-    assert done.error > 0.1
+    assert done.error < 1e-6
+    merged(made, tmp_path / "m.safetensors", names, method="average", space=space, as_adapter=False)
+    assert_close(load_file(tmp_path / "m.safetensors"), read(made / "base.safetensors", tmp_path / "out"))
+
+
+def test_whole_modules_are_told(made: Path, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "saved", 3, **PLAIN, modules_to_save=["post_layernorm"])
+    with pytest.raises(
+        InputError, match=r"`saved` has whole tensors: `vision_model\.post_layernorm\.weight`"
+    ):
+        merged(made, tmp_path / "out", {"saved": tmp_path / "saved"}, method="average", space="core")
+    done = merged(made, tmp_path / "out", {"saved": tmp_path / "saved"}, method="average")
+    assert done.error is not None
+    assert done.error > 0.01
 
 
 def test_nan_in_an_adapter_names_it(made: Path, tmp_path: Path) -> None:

@@ -188,6 +188,11 @@ def test_what_does_not_go_on_is_refused(layered: World) -> None:
         UsageError, match="`tsv_m` needs all models at once, and cannot go on from an earlier merge"
     ):
         merge(new, onto=layered.base_file, method="tsv_m", output="x.safetensors")
+    with pytest.raises(UsageError, match="a step of a chain is of whole weights"):
+        merge(new, onto=layered.base_file, method="average", as_adapter=True, output="x")
+    line = 'method.layers=[{match="*", scaling_factor=0.1}]'
+    with pytest.raises(UsageError, match="a step of a chain has the same settings for all layers"):
+        merge(new, onto=layered.base_file, method="ties", changes=[line], output="x.safetensors")
     with pytest.raises(UsageError, match="--without: of which merge"):
         merge(new, base=layered.base_file, method="average", without=["t1"], output="x.safetensors")
     with pytest.raises(InputError, match="is another base"):

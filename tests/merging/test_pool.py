@@ -57,7 +57,8 @@ def test_a_clip_of_the_pool_is_the_base_with_another_tower(zoo: Path) -> None:
     pixels = torch.randn(2, 3, 16, 16)
     words = {"input_ids": torch.tensor([[1, 2, 3]]), "pixel_values": pixels}
     with torch.no_grad():
-        assert base(**words).logits_per_image.equal(plain(**words).logits_per_image)
+        want = plain(**words).logits_per_image
+        assert torch.allclose(base(**words).logits_per_image, want, atol=1e-5)
         assert base(**words).text_embeds.equal(changed(**words).text_embeds)
         assert not base(**words).image_embeds.allclose(changed(**words).image_embeds)
 

@@ -72,7 +72,7 @@ def test_esm_plus_plus_equals_full_decompositions_image_by_image(
         plain = copy.deepcopy(zoo.clip().tower).double()
         known = want._replace(merged={name: file[name] for name in want.merged})
         expected = run(plain, known, pixels(zoo), VISION, batch=routing == "batch")
-        assert torch.allclose(tower(pixel_values=pixels(zoo)).pooler_output, expected, atol=1e-3)
+        assert torch.allclose(tower(pixels(zoo)), expected, atol=1e-3)
         assert handle.keeps_batches_whole is (routing == "batch")
         handle.remove()
 
@@ -90,9 +90,9 @@ def test_at_full_rank_a_tasks_routed_weights_are_its_models(zoo: Zoo) -> None:
 def test_an_image_does_not_depend_on_the_others_of_its_batch(zoo: Zoo) -> None:
     measured_merge(zoo, METHOD, lora_rank=3)
     tower, handle = installed(zoo)
-    together = tower(pixel_values=pixels(zoo)).pooler_output
+    together = tower(pixels(zoo))
     routes = handle.routes()
-    alone = torch.cat([tower(pixel_values=each[None]).pooler_output for each in pixels(zoo)])
+    alone = torch.cat([tower(each[None]) for each in pixels(zoo)])
     assert torch.allclose(together, alone, atol=1e-9)
     assert sorted(routes) == [
         f"encoder.layers.{layer}.{each}" for layer in (0, 1) for each in ("mlp.fc1", "self_attn.q_proj")

@@ -220,6 +220,7 @@ def test_a_gradient_may_be_within_a_list() -> None:
          "cannot differ by layer: `ada_merging` looks at images with it before it merges"),
         ("smile", [{"match": "mlp", "rank": 3}], "layers",
          "`smile` writes more than one tower, which has no settings by layer"),
+        ("dop", [{"match": "mlp"}], "layers", "`dop` goes on from one merge to the next, which has no settings by layer"),
         ("dare", [{"match": "mlp", "of": {"name": "ties", "layers": []}}], "layers[0].of.layers",
          "settings by layer are those of the whole method: `[[method.layers]]`"),
     ],
@@ -228,6 +229,17 @@ def test_what_is_wrong_with_a_line_is_said(method: str, lines: object, key: str,
     with pytest.raises(SettingsError) as error:
         methods.create(method, {"layers": lines}, ("t1", "t2"))
     assert error.value.problems[0] == (key, what)
+
+
+def test_a_chain_of_merges_has_no_settings_by_layer(layered: World) -> None:
+    with pytest.raises(UsageError) as error:
+        merge(
+            layered.files, base=layered.base_file, onto=layered.base_file, method="task_arithmetic",
+            settings={"layers": [{"match": "norm", "keep": "base"}]}, output=layered.folder / "chain.safetensors",
+        )  # fmt: skip
+    assert error.value.message == (
+        "`method.layers`: a merge that others go on from has the same settings in every layer"
+    )
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(layered: World) -> None:
@@ -285,7 +297,7 @@ def test_queries_keys_and_values_that_are_merged_as_one_matrix_have_the_same_set
          "differs. Each other value of `density`, `aggregate`, `trim`, `zero_sign` surveys the models once more"),
         ("ada_merging", "no setting differs by layer, but `keep` copies layers"),
         ("reg_mean", "`exclude`, `reduce_non_diagonal_ratio`, `ridge` may differ by layer"),
-        ("emr", "nothing differs by layer: the file has more than one tower"),
+        ("emr", "nothing differs by layer: it writes more than one tower"),
     ],
 )  # fmt: skip
 def test_a_method_says_what_may_differ_by_layer(method: str, text: str) -> None:

@@ -67,7 +67,7 @@ def test_mass_equals_full_decompositions_image_by_image(
     }
     written(zoo, **settings)
     tower, handle = installed(zoo)
-    got = tower(pixel_values=pixels(zoo)).pooler_output
+    got = tower(pixel_values=pixels(zoo))
     plain = copy.deepcopy(zoo.clip().tower).double()
     of_two_layers = 1 if layer is None else layer
     models = list(zoo.tuned.values())
@@ -86,8 +86,8 @@ def test_mass_equals_full_decompositions_image_by_image(
 def test_an_image_does_not_depend_on_the_others_of_its_batch_and_the_tower_comes_back(zoo: Zoo) -> None:
     written(zoo)
     tower, handle = installed(zoo)
-    together = tower(pixel_values=pixels(zoo)).pooler_output
-    alone = torch.cat([tower(pixel_values=each[None]).pooler_output for each in pixels(zoo)])
+    together = tower(pixel_values=pixels(zoo))
+    alone = torch.cat([tower(pixel_values=each[None]) for each in pixels(zoo)])
     assert torch.allclose(together, alone, atol=1e-9)
     assert not handle.keeps_batches_whole
     assert handle.parameters == {}
@@ -95,8 +95,8 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch_and_the_tower_comes
     assert sorted(tower.state_dict()) == sorted(names)
     handle.remove()
     plain = copy.deepcopy(zoo.clip().tower).double()
-    want = plain(pixel_values=pixels(zoo)).pooler_output
-    assert torch.allclose(tower(pixel_values=pixels(zoo)).pooler_output, want, atol=1e-9)
+    want = plain(pixel_values=pixels(zoo))
+    assert torch.allclose(tower(pixel_values=pixels(zoo)), want, atol=1e-9)
 
 
 def test_a_task_alone_has_the_tower_of_its_share_of_the_rank(zoo: Zoo) -> None:
@@ -113,7 +113,7 @@ def test_one_task_is_its_whole_model(zoo: Zoo) -> None:
     tower, handle = installed(zoo)
     plain = copy.deepcopy(zoo.clip().tower).double()
     plain.load_state_dict({name.removeprefix(VISION): each for name, each in zoo.tuned["a"].items()})
-    got, want = (each(pixel_values=pixels(zoo)).pooler_output for each in (tower, plain))
+    got, want = (each(pixel_values=pixels(zoo)) for each in (tower, plain))
     assert torch.allclose(got, want, atol=1e-4)
     assert set(handle.merged) == {(0,)}
 
@@ -125,11 +125,11 @@ def test_models_equal_to_the_base_and_copies_of_one_model_are_merged(zoo: Zoo) -
     assert not any(bool(each.any()) for name, each in file.items() if name.startswith(("left.", "deltas.")))
     tower, handle = installed(zoo)
     plain = copy.deepcopy(zoo.clip().tower).double()
-    got, want = (each(pixel_values=pixels(zoo)).pooler_output for each in (tower, plain))
+    got, want = (each(pixel_values=pixels(zoo)) for each in (tower, plain))
     assert torch.allclose(got, want, atol=1e-9)
     written(zoo, {"a": one, "b": one, "c": one})
     tower, handle = installed(zoo)
-    assert bool(tower(pixel_values=pixels(zoo)).pooler_output.isfinite().all())
+    assert bool(tower(pixel_values=pixels(zoo)).isfinite().all())
     assert set(handle.merged) == {(0, 1, 2)}
 
 
@@ -139,7 +139,7 @@ def test_the_order_of_tasks_changes_nothing_but_the_last_bits(zoo: Zoo) -> None:
     for order in ("abc", "cab"):
         written(zoo, {task: zoo.recipe.tuned[task] for task in order})
         tower, _ = installed(zoo)
-        found.append(tower(pixel_values=pixels(zoo)).pooler_output)
+        found.append(tower(pixel_values=pixels(zoo)))
     assert torch.allclose(*found, atol=1e-5)
 
 
@@ -217,7 +217,7 @@ def test_a_position_embedding_is_a_matrix_if_it_is_said_to_be(zoo: Zoo) -> None:
     assert f"right.{name}" in written(zoo, position_embedding="matrix")
     tower, _ = installed(zoo)
     with torch.no_grad():
-        assert bool(tower(pixel_values=pixels(zoo)).pooler_output.isfinite().all())
+        assert bool(tower(pixel_values=pixels(zoo)).isfinite().all())
 
 
 def test_results_say_how_often_the_likeliest_task_was_the_right_one(zoo: Zoo, tmp_path: Path) -> None:

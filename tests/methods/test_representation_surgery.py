@@ -140,7 +140,7 @@ def features(zoo: Zoo, weights: Weights, pixels: Tensor) -> Tensor:
     """(N, D) unit features that a tower with these weights gives."""
     clip = zoo.clip()
     clip.tower.load_state_dict({name.removeprefix(VISION): value for name, value in weights.items()})
-    found = clip.model.get_image_features(pixel_values=pixels).pooler_output
+    found = clip.model(pixels)
     return found / found.norm(dim=-1, keepdim=True)
 
 

@@ -21,7 +21,7 @@ def test_models_that_may_have_been_trained_on_test_images_are_named_once() -> No
     expert = result("expert", dtd=0.5)
     expert = replace(expert, checkpoint={**expert.checkpoint, "path": OLD})
     merges = [replace(result(each, "ties", dtd=0.4, svhn=0.4), models={"dtd": OLD}) for each in "ab"]
-    elsewhere = replace(result("c", "ties", dtd=0.4), models={"dtd": "hf:tanganke/clip-vit-base-patch32_dtd"})
+    elsewhere = replace(result("c", "ties", dtd=0.4), models={"dtd": "hf:org/clip-vit-base-patch32_dtd"})
     text = f"`expert`, `a`, `b`: may have been trained on test images of `dtd`: {WHY}"
     assert [each for each in report([expert, *merges, elsewhere]).warnings if "trained" in each] == [text]
     other = replace(result("d", "ties", svhn=0.4), models={"dtd": OLD})

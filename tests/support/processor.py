@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -18,7 +19,18 @@ from mergecli.clip.processor import read_processor
 
 def pixel_values(clip: Clip, images: Sequence[Image]) -> Tensor:
     """(B, 3, H, W) float32: the images resized, cropped and normalized as the checkpoint's own config says."""
-    return clip.processor(images=list(images), return_tensors="pt")["pixel_values"].to(torch.float32)
+    return their_processor(clip)(images=list(images), return_tensors="pt")["pixel_values"].to(torch.float32)
+
+
+def their_processor(clip: Clip) -> Any:
+    """The image processor that transformers makes of the checkpoint's config."""
+    from transformers import CLIPImageProcessorPil
+
+    known: Any = CLIPImageProcessorPil.from_pretrained(clip.path)
+    ours = clip.processor  # what transformers cannot read is written plainly
+    known.resample, known.do_center_crop = ours.resample, ours.do_center_crop
+    known.image_mean, known.image_std = ours.image_mean, ours.image_std
+    return known
 
 
 def configured(clip: Clip, folder: Path, **given: object) -> Clip:

@@ -150,7 +150,8 @@ def logits_of(tower: nn.Module, recipe: Recipe) -> Tensor:
     clip = load_clip(base_of(recipe))
     images = pixel_values(clip, [image for image, _ in load_images(find("tints", recipe), "test")])
     with torch.no_grad():
-        return clip.model.visual_projection(tower(pixel_values=images).pooler_output)
+        found = tower(pixel_values=images)
+        return clip.model.visual_projection(found if isinstance(found, Tensor) else found.pooler_output)
 
 
 @pytest.mark.parametrize("kind", KINDS)

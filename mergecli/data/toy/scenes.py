@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,8 @@ class Pose:
     slant: float = 0.0
     width: float = 0.1
     """Half the width of a stroke, where the canvas is two wide."""
+    squeeze: float = 1.0
+    """Height of what is seen, where 1 is as drawn."""
     style: str = "plain"
     """`plain`, `round` (softer corners), `hollow` (only the rim of the figure) or `dashed`."""
 
@@ -109,7 +111,13 @@ def pose(
     room = max(0.0, 0.92 - scale) * reach
     x, y, turned, slanted = rng.uniform(-1, 1, 4)
     return Pose(
-        x * room, y * room, scale, turned * turn, slanted * slant, rng.uniform(*width) * (0.4 + scale), style
+        x * room,
+        y * room,
+        scale,
+        turned * turn,
+        slanted * slant,
+        rng.uniform(*width) * (0.4 + scale),
+        style=style,
     )
 
 
@@ -144,7 +152,7 @@ def strokes(drawn: list[Points], at: Pose) -> Plane:
     """(SIDE, SIDE) cover of polylines in a pose."""
     if at.style == "dashed":
         drawn = _dashed(drawn)
-    placed = [place(line, at.x, at.y, at.size, at.turn, at.slant) for line in drawn]
+    placed = [place(line, at.x, at.y, at.size, at.turn, at.slant, at.squeeze) for line in drawn]
     reach = distance(segments(placed))
     if at.style == "hollow":
         return coverage(np.abs(reach - at.width * 1.3) - 0.045)
@@ -153,7 +161,7 @@ def strokes(drawn: list[Points], at: Pose) -> Plane:
 
 def outline(points: Points, at: Pose, rim: bool = False) -> Plane:
     """(SIDE, SIDE) cover of a closed figure, filled, or its rim alone."""
-    placed = place(points, at.x, at.y, at.size, at.turn, at.slant)
+    placed = place(points, at.x, at.y, at.size, at.turn, at.slant, at.squeeze)
     if at.style == "dashed":
         return strokes([np.concatenate([points, points[:1]])], at)
     depth = outline_distance(placed)
@@ -168,9 +176,7 @@ def figure(kind: str, name: str, at: Pose) -> Plane:
         return strokes((_ROUND if at.style == "round" else _GLYPHS)[name], at)
     if kind == "shapes":
         return outline(SHAPES[name], at, rim=name == "ring")
-    turned = Pose(
-        at.x, at.y, at.size, at.turn + float(np.radians(DIRECTIONS[name])), at.slant, at.width, at.style
-    )
+    turned = replace(at, turn=at.turn + float(np.radians(DIRECTIONS[name])))
     if at.style in ("round", "dashed"):
         return strokes(ARROW_LINES, turned)
     return outline(ARROW, turned)
@@ -178,19 +184,26 @@ def figure(kind: str, name: str, at: Pose) -> Plane:
 
 def face(canvas: Plane, name: str, at: Pose, head: Color, ink: Color) -> Plane:
     """The canvas with a face on it: a round head in one color, eyes, brows and mouth in another."""
-    skull = outline_distance(place(SHAPES["circle"], at.x, at.y, at.size, at.turn))
+    skull = outline_distance(place(SHAPES["circle"], at.x, at.y, at.size, at.turn, 0.0, at.squeeze))
     cover = coverage(np.abs(skull) - 0.05 if at.style == "hollow" else skull)
     canvas = paint(canvas, cover, head)
-    features = Pose(at.x, at.y, at.size, at.turn, at.slant, at.width * 0.75)
+    features = replace(at, width=at.width * 0.75, style="plain")
     return paint(canvas, strokes(FACES[name], features), ink)
 
 
 def texture(
-    rng: Generator, name: str, one: Color, other: Color, period: tuple[float, float] = (5, 9)
+    rng: Generator,
+    name: str,
+    one: Color,
+    other: Color,
+    period: tuple[float, float] = (5, 9),
+    tilt: float = 0.0,
 ) -> Plane:
-    """A canvas filled with a pattern in two colors."""
-    turn = rng.uniform(-0.25, 0.25) + (
-        rng.integers(4) * np.pi / 4 if name in ("stripes", "waves", "zigzag") else 0
+    """A canvas filled with a pattern in two colors, turned by about `tilt` radians."""
+    turn = (
+        tilt
+        + rng.uniform(-0.25, 0.25)
+        + (rng.integers(4) * np.pi / 4 if name in ("stripes", "waves", "zigzag") else 0)
     )
     x, y = rng.random(2)
     return paint(flat(other), pattern(name, rng.uniform(*period), turn, x, y), one)

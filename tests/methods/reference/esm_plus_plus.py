@@ -73,7 +73,7 @@ def run(tower: nn.Module, known: Routing, images: Tensor, prefix: str, *, batch:
         for path, module in tower.named_modules()
         if f"{prefix}{path}.weight" in known.changes[0]
     ]
-    found = tower(pixel_values=images).pooler_output
+    found = tower(pixel_values=images)
     for handle in handles:
         handle.remove()
     return found

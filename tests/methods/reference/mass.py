@@ -59,7 +59,7 @@ def mass(
         given: list[Tensor] = []
         module = tower.get_submodule(f"encoder.layers.{layer}.mlp.fc1")
         handle = module.register_forward_pre_hook(lambda _, tokens: given.append(tokens[0][0, 0]))
-        pooled = tower(pixel_values=image[None]).pooler_output[0]
+        pooled = tower(pixel_values=image[None])[0]
         handle.remove()
         return pooled, given[0]
 
