@@ -17,7 +17,7 @@ from mergecli.methods._sim import FindsTask
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed, quoted
 from mergecli.storage.checkpoint import VISION, Checkpoint
 from mergecli.storage.differences import Form, differences
-from mergecli.storage.lazy_checkpoint import BlockReader, lazy_checkpoint
+from mergecli.storage.lazy_checkpoint import BlockReader, LazyCheckpoint, lazy_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,17 @@ class OpenMixture:
         if not isinstance(self.method, Routed) or not self.method.is_routed:
             return None
         return asked if self.method.routes_batches else "sample"
+
+    @property
+    def task_parts(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the floating point tensors that tasks add to the shared ones: their task vectors, or parts of them."""
+        return {
+            key: part.shape
+            for name, entry in self.shared.entries.items()
+            if entry.is_float
+            for key, part in self.method.parts(name, entry.shape, len(self.tasks)).items()
+            if key != name and self.stored.entries[key].is_float
+        }
 
     def of_task(self, task: str) -> Checkpoint:
         """One task's tower, computed as it is read; of a tower that routes, what a routing weight of 1 for that
@@ -181,6 +192,8 @@ def mixture_of(stored: Checkpoint) -> OpenMixture:
         raise InputError(f"{stored.path}: its metadata is not that of a mixture{why}", _HINT) from error
     own = _own_names(stored, method, len(tasks))
     shared = replace(stored, entries={key: stored.entries[key] for key in own}, hashes=stored.hashes.anew())
+    if isinstance(shared, LazyCheckpoint):
+        shared = replace(shared, stored=None)  # its size is that of its own tensors
     return OpenMixture(stored, method, tuple(tasks), shared)
 
 

@@ -26,7 +26,7 @@ from mergecli.formats.quantizer import (
     row_count,
 )
 from mergecli.runtime.errors import InputError, listed
-from mergecli.storage.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from mergecli.storage.checkpoint import MIXTURE, Checkpoint, TensorEntry, open_checkpoint
 from mergecli.storage.checksums import ChunkHashes
 from mergecli.storage.differences import Form, differences
 from mergecli.storage.lazy_checkpoint import BlockReader, LazyCheckpoint, lazy_checkpoint
@@ -293,6 +293,9 @@ def quantized_models(metadata: Mapping[str, str]) -> str:
     """`3 task vectors of 4 bits (errors 9.69% to 10.36%)`: what a file says of the quantized models that it was made of, or of
     itself; empty if there are none."""
     try:
+        if KEY in metadata and metadata.get("kind") == MIXTURE:
+            lost = f" (error {float(metadata['error']):.2%})" if "error" in metadata else ""
+            return f"parts of {json.loads(metadata[KEY])['bits']} bits{lost}"
         if KEY in metadata:
             every: list[Any] = [{"bits": json.loads(metadata[KEY])["bits"], "error": metadata.get("error")}]
         else:

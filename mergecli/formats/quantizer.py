@@ -26,7 +26,7 @@ BITS = (8, 4, 3, 2)
 """How many bits a code may have."""
 
 Per = Literal["row", "tensor"]
-"""What shares a step and a zero: what belongs to one index of a tensor's first dimension (a vector is one row), or all of it."""
+"""What shares a step and a zero: a row of a matrix or of stacked matrices, a filter, a vector; or the whole tensor."""
 
 PER: tuple[Per, ...] = ("row", "tensor")
 
@@ -45,7 +45,9 @@ class Quantized:
 
 def row_count(shape: tuple[int, ...], per: Per) -> int:
     """How many steps a tensor of this shape has."""
-    return shape[0] if per == "row" and len(shape) > 1 else 1
+    if per == "tensor" or len(shape) < 2:
+        return 1
+    return math.prod(shape[:-1]) if len(shape) < 4 else shape[0]
 
 
 def packed_bytes(entries: int, bits: int) -> int:

@@ -9,12 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergecli.formats.mixture import mixture_of
 from mergecli.formats.quantized import KEY, SHARED, Scheme, shared_path, tensors_of
 from mergecli.formats.quantizer import Per, Steps, dequantize, quantize
 from mergecli.merging.models import BLOCK, Models
 from mergecli.methods._base import Group, Unit, total
+from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError
 from mergecli.runtime.progress import Progress
+from mergecli.storage.atomic import check_space, expect_finite
+from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.metadata import UNKNOWN_DIGEST
 from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, layout_size
 from mergecli.storage.safetensors_writer import SafetensorsWriter
@@ -152,6 +156,35 @@ class Quantization:
             for name, writer in writers.items():
                 writer.describe(about_one(name, digests, shared))
         return losses
+
+
+def quantize_mixture(opened: Checkpoint, quantization: Quantization, path: Path) -> Loss:
+    """Writes a mixture again with what tasks add to the shared weights as codes, tensor by tensor.
+
+    Raises:
+        InputError: one of those has NaN or infinity.
+    """
+    scheme = Scheme.of(quantization.bits, quantization.per, mixture_of(opened).task_parts)
+    whole = {name: each for name, each in opened.entries.items() if name not in scheme.shapes}
+    layout = {name: (each.dtype, each.shape) for name, each in whole.items()} | scheme.layout()
+    check_space({path: layout_size(layout)})
+
+    def about(loss: Loss) -> dict[str, str]:
+        return {**opened.metadata, KEY: scheme.to_json(), **loss.metadata()}
+
+    with SafetensorsWriter(path, layout, about(Loss())) as writer:
+        loss = Loss()
+        for name in opened.entries:
+            interrupts.check()
+            values = opened.read(name)
+            if name not in scheme.shapes:
+                writer.write(name, values)
+                continue
+            exact = values.float()
+            expect_finite({name: exact}, path, "the file is damaged: merge again")
+            loss += Loss.of(exact, _coded(writer, name, exact, scheme))
+        writer.describe(about(loss))
+    return loss
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergecli.formats.opening import open_source
 from mergecli.formats.quantized import is_quantized, scheme_of, shared_path
 from mergecli.formats.quantizer import BITS, PER
+from mergecli.hub.fetched import expect_all
 from mergecli.merging.merge_target import foreign_vectors
 from mergecli.merging.models import Models, open_models
-from mergecli.merging.quantize import Describe, Loss, Quantization
+from mergecli.merging.quantize import Describe, Loss, Quantization, quantize_mixture
 from mergecli.merging.rebase import Transport, write_moved
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
@@ -23,11 +25,11 @@ from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, did
 from mergecli.runtime.notes import note
 from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.atomic import check_space, check_target, check_targets, refuse_inputs, warn_of_others
-from mergecli.storage.checkpoint import TASK_VECTOR
+from mergecli.storage.checkpoint import TASK_VECTOR, Checkpoint
 from mergecli.storage.metadata import UNKNOWN_DIGEST, about, inputs_of
 from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES
 from mergecli.storage.safetensors_writer import SafetensorsWriter
-from mergecli.storage.sources import named_sources, parse_source
+from mergecli.storage.sources import Source, named_sources, parse_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +54,8 @@ def taskvector(
 
     Args:
         tuned: a fine-tuned model, with `base`; or a recipe or its `.toml` file, with a folder as `output`. To be quantized it
-            may be a task vector too, which needs no base.
+            may be a task vector too, or a mixture such as `emr` writes, whose parts for the tasks are quantized then; they need no
+            base.
         dtype: of the differences; float32 keeps them exact, float16 and bfloat16 halve the file. Of quantized task vectors,
             that of the small tensors, which are not quantized.
         quantize: 8, 4, 3 or 2 bits an entry (TVQ). Such a file is read wherever a task vector is.
@@ -96,6 +99,8 @@ def taskvector(
         check_target(target)
         recipe = recipe_of(named_sources([str(tuned)]), base=base, changes=changes)
         targets = dict.fromkeys(recipe.tuned, target)
+        if quantization and _is_quantized_mixture(next(iter(recipe.tuned.values())), quantization, target):
+            return (target,)
     sources = dict(recipe.tuned)
     if moving:
         recipe = moving.recipe_of(recipe)
@@ -181,16 +186,34 @@ def _moving(
     return Transport.of(transport, start, goal, examples)
 
 
+def _is_quantized_mixture(source: Source, quantization: Quantization, target: Path) -> bool:
+    """Whether the source is a mixture, whose task vectors it then quantizes."""
+    expect_all([source])
+    with open_source(source) as opened:
+        if not opened.is_mixture:
+            return False
+        if is_quantized(opened):
+            raise _is_quantized_already(opened, source.label)
+        refuse_inputs(target, {str(source): opened.files[0]})
+        loss = quantize_mixture(opened, quantization, target)
+        note(_summary(quantization, {source.label: loss}, [target], opened.nbytes))
+        return True
+
+
+def _is_quantized_already(opened: Checkpoint, name: str) -> InputError:
+    return InputError(
+        f"{opened.path}: `{name}` is quantized to {scheme_of(opened).bits} bits already",
+        "a second rounding would add to the first: name what it was made of",
+    )
+
+
 def _refuse_vectors(models: Models, quantization: Quantization | None) -> None:
     """Raises InputError for a task vector that cannot be made into what is asked for."""
     for name, each in models.tuned.items():
         if each.is_task_vector and not quantization:
             raise InputError(f"{each.path}: `{name}` is a task vector already")
         if is_quantized(each):
-            raise InputError(
-                f"{each.path}: `{name}` is quantized to {scheme_of(each).bits} bits already",
-                "a second rounding would add to the first: name the model, or its task vector as it was before",
-            )
+            raise _is_quantized_already(each, name)
 
 
 def _sizes(

@@ -98,6 +98,7 @@ def test_any_block_has_the_values_of_the_whole(bits: int) -> None:
         assert into.equal(whole.flatten()[start:stop])
 
 
-def test_a_row_is_what_belongs_to_an_index_of_the_first_dimension() -> None:
-    assert [row_count(shape, "row") for shape in ((), (9,), (9, 4), (9, 4, 3, 3))] == [1, 1, 9, 9]
+def test_a_row_is_one_of_a_matrix_or_of_stacked_ones_a_filter_or_a_vector() -> None:
+    shapes = ((), (9,), (9, 4), (2, 9, 4), (9, 4, 3, 3))
+    assert [row_count(shape, "row") for shape in shapes] == [1, 1, 9, 18, 9]
     assert [row_count(shape, "tensor") for shape in ((9,), (9, 4))] == [1, 1]
