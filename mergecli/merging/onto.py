@@ -155,10 +155,6 @@ def continual_method(recipe: Recipe) -> Continual:
             "a step of a chain is of whole weights",
             "leave out `as_adapter` and `space`; `extract` makes an adapter of a merge",
         )
-    if method.layers:
-        raise UsageError(
-            "a step of a chain has the same settings for all layers", "leave out `[[method.layers]]`"
-        )
     return method
 
 

@@ -191,7 +191,9 @@ def test_what_does_not_go_on_is_refused(layered: World) -> None:
     with pytest.raises(UsageError, match="a step of a chain is of whole weights"):
         merge(new, onto=layered.base_file, method="average", as_adapter=True, output="x")
     line = 'method.layers=[{match="*", scaling_factor=0.1}]'
-    with pytest.raises(UsageError, match="a step of a chain has the same settings for all layers"):
+    with pytest.raises(
+        UsageError, match="a merge that others go on from has the same settings in every layer"
+    ):
         merge(new, onto=layered.base_file, method="ties", changes=[line], output="x.safetensors")
     with pytest.raises(UsageError, match="--without: of which merge"):
         merge(new, base=layered.base_file, method="average", without=["t1"], output="x.safetensors")
