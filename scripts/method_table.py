@@ -524,7 +524,6 @@ def main() -> None:
     chosen = [
         row for row in table.every.values() if not given.only or any(each in row.label for each in given.only)
     ]
-    references = table.references(makes=not given.table)
     found: dict[str, list[dict[str, Any]]] = {}
     for number, seed in enumerate(seeds):
         for row in chosen:
@@ -532,7 +531,7 @@ def main() -> None:
                 result = table.row(row, seed if row.has_chance else 0, makes=not given.table)
                 found.setdefault(row.label, []).extend([result] if result else [])
     found = {label: each for label, each in found.items() if each}
-    results = summary(table, found, references)
+    results = summary(table, found, table.references(makes=not given.table))
     text = markdown(results)
     print(text)
     if given.json:

@@ -22,6 +22,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 from mergecli.evaluation.search_space import Dimension, Space, grid
 from mergecli.results.statistics import Count
@@ -425,9 +426,9 @@ def check_sampler(sampler: str, space: Space) -> None:
 
 def storage_url(storage: str | None, folder: Path) -> str:
     """The address of the database: by default a file in the output's folder."""
-    if storage is not None:
-        return storage if "://" in storage else f"sqlite:///{storage}"
-    return f"sqlite:///{folder / 'study.db'}"
+    if storage is not None and "://" in storage:
+        return storage
+    return f"sqlite:///{quote(str(storage or folder / 'study.db'))}"
 
 
 def _counts(trial: FrozenTrial, number: int, slot: int, first: int) -> bool:

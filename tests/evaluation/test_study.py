@@ -184,4 +184,8 @@ def test_samplers_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_storage_is_an_address_or_a_file(tmp_path: Path) -> None:
     assert storage_url("postgresql://host/db", tmp_path) == "postgresql://host/db"
     assert storage_url("x.db", tmp_path) == "sqlite:///x.db"
+    odd = tmp_path / "100 % of #1?"
+    odd.mkdir()
+    assert do(Study(storage_url(None, odd), "s", space(), 1, "random", 0, {}))[0].outcome == "complete"
+    assert [each.name for each in odd.iterdir()] == ["study.db"]
     assert storage_url(None, tmp_path) == f"sqlite:///{tmp_path}{os.sep}study.db"

@@ -171,3 +171,20 @@ def test_a_trace_of_any_loss_is_drawn(tmp_path: Path) -> None:
     traces(table, tmp_path / "trace.svg")
     drawn = (tmp_path / "trace.svg").read_text()
     assert all(f"<!-- {word} -->" in drawn for word in ("cross-entropy", "coefficient", "mean", "a", "b"))
+
+
+def test_trials_are_lines_through_their_settings_and_bend_where_a_method_has_none() -> None:
+    axes = {"name": ["ties", "average", "ties"], "density": [0.01, None, 1.0]}
+    figure = plots.parallel(axes, [50.0, 60.0, 55.0], label="average (%)", best=1)
+    (plot,) = figure.axes
+    lines = [
+        [float(height) for height in line.get_ydata()] for line in plot.lines if len(line.get_ydata()) == 3
+    ]
+    assert lines == [[0.75, 0.0, 0.0], [0.75, 1.0, 0.5], [0.25, -0.1, 1.0]], (
+        "the best one is the last, above the others"
+    )
+    assert [text.get_text() for text in plot.get_xticklabels()] == ["name", "density", "average (%)"]
+    written = [text.get_text() for text in plot.texts]
+    assert {"ties", "average", "0.01", "0.1", "1", "55"} <= set(written), (
+        "densities over two decades are on a logarithm"
+    )
