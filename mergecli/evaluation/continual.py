@@ -241,7 +241,7 @@ class _Steps:
 
     def open(self, name: str, stack: ExitStack) -> Tower:
         opened = stack.enter_context(open_checkpoint(self.paths[name]))
-        return Tower(name, name, opened.vision(), self.identities[name])
+        return Tower(name, name, opened.vision(), identity=self.identities[name])
 
 
 class _Job:

@@ -283,7 +283,7 @@ class MergedPoints:
                 f"{name}: on {node()} {quoted(other)} have other weights than where the command was started",
                 "name paths that all machines see, or fetch the recipe on each with the same lock",
             )
-        return Tower(name, name, opened.vision(), self.known.points[name])
+        return Tower(name, name, opened.vision(), identity=self.known.points[name])
 
 
 def _make_room(folder: Path) -> None:

@@ -8,6 +8,7 @@ arXiv 2503.06921).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -232,9 +233,10 @@ class _Codes:
 def _steps(stored: Checkpoint, scheme: Scheme, name: str) -> Steps:
     """Raises InputError if a step is none, or a zero no code."""
     scale, zero = stored.read(f"{name}.scale"), stored.read(f"{name}.zero")
-    if not bool((scale.isfinite() & (scale >= 0)).all()):
+    # where one is NaN, least and largest are NaN too, and no comparison holds
+    if len(scale) and not 0 <= float(scale.min()) <= float(scale.max()) < math.inf:
         raise InputError(f"{stored.path}: `{name}.scale`: expected numbers that are not below 0", _HINT)
-    if bool((zero.int() >= 2**scheme.bits).any()):
+    if len(zero) and int(zero.max()) >= 2**scheme.bits:
         raise InputError(f"{stored.path}: `{name}.zero`: expected codes of {scheme.bits} bits", _HINT)
     return Steps.of(scale, zero, entry_count(scheme.shapes[name]))
 

@@ -29,7 +29,7 @@ from mergecli.storage.checkpoint import TASK_VECTOR, Checkpoint
 from mergecli.storage.metadata import UNKNOWN_DIGEST, about, inputs_of
 from mergecli.storage.safetensors_format import DTYPE_BYTES, SAFETENSORS_NAMES
 from mergecli.storage.safetensors_writer import SafetensorsWriter
-from mergecli.storage.sources import Source, named_sources, parse_source
+from mergecli.storage.sources import named_sources, parse_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +99,7 @@ def taskvector(
         check_target(target)
         recipe = recipe_of(named_sources([str(tuned)]), base=base, changes=changes)
         targets = dict.fromkeys(recipe.tuned, target)
-        if quantization and _is_quantized_mixture(next(iter(recipe.tuned.values())), quantization, target):
+        if quantization and _is_quantized_mixture(recipe, quantization, target):
             return (target,)
     sources = dict(recipe.tuned)
     if moving:
@@ -186,10 +186,11 @@ def _moving(
     return Transport.of(transport, start, goal, examples)
 
 
-def _is_quantized_mixture(source: Source, quantization: Quantization, target: Path) -> bool:
-    """Whether the source is a mixture, whose task vectors it then quantizes."""
-    expect_all([source])
-    with open_source(source) as opened:
+def _is_quantized_mixture(recipe: Recipe, quantization: Quantization, target: Path) -> bool:
+    """Whether the one model is a mixture, whose task vectors it then quantizes."""
+    (source,) = recipe.tuned.values()
+    expect_all([recipe.base, source])
+    with open_source(source, recipe.base) as opened:
         if not opened.is_mixture:
             return False
         if is_quantized(opened):

@@ -210,3 +210,12 @@ def test_options_that_do_not_fit_are_refused(world: World, given: dict[str, Any]
     with pytest.raises(UsageError) as error:
         taskvector(world.files["t1"], output=world.folder / "v.safetensors", **given)
     assert error.value.message == message
+
+
+def test_an_adapter_is_quantized_as_its_change_of_the_base(tmp_path: Path) -> None:
+    from mergecli.merging.extract import extract
+
+    extract("toy:digits", base="toy:base", rank=2, modules=["q_proj"], output=tmp_path / "lora")
+    (path,) = taskvector(tmp_path / "lora", base="toy:base", output=tmp_path / "v.safetensors", quantize=8)
+    with open_checkpoint(path) as checkpoint:
+        assert 0 < float(checkpoint.metadata["error"]) < 0.02
