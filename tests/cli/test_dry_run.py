@@ -194,9 +194,11 @@ def test_passes_tensors_and_bytes_are_those_of_the_merge(
     files = ["m.safetensors", *(["m.state.safetensors"] if in_chains else [])]
     assert [each["file"] for each in written] == files
     assert written[0]["tensors"] == len(load_file(world.folder / "m.safetensors"))
-    assert written[0]["bytes"] == (world.folder / "m.safetensors").stat().st_size
-    if not in_chains:  # how long the metadata of a state is, only the merge knows
-        assert plan["bytes_written"] == written[0]["bytes"]
+    sizes = [(world.folder / file).stat().st_size for file in files]
+    if in_chains:  # only the merge knows what the metadata say
+        assert all(0 < size - each["bytes"] < 4096 for each, size in zip(written, sizes, strict=True))
+    else:
+        assert plan["bytes_written"] == sizes[0]
     assert plan["passes"] == len(passes)
     read = [each for each in plan["work"] if each["work"] == "read"]
     assert [each["what"] for each in read] == [*(["base"] if len(read) > 2 else []), "t1", "t2"]
