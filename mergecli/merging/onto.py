@@ -390,7 +390,11 @@ def _plan(step: Onto, models: Models, method: Continual, state_size: int, target
         for name, each in models.read.items()
     ]
     work.append(Work("merge", str(step.recipe.method), passes=passes))
-    work.append(Work("write", "model", str(step.output), bytes=target.size(models)))
+    work.append(
+        Work(
+            "write", "model", str(step.output), tensors=len(target.layout(models)), bytes=target.size(models)
+        )
+    )
     work.append(Work("write", "state", str(state_path(step.output)), bytes=state_size))
     return Plan("merge", tuple(work), peak_memory(), 0.0)
 

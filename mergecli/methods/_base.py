@@ -209,7 +209,7 @@ class Groups(Protocol):
 
 KINDS = {
     "weights only": "the checkpoints and nothing else",
-    "continual": "the checkpoints, one after another: an earlier merge takes the place of its models",
+    "continual": "the checkpoints one after another, and what an earlier merge left",
     "a few images": "training images of each task, without labels, measured once",
     "test-time": "images of each task, without labels, to learn from",
     "routed": "no task is named: each image or token has weights of its own",

@@ -33,7 +33,9 @@ def test_no_line_is_longer_than_the_terminal(run: Run, command: str) -> None:
 def test_metavars_are_capitals_in_every_command(command: str) -> None:
     for each in PROGRAM.commands[command].params:
         if each.param_type_name == "option" and not each.is_flag:
-            assert re.fullmatch(r"[A-Z_=:/]+|[a-z|A-Z]+\|[a-zA-Z|]+", each.metavar), each.opts
+            assert re.fullmatch(r"[A-Z_=:/\[\] ]+|[a-zA-Z|]+\|[a-zA-Z|]+|[0-9](\|[0-9])+", each.metavar), (
+                each.opts
+            )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -153,7 +153,10 @@ def test_the_version_names_what_matters(run: Run) -> None:
         ("mergecli methods task", {"task_arithmetic"}),
         ("mergecli tasks eu", {"eurosat"}),
         ("mergecli eval --task mnist,eu", {"mnist,eurosat"}),
-        ("mergecli report --reference clip-vit-l", {"clip-vit-large-patch14-ta8"}),
+        (
+            "mergecli report --reference clip-vit-large-patch14-ta8",
+            {"clip-vit-large-patch14-ta8", "clip-vit-large-patch14-ta8-averages"},
+        ),
     ],
 )
 def test_the_shell_completes_commands_methods_and_tasks(
