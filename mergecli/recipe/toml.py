@@ -18,8 +18,8 @@ from mergecli.storage.table_reader import Problem, TableReader
 SOURCE_KEYS = ("source", "revision", "subfolder", "file", "dtype", "modelscope", "adapter")
 SOURCE_DTYPES = ("float32", "float16", "bfloat16")
 
-_LAST_STEP = re.compile(r"(\[\d+\]|(^|\.)[^.\[]*)$")
-"""Of a dotted key: the last name or number in brackets."""
+_NUMBER = re.compile(r"\[\d+\]$")
+"""Of a dotted key: a number in brackets at its end."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -45,7 +45,7 @@ class RecipeReader:
     def option(self, key: str) -> str | None:
         """The option that gave the value under a dotted key; None where the file did."""
         while key and key not in self.options:
-            key = _LAST_STEP.sub("", key)
+            key = _NUMBER.sub("", key) if _NUMBER.search(key) else key.rpartition(".")[0]
         return self.options.get(key)
 
     def override(self, table: dict[str, Any], each: Override) -> None:
