@@ -28,6 +28,8 @@ _PATCHES = "Siglip2ImageProcessor"
 _SIGMOID = ("siglip", "siglip2")
 """Kinds that were trained on lower-case prompts, all padded to one length."""
 _SIZES = ("hidden_size", "intermediate_size", "num_channels", "patch_size")
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is fetched, and no code that lies beside weights is run or asked about."""
 _HINT = (
     "images are classified by a CLIP, or another dual encoder with a CLIP's image processing, such as SigLIP"
 )
@@ -113,9 +115,13 @@ class LibraryTokenizer:
 
         try:
             with _silent():
-                self._library: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                self._library: Any = AutoTokenizer.from_pretrained(folder, **_LOCAL)
         except Exception as error:  # the library raises anything
-            raise InputError(f"{folder}: its tokenizer cannot be read: {_said(error)}") from error
+            raise InputError(
+                f"{folder}: its tokenizer cannot be read: {_said(error)}",
+                "fetch or copy the whole repository of the base; a tokenizer without `tokenizer.json` may need "
+                "`pip install sentencepiece`",
+            ) from error
         self._lower = config.model_type in _SIGMOID
         length = config.text_config.max_position_embeddings
         self.limit = min(length, self._library.model_max_length)
@@ -195,7 +201,7 @@ def vision_class(folder: Path) -> tuple[Any, Any]:
     """The configuration of the vision tower in a folder, and the class that transformers has for it."""
     from transformers import MODEL_MAPPING, AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config: Any = AutoConfig.from_pretrained(folder, **_LOCAL)
     config = getattr(config, "vision_config", config)
     return config, MODEL_MAPPING[type(config)]
 
@@ -213,7 +219,7 @@ def _config(path: Path) -> Any:
 
     try:
         with _silent():
-            config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+            config: Any = AutoConfig.from_pretrained(path, **_LOCAL)
         parts = (config, config.vision_config, config.text_config)
     except Exception as error:  # the library raises anything
         raise InputError(f"{path / 'config.json'}: cannot be used: {_said(error)}") from error
@@ -228,7 +234,7 @@ def _processor(path: Path, config: Any) -> tuple[ImageProcessor, bool]:
 
     try:
         with _silent():
-            found: Any = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+            found: Any = AutoImageProcessor.from_pretrained(path, **_LOCAL)
         known: dict[str, Any] = found.to_dict()
     except Exception as error:  # the library raises anything
         raise InputError(f"{path}: its image processor cannot be read: {_said(error)}") from error

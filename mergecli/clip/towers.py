@@ -72,7 +72,7 @@ def load_processor(folder: Path) -> Any:
 
     try:
         if other_kind(folder / "config.json"):
-            return AutoProcessor.from_pretrained(folder, local_files_only=True)
+            return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         read_processor(folder)
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         images = _pil_processor().from_pretrained(folder, local_files_only=True)
