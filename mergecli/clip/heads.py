@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mergecli.clip.model import Clip, features
+from mergecli.clip.tokenizer import Tokenizer
 from mergecli.runtime.errors import InputError
 from mergecli.storage.alone import alone
 from mergecli.storage.cache import cache_path, kept, make_room, touch
@@ -22,7 +23,7 @@ from mergecli.storage.safetensors_writer import save_tensors
 
 _TEXT = ("text_model.", "text_projection.")
 _TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-               "vocab.json", "merges.txt")  # fmt: skip
+               "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")  # fmt: skip
 
 
 _PROCESSING = ("preprocessor_config.json", "processor_config.json")
@@ -95,7 +96,7 @@ def head_key(clip: Clip, text: str, classes: Sequence[str], templates: Sequence[
     The kind of device and the version of torch are part of it, since others round differently; and so does the forward pass
     of earlier versions, which was that of transformers.
     """
-    about = ["own layers", text, list(classes), list(templates), clip.device.type, torch.__version__]
+    about = [clip.computed_by, text, list(classes), list(templates), clip.device.type, torch.__version__]
     return sha256(json.dumps(about).encode()).hexdigest()[:32]
 
 
@@ -149,7 +150,7 @@ def zero_shot_head(clip: Clip, classes: Sequence[str], templates: Sequence[str])
     rows: list[Tensor] = []
     for name in classes:
         tokens = _tokens(clip, name, templates)
-        text = clip.text(tokens.to(clip.device))  # (templates, D)
+        text = clip.text(**{part: each.to(clip.device) for part, each in tokens.items()})  # (templates, D)
         text = text / text.norm(dim=-1, keepdim=True)
         mean = text.mean(dim=0)
         rows.append(mean / mean.norm())
@@ -162,11 +163,18 @@ def check_prompts(clip: Clip, classes: Sequence[str], templates: Sequence[str]) 
         _tokens(clip, name, templates)
 
 
-def _tokens(clip: Clip, name: str, templates: Sequence[str]) -> Tensor:
-    """(templates, S) the tokens of a class's prompts, known to be some that the text tower can read."""
+def _tokens(clip: Clip, name: str, templates: Sequence[str]) -> Mapping[str, Tensor]:
+    """What the text tower takes of a class's prompts: (templates, S) tokens, known to be some that it can read, and for
+    other dual encoders what else their tokenizer says of them."""
     limit = clip.model.config.text_config.max_position_embeddings
     prompts = [template.replace("{}", name) for template in templates]
-    tokens = clip.tokenizer(prompts)
+    tokenizer = clip.tokenizer
+    if isinstance(tokenizer, Tokenizer):
+        tokens = tokenizer(prompts)
+        end, found = tokenizer.eos_token_id, {"tokens": tokens}
+    else:
+        found = tokenizer(prompts)
+        limit, end, tokens = tokenizer.limit, None, found["input_ids"]
     length = tokens.shape[1]
     if length > limit:
         longest = max(prompts, key=len)
@@ -174,11 +182,13 @@ def _tokens(clip: Clip, name: str, templates: Sequence[str]) -> Tensor:
             f"class `{name}`: a prompt has {length} tokens, the text tower takes {limit}: `{longest[:80]}`",
             "shorten the class name or the template",
         )
-    _expect_tokens(clip, name, prompts, tokens)
-    return tokens
+    _expect_tokens(clip, name, prompts, tokens, end)
+    return found
 
 
-def _expect_tokens(clip: Clip, name: str, prompts: Sequence[str], tokens: Tensor) -> None:
+def _expect_tokens(
+    clip: Clip, name: str, prompts: Sequence[str], tokens: Tensor, own_end: int | None
+) -> None:
     """Raises InputError if the text tower has no row for a token, or would not find a prompt's end, where it reads the
     prompt's feature: it takes the place of the end that its configuration names, or for a 2, as old ones have it, that
     of the largest token."""
@@ -192,8 +202,10 @@ def _expect_tokens(clip: Clip, name: str, prompts: Sequence[str], tokens: Tensor
             f"`{prompts[int(which)][:80]}`",
             hint,
         )
+    if own_end is None:  # other text towers read the feature elsewhere
+        return
     end = config.eos_token_id
-    found = tokens.amax(dim=1) == clip.tokenizer.eos_token_id if end == 2 else (tokens == end).any(dim=1)
+    found = tokens.amax(dim=1) == own_end if end == 2 else (tokens == end).any(dim=1)
     if not bool(found.all()):
         raise InputError(
             f"class `{name}`: the text tower does not find the end of a prompt, "

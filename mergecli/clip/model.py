@@ -13,6 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mergecli.clip.config import other_kind, read_config
+from mergecli.clip.dual_encoder import (
+    LibraryTokenizer,
+    is_dual_encoder,
+    library_version,
+    read_image_half,
+    read_text_half,
+)
 from mergecli.clip.network import Attention, TextModel, VisionModel, VisionTower
 from mergecli.clip.processor import ImageProcessor, expect_fit, read_processor
 from mergecli.clip.tokenizer import Tokenizer
@@ -31,16 +38,22 @@ Made = TypeVar("Made", bound=nn.Module)
 @dataclass(frozen=True)
 class Clip:
     """A CLIP in float32, never in training mode. Its text tower and its tokenizer are read when they are first used: where
-    heads are kept, never."""
+    heads are kept, never.
+
+    Or another dual encoder: then the model, the text tower and the tokenizer are those of transformers.
+    """
 
     path: Path
     model: VisionModel
-    """`set_tower` changes the weights of its `vision_model`."""
+    """`set_tower` changes the weights of its `vision_model`. Of another dual encoder it is transformers' model without the
+    text tower, whose parts and sizes have the same names; it may have no `visual_projection`."""
     processor: ImageProcessor
     forms: Mapping[str, Form]
     """The tensors of a vision tower that fits, by full name: of the plain tower, whatever layers are installed now."""
     states: Mapping[Path, int]
     """Of the files of weights when they were read."""
+    kind: str = "clip"
+    """The `model_type` of `config.json`."""
 
     @property
     def tower(self) -> VisionTower:
@@ -52,18 +65,36 @@ class Clip:
         """Where the weights are."""
         return self.model.logit_scale.device
 
+    @property
+    def is_clip(self) -> bool:
+        """Whether it is a CLIP, whose layers are our own."""
+        return self.kind == "clip"
+
+    @property
+    def computed_by(self) -> str:
+        """Whose forward pass it is: others round differently."""
+        return "own layers" if self.is_clip else library_version()
+
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer | LibraryTokenizer:
         """Prompts to tokens. Raises InputError if a file is damaged."""
-        return Tokenizer(self.path)
+        return Tokenizer(self.path) if self.is_clip else LibraryTokenizer(self.path, self.model.config)
 
     @cached_property
     def text(self) -> TextModel:
         """The text tower with its projection, where the CLIP is."""
         with open_checkpoint(self.path) as stored:
             self._expect_unchanged()
-            model = _read(lambda: TextModel(self.model.config), stored)
+            if self.is_clip:
+                model = _read(lambda: TextModel(self.model.config), stored)
+            else:
+                model = read_text_half(self.path, stored)
         return model.to(self.device)
+
+    def expect_clip(self, what: str) -> None:
+        """Raises InputError if it is another dual encoder than a CLIP, with which something cannot be done."""
+        if not self.is_clip:
+            raise InputError(f"{self.path}: is a model of the kind `{self.kind}`, not a CLIP: {what}")
 
     def _expect_unchanged(self) -> None:
         for file, state in self.states.items():
@@ -75,18 +106,19 @@ class Clip:
 
 
 def load_clip(path: Path) -> Clip:
-    """The CLIP in a folder as `save_pretrained` writes it: weights, tokenizer and image processor.
+    """The CLIP, or other dual encoder, in a folder as `save_pretrained` writes it: weights, tokenizer and image processor.
 
     Raises:
         InputError: a file is missing or damaged, the folder does not hold a whole CLIP, or its parts do not fit.
     """
     with open_checkpoint(path) as stored:
+        kind = other_kind(path / "config.json") if path.is_dir() else ""
+        if kind and not is_dual_encoder(kind):
+            raise InputError(
+                f"{path}: is a model of the kind `{kind}`, not a CLIP or another dual encoder",
+                "`merge`, `taskvector` and `cos-sim` take any weights; images are classified by dual encoders only",
+            )
         if not path.is_dir() or not stored.is_whole_clip:
-            if kind := other_kind(path / "config.json"):
-                raise InputError(
-                    f"{path}: is a model of the kind `{kind}`, not a CLIP",
-                    "`merge`, `taskvector` and `cos-sim` take any weights; images are classified by CLIPs only",
-                )
             raise InputError(
                 f"{path}: is not a whole CLIP",
                 (path.is_dir() and why_foreign(stored))
@@ -94,6 +126,11 @@ def load_clip(path: Path) -> Clip:
             )
         _expect(path, "config.json")
         _expect(path, "preprocessor_config.json", "processor_config.json")
+        states = dict(zip(stored.files, stored.states, strict=True))
+        if kind:
+            found = read_image_half(path, stored, kind)
+            forms = {name: Form(shape) for name, shape in found.shapes.items() if name.startswith(VISION)}
+            return Clip(path, found.model, found.processor, forms, states, kind)
         _expect(path, "tokenizer.json", "vocab.json")
         config = read_config(path / "config.json")
         processor = read_processor(path)
@@ -111,7 +148,7 @@ def load_clip(path: Path) -> Clip:
         expect_fit(processor, path, config.vision_config)
         model = _read(lambda: VisionModel(config), stored)
         forms = {name: Form(shape) for name, shape in want.items() if name.startswith(VISION)}
-        return Clip(path, model, processor, forms, dict(zip(stored.files, stored.states, strict=True)))
+        return Clip(path, model, processor, forms, states)
 
 
 def _read(make: Callable[[], Made], stored: Checkpoint) -> Made:

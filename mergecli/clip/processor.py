@@ -87,6 +87,11 @@ def read_processor(folder: Path) -> ImageProcessor:
     given = _table(folder)
     if given is None:
         raise InputError(f"{folder}: has no image processor", _HINT)
+    return processor_of(given, folder)
+
+
+def processor_of(given: Mapping[str, Any], folder: Path) -> ImageProcessor:
+    """The image processor that a table means; raises InputError if a value cannot be used."""
     known, problems = _settled(given)
     if problems:
         raise InputError(f"{folder}: its image processor cannot be used:\n{listed(problems)}", _HINT)

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergecli.clip.config import other_kind
+from mergecli.clip.dual_encoder import read_whole, vision_class
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import check_target, write_text
-from mergecli.storage.checkpoint import VISION, Checkpoint
+from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences, other_architecture
 from mergecli.storage.metadata import about
 
@@ -25,21 +27,17 @@ def load_tower(folder: Path, checkpoint: Checkpoint, base: Checkpoint | None = N
         InputError: the tensors are not those that the configuration asks for.
     """
     import torch
-    from transformers import CLIPVisionConfig, CLIPVisionModel
 
     try:
-        config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
+        config, kind = _tower_class(folder)
         with torch.device("meta"):
-            CLIPVisionModel(config)
+            kind(config)
     except Exception as error:
         raise InputError(
             f"{folder / 'config.json'}: is not a vision tower's configuration: {str(error).splitlines()[0]}"
         ) from error
     with torch.device("meta"):
-        want = {
-            VISION + key: Form(tuple(each.shape))
-            for key, each in CLIPVisionModel(config).state_dict().items()
-        }
+        want = {VISION + key: Form(tuple(each.shape)) for key, each in kind(config).state_dict().items()}
     if wrong := differences(checkpoint.entries, want, "the configuration asks for"):
         other = other_architecture(checkpoint.entries, want, "the configuration asks for")
         raise InputError(
@@ -47,7 +45,7 @@ def load_tower(folder: Path, checkpoint: Checkpoint, base: Checkpoint | None = N
             "load it with the configuration that it was made with",
             listed(wrong, len(wrong)) if other else "",
         )
-    model: Any = CLIPVisionModel(config)
+    model: Any = kind(config)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             tensor.copy_(checkpoint.read(VISION + key))
@@ -56,13 +54,25 @@ def load_tower(folder: Path, checkpoint: Checkpoint, base: Checkpoint | None = N
     return model.eval()
 
 
+def _tower_class(folder: Path) -> tuple[Any, Any]:
+    """The configuration of the vision tower in a folder, and the class that transformers has for it."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    if other_kind(folder / "config.json"):
+        return vision_class(folder)
+    return CLIPVisionConfig.from_pretrained(folder, local_files_only=True), CLIPVisionModel
+
+
 def load_processor(folder: Path) -> Any:
-    """The `transformers.CLIPProcessor` of a model's folder; its image processor is the one of PIL."""
-    from transformers import CLIPProcessor, CLIPTokenizer
+    """The `transformers.CLIPProcessor` of a model's folder; its image processor is the one of PIL. Of another dual encoder
+    it is the processor that transformers has for it."""
+    from transformers import AutoProcessor, CLIPProcessor, CLIPTokenizer
 
     from mergecli.clip.processor import read_processor
 
     try:
+        if other_kind(folder / "config.json"):
+            return AutoProcessor.from_pretrained(folder, local_files_only=True)
         read_processor(folder)
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         images = _pil_processor().from_pretrained(folder, local_files_only=True)
@@ -87,7 +97,12 @@ def _pil_processor() -> Any:
 
 
 def load_whole(clip: Clip) -> Any:
-    """A `transformers.CLIPModel` with the weights of a CLIP."""
+    """A `transformers.CLIPModel` with the weights of a CLIP; of another dual encoder the model that transformers has for it."""
+    if not clip.is_clip:
+        with open_checkpoint(clip.path) as stored:
+            whole = read_whole(clip.path, stored)
+        whole.load_state_dict(clip.model.state_dict(), strict=False)
+        return whole
     from transformers import CLIPConfig, CLIPModel
 
     model: Any = CLIPModel(CLIPConfig.from_pretrained(clip.path, local_files_only=True))

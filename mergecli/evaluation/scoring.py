@@ -111,6 +111,7 @@ class Scoring:
         mixture = mixture_of(tower.checkpoint)
         check_tower(self.clip, mixture.shared)
         if mixture.is_routed:
+            self.clip.expect_clip("towers that route are evaluated with CLIPs only")
             return mixture.tasks
         for task in tasks:
             mixture.of_task(task)
@@ -169,6 +170,8 @@ class Scoring:
 
     def check_features(self, pairs: Iterable[tuple[str, TaskImages]], *, several: bool) -> None:
         """Raises InputError if the disk has no room for the features of these towers on these tasks."""
+        if self.settings.features:
+            self.clip.expect_clip("`--features` saves class tokens, which other towers may not have")
         sizes: dict[Path, int] = {}
         for tower, of_task in pairs:
             if file := feature_file(self.settings.features, tower, of_task.task.name, several):
@@ -204,6 +207,7 @@ class Scoring:
             "program": [version(), torch.__version__, torch.device(settings.device).type, settings.dtype],
             "tower": identity,
             "clip": self.digests,
+            **({} if self.clip.is_clip else {"layers": self.clip.computed_by}),
             "head": [list(of_task.classes), list(of_task.task.templates)],
             **({} if by_label == list(of_task.classes) else {"labels": by_label}),
             "data": [
@@ -335,8 +339,8 @@ class Scoring:
 
         clip, dtype = self.clip, getattr(torch, self.settings.dtype)
         clip.model.to(usable_device(self.settings.device))
-        clip.tower.to(dtype)
-        clip.model.visual_projection.to(dtype)
+        for part in clip.model.children():  # the tower and its projection; the logit scale stays as it is
+            part.to(dtype)
         return [ModelSlot(clip, self.settings.routing)]
 
 

@@ -45,10 +45,10 @@ MIXTURE = "mixture"
 
 
 VISION = "vision_model."
-_FLAT_MARKS = ("embeddings.class_embedding", "pre_layrnorm.weight")
-_WHOLE_CLIP_MARKS = (
-    "vision_model.embeddings.class_embedding",
-    "text_model.embeddings.token_embedding.weight",
+TEXT = "text_model."
+_FLAT_MARKS = (
+    ("embeddings.class_embedding", "pre_layrnorm.weight"),
+    ("embeddings.patch_embedding.weight", "head.probe"),  # of SigLIP
 )
 _BUFFERS = ("embeddings.position_ids",)
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -89,7 +89,7 @@ class TensorEntry(NamedTuple):
 def canonical_names(names: Iterable[str], *, ours: bool = False) -> dict[str, str]:
     """Name in the file -> our name.
 
-    A CLIP vision tower's keys always begin with `vision_model.`, whatever it was part of when it was saved
+    The keys of a vision tower of a CLIP or a SigLIP always begin with `vision_model.`, whatever it was part of when it was saved
     (`model.vision_model.`, `backbone.`); what else the file has beside the tower loses the same beginning. What torch
     puts into names for wrappers of its own is taken out. The `position_ids` buffers that old versions of transformers
     saved are left out. Names stay as they are where two would become one.
@@ -103,8 +103,12 @@ def canonical_names(names: Iterable[str], *, ours: bool = False) -> dict[str, st
     if not ours and all(name.startswith(_PARALLEL) for name in plain.values()):
         plain = {name: each.removeprefix(_PARALLEL) for name, each in plain.items()}
     there = set(plain.values())
-    roots = [name.removesuffix(_FLAT_MARKS[0]) for name in there if name.endswith(_FLAT_MARKS[0])]
-    towers = [root for root in roots if root + _FLAT_MARKS[1] in there and root[-1:] in ("", ".")]
+    towers = [
+        root
+        for mark, other in _FLAT_MARKS
+        for root in (name.removesuffix(mark) for name in there if name.endswith(mark))
+        if root + other in there and root[-1:] in ("", ".")
+    ]
     if len(towers) == 1 and not (ours and towers[0]):
         lead, new = towers[0], VISION
         if f".{lead}".endswith(f".{VISION}"):
@@ -145,8 +149,8 @@ class Checkpoint:
 
     @property
     def is_whole_clip(self) -> bool:
-        """Whether a CLIP's text tower is in it too."""
-        return all(mark in self.entries for mark in _WHOLE_CLIP_MARKS)
+        """Whether the text tower of a CLIP, or of another dual encoder, is in it too."""
+        return all(any(name.startswith(each) for name in self.entries) for each in (VISION, TEXT))
 
     @property
     def parameters(self) -> int:

@@ -134,12 +134,26 @@ def model_folder_files(origin: Path) -> dict[str, str]:
     texts = {name: file.read_text("utf-8", "replace") for name, file in files.items() if file.is_file()}
     if (origin / "config.json").is_file():
         config = _config(origin / "config.json")
-        if config.get("model_type") == "clip":
+        kind = config.get("model_type")
+        if kind == "clip":
             texts = {name: text for name, text in texts.items() if name in _COPIED}
             tower = {**config["vision_config"], "projection_dim": config.get("projection_dim", 512)}
             config = {**tower, "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}
+        elif isinstance(kind, str) and _is_dual_encoder(origin, config):
+            texts = {name: text for name, text in texts.items() if name in _COPIED}
+            config = {"model_type": f"{kind}_vision_model", **config["vision_config"]}
         texts["config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return texts
+
+
+def _is_dual_encoder(origin: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the model in a folder has an image and a text tower, of which only the former is merged."""
+    from mergecli.storage.checkpoint import open_checkpoint
+
+    if not isinstance(config.get("vision_config"), dict):
+        return False
+    with open_checkpoint(origin) as stored:
+        return stored.is_whole_clip
 
 
 def _config(file: Path) -> dict[str, Any]:

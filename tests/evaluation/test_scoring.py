@@ -1,15 +1,26 @@
-"""Evaluations that were interrupted, and the store."""
+"""Evaluations that were interrupted, the store, and dual encoders other than CLIP."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+import mergecli
 from mergecli.clip import model
+from mergecli.data.tasks import TaskTable
 from mergecli.evaluation import counting
 from mergecli.evaluation.evaluate import evaluate
-from mergecli.runtime.errors import MergecliWarning
+from mergecli.recipe.schema import Recipe
+from mergecli.runtime.errors import InputError, MergecliWarning
+from mergecli.storage.sources import parse_source
+from tests.support.tiny_clip import CLASSES
+from tests.support.tiny_dual_encoders import make_tiny_dual_encoder
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, stop_at: str | None = None) -> list[str]:
@@ -126,3 +137,77 @@ def test_the_weights_of_one_checkpoint_are_put_in_once(place, recipe, monkeypatc
     )
     evaluate([place / "other"], recipe=recipe)
     assert taken == ["other"]
+
+
+def predicted_by_transformers(folder: Path, tower: Path | None, data: Path) -> list[int]:
+    """The class that the library's own model gives to each test image, one image at a time."""
+    import datasets
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    model: Any = AutoModel.from_pretrained(folder).eval()
+    if tower is not None:
+        model.load_state_dict(load_file(tower), strict=False)
+    tokens = AutoTokenizer.from_pretrained(folder)(
+        [f"a photo of something {name}." for name in CLASSES], padding="max_length", return_tensors="pt"
+    )
+    processor = AutoImageProcessor.from_pretrained(folder)
+    test = datasets.Dataset.from_parquet(
+        str(next(data.glob("test-*.parquet"))), cache_dir=str(data.parent / "plain")
+    )
+    found: list[int] = []
+    for row in test:
+        with torch.no_grad():
+            inputs = processor(images=[row["image"].convert("RGB")], return_tensors="pt")
+            found.append(int(model(**inputs, **tokens).logits_per_image.argmax()))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
+def test_predictions_of_a_siglip_and_a_tuned_tower_are_those_of_transformers(place, tmp_path, kind):
+    from pyarrow import parquet
+
+    folder = make_tiny_dual_encoder(tmp_path / "base", kind)
+    noise, weights = torch.Generator().manual_seed(1), load_file(folder / "model.safetensors")
+    tuned = {
+        name: each + 0.2 * torch.randn(each.shape, generator=noise)
+        for name, each in weights.items()
+        if name.startswith("vision_model.")
+    }
+    save_file(tuned, tmp_path / "tuned.safetensors", {"format": "pt"})
+    table = TaskTable(data=parse_source(str(place / "more"), Path()), templates=("a photo of something {}.",))
+    recipe = Recipe(base=parse_source(str(folder), Path()), tasks={"more": table}, eval_tasks=("more",))
+    mergecli.evaluate(
+        [folder, tmp_path / "tuned.safetensors"], recipe=recipe, predictions=tmp_path / "p.parquet"
+    )
+    rows = parquet.read_table(tmp_path / "p.parquet").to_pylist()
+    chosen = {
+        name: [row["prediction"] for row in rows if row["checkpoint"] == name] for name in ("base", "tuned")
+    }
+    assert chosen == {
+        "base": predicted_by_transformers(folder, None, place / "more"),
+        "tuned": predicted_by_transformers(folder, tmp_path / "tuned.safetensors", place / "more"),
+    }
+    assert len(set(chosen["base"])) > 1, "not all images are of one class"
+
+
+def test_what_is_done_with_a_clip_only_is_refused_with_a_siglip(place, tmp_path):
+    folder = make_tiny_dual_encoder(tmp_path / "base")
+    table = TaskTable(data=parse_source(str(place / "more"), Path()), templates=("{}",))
+    recipe = Recipe(base=parse_source(str(folder), Path()), tasks={"more": table}, eval_tasks=("more",))
+    with pytest.raises(InputError) as caught:
+        mergecli.evaluate([folder], recipe=recipe, features=tmp_path / "features")
+    assert str(caught.value) == (
+        f"{folder}: is a model of the kind `siglip`, not a CLIP: "
+        "`--features` saves class tokens, which other towers may not have"
+    )
+    models = {name: parse_source(str(folder), Path()) for name in ("more", "again")}
+    routed = tmp_path / "routed.safetensors"
+    mergecli.merge(replace(recipe, tuned=models), method="smile", output=routed)
+    with pytest.raises(InputError) as caught:
+        mergecli.evaluate([routed], recipe=recipe)
+    assert str(caught.value) == (
+        f"{folder}: is a model of the kind `siglip`, not a CLIP: towers that route are evaluated with CLIPs only"
+    )

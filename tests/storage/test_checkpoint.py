@@ -86,6 +86,12 @@ def test_keys_of_a_flat_vision_tower_get_their_prefix_and_position_ids_are_left_
     assert set(canonical_names([*prefixed, "vision_model.embeddings.position_ids"]).values()) == prefixed
 
 
+def test_keys_of_a_flat_tower_of_a_siglip_get_their_prefix_too() -> None:
+    tower = ["embeddings.patch_embedding.weight", "head.probe", "post_layernorm.weight"]
+    assert list(canonical_names(tower).values()) == [f"vision_model.{name}" for name in tower]
+    assert canonical_names(tower[:1]) == {tower[0]: tower[0]}
+
+
 @pytest.mark.parametrize(
     "lead",
     [

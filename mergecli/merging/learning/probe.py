@@ -317,10 +317,11 @@ def layers_of(model: Any, report: Report) -> Iterator[tuple[str, Module]]:
 
 
 def embedded(clip: Clip, chosen: Images, size: int) -> Iterator[Tensor]:
-    """(B, S, D) the inputs of the first layer: patches with their positions, after the first norm."""
+    """(B, S, D) the inputs of the first layer: patches with their positions, after the first norm if there is one."""
     import torch
 
     tower: Any = clip.tower
+    norm = getattr(tower, "pre_layrnorm", torch.nn.Identity())
     for batch in batches(clip, chosen, size):
         with torch.no_grad():
-            yield tower.pre_layrnorm(tower.embeddings(batch))
+            yield norm(tower.embeddings(batch))

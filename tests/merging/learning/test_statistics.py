@@ -19,6 +19,8 @@ from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError, UsageError
 from tests.support.image_zoo import Zoo, make_zoo
 from tests.support.kept_files import save_checked
+from tests.support.tiny_clip import make_image_task
+from tests.support.tiny_dual_encoders import make_tiny_dual_encoder
 
 pytestmark = pytest.mark.usefixtures("own_store")
 
@@ -322,3 +324,46 @@ def test_a_wrong_call_is_answered_before_any_work(zoo: Zoo) -> None:
     with pytest.raises(UsageError, match=r"`method.examples`: expected a whole number at least 1, got 0"):
         measure(zoo.recipe, method="fisher", settings={"examples": 0}, output=zoo.folder / "s")
     assert not (zoo.folder / "s").exists()
+
+
+def test_the_linear_layers_of_a_siglip_are_measured_by_their_names_and_its_head_is_the_mean(
+    tmp_path: Path,
+) -> None:
+    from mergecli.clip.model import load_clip
+    from mergecli.clip.pixels import batches
+    from mergecli.data.images import load_images
+    from mergecli.data.tasks import find
+    from mergecli.recipe.reading import recipe_of
+
+    lines = ['base = "base"', "[tuned]", 'a = "a.safetensors"', 'b = "b.safetensors"', "[tasks]"]
+    make_tiny_dual_encoder(tmp_path / "base")
+    for seed, name in enumerate("ab", 1):
+        make_tiny_dual_encoder(tmp_path / name, seed=seed)
+        whole = load_file(tmp_path / name / "model.safetensors")
+        tower = {key: each for key, each in whole.items() if key.startswith("vision_model.")}
+        save_file(tower, tmp_path / f"{name}.safetensors")
+        make_image_task(tmp_path / f"data-{name}", train=8, seed=seed)
+        lines.append(f'{name} = {{data = "data-{name}", templates = ["{{}}"]}}')
+    (tmp_path / "recipe.toml").write_text("\n".join(lines))
+    recipe = recipe_of(tmp_path / "recipe.toml")
+    merge(recipe, method="reg_mean", settings={"examples": 8}, output=tmp_path / "merged.safetensors")
+    got = load_file(tmp_path / "merged.safetensors")
+    name = "vision_model.encoder.layers.1.mlp.fc1.weight"
+    grams: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
+    for task in "ab":
+        clip, seen = load_clip(tmp_path / task), []
+        clip.tower.encoder.layers[1].mlp.fc1.register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(inputs[0].flatten(0, 1).double())
+        )
+        found = find(task, recipe)
+        for batch in batches(clip, load_images(found, found.train_split), 8):
+            clip.model(batch)
+        gram = torch.cat(seen).T @ torch.cat(seen) / len(torch.cat(seen))
+        grams.append(0.95 * gram + 0.05 * torch.diag(gram.diag()))
+        weights.append(load_file(tmp_path / task / "model.safetensors")[name].double())
+    want = torch.linalg.solve(sum(grams), sum(g @ w.T for g, w in zip(grams, weights, strict=True))).T
+    torch.testing.assert_close(got[name].double(), want, atol=1e-4, rtol=1e-4)
+    probe = "vision_model.head.probe"
+    both = [load_file(tmp_path / task / "model.safetensors")[probe] for task in "ab"]
+    torch.testing.assert_close(got[probe], (both[0] + both[1]) / 2)
