@@ -101,7 +101,7 @@ def bare(objective: Any, size: int) -> Callable[[int], None]:
 
 def measure(folder: Path, name: str, changes: list[str], steps: int, alone: bool) -> None:
     """Prints a line for each step: seconds of it, and of the bare passes."""
-    from mergecli.merging.learning.objective import entropy_objective
+    from mergecli.merging.learning.objective import tower_objective
     from mergecli.merging.learning.work import LearningWork
     from mergecli.merging.merge_target import MergeTarget
     from mergecli.merging.models import open_models
@@ -118,7 +118,7 @@ def measure(folder: Path, name: str, changes: list[str], steps: int, alone: bool
         method: Any = target.method
         work = LearningWork.of(models, method, recipe, {})
         begun = time.perf_counter()
-        objective = entropy_objective(work, method, {}, Ranks(), "cpu")
+        objective = tower_objective(work, method, {}, Ranks(), "cpu")
         tower = 4 * models.size / 1e9
         print(f"made ready in {time.perf_counter() - begun:.1f} s; a tower has {tower:.3f} GB")
         state = method.begin(objective)
