@@ -34,23 +34,13 @@ def continual(
     split: Annotated[
         str | None, typer.Option("--split", help="Another split than the task's own, such as train or validation.")
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", metavar="N", min=1, help="At most N images of each task, drawn evenly over the classes."),
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Images at a time.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[
-        str, typer.Option("--precision", metavar="DTYPE", help="Of the forward pass: float32, bfloat16 or float16.")
-    ] = "float32",
-    workers: Annotated[
-        int | None,
-        typer.Option("--workers", metavar="N", min=1, help="Processes that decode images. Default: one a processor, at most 8."),
-    ] = None,
-    cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Cache processed images and heads.")] = True,
-    cache_size: Annotated[
-        str | None, typer.Option("--cache-size", metavar="SIZE", help="Largest size of the cache, such as 20GB.")
-    ] = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    device: options.Device = "cpu",
+    dtype: options.Precision = "float32",
+    workers: options.Workers = None,
+    cache: options.Cache = True,
+    cache_size: options.CacheSize = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Count again what an earlier run has counted.")] = False,
     dry_run: options.DryRun = False,
     form: options.Format = None,

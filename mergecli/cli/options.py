@@ -55,6 +55,24 @@ Base = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only check everything and show what would be done; write nothing.")
 ]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images at a time.")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Cache processed images and heads.")]
+CacheSize = Annotated[
+    str | None, typer.Option("--cache-size", metavar="SIZE", help="Largest size of the cache, such as 20GB.")
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, help="At most N images of each task, drawn evenly over the classes."),
+]  # fmt: skip
+Precision = Annotated[
+    str,
+    typer.Option("--precision", metavar="DTYPE", help="Of the forward pass: float32, bfloat16 or float16."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", metavar="N", min=1, help="Processes that decode images. Default: one a processor, at most 8."),
+]  # fmt: skip
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .svg or .pdf file.")]
 
 

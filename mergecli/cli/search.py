@@ -59,18 +59,12 @@ def search(
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, help="Compare trials on at most N images of each task.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Images at a time.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[
-        str, typer.Option("--precision", metavar="DTYPE", help="Of the forward pass: float32, bfloat16 or float16.")
-    ] = "float32",
-    workers: Annotated[
-        int | None, typer.Option("--workers", metavar="N", min=1, help="Processes that decode images.")
-    ] = None,
-    cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Cache processed images and heads.")] = True,
-    cache_size: Annotated[
-        str | None, typer.Option("--cache-size", metavar="SIZE", help="Largest size of the cache, such as 20GB.")
-    ] = None,
+    batch_size: options.BatchSize = None,
+    device: options.Device = "cpu",
+    dtype: options.Precision = "float32",
+    workers: options.Workers = None,
+    cache: options.Cache = True,
+    cache_size: options.CacheSize = None,
     dry_run: options.DryRun = False,
     form: options.Format = None,
 ) -> None:  # fmt: skip

@@ -261,7 +261,13 @@ def foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]
             yield f"{each.path}: `{name}` is a task vector of another base ({origin}) than {base}"
 
 
-def cast(result: Tensor, dtype: str, name: str) -> Tensor:
+def cast(
+    result: Tensor,
+    dtype: str,
+    name: str,
+    what: str = "merged values",
+    cure: str = "use smaller settings, or `--set dtype=float32`",
+) -> Tensor:
     """The tensor in a safetensors dtype, on the CPU.
 
     Raises:
@@ -271,8 +277,5 @@ def cast(result: Tensor, dtype: str, name: str) -> Tensor:
 
     cast = result.to("cpu", getattr(torch, TORCH_NAMES[dtype]))
     if not math.isfinite(float(cast.sum(dtype=torch.float32))) and not bool(cast.isfinite().all()):
-        raise InputError(
-            f"`{name}`: the merged values do not fit {TORCH_NAMES[dtype]}",
-            "use smaller settings, or `--set dtype=float32`",
-        )
+        raise InputError(f"`{name}`: the {what} do not fit {TORCH_NAMES[dtype]}", cure)
     return cast

@@ -15,7 +15,7 @@ from mergecli.formats.opening import open_source
 from mergecli.formats.quantized import is_quantized, scheme_of, shared_path
 from mergecli.formats.quantizer import BITS, PER
 from mergecli.hub.fetched import expect_all
-from mergecli.merging.merge_target import foreign_vectors
+from mergecli.merging.merge_target import cast, foreign_vectors
 from mergecli.merging.models import Models, open_models
 from mergecli.merging.quantize import Describe, Loss, Quantization, quantize_mixture
 from mergecli.merging.rebase import Transport, write_moved
@@ -33,6 +33,8 @@ from mergecli.storage.sources import named_sources, parse_source
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mergecli.methods._base import Group
 
 
 def taskvector(
@@ -234,9 +236,7 @@ def _move(
     describe: Describe,
 ) -> None:
     """Writes the task vector of the first of two models as one of the second."""
-    import torch
-
-    name, kind = next(iter(models.tuned)), getattr(torch, dtype)
+    name = next(iter(models.tuned))
     layout = {key: (SAFETENSORS_NAMES[dtype], shape) for key, shape in models.shapes.items()}
 
     def metadata(digests: Mapping[str, str]) -> dict[str, str]:
@@ -246,7 +246,7 @@ def _move(
     unknown = dict.fromkeys(("base", name, transport.label), UNKNOWN_DIGEST)
     with SafetensorsWriter(path, layout, metadata(unknown)) as writer:
         before, after = write_moved(
-            models, transport, signs, lambda key, moved: writer.write(key, moved.to(kind))
+            models, transport, signs, lambda key, moved: writer.write(key, _fitting(moved, dtype, key))
         )
         digests = models.digests()
         writer.describe(metadata(digests))
@@ -284,13 +284,21 @@ def _summary(
 
 
 def _subtract(models: Models, dtype: str, path: Path, describe: Describe) -> None:
-    import torch
-
     (name,) = models.tuned
     layout = {key: (SAFETENSORS_NAMES[dtype], shape) for key, shape in models.shapes.items()}
     unknown = dict.fromkeys(("base", name), UNKNOWN_DIGEST)
     with SafetensorsWriter(path, layout, describe(name, unknown)) as writer:
-        kind = getattr(torch, dtype)
-        for _ in models.map(lambda start, group: writer.write(group.name, group.deltas[0].to(kind), start)):
+
+        def write(start: int, group: Group) -> None:
+            writer.write(group.name, _fitting(group.deltas[0], dtype, group.name), start)
+
+        for _ in models.map(write):
             pass
         writer.describe(describe(name, models.digests()))
+
+
+def _fitting(difference: Tensor, dtype: str, name: str) -> Tensor:
+    """The entries of a task vector in a dtype; raises InputError where one does not fit."""
+    return cast(
+        difference, SAFETENSORS_NAMES[dtype], name, "differences", "use `--dtype float32` or `bfloat16`"
+    )

@@ -219,3 +219,19 @@ def test_an_adapter_is_quantized_as_its_change_of_the_base(tmp_path: Path) -> No
     (path,) = taskvector(tmp_path / "lora", base="toy:base", output=tmp_path / "v.safetensors", quantize=8)
     with open_checkpoint(path) as checkpoint:
         assert 0 < float(checkpoint.metadata["error"]) < 0.02
+
+
+def test_differences_that_do_not_fit_a_dtype_are_refused_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"w": torch.zeros(2, 2)}, "base.safetensors")
+    save_file({"w": torch.full((2, 2), 1e5)}, "tuned.safetensors")
+    with pytest.raises(InputError) as caught:
+        taskvector("tuned.safetensors", base="base.safetensors", output="v.safetensors", dtype="float16")
+    assert (caught.value.message, caught.value.hint) == (
+        "`w`: the differences do not fit float16",
+        "use `--dtype float32` or `bfloat16`",
+    )
+    assert not Path("v.safetensors").exists()
+    taskvector("tuned.safetensors", base="base.safetensors", output="v.safetensors", dtype="bfloat16")
