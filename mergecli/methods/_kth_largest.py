@@ -2,7 +2,8 @@
 
 To sort all entries, all task vectors would have to be in memory. Instead, a bracket is put around each value that is
 sought, and a pass counts what lies above it and keeps what lies inside. Of values that equal an end of the bracket only
-the number is kept: the entries of half-precision models are so coarse that a fifth of them may be equal.
+the number is kept: the entries of half-precision models are so coarse that a fifth of them may be equal. Where many others
+are equal, as in quantized task vectors, each is kept once, with how often it occurs.
 """
 
 from __future__ import annotations
@@ -116,29 +117,27 @@ def _sampled_brackets(
 ) -> list[list[Bracket]]:
     """For each rank and task, from a value a little below the one sought to one a little above it, from a sample."""
     import numpy as np
-    import torch
 
-    pieces = list(groups.map(lambda group: _rows(values(group)).clone(), SAMPLE))
-    sample = torch.cat(pieces, dim=1).cpu().numpy()  # (T, entries / SAMPLE)
-    size = sample.shape[1]
+    sample: list[Tally] = []  # of each task, entries / SAMPLE values
+    for parts in groups.map(lambda group: [*map(packed, _rows(values(group)).cpu().numpy())], SAMPLE):
+        sample = sample or [Tally() for _ in parts]
+        for tally, part in zip(sample, parts, strict=True):
+            tally.add(part)
+    size = sample[0].size
     slack = margin + 2 / max(size, 1)  # two entries more, for samples so small that the margin is none
     indices = [
         size - 1 - int(share * size)
         for rank in ranks
         for share in (rank.density + slack, rank.density - slack)
     ]
-    if known := sorted({index for index in indices if 0 <= index < size}):
-        sample.partition(known, axis=1)
-
-    def at(index: int) -> list[float]:
-        if 0 <= index < size:
-            return sample[:, index].tolist()
-        return [-np.inf if index < 0 else np.inf] * len(sample)
-
-    return [
-        [Bracket(*ends) for ends in zip(at(low), at(high), strict=True)]
-        for low, high in zip(indices[::2], indices[1::2], strict=True)
-    ]
+    known = sorted({index for index in indices if 0 <= index < size})
+    found: list[list[Bracket]] = []  # of each task
+    for tally in sample:
+        every = tally.values()
+        every.partition(known)
+        ends = [float(every[i]) if 0 <= i < size else -np.inf if i < 0 else np.inf for i in indices]
+        found.append([Bracket(*pair) for pair in zip(ends[::2], ends[1::2], strict=True)])
+    return [[task[number] for task in found] for number in range(len(ranks))]
 
 
 def _rows(values: Tensor) -> Tensor:
@@ -172,6 +171,60 @@ def _bin_of(counts: NDArray[int32], k: int) -> Bracket:
     return Bracket(*ends.tolist())
 
 
+class Packed(NamedTuple):
+    """Float32 values as bytes, and int32 how often each occurs; the latter empty where every one stands by itself."""
+
+    values: bytes
+    counts: bytes = b""
+
+
+def packed(values: NDArray[float32]) -> Packed:
+    """(n,) values in as few bytes as they take."""
+    import numpy as np
+
+    ordered = np.sort(values)
+    last = np.flatnonzero(ordered[1:] != ordered[:-1])
+    if not 0 < 2 * (len(last) + 1) < len(values):
+        return Packed(values.tobytes())
+    last = np.append(last, len(values) - 1)
+    return Packed(ordered[last].tobytes(), np.diff(last, prepend=-1).astype(np.int32).tobytes())
+
+
+@dataclass
+class Tally:
+    """Many values, added a few at a time.
+
+    Many small arrays in place of three long ones would keep the allocator from using again the memory that lies between them.
+    """
+
+    alone: bytearray = field(default_factory=bytearray)
+    distinct: bytearray = field(default_factory=bytearray)
+    counts: bytearray = field(default_factory=bytearray)
+    size: int = 0
+    """How many values there are."""
+
+    def add(self, some: Packed) -> None:
+        import numpy as np
+
+        if some.counts:
+            self.distinct += some.values
+            self.counts += some.counts
+            self.size += int(np.frombuffer(some.counts, np.int32).sum())
+        else:
+            self.alone += some.values
+            self.size += len(some.values) // 4
+
+    def values(self) -> NDArray[float32]:
+        """(size,) all of them; may be put in another order."""
+        import numpy as np
+
+        alone = np.frombuffer(self.alone, np.float32)
+        if not self.counts:
+            return alone
+        several = np.repeat(np.frombuffer(self.distinct, np.float32), np.frombuffer(self.counts, np.int32))
+        return np.concatenate([alone, several]) if len(alone) else several
+
+
 @dataclass
 class Near:
     """What is known of a task's values about a bracket."""
@@ -181,30 +234,30 @@ class Near:
     at_high: int = 0
     at_low: int = 0
     """0 where the bracket is one value."""
-    between: bytearray = field(default_factory=bytearray)
-    """The values between its ends, float32. Many small arrays in place of one would keep the allocator from using again
-    the memory that lies between them."""
+    between: Tally = field(default_factory=Tally)
+    """The values between its ends."""
 
-    def add(self, above: int, at_high: int, at_low: int, between: NDArray[float32]) -> None:
+    def add(self, above: int, at_high: int, at_low: int, between: Packed) -> None:
         self.above += above
         self.at_high += at_high
         self.at_low += at_low
-        self.between += between.tobytes()
+        self.between.add(between)
 
     def largest(self, k: int) -> float | None:
         """The k-th largest value, None if it does not lie in the bracket; infinity where k is 0."""
         import numpy as np
 
-        between = np.frombuffer(self.between, dtype=np.float32)
+        between = self.between.size
         below_high = k - self.above - self.at_high
         if k == 0:
             return np.inf
         if below_high <= 0:
             return self.bracket.high if k > self.above else None
-        if below_high <= len(between):
-            place = len(between) - below_high
-            return float(np.partition(between, place)[place])
-        return self.bracket.low if below_high <= len(between) + self.at_low else None
+        if below_high <= between:
+            values, place = self.between.values(), between - below_high
+            values.partition(place)
+            return float(values[place])
+        return self.bracket.low if below_high <= between + self.at_low else None
 
 
 def _counted(
@@ -213,7 +266,7 @@ def _counted(
     """For each tensor that has brackets of its own, or "" for the whole model: its number of entries, and what lies
     about the bracket of each rank and task."""
 
-    def look(group: Group) -> tuple[str, int, list[list[tuple[int, int, int, NDArray[float32]]]]]:
+    def look(group: Group) -> tuple[str, int, list[list[tuple[int, int, int, Packed]]]]:
         rows = _rows(values(group))
         name = group.name if group.name in brackets else ""
         return (
@@ -233,7 +286,7 @@ def _counted(
         yield name, entries, result
 
 
-def _near(row: Tensor, bracket: Bracket) -> tuple[int, int, int, NDArray[float32]]:
+def _near(row: Tensor, bracket: Bracket) -> tuple[int, int, int, Packed]:
     """How many (n,) values lie above a bracket, equal its high end and its low end, and those between.
 
     By NumPy, whose comparisons and counts of booleans are several times as fast as torch's on a CPU.
@@ -249,7 +302,7 @@ def _near(row: Tensor, bracket: Bracket) -> tuple[int, int, int, NDArray[float32
     at_low = (near == low) & ~at_high
     between = near[~(at_high | at_low)]
     above, high_ones, low_ones = (int(np.count_nonzero(each)) for each in (over, at_high, at_low))
-    return above, high_ones, low_ones, between
+    return above, high_ones, low_ones, packed(between)
 
 
 def keep_largest(deltas: Tensor, thresholds: Tensor) -> Tensor:
