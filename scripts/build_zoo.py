@@ -48,7 +48,7 @@ AIM = 0.48
 """The accuracy on plain images at which the base is held."""
 CHECK_EVERY = 100
 """Steps between checkpoints, before each of which the views are set by validation images."""
-SET_FROM = 2000
+SET_FROM = 1500
 """The step from which the views are set."""
 WRONG, COARSE = 0.08, 0.08
 """Shares of captions that name another class of the task, or the task alone."""
@@ -287,8 +287,8 @@ class Captions:
             for names in SUBJECTS[task].classes
         ]
         self.coarse = [SUBJECTS[task].coarse for task in tasks]
-        starts = np.cumsum([0, *(len(SUBJECTS[task].classes) for task in tasks)])
-        self.span = [range(int(first), int(last)) for first, last in itertools.pairwise(starts)]
+        starts = itertools.accumulate((len(SUBJECTS[task].classes) for task in tasks), initial=0)
+        self.span = [range(first, last) for first, last in itertools.pairwise(starts)]
 
     def every(self) -> list[str]:
         return [caption for each in self.by_class for caption in each] + self.coarse
@@ -311,7 +311,7 @@ class Captions:
 
 def new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     """A CLIP of 4.8 M parameters in its tower and 0.5 M in its text half, with random weights."""
-    start, end = tokenizer.convert_tokens_to_ids([START, END])
+    start, end = (int(tokenizer.get_vocab()[each]) for each in (START, END))
     text = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         hidden_act="gelu", max_position_embeddings=POSITIONS, projection_dim=128, bos_token_id=start, eos_token_id=end,
