@@ -241,17 +241,17 @@ def varied(
     def amount(name: str) -> Tensor:
         return torch.tensor([float(getattr(view, name)) for view in views])[task] * far
 
-    far = strength[task] + uniform(0, 0.35)
+    far = strength[task] + uniform(0, 0.25)
     shown = images.float() / 255
     # where each pixel comes from
-    angle = torch.deg2rad(amount("turn") + uniform(-10, 10))
-    shear, size = amount("shear") + uniform(-0.1, 0.1), uniform(0.85, 1.15)
+    angle = torch.deg2rad(amount("turn") + uniform(-5, 5))
+    shear, size = amount("shear") + uniform(-0.04, 0.04), uniform(0.93, 1.07)
     mirror = torch.where(
         (torch.tensor([view.flips for view in views])[task]) & (uniform(0, 1) < 0.5), -1.0, 1.0
     )
     cos, sin = torch.cos(angle) * size, torch.sin(angle) * size
-    across = torch.stack([cos * mirror, shear * cos - sin, uniform(-0.12, 0.12)], 1)
-    down = torch.stack([sin * mirror, shear * sin + cos, uniform(-0.12, 0.12)], 1)
+    across = torch.stack([cos * mirror, shear * cos - sin, uniform(-0.06, 0.06)], 1)
+    down = torch.stack([sin * mirror, shear * sin + cos, uniform(-0.06, 0.06)], 1)
     grid = affine_grid(torch.stack([across, down], 1), [count, 3, SIZE, SIZE], align_corners=False)
     shown = grid_sample(shown, grid, padding_mode="border", align_corners=False)
     # colors: turned about the gray axis, channels inverted one after the other, light
@@ -263,15 +263,15 @@ def varied(
     shown = torch.einsum("bij,bjhw->bihw", colors, shown)
     inverted = (amount("negative")[:, None] * 3 + uniform(0, 1, 1)).floor() > torch.arange(3)
     shown = torch.where(inverted[:, :, None, None], 1 - shown, shown)
-    shown = (shown - 0.5) * uniform(0.75, 1.25, 1, 1, 1) + 0.5 + uniform(-0.12, 0.12, 1, 1, 1)
+    shown = (shown - 0.5) * uniform(0.85, 1.15, 1, 1, 1) + 0.5 + uniform(-0.06, 0.06, 1, 1, 1)
     # blurred, and another image shining through: a share of the images
     soft = avg_pool2d(pad(shown, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    shown = torch.where(uniform(0, 1, 1, 1, 1) < 0.15, soft, shown)
-    share = (amount("haze") + 0.25) * uniform(0, 1) * (uniform(0, 1) < 0.25)
+    shown = torch.where(uniform(0, 1, 1, 1, 1) < 0.08, soft, shown)
+    share = (amount("haze") + 0.25) * uniform(0, 1) * (uniform(0, 1) < 0.1)
     shown = torch.lerp(shown, shown.roll(1, 0), share[:, None, None, None])
     # cut out
     middle = torch.stack([uniform(0, SIZE), uniform(0, SIZE)], 1)[:, :, None]
-    half = (uniform(2, 6) * (uniform(0, 1) < 0.3))[:, None, None]
+    half = (uniform(2, 6) * (uniform(0, 1) < 0.1))[:, None, None]
     inside = (torch.arange(SIZE) + 0.5 - middle).abs() < half  # (B, 2, 32)
     hole = (inside[:, 0, :, None] & inside[:, 1, None, :])[:, None]
     return shown.masked_fill(hole, 0.5).clamp(0, 1)
@@ -464,7 +464,7 @@ class Pretraining:
     def set_views(self) -> list[float]:
         """Moves each task's views away from the plain one if the base is too often right there, toward it if too rarely."""
         found = self.accuracies()
-        move = ((torch.tensor(found) - AIM) / 0.1).clamp(-1, 1) * 0.03
+        move = ((torch.tensor(found) - AIM) / 0.1).clamp(-1, 1) * 0.05
         if self.step >= SET_FROM:  # before, it knows little of anything
             self.strength = (self.strength + move).clamp(0, 1)
         return found
@@ -604,7 +604,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--task", action="append", dest="tasks", choices=[*SUBJECTS], help="only this task; may be repeated"
     )
-    parser.add_argument("--steps", type=int, default=6000, help="of the base")
+    parser.add_argument("--steps", type=int, default=6800, help="of the base")
     parser.add_argument("--batch-size", type=int, default=128, help="of the base")
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="of the base")
     parser.add_argument("--expert-steps", type=int, default=400)
