@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from mergecli.formats.quantizer import (
     BITS,
-    GROUP,
     PER,
     Per,
     Quantized,
@@ -225,9 +224,9 @@ class _Codes:
     steps: Callable[[], Steps]
 
     def read_block(self, start: int, stop: int, into: Tensor) -> None:
-        first, last = start // GROUP, -(-stop // GROUP)
-        packed = self.stored.read_entries(f"{self.name}.codes", first * self.bits, last * self.bits)
-        dequantize(packed, self.bits, first * GROUP, into, start, self.steps())
+        assert len(into) == stop - start
+        packed = partial(self.stored.read_entries, f"{self.name}.codes")
+        dequantize(packed, self.bits, into, start, self.steps())
 
 
 def _steps(stored: Checkpoint, scheme: Scheme, name: str) -> Steps:
