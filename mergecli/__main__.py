@@ -7,13 +7,14 @@ import signal
 import sys
 from contextlib import suppress
 
-from mergecli.runtime import interrupts
+from mergecli.runtime import interrupts, memory
 
 
 def main() -> None:
     """Runs the command line and ends the process with its exit status."""
     _open_closed_streams()
     interrupts.watch()
+    memory.start()
     from mergecli.cli import run, spinner
 
     spinner.start(sys.argv[1:])

@@ -104,6 +104,12 @@ class Group:
         base, rows = None if self._base is None else self._base.clone(), self._rows.clone()
         return self._of(self.name, base, rows, self._start, self.members)
 
+    def every(self, step: int) -> Group:
+        """One entry in `step`, as a flat group with tensors of its own."""
+        base = None if self._base is None else self._base.flatten()[::step]
+        rows = self._rows.flatten(1)[:, ::step].clone()
+        return self._of(self.name, base, rows, self._start, ())
+
     def of_rows(self, rows: Tensor, names: tuple[str, ...], *, are_deltas: bool) -> Group:
         """The same tensor of other models, whose (T, ...) rows are all of one kind."""
         kinds = (are_deltas,) * len(names)

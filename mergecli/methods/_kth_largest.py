@@ -10,23 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergecli.methods._base import Group, Groups
 
 if TYPE_CHECKING:
-    from numpy import float32, int32
+    from numpy import float32
     from numpy.typing import NDArray
     from torch import Tensor
 
 SAMPLE = 128
-"""One entry in so many is looked at to bracket the threshold."""
+"""One entry in so many is looked at to bracket the threshold of a whole model."""
 MARGIN = 0.004
-"""Half the width of the bracket, as a fraction of all entries: what falls inside is kept in memory."""
-BITS = 15
-"""The last bits of a magnitude, which all magnitudes of a bin may have: the bins' bounds are 1/256 apart."""
+"""Half the width of that bracket, as a fraction of all entries: what falls inside is kept in memory."""
+THIN = 31
+"""The same of a single tensor; no divisor of a row's length, so that all columns are met."""
+DEVIATIONS = 5
+"""Half the width of a tensor's bracket, in standard deviations of the share of a random sample that is larger."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +93,25 @@ def kth_largest_by_tensor(groups: Groups, kept: Sequence[Callable[[int], int]]) 
     Args:
         kept: of n entries, the k-th largest; 0 for infinity.
 
-    A sample of a tensor is too small to rely on: the brackets come from counts of all its magnitudes by their leading
-    bits, which cannot miss.
+    The first pass brackets each from a part of the tensor's entries, and the second counts. Where a bracket missed, which
+    about one model in a thousand has, a third pass counts all that lies on the right side of it.
     """
     import torch
 
-    brackets = {
-        name: [[_bin_of(each, k(int(each.sum()))) for each in bins] for k in kept]
-        for name, bins in _binned(groups)
-    }
     found: list[dict[str, Tensor]] = [{} for _ in kept]
-    for name, entries, counted in _counted(groups, brackets, _magnitudes):
-        for thresholds, k, tasks in zip(found, kept, counted, strict=True):
-            thresholds[name] = torch.tensor([near.largest(k(entries)) for near in tasks])
+    brackets = dict(_thinned_brackets(groups, kept))
+    while brackets:
+        missed: dict[str, list[list[Bracket]]] = {}
+        for name, entries, counted in _counted(groups, brackets, _magnitudes):
+            known = [
+                [near.sure(k(entries)) for near in tasks] for k, tasks in zip(kept, counted, strict=True)
+            ]
+            if any(each.low != each.high for tasks in known for each in tasks):
+                missed[name] = known
+            else:
+                for thresholds, tasks in zip(found, known, strict=True):
+                    thresholds[name] = torch.tensor([each.low for each in tasks])
+        brackets = missed
     return found
 
 
@@ -116,59 +123,67 @@ def _sampled_brackets(
     groups: Groups, ranks: Sequence[Rank], values: Callable[[Group], Tensor], margin: float
 ) -> list[list[Bracket]]:
     """For each rank and task, from a value a little below the one sought to one a little above it, from a sample."""
+    sample: list[Tally] = []
+    for parts in groups.map(lambda group: _packed_rows(values(group)), SAMPLE):
+        sample = _added(sample, parts)
+    return _brackets(sample, [(rank.density, margin) for rank in ranks])
+
+
+def _thinned_brackets(
+    groups: Groups, kept: Sequence[Callable[[int], int]]
+) -> Iterator[tuple[str, list[list[Bracket]]]]:
+    """For each tensor: the brackets of each k and task, from some of its entries."""
+
+    def look(group: Group) -> tuple[str, int, list[Packed]]:
+        return group.name, group.shape.numel(), _packed_rows(_magnitudes(group.every(THIN)))
+
+    for name, parts in groupby(groups.map(look), key=lambda part: part[0]):
+        sample, entries = list[Tally](), 0
+        for _, size, packed_rows in parts:
+            sample, entries = _added(sample, packed_rows), entries + size
+        shares = [k(entries) / max(entries, 1) for k in kept]
+        deviation = DEVIATIONS / max(sample[0].size, 1) ** 0.5
+        yield name, _brackets(sample, [(share, deviation * (share * (1 - share)) ** 0.5) for share in shares])
+
+
+def _packed_rows(values: Tensor) -> list[Packed]:
+    return [packed(row) for row in _rows(values).cpu().numpy()]
+
+
+def _added(sample: list[Tally], parts: Sequence[Packed]) -> list[Tally]:
+    """The sample of each task with its part; a new one where it is empty."""
+    sample = sample or [Tally() for _ in parts]
+    for tally, part in zip(sample, parts, strict=True):
+        tally.add(part)
+    return sample
+
+
+def _brackets(sample: Sequence[Tally], wanted: Sequence[tuple[float, float]]) -> list[list[Bracket]]:
+    """For each (share, margin) and each task's sample: the values of which the share plus the margin and the share less the
+    margin are as large or larger."""
     import numpy as np
 
-    sample: list[Tally] = []  # of each task, entries / SAMPLE values
-    for parts in groups.map(lambda group: [*map(packed, _rows(values(group)).cpu().numpy())], SAMPLE):
-        sample = sample or [Tally() for _ in parts]
-        for tally, part in zip(sample, parts, strict=True):
-            tally.add(part)
     size = sample[0].size
-    slack = margin + 2 / max(size, 1)  # two entries more, for samples so small that the margin is none
     indices = [
-        size - 1 - int(share * size)
-        for rank in ranks
-        for share in (rank.density + slack, rank.density - slack)
+        size - 1 - int(end * size)
+        for share, margin in wanted
+        # two entries more, for samples so small that the margin is none
+        for end in (share + margin + 2 / max(size, 1), share - margin - 2 / max(size, 1))
     ]
     known = sorted({index for index in indices if 0 <= index < size})
     found: list[list[Bracket]] = []  # of each task
     for tally in sample:
         every = tally.values()
-        every.partition(known)
+        if known:
+            every.partition(known)
         ends = [float(every[i]) if 0 <= i < size else -np.inf if i < 0 else np.inf for i in indices]
         found.append([Bracket(*pair) for pair in zip(ends[::2], ends[1::2], strict=True)])
-    return [[task[number] for task in found] for number in range(len(ranks))]
+    return [[task[number] for task in found] for number in range(len(wanted))]
 
 
 def _rows(values: Tensor) -> Tensor:
     """(T, n) the entries of (T, ...) values."""
     return values.reshape(len(values), -1)
-
-
-def _binned(groups: Groups) -> Iterator[tuple[str, NDArray[int32]]]:
-    """For each tensor: (T, bins) how many magnitudes have the same leading bits, the smallest magnitudes first."""
-    import numpy as np
-
-    bins = 1 << (31 - BITS)
-
-    def look(group: Group) -> tuple[str, NDArray[int32]]:
-        rows = _magnitudes(group).reshape(group.tasks, -1).cpu().numpy().view(np.int32)
-        rows >>= BITS  # the bits of floats that are not negative order as the floats do
-        return group.name, np.stack([np.bincount(row, minlength=bins) for row in rows]).astype(np.int32)
-
-    for name, parts in groupby(groups.map(look), key=lambda part: part[0]):
-        yield name, reduce(np.add, (counts for _, counts in parts))
-
-
-def _bin_of(counts: NDArray[int32], k: int) -> Bracket:
-    """The bin with the k-th largest magnitude, of (bins,) counts."""
-    import numpy as np
-
-    if k == 0:
-        return Bracket(np.inf, np.inf)
-    number = len(counts) - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), k))
-    ends = np.array([number << BITS, (number + 1 << BITS) - 1], dtype=np.int32).view(np.float32)
-    return Bracket(*ends.tolist())
 
 
 class Packed(NamedTuple):
@@ -259,23 +274,34 @@ class Near:
             return float(values[place])
         return self.bracket.low if below_high <= between + self.at_low else None
 
+    def sure(self, k: int) -> Bracket:
+        """Where the k-th largest value lies: at one value, or on one side of the bracket that missed it."""
+        import numpy as np
+
+        if (value := self.largest(k)) is not None:
+            return Bracket(value, value)
+        return Bracket(self.bracket.high, np.inf) if k <= self.above else Bracket(-np.inf, self.bracket.low)
+
 
 def _counted(
     groups: Groups, brackets: Mapping[str, list[list[Bracket]]], values: Callable[[Group], Tensor]
 ) -> Iterator[tuple[str, int, list[list[Near]]]]:
     """For each tensor that has brackets of its own, or "" for the whole model: its number of entries, and what lies
-    about the bracket of each rank and task."""
+    about the bracket of each rank and task. Tensors without any are passed over."""
+    whole = "" in brackets
 
-    def look(group: Group) -> tuple[str, int, list[list[tuple[int, int, int, Packed]]]]:
+    def look(group: Group) -> tuple[str, int, list[list[tuple[int, int, int, Packed]]]] | None:
+        name = "" if whole else group.name
+        if name not in brackets:
+            return None
         rows = _rows(values(group))
-        name = group.name if group.name in brackets else ""
         return (
             name,
             rows.shape[1],
             [[_near(*pair) for pair in zip(rows, tasks, strict=True)] for tasks in brackets[name]],
         )
 
-    for name, parts in groupby(groups.map(look), key=lambda part: part[0]):
+    for name, parts in groupby(filter(None, groups.map(look)), key=lambda part: part[0]):
         result = [[Near(bracket) for bracket in tasks] for tasks in brackets[name]]
         entries = 0
         for _, count, counted in parts:

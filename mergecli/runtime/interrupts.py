@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from mergecli.runtime import memory
+
 received = 0
 """The number of the signal that asked the program to end: Ctrl-C, or one of `ENDING`; 0 as long as there is none."""
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -49,7 +51,8 @@ def ignore() -> None:
 
 
 def check() -> None:
-    """Raises again what a signal has raised, if a library swallowed it; for long loops."""
+    """Raises again what a signal has raised, if a library swallowed it; for long loops. With the first one the start is over."""
+    memory.started()
     if received == signal.SIGINT:
         raise KeyboardInterrupt
     if received:

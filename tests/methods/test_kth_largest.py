@@ -160,6 +160,22 @@ def test_of_many_that_tie_only_the_number_is_kept(monkeypatch: pytest.MonkeyPatc
         assert sum(kept) < 0.02 * deltas.numel()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.2, 0.99, 1.0])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_threshold_of_a_tensor_is_exact_although_its_sample_misleads(share: float, scale: float) -> None:
+    """Just the entries that are looked at have another scale, so that brackets lie above or below what is sought."""
+    deltas = torch.rand(2, 20_000, generator=torch.Generator().manual_seed(0)) + 1
+    for start in range(0, 20_000, 1000):
+        deltas[:, start : start + 1000 : _kth_largest.THIN] *= scale
+    rest = torch.arange(40.0).view(2, 20)  # a small tensor, of which all is kept
+    (found,) = kth_largest_by_tensor(InBlocks({"a": deltas, "b": rest}), [lambda n: int(share * n)])
+    for name, rows in (("a", deltas), ("b", rest)):
+        k = int(share * rows.shape[1])
+        ordered = rows.sort(dim=1, descending=True).values
+        want = ordered[:, k - 1] if k else torch.full((2,), torch.inf)
+        assert found[name].equal(want)
+
+
 def test_values_that_are_equal_are_kept_once_with_their_number() -> None:
     several, alone = torch.tensor([3.0, 1.0, 3.0, 3.0, 1.0]).numpy(), torch.tensor([5.0, 2.0, 4.0]).numpy()
     tally = Tally()
