@@ -12,12 +12,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergecli.formats.quantizer import (
     BITS,
-    GROUP,
     PER,
     Per,
     Quantized,
@@ -48,6 +47,8 @@ SMALLEST = 4096
 
 KEPT = 4
 """Tensors whose steps are kept in memory: those that several threads read at one time."""
+
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 _HINT = (
     "it is damaged, or was written by a later version: make it again with `mergecli taskvector --quantize`"
@@ -225,9 +226,9 @@ class _Codes:
     steps: Callable[[], Steps]
 
     def read_block(self, start: int, stop: int, into: Tensor) -> None:
-        first, last = start // GROUP, -(-stop // GROUP)
-        packed = self.stored.read_entries(f"{self.name}.codes", first * self.bits, last * self.bits)
-        dequantize(packed, self.bits, first * GROUP, into, start, self.steps())
+        assert len(into) == stop - start
+        packed = partial(self.stored.read_entries, f"{self.name}.codes")
+        dequantize(packed, self.bits, into, start, self.steps())
 
 
 def _steps(stored: Checkpoint, scheme: Scheme, name: str) -> Steps:
@@ -314,6 +315,6 @@ def quantized_models(metadata: Mapping[str, str]) -> str:
         return ""
 
 
-def shared_path(folder: Path) -> Path:
+def shared_path(folder: AnyPath) -> AnyPath:
     """Where the shared file of the residual task vectors of a folder lies: not among them, since it is no model."""
     return folder / "shared" / "mean.safetensors"

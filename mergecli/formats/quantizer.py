@@ -13,7 +13,7 @@ No entry is further than D / 2 from its value, and 0 stays 0. A constant is one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -32,6 +32,10 @@ PER: tuple[Per, ...] = ("row", "tensor")
 
 GROUP = 8
 """Codes that are packed together, into as many bytes as a code has bits: the first in the lowest bits."""
+
+
+PIECE = 1 << 16
+"""Codes that are read and unpacked at a time, so that what that needs is small beside a block of entries; whole groups."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +93,18 @@ class Steps:
         return cls(scale[:, None], zero.float()[:, None], max(entries // max(len(scale), 1), 1))
 
 
-def dequantize(packed: Tensor, bits: int, first: int, into: Tensor, start: int, steps: Steps) -> None:
+def dequantize(read: Callable[[int, int], Tensor], bits: int, into: Tensor, start: int, steps: Steps) -> None:
     """Values of packed codes.
 
     Args:
-        packed: whole groups of codes, from entry `first` of the flattened tensor on.
-        into: (n,) float32, for the values from entry `start` on.
+        read: `read(first, last)` gives these bytes of the packed tensor.
+        into: (n,) float32, for the values from entry `start` of the flattened tensor on.
     """
     stop, row = start + len(into), steps.row
-    into.copy_(unpack(packed, bits)[start - first : stop - first])
+    for at in range(start // GROUP * GROUP, stop, PIECE):
+        first, last = max(at, start), min(at + PIECE, stop)
+        codes = unpack(read(at // GROUP * bits, -(-last // GROUP) * bits), bits)
+        into[first - start : last - start].copy_(codes[first - at : last - at])
     for low, high in _within_rows(start, stop, row):
         part = into[low - start : high - start].view(-1, min(row, high - low))
         of = slice(low // row, low // row + len(part))

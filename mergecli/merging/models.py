@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import threading
 from collections import deque
@@ -149,7 +150,10 @@ class Models:
                 # Sums that torch splits among its threads round by how many there are: the bytes of a merge must not
                 # depend on the number of processors. Blocks run in parallel anyway.
                 torch.set_num_threads(1)
-                local.buffer = torch.empty(width * widest)
+                # Memory of its own, which goes back to the system with the thread. What the allocator got back of this size
+                # would make it keep all that is freed later.
+                own = mmap.mmap(-1, 4 * max(1, width * widest), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                local.buffer = torch.frombuffer(own, dtype=torch.float32)
             rows = self._read(piece, local.buffer)
             if self.device != "cpu":
                 rows = rows.to(self.device)

@@ -2,7 +2,8 @@
 
 To sort all entries, all task vectors would have to be in memory. Instead, a bracket is put around each value that is
 sought, and a pass counts what lies above it and keeps what lies inside. Of values that equal an end of the bracket only
-the number is kept: the entries of half-precision models are so coarse that a fifth of them may be equal.
+the number is kept: the entries of half-precision models are so coarse that a fifth of them may be equal. Where many others
+are equal, as in quantized task vectors, each is kept once, with how often it occurs.
 """
 
 from __future__ import annotations
@@ -122,59 +123,121 @@ def _sampled_brackets(
     groups: Groups, ranks: Sequence[Rank], values: Callable[[Group], Tensor], margin: float
 ) -> list[list[Bracket]]:
     """For each rank and task, from a value a little below the one sought to one a little above it, from a sample."""
-    import torch
-
-    pieces = list(groups.map(lambda group: _rows(values(group)).clone(), SAMPLE))
-    return _brackets(torch.cat(pieces, dim=1), [(rank.density, margin) for rank in ranks])
+    sample: list[Tally] = []
+    for parts in groups.map(lambda group: _packed_rows(values(group)), SAMPLE):
+        sample = _added(sample, parts)
+    return _brackets(sample, [(rank.density, margin) for rank in ranks])
 
 
 def _thinned_brackets(
     groups: Groups, kept: Sequence[Callable[[int], int]]
 ) -> Iterator[tuple[str, list[list[Bracket]]]]:
     """For each tensor: the brackets of each k and task, from some of its entries."""
-    import torch
 
-    def look(group: Group) -> tuple[str, int, Tensor]:
-        return group.name, group.shape.numel(), _rows(_magnitudes(group.every(THIN)))
+    def look(group: Group) -> tuple[str, int, list[Packed]]:
+        return group.name, group.shape.numel(), _packed_rows(_magnitudes(group.every(THIN)))
 
     for name, parts in groupby(groups.map(look), key=lambda part: part[0]):
-        _, sizes, samples = zip(*parts, strict=True)
-        sample, entries = torch.cat(samples, dim=1), sum(sizes)
+        sample, entries = list[Tally](), 0
+        for _, size, packed_rows in parts:
+            sample, entries = _added(sample, packed_rows), entries + size
         shares = [k(entries) / max(entries, 1) for k in kept]
-        deviation = DEVIATIONS / max(sample.shape[1], 1) ** 0.5
+        deviation = DEVIATIONS / max(sample[0].size, 1) ** 0.5
         yield name, _brackets(sample, [(share, deviation * (share * (1 - share)) ** 0.5) for share in shares])
 
 
-def _brackets(sample: Tensor, wanted: Sequence[tuple[float, float]]) -> list[list[Bracket]]:
-    """For each (share, margin) and each of (T, n) sampled tasks: the values of which the share plus the margin and the share
-    less the margin are as large or larger."""
+def _packed_rows(values: Tensor) -> list[Packed]:
+    return [packed(row) for row in _rows(values).cpu().numpy()]
+
+
+def _added(sample: list[Tally], parts: Sequence[Packed]) -> list[Tally]:
+    """The sample of each task with its part; a new one where it is empty."""
+    sample = sample or [Tally() for _ in parts]
+    for tally, part in zip(sample, parts, strict=True):
+        tally.add(part)
+    return sample
+
+
+def _brackets(sample: Sequence[Tally], wanted: Sequence[tuple[float, float]]) -> list[list[Bracket]]:
+    """For each (share, margin) and each task's sample: the values of which the share plus the margin and the share less the
+    margin are as large or larger."""
     import numpy as np
 
-    values = sample.cpu().numpy()
-    size = values.shape[1]
+    size = sample[0].size
     indices = [
         size - 1 - int(end * size)
         for share, margin in wanted
         # two entries more, for samples so small that the margin is none
         for end in (share + margin + 2 / max(size, 1), share - margin - 2 / max(size, 1))
     ]
-    if known := sorted({index for index in indices if 0 <= index < size}):
-        values.partition(known, axis=1)
-
-    def at(index: int) -> list[float]:
-        if 0 <= index < size:
-            return values[:, index].tolist()
-        return [-np.inf if index < 0 else np.inf] * len(values)
-
-    return [
-        [Bracket(*ends) for ends in zip(at(low), at(high), strict=True)]
-        for low, high in zip(indices[::2], indices[1::2], strict=True)
-    ]
+    known = sorted({index for index in indices if 0 <= index < size})
+    found: list[list[Bracket]] = []  # of each task
+    for tally in sample:
+        every = tally.values()
+        if known:
+            every.partition(known)
+        ends = [float(every[i]) if 0 <= i < size else -np.inf if i < 0 else np.inf for i in indices]
+        found.append([Bracket(*pair) for pair in zip(ends[::2], ends[1::2], strict=True)])
+    return [[task[number] for task in found] for number in range(len(wanted))]
 
 
 def _rows(values: Tensor) -> Tensor:
     """(T, n) the entries of (T, ...) values."""
     return values.reshape(len(values), -1)
+
+
+class Packed(NamedTuple):
+    """Float32 values as bytes, and int32 how often each occurs; the latter empty where every one stands by itself."""
+
+    values: bytes
+    counts: bytes = b""
+
+
+def packed(values: NDArray[float32]) -> Packed:
+    """(n,) values in as few bytes as they take."""
+    import numpy as np
+
+    ordered = np.sort(values)
+    last = np.flatnonzero(ordered[1:] != ordered[:-1])
+    if not 0 < 2 * (len(last) + 1) < len(values):
+        return Packed(values.tobytes())
+    last = np.append(last, len(values) - 1)
+    return Packed(ordered[last].tobytes(), np.diff(last, prepend=-1).astype(np.int32).tobytes())
+
+
+@dataclass
+class Tally:
+    """Many values, added a few at a time.
+
+    Many small arrays in place of three long ones would keep the allocator from using again the memory that lies between them.
+    """
+
+    alone: bytearray = field(default_factory=bytearray)
+    distinct: bytearray = field(default_factory=bytearray)
+    counts: bytearray = field(default_factory=bytearray)
+    size: int = 0
+    """How many values there are."""
+
+    def add(self, some: Packed) -> None:
+        import numpy as np
+
+        if some.counts:
+            self.distinct += some.values
+            self.counts += some.counts
+            self.size += int(np.frombuffer(some.counts, np.int32).sum())
+        else:
+            self.alone += some.values
+            self.size += len(some.values) // 4
+
+    def values(self) -> NDArray[float32]:
+        """(size,) all of them; may be put in another order."""
+        import numpy as np
+
+        alone = np.frombuffer(self.alone, np.float32)
+        if not self.counts:
+            return alone
+        several = np.repeat(np.frombuffer(self.distinct, np.float32), np.frombuffer(self.counts, np.int32))
+        return np.concatenate([alone, several]) if len(alone) else several
 
 
 @dataclass
@@ -186,30 +249,30 @@ class Near:
     at_high: int = 0
     at_low: int = 0
     """0 where the bracket is one value."""
-    between: bytearray = field(default_factory=bytearray)
-    """The values between its ends, float32. Many small arrays in place of one would keep the allocator from using again
-    the memory that lies between them."""
+    between: Tally = field(default_factory=Tally)
+    """The values between its ends."""
 
-    def add(self, above: int, at_high: int, at_low: int, between: NDArray[float32]) -> None:
+    def add(self, above: int, at_high: int, at_low: int, between: Packed) -> None:
         self.above += above
         self.at_high += at_high
         self.at_low += at_low
-        self.between += between.tobytes()
+        self.between.add(between)
 
     def largest(self, k: int) -> float | None:
         """The k-th largest value, None if it does not lie in the bracket; infinity where k is 0."""
         import numpy as np
 
-        between = np.frombuffer(self.between, dtype=np.float32)
+        between = self.between.size
         below_high = k - self.above - self.at_high
         if k == 0:
             return np.inf
         if below_high <= 0:
             return self.bracket.high if k > self.above else None
-        if below_high <= len(between):
-            place = len(between) - below_high
-            return float(np.partition(between, place)[place])
-        return self.bracket.low if below_high <= len(between) + self.at_low else None
+        if below_high <= between:
+            values, place = self.between.values(), between - below_high
+            values.partition(place)
+            return float(values[place])
+        return self.bracket.low if below_high <= between + self.at_low else None
 
     def sure(self, k: int) -> Bracket:
         """Where the k-th largest value lies: at one value, or on one side of the bracket that missed it."""
@@ -227,7 +290,7 @@ def _counted(
     about the bracket of each rank and task. Tensors without any are passed over."""
     whole = "" in brackets
 
-    def look(group: Group) -> tuple[str, int, list[list[tuple[int, int, int, NDArray[float32]]]]] | None:
+    def look(group: Group) -> tuple[str, int, list[list[tuple[int, int, int, Packed]]]] | None:
         name = "" if whole else group.name
         if name not in brackets:
             return None
@@ -249,7 +312,7 @@ def _counted(
         yield name, entries, result
 
 
-def _near(row: Tensor, bracket: Bracket) -> tuple[int, int, int, NDArray[float32]]:
+def _near(row: Tensor, bracket: Bracket) -> tuple[int, int, int, Packed]:
     """How many (n,) values lie above a bracket, equal its high end and its low end, and those between.
 
     By NumPy, whose comparisons and counts of booleans are several times as fast as torch's on a CPU.
@@ -265,7 +328,7 @@ def _near(row: Tensor, bracket: Bracket) -> tuple[int, int, int, NDArray[float32
     at_low = (near == low) & ~at_high
     between = near[~(at_high | at_low)]
     above, high_ones, low_ones = (int(np.count_nonzero(each)) for each in (over, at_high, at_low))
-    return above, high_ones, low_ones, between
+    return above, high_ones, low_ones, packed(between)
 
 
 def keep_largest(deltas: Tensor, thresholds: Tensor) -> Tensor:

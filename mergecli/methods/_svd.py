@@ -36,17 +36,23 @@ def decompose(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, 
     Why this way: the eigenvalues of the smaller Gram matrix in float64 give the float32 matrix's singular values to
     about 1e-10 of the largest, more closely than a full float32 decomposition and in a third of its time.
     """
+    tall = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
+    values, inner = right_vectors(tall, rank)
+    outer = (tall @ inner).mul_(inverse(values))
+    left, right = (outer, inner) if matrix.shape[0] >= matrix.shape[1] else (inner, outer)
+    return left, values, right
+
+
+def right_vectors(tall: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """(k,) and (I, k) singular values and right vectors of a float64 (O, I) matrix with O >= I, as of `decompose`. The left
+    vectors are the matrix times the right ones, each divided by its singular value."""
     import torch
 
-    tall = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
     squares, vectors = torch.linalg.eigh(gram(tall))
     k = min(len(squares), len(squares) if rank is None else rank)
     values = squares.flip(0)[:k].clamp_(min=0).sqrt_()
     values = values.masked_fill_(values <= NEGLIGIBLE * values[:1], 0)
-    inner = vectors.flip(1)[:, :k] * (values > 0)
-    outer = (tall @ inner).mul_(inverse(values))
-    left, right = (outer, inner) if matrix.shape[0] >= matrix.shape[1] else (inner, outer)
-    return left, values, right
+    return values, vectors.flip(1)[:, :k] * (values > 0)
 
 
 def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ class Dop(Continual, PerTensor):
     kind: ClassVar[str] = "continual"
     also_called: ClassVar[Mapping[str, str]] = {"dual_projections": "", "continual_dop": ""}
     work: ClassVar[str] = (
-        "`steps` times four products of matrices for each matrix and model: on a processor half an hour a model"
+        "`steps` times four products of matrices for each matrix and model: of a ViT-B/32 140 TFLOP, on two cores a quarter of an hour"
     )
     elementwise: ClassVar[bool] = False
     remembers: ClassVar[Remembered] = "weights"
@@ -84,7 +84,7 @@ class Dop(Continual, PerTensor):
             slopes = [pull(each) for pull, each in zip(pulls, apart, strict=True)]
             if self.balance == "min_norm":
                 # a quadratic form is half the product of its argument and its gradient
-                losses = [float((slope * each).sum()) / 2 for slope, each in zip(slopes, apart, strict=True)]
+                losses = [_dot(slope, each) / 2 for slope, each in zip(slopes, apart, strict=True)]
                 share = self.smoothing * share + (1 - self.smoothing) * _shortest(slopes, losses)
             return slopes[0].mul_(share).add_(slopes[1], alpha=1 - share)
 
@@ -112,10 +112,16 @@ def _times(factor: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _shortest(slopes: list[Tensor], losses: list[float]) -> float:
     """The share of the first of two gradients in the shortest sum of them, each divided by its loss, as the authors bound it."""
-    first, second = (slope / loss if loss > 0 else slope for slope, loss in zip(slopes, losses, strict=True))
-    one, both, other = (float((a * b).sum()) for a, b in ((first, first), (first, second), (second, second)))
+    (first, second), (by, other_by) = slopes, [loss if loss > 0 else 1.0 for loss in losses]
+    one, both = _dot(first, first) / by**2, _dot(first, second) / (by * other_by)
+    other = _dot(second, second) / other_by**2
     if both >= one:
         return 0.999
     if both >= other:
         return 0.001
     return (other - both) / (one + other - 2 * both)
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    """The sum of all products of two tensors' entries, without a tensor of these."""
+    return float(one.flatten().dot(other.flatten()))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 from mergecli.methods._base import Group, Groups, Shelf, TwoPass
 from mergecli.methods._continual import START, Chain, Continual, Remembered, Step
 from mergecli.methods._settings import Range
-from mergecli.methods._svd import decompose, is_matrix
+from mergecli.methods._svd import inverse, is_matrix, right_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,13 +104,18 @@ class Opcm(Continual, TwoPass):
 
     def _shared(self, sums: Tensor, delta: Tensor) -> Tensor:
         """(O, I) float32, what `P_k` takes from a task vector."""
-        left, values, right = decompose(sums)
-        inner = left.T @ delta.double() @ right  # (k, k)
+        if sums.shape[0] < sums.shape[1]:
+            return self._shared(sums.T, delta.T).T
+        # U = S V diag(1/s) is not made: S^T tau and the result are the only products of matrices as tall as S
+        tall = sums.double()
+        values, right = right_vectors(tall)
+        by = inverse(values)[:, None]
+        inner = right.T @ (tall.T @ delta.double()) @ right * by  # (k, k) U^T tau V
         before = values.cumsum(0)
         kept = int((before <= self.alpha * before[-1]).sum())
         taken = inner.diagonal().diag()
         taken[:kept, :kept] = inner[:kept, :kept]
-        return (left @ taken @ right.T).float()
+        return (tall @ (right @ (taken * by) @ right.T)).float()
 
 
 def _square(values: Tensor) -> float:

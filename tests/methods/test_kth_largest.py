@@ -14,7 +14,14 @@ from torch import Tensor
 from mergecli.merging.merge import merge
 from mergecli.methods import _kth_largest
 from mergecli.methods._base import Group
-from mergecli.methods._kth_largest import Rank, keep_largest, kth_largest, kth_largest_by_tensor
+from mergecli.methods._kth_largest import (
+    Rank,
+    Tally,
+    keep_largest,
+    kth_largest,
+    kth_largest_by_tensor,
+    packed,
+)
 from tests.conftest import World, assert_same
 from tests.methods.reference._weights import Weights
 from tests.methods.reference.pcb import pcb
@@ -139,7 +146,7 @@ def test_of_many_that_tie_only_the_number_is_kept(monkeypatch: pytest.MonkeyPatc
 
     def counted(near: _kth_largest.Near, *found: object) -> None:
         add(near, *found)  # pyright: ignore[reportArgumentType]
-        kept.append(len(found[-1]))  # pyright: ignore[reportArgumentType]
+        kept.append(len(found[-1].values) // 4)  # pyright: ignore[reportAttributeAccessIssue]
 
     monkeypatch.setattr(_kth_largest.Near, "add", counted)
     deltas = tied(100_000)
@@ -167,6 +174,29 @@ def test_the_threshold_of_a_tensor_is_exact_although_its_sample_misleads(share: 
         ordered = rows.sort(dim=1, descending=True).values
         want = ordered[:, k - 1] if k else torch.full((2,), torch.inf)
         assert found[name].equal(want)
+
+
+def test_values_that_are_equal_are_kept_once_with_their_number() -> None:
+    several, alone = torch.tensor([3.0, 1.0, 3.0, 3.0, 1.0]).numpy(), torch.tensor([5.0, 2.0, 4.0]).numpy()
+    tally = Tally()
+    tally.add(packed(several))
+    assert len(tally.distinct) == len(tally.counts) == 2 * 4
+    tally.add(packed(alone[:0]))
+    tally.add(packed(alone))
+    assert tally.size == 8
+    assert sorted(tally.values().tolist()) == [1, 1, 2, 3, 3, 3, 4, 5]
+
+
+def test_the_k_th_largest_of_quantized_values_is_exact() -> None:
+    steps = torch.rand(100, 1, generator=torch.Generator().manual_seed(1)) + 0.5
+    codes = torch.randint(-8, 8, (2, 100, 500), generator=torch.Generator().manual_seed(2))
+    deltas = (codes * steps).flatten(1)
+    for k in (1, 10_000, 25_001, 50_000):
+        want = deltas.abs().sort(dim=1, descending=True).values[:, k - 1]
+        (found,) = kth_largest(
+            InBlocks({"a": deltas}), [Rank(k / 50_000, lambda _, k=k: k)], lambda group: group.deltas.abs_()
+        )
+        assert found.equal(want)
 
 
 def test_the_threshold_is_exact_although_the_sample_misleads(
