@@ -1,7 +1,8 @@
 """Times evaluation beside the bare forward pass of the same model on the same machine, round after round, and where
 it is installed beside FusionBench. The CLIP (shape of ViT-B/32, random weights) and the images are made from a seed.
 
-    python scripts/bench_eval.py                                    512 images, 3 rounds
+    python scripts/bench_eval.py                                    512 images of 400 x 300, 3 rounds
+    python scripts/bench_eval.py --size 256 256 --only first,decoded
     python scripts/bench_eval.py --images 2000 --device cuda
     python scripts/bench_eval.py --peers other-env/bin/python       with FusionBench's loop of another environment
 """
@@ -89,8 +90,8 @@ def make_clip(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def make_images(folder: Path, count: int) -> Path:
-    """A Parquet file of JPEG images of 400 x 300 pixels: smooth colours with noise."""
+def make_images(folder: Path, count: int, width: int, height: int) -> Path:
+    """A Parquet file of JPEG images: smooth colours with noise."""
     import pyarrow as pa
     from PIL import Image
     from pyarrow import parquet
@@ -98,8 +99,8 @@ def make_images(folder: Path, count: int) -> Path:
     rng = np.random.default_rng(0)
     files: list[dict[str, bytes]] = []
     for _ in range(count):
-        smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((400, 300), 3)
-        noisy = np.clip(np.asarray(smooth, np.int16) + rng.integers(-8, 9, (300, 400, 3)), 0, 255)
+        smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height), 3)
+        noisy = np.clip(np.asarray(smooth, np.int16) + rng.integers(-8, 9, (height, width, 3)), 0, 255)
         buffer = io.BytesIO()
         Image.fromarray(noisy.astype(np.uint8)).save(buffer, "JPEG", quality=90)
         files.append({"bytes": buffer.getvalue()})
@@ -142,7 +143,7 @@ def measure(folder: Path, given: argparse.Namespace) -> Rates:
     from mergecli.storage.sources import parse_source
 
     towers = make_clip(folder, given.towers)
-    data = make_images(folder / "data", given.images)
+    data = make_images(folder / "data", given.images, *given.size)
     table = TaskTable(data=parse_source(str(data), Path()), templates=TEMPLATES)
     recipe = Recipe(
         base=parse_source(str(folder / "base"), Path()), tasks={"bench": table}, eval_tasks=("bench",)
@@ -187,9 +188,16 @@ def measure(folder: Path, given: argparse.Namespace) -> Rates:
                 features = clip.model(made)
         features.cpu()
 
+    def decoded_anew() -> None:
+        from mergecli.storage.cache import cache_path
+
+        shutil.rmtree(cache_path("pixels", "any").parent)
+        ours("decoded", towers[:1])
+
     works: dict[str, tuple[int, Callable[[], None]]] = {
         "bare forward pass": (1, bare),
         "eval, first time": (1, lambda: ours("first", towers[:1])),
+        "eval, decoded anew, head in the cache": (1, decoded_anew),
         "eval, pixels in the cache": (1, lambda: ours("cached", towers[:1])),
         f"eval, {len(towers)} checkpoints, pixels in the cache": (
             len(towers),
@@ -197,6 +205,12 @@ def measure(folder: Path, given: argparse.Namespace) -> Rates:
         ),
         "eval --no-cache": (1, lambda: ours("without", towers[:1], cache=False)),
         "one image at a time through the processor": (1, one_by_one),
+    }
+    wanted = given.only.split(",") if given.only else [""]
+    works = {
+        what: work
+        for number, (what, work) in enumerate(works.items())
+        if not number or any(each in what for each in wanted)
     }
     found: Rates = {}
     other = _fusion_bench(folder, data, given) if given.peers else None
@@ -243,6 +257,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--size", type=int, nargs=2, default=[400, 300], metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--only", help="parts of the names of what is measured beside the bare forward pass")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--towers", type=int, default=3, help="checkpoints of the row with several")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")

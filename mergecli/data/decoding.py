@@ -137,7 +137,7 @@ def _opened(content: bytes | str, mode: str | None) -> Image:
             image = image.transpose(turn)
         if mode and mode != image.mode:
             image = image.convert(mode)
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _turn(image: Image) -> Any:

@@ -14,7 +14,7 @@ from mergecli.formats.quantized import dequantized
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.checkpoint import MIXTURE, TASK_VECTOR, Checkpoint, open_checkpoint
 from mergecli.storage.lazy_checkpoint import rounded
-from mergecli.storage.sources import Source
+from mergecli.storage.sources import CHAIN_STATE, Source
 from mergecli.storage.store import home, locate
 
 MODELS = ("checkpoint", TASK_VECTOR, MIXTURE)
@@ -80,9 +80,12 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
 def _model(opened: Checkpoint) -> Checkpoint:
     """The checkpoint; raises InputError if it is a file of ours that says that it is something else."""
     if not is_model(opened):
+        hint = "it holds no model, or was written by a later version: `mergecli info` says by which"
+        if opened.path.name.endswith(CHAIN_STATE):
+            hint = "it is what a chain remembers: name the model that it stands beside"
         raise InputError(
             f"{opened.path}: its kind: expected {', '.join(MODELS[:-1])} or {MODELS[-1]}, got {_kind(opened)}",
-            "it holds no model, or was written by a later version: `mergecli info` says by which",
+            hint,
         )
     return opened
 

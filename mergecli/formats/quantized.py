@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergecli.formats.quantizer import (
     BITS,
@@ -47,6 +47,8 @@ SMALLEST = 4096
 
 KEPT = 4
 """Tensors whose steps are kept in memory: those that several threads read at one time."""
+
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 _HINT = (
     "it is damaged, or was written by a later version: make it again with `mergecli taskvector --quantize`"
@@ -313,6 +315,6 @@ def quantized_models(metadata: Mapping[str, str]) -> str:
         return ""
 
 
-def shared_path(folder: Path) -> Path:
+def shared_path(folder: AnyPath) -> AnyPath:
     """Where the shared file of the residual task vectors of a folder lies: not among them, since it is no model."""
     return folder / "shared" / "mean.safetensors"

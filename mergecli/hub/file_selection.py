@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
 from mergecli.data.splits import split_of
+from mergecli.formats.quantized import shared_path
 from mergecli.runtime.errors import HubError, UsageError, quoted
 from mergecli.storage.safetensors_format import shards_of
 from mergecli.storage.store import RemoteFile
@@ -89,7 +90,9 @@ def model_files(
         _refuse_pickles(weights, where)
     if empty := [name for name in weights if not here[name].size]:
         raise HubError(f"{where}: `{empty[0]}` is empty", "name a revision that has the weights")
-    return tuple(sorted({*beside, *(here[name] for name in weights)}, key=lambda file: file.path))
+    # residual task vectors are added to one more file
+    mean = [file for file in files if file.path == shared_path(PurePosixPath(folder)).as_posix()]
+    return tuple(sorted({*beside, *mean, *(here[name] for name in weights)}, key=lambda file: file.path))
 
 
 def _refuse_pickles(weights: Sequence[str], where: str) -> None:

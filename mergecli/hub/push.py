@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from mergecli.formats.quantized import dequantized
 from mergecli.hub.client import LocalFile, Publisher, Remote, TransientError
 from mergecli.hub.fetch import offline_by_environment
 from mergecli.hub.requirements import named, parse
@@ -164,7 +165,7 @@ def _paths(folder: Path) -> list[Path]:
             f"{folder}: has no safetensors file", "`mergecli merge -o FOLDER`, without suffix, writes a model"
         )
     for path in weights:
-        open_checkpoint(path).close()
+        dequantized(open_checkpoint(path)).close()  # what a residual is added to must be pushed with it
     if folder / CARD not in found:
         remark(f"{folder}: has no model card, README.md")
     return found

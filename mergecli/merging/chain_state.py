@@ -13,6 +13,7 @@ from mergecli.runtime.errors import InputError
 from mergecli.storage.checkpoint import TASK_VECTOR, Checkpoint, TensorEntry, open_checkpoint
 from mergecli.storage.checksums import ChunkHashes
 from mergecli.storage.metadata import UNKNOWN_DIGEST, about
+from mergecli.storage.sources import CHAIN_STATE
 
 if TYPE_CHECKING:
     from mergecli.recipe.schema import Recipe
@@ -57,7 +58,7 @@ _FACTS = ("settings", "dtype", "seed", "base", "base_source", "experts", "source
 
 def state_path(model: Path) -> Path:
     """The side file of a merged model: `NEXT.state.safetensors` beside the file `NEXT.safetensors` or the folder `NEXT`."""
-    return model.with_name(f"{model.name.removesuffix('.safetensors')}.state.safetensors")
+    return model.with_name(model.name.removesuffix(".safetensors") + CHAIN_STATE)
 
 
 def read_state(file: Path) -> tuple[ChainState, Checkpoint]:

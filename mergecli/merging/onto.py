@@ -46,7 +46,7 @@ from mergecli.storage.safetensors_format import layout_size
 from mergecli.storage.safetensors_writer import SafetensorsWriter
 from mergecli.storage.scratch import Scratch
 from mergecli.storage.sizes import parse_size
-from mergecli.storage.sources import Source, named_sources, parse_source
+from mergecli.storage.sources import CHAIN_STATE, Source, named_sources, parse_source
 
 PREVIOUS = "previous merge"
 """What messages and records call it; no model can have the name."""
@@ -102,7 +102,7 @@ def go_on(step: Onto, onto: str | Path, progress: Progress | None) -> Merged:
         try:
             previous = one_tower(stack.enter_context(open_source(source, step.recipe.base)))
         except MergecliError as error:
-            is_state = str(onto).endswith(".state.safetensors")
+            is_state = str(onto).endswith(CHAIN_STATE)
             hint = "name the model that it stands beside" if is_state else error.hint
             raise type(error)(f"--onto: {error.message}", hint) from error
         recipe = step.recipe

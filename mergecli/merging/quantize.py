@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mergecli.formats.mixture import mixture_of
 from mergecli.formats.quantized import KEY, SHARED, Scheme, shared_path, tensors_of
-from mergecli.formats.quantizer import Per, Steps, dequantize, quantize
+from mergecli.formats.quantizer import Per, Quantized, Steps, dequantize, quantize
 from mergecli.merging.models import BLOCK, Models
 from mergecli.methods._base import Group, Unit, total
 from mergecli.runtime import interrupts
@@ -159,12 +159,14 @@ class Quantization:
 
 
 def quantize_mixture(opened: Checkpoint, quantization: Quantization, path: Path) -> Loss:
-    """Writes a mixture again with what tasks add to the shared weights as codes, tensor by tensor.
+    """Writes a mixture again with what tasks add to the shared weights as codes, tensor by tensor, and fits to it what was
+    computed from that.
 
     Raises:
         InputError: one of those has NaN or infinity.
     """
-    scheme = Scheme.of(quantization.bits, quantization.per, mixture_of(opened).task_parts)
+    mixture = mixture_of(opened)
+    scheme = Scheme.of(quantization.bits, quantization.per, mixture.task_parts)
     whole = {name: each for name, each in opened.entries.items() if name not in scheme.shapes}
     layout = {name: (each.dtype, each.shape) for name, each in whole.items()} | scheme.layout()
     check_space({path: layout_size(layout)})
@@ -172,13 +174,23 @@ def quantize_mixture(opened: Checkpoint, quantization: Quantization, path: Path)
     def about(loss: Loss) -> dict[str, str]:
         return {**opened.metadata, KEY: scheme.to_json(), **loss.metadata()}
 
+    def as_kept(name: str) -> Tensor:
+        values = opened.read(name)
+        return (
+            _kept(quantize(values.float(), scheme.bits, scheme.per), values, scheme)
+            if name in scheme.shapes
+            else values
+        )
+
     with SafetensorsWriter(path, layout, about(Loss())) as writer:
         loss = Loss()
+        shared = [name for name, entry in mixture.shared.entries.items() if entry.is_float]
+        refitted = mixture.method.refitted(shared, opened.read, as_kept)
         for name in opened.entries:
             interrupts.check()
             values = opened.read(name)
             if name not in scheme.shapes:
-                writer.write(name, values)
+                writer.write(name, refitted.get(name, values))
                 continue
             exact = values.float()
             expect_finite({name: exact}, path, "the file is damaged: merge again")
@@ -235,11 +247,16 @@ def _cast(writer: SafetensorsWriter, name: str, delta: Tensor, dtype: str) -> Te
 
 def _coded(writer: SafetensorsWriter, name: str, values: Tensor, scheme: Scheme) -> Tensor:
     """Writes a tensor as codes, and gives it as it will be read."""
-    import torch
-
     quantized = quantize(values, scheme.bits, scheme.per)
     for key, part in tensors_of(name, quantized).items():
         writer.write(key, part)
+    return _kept(quantized, values, scheme)
+
+
+def _kept(quantized: Quantized, values: Tensor, scheme: Scheme) -> Tensor:
+    """The values as they will be read of their codes."""
+    import torch
+
     kept = torch.empty(values.numel())
     steps = Steps.of(quantized.scale, quantized.zero, values.numel())
     dequantize(lambda first, last: quantized.codes[first:last], scheme.bits, kept, 0, steps)

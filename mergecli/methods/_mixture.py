@@ -78,6 +78,16 @@ class Mixture(Method):
         del statistics, tasks
         return {}
 
+    def refitted(self, tensors: Sequence[str], exact: Read, kept: Read, /) -> dict[str, Tensor]:
+        """Key -> tensor of `extras` that was computed from what tasks add, and changes where that is quantized.
+
+        Args:
+            tensors: the tower's own names of those that are merged.
+            exact: key -> the tensor as it was; `kept`: as it will be read.
+        """
+        del tensors, exact, kept
+        return {}
+
     def weights(self, name: str, index: int, read: Read, /) -> Tensor:
         """(...) float32 weights of the tower's tensor `name` for task number `index`; of a tower that routes, those
         with routing weight 1 for that task and 0 for all others."""

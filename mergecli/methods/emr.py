@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -71,6 +71,21 @@ class Emr(FindsTask, TwoPass):
 
     def values(self, learned: Tensor, /) -> dict[str, Tensor]:
         return {RESCALERS: learned.float()}
+
+    def refitted(self, tensors: Sequence[str], exact: Read, kept: Read, /) -> dict[str, Tensor]:
+        import torch
+
+        old = exact(RESCALERS).double()
+        sums = torch.zeros(2, len(old), dtype=torch.float64)  # of mean |m_t tau| before and after
+        for name in tensors:
+            masks = exact(f"masks.{name}")
+            for row, read in zip(sums, (exact, kept), strict=True):
+                magnitudes = read(f"unified.{name}").float().abs().flatten()
+                for task, mask in enumerate(masks):
+                    kept_entries = magnitudes * unpack(mask, len(magnitudes))
+                    row[task] += kept_entries.sum(dtype=torch.float64) / max(len(magnitudes), 1)
+        before, after = sums
+        return {RESCALERS: torch.where(after > 0, old * before / after, old).float()}
 
     def weights(self, name: str, index: int, read: Read, /) -> Tensor:
         unified = read(f"unified.{name}").float()

@@ -10,7 +10,7 @@ from mergecli.methods._adam import adam_step
 from mergecli.methods._base import Group, PerTensor
 from mergecli.methods._continual import Continual, Remembered, Step
 from mergecli.methods._settings import Range
-from mergecli.methods._svd import decompose, is_matrix
+from mergecli.methods._svd import decompose, gram, is_matrix
 from mergecli.runtime import interrupts
 
 if TYPE_CHECKING:
@@ -100,13 +100,15 @@ class Nufilt(Continual, PerTensor):
         second *= _SPREAD  # (r, I) A
         first = torch.zeros(inputs, self.rank, dtype=torch.float64, device=new.device)  # (I, r) B
         moments = [torch.zeros_like(each) for each in (first, first, second, second)]
+        # tau_k itself is in none of the gradients, only these two
+        square, wish = gram(new), new.T @ missing  # (I, I), (I, q)
         for step in range(1, self.steps + 1):
             interrupts.check()
-            mixed = new @ first  # (O, r)
             on_own, on_used = second @ own, second @ used
-            error, harm = mixed @ on_own - missing, mixed @ on_used
-            slope_first = 2 * new.T @ (error @ on_own.T + harm @ on_used.T)
-            slope_second = 2 * mixed.T @ (error @ own.T + harm @ used.T)
+            pushed = square @ first  # (I, r) tau_k^T tau_k B
+            inner, outer = on_own @ on_own.T + on_used @ on_used.T, on_own @ own.T + on_used @ used.T
+            slope_first = 2 * (pushed @ inner - wish @ on_own.T)
+            slope_second = 2 * (first.T @ pushed @ outer - first.T @ wish @ own.T)
             adam_step(first, slope_first, moments[0], moments[1], self.learning_rate, step)
             adam_step(second, slope_second, moments[2], moments[3], self.learning_rate, step)
         return new @ first @ second

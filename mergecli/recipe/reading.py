@@ -14,8 +14,9 @@ from mergecli.data import tasks
 from mergecli.recipe.lock import pin
 from mergecli.recipe.schema import Recipe, recipe_in
 from mergecli.recipe.toml import Override, RecipeReader, parse_changes
-from mergecli.runtime.errors import InputError, UsageError, did_you_mean
-from mergecli.storage.sources import Source, parse_source
+from mergecli.runtime.errors import InputError, UsageError, did_you_mean, quoted
+from mergecli.runtime.notes import note
+from mergecli.storage.sources import CHAIN_STATE, Source, parse_source
 from mergecli.storage.store import nearest_path
 from mergecli.storage.table_reader import Problem
 
@@ -137,6 +138,27 @@ def _toml(source: str | Path | Mapping[str, str]) -> str | dict[str, str]:
     return dict(source) if isinstance(source, Mapping) else str(source)
 
 
+def _without_states(sources: Sequence[Source]) -> list[Source]:
+    """The sources but for what chains remember, where the models beside it are among them too: a shell's pattern names both."""
+    models = {
+        source.path.parent / source.path.name.removesuffix(".safetensors")
+        for source in sources
+        if source.path
+    }
+
+    def is_state(source: Source) -> bool:
+        path = source.path
+        return bool(
+            path
+            and path.name.endswith(CHAIN_STATE)
+            and path.with_name(path.name.removesuffix(CHAIN_STATE)) in models
+        )
+
+    if left_out := [str(source) for source in sources if is_state(source)]:
+        note(f"left out {quoted(left_out)}: what a chain remembers beside its model is no model")
+    return [source for source in sources if not is_state(source)]
+
+
 def named_models(
     checkpoints: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     known: Recipe | None,
@@ -157,6 +179,7 @@ def named_models(
     if checkpoints:
         several = [checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints
         sources = [replace(parse_source(str(each), Path()), leave_out=leave_out) for each in several]
+        sources = _without_states(sources)
         return [(Path(source.name).name.removesuffix(".safetensors"), source) for source in sources]
     models = dict(known.tuned) if known else {}
     if known and known.base and with_base:

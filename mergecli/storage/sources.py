@@ -11,6 +11,9 @@ from typing import Literal, cast
 
 from mergecli.runtime.errors import UsageError, did_you_mean
 
+CHAIN_STATE = ".state.safetensors"
+"""The end of the name of what a chain remembers, which stands beside the model `NAME.safetensors` or `NAME`."""
+
 Kind = Literal["hf", "ms", "toy", "path"]
 
 HUBS = {"hf": "Hugging Face", "ms": "ModelScope"}

@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save
 
+from mergecli.formats.opening import open_source
 from mergecli.hub.fetch import fetch
 from mergecli.hub.push import push
+from mergecli.merging.taskvector import taskvector
+from mergecli.recipe.reading import recipe_of
 from mergecli.runtime.errors import HubError, InputError, UsageError
-from tests.conftest import Run, random_weights
+from mergecli.storage.sources import parse_source
+from tests.conftest import Run, World, random_weights
 from tests.hub.conftest import Hubs
 from tests.hub.servers import HuggingFaceServer, ModelScopeServer, Repository, drop, stall, status
 
@@ -52,6 +56,24 @@ def there(hubs: Hubs, prefix: str, name: str = "org/ties", branch: str | None = 
     """What a branch of a repository has."""
     repository: Repository = hub_of(hubs, prefix).repositories[name]
     return repository.commits[repository.branches[branch or repository.default]]
+
+
+def test_residual_task_vectors_go_with_what_they_are_added_to(
+    hubs: Hubs, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "vectors"
+    taskvector(recipe_of(world.files, base=world.base_file), output=folder, quantize=2, residual=True)
+    push(folder, "hf:org/small", token_to_endpoint=True)
+    assert "shared/mean.safetensors" in there(hubs, "hf", "org/small")
+    source = f"hf:org/small#{next(iter(world.tuned))}.safetensors"
+    fetch([source])
+    with open_source(parse_source(source, Path())) as opened:
+        assert opened.is_task_vector
+    (folder / "shared/mean.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=r"is a residual, and there is no .*shared/mean.safetensors to add it to"
+    ):
+        push(folder, "hf:org/other")
 
 
 @PLACES

@@ -262,6 +262,7 @@ def test_the_command_needs_no_base_and_no_method_after_the_first_step(tmp_path: 
     assert "kind\tstate of a chain (no model)\n" in shown.out
     refused = run("eval", "2.state.safetensors", "--clip", "toy:base", "--task", "digits")
     assert refused.status == 3
+    assert refused.err.endswith("hint: it is what a chain remembers: name the model that it stands beside\n")
     assert world.folder == tmp_path
 
 

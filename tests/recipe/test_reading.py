@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from mergecli import methods
-from mergecli.recipe.reading import recipe_of
+from mergecli.recipe.reading import named_models, recipe_of
 from mergecli.recipe.schema import recipe_text
 from mergecli.runtime.errors import InputError, UsageError
+from mergecli.runtime.notes import heard_by
 
 WHOLE = """\
 schema = 1
@@ -444,3 +445,13 @@ def test_a_recipe_in_effect_has_its_settings_by_layer_and_gives_the_same_again(t
     again = tmp_path / "again.toml"
     again.write_text(recipe_text(known, "ties", methods.recipe_table(known.built)))
     assert recipe_of(again).built == known.built
+
+
+def test_a_pattern_that_also_names_what_chains_remember_means_the_models() -> None:
+    said: list[str] = []
+    with heard_by(said.append):
+        found = named_models(
+            ["out/a.safetensors", "out/a.state.safetensors", "out/b.state.safetensors"], None, ()
+        )
+    assert [name for name, _ in found] == ["a", "b.state"]
+    assert said == ["left out `out/a.state.safetensors`: what a chain remembers beside its model is no model"]
