@@ -600,11 +600,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--task", action="append", dest="tasks", choices=[*SUBJECTS], help="only this task; may be repeated"
     )
-    parser.add_argument("--steps", type=int, default=6800, help="of the base")
+    parser.add_argument("--steps", type=int, default=6400, help="of the base")
     parser.add_argument("--batch-size", type=int, default=128, help="of the base")
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="of the base")
     parser.add_argument("--expert-steps", type=int, default=400)
-    parser.add_argument("--expert-learning-rate", type=float, default=1e-4)
+    parser.add_argument("--expert-learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--row",
