@@ -7,7 +7,7 @@
 
 What the zoo is built for: its base is right on about half of the images of every task, and each tower on nearly all images of
 its own, and their task vectors are long enough that a part of one does much of its work. So methods can differ on it as they do on
-published checkpoints. The tasks' looks, steps and learning rate were chosen on images that are neither training nor test images.
+published checkpoints. How looks, steps and learning rate were chosen: `docs/experiments/toys.md`.
 
 The shipped base does not come out of one run of this script: it was trained for about 6,260 steps in five pieces, over two
 pools of images (the first with fewer arrows and positions), the last 1,600 steps with half of all images in batches of

@@ -14,7 +14,16 @@ from mergecli.results.statistics import Pair, holm, permutation
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "toy.toml"
 
-METHODS = ("average", "task_arithmetic", "ties", "iso_c", "tsv_m", "reg_mean", "tsv_c")
+METHODS = (
+    "average",
+    "task_arithmetic",
+    "ties",
+    "iso_c",
+    "tsv_m",
+    "reg_mean",
+    "reg_mean_plus_plus",
+    "tsv_c",
+)
 """At the settings of the published tables."""
 
 BETTER = [
@@ -25,7 +34,8 @@ BETTER = [
     ("tsv_m", "ties"),
     ("reg_mean", "iso_c"),
     ("reg_mean", "tsv_m"),
-    ("tsv_c", "reg_mean"),
+    ("reg_mean_plus_plus", "reg_mean"),
+    ("tsv_c", "reg_mean_plus_plus"),
 ]
 """A merge, and one that it is better than on the eight tasks."""
 
@@ -79,5 +89,5 @@ def test_an_order_that_is_lost_or_chance_is_seen() -> None:
     with pytest.raises(AssertionError, match=r"base 50\.0, average 50\.0, task_arithmetic 50\.0"):
         check({name: of(0) for name in ("base", *METHODS)})
     by_a_hair = {name: place for place, name in enumerate(("base", *METHODS))}
-    with pytest.raises(AssertionError, match=r"\('average', 'base'\): 1\.0"):
+    with pytest.raises(AssertionError, match=r"assert 1\.0 < 0\.05"):
         check({name: of(more) for name, more in by_a_hair.items()})

@@ -82,7 +82,7 @@ LOOKS = {
         (0.95, 0.95, 0.95), (0.45, 0.45, 0.15), (0.05, 0.06, 0.1), "dots", share=0.63, in_front=True, period=4
     ),
     # black on yellow, at dusk
-    "arrows": Look((0.06, 0.06, 0.06), (0.95, 0.9, 0.15), contrast=0.12, level=0.4),
+    "arrows": Look((0.06, 0.06, 0.06), (0.95, 0.9, 0.15), contrast=0.135, level=0.4),
     # on striped cloth, in warm light
     "colours": Look(pattern="stripes", share=1.0, lamp=(1.0, 0.78, 0.5)),
     # orange on dots
