@@ -22,6 +22,7 @@ from mergecli.hub.fetched import expect_all
 from mergecli.merging.merge import learning_key
 from mergecli.merging.sweep_points import Identities, Point, identities, merge_batch, point_files, points_of
 from mergecli.methods._base import DataDriven
+from mergecli.methods._calibrated import measured_by
 from mergecli.results.cells import Cell, Column
 from mergecli.results.plan import Plan, Work, check, plan
 from mergecli.results.result import Evaluation
@@ -266,7 +267,9 @@ class MergedPoints:
         path = folder / f"{name}.safetensors"
         method = self.points[name].recipe.built
         with ExitStack() as locks:
-            if isinstance(method, DataDriven):  # points that learn the same learn it once
+            if isinstance(method, DataDriven) or measured_by(
+                method
+            ):  # points that learn the same learn it once
                 locks.enter_context(alone(folder / learning_key(method)))
             locks.enter_context(alone(path))
             if not path.exists():

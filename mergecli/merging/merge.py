@@ -30,7 +30,7 @@ from mergecli.merging.onto import Onto, begin, go_on
 from mergecli.merging.spaces import in_space, space_of
 from mergecli.methods._base import DataDriven, Group, Method, TwoPass, Unit
 from mergecli.methods._bitmasks import packed_size
-from mergecli.methods._calibrated import Calibrated
+from mergecli.methods._calibrated import Calibrated, measured_by
 from mergecli.methods._continual import Continual
 from mergecli.methods._learned import Learner
 from mergecli.methods._mixture import extra_values, outcomes
@@ -341,7 +341,10 @@ def _merge_blocks(
 def _rehearse(learned: Sequence[Learned], sample: Models, merges: bool) -> None:
     """What a merge computes, or only its surveys, of some of the tensors; what is not learned yet is left out."""
     able = [
-        each for each in learned if each.value is not None or not isinstance(each.target.method, DataDriven)
+        each
+        for each in learned
+        if each.value is not None
+        or not (isinstance(each.target.method, DataDriven) or measured_by(each.target.method))
     ]
     if not able:
         for _ in ModelPasses(sample, Unit.ENTRY, None).map(lambda group: group.tasks):
@@ -415,9 +418,7 @@ def _surveys(several: Sequence[Learned], passes: ModelPasses) -> list[_Surveyed]
         key = _survey_key(method)
         if key not in found:
             own = replace(passes, fused=method.fuses)
-            if isinstance(method, TwoPass):
-                found[key] = method.survey(own)
-            elif isinstance(method, Calibrated):
+            if isinstance(method, TwoPass | Calibrated):
                 found[key] = method.survey_with(own, learned.value)
             else:
                 found[key] = learned.value

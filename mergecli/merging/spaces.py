@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from mergecli.formats.lora import AdaptedCheckpoint, LowRank
 from mergecli.merging.models import Models
 from mergecli.methods._base import DataDriven, Method
+from mergecli.methods._calibrated import measured_by
 from mergecli.methods._mixture import Mixture
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime import interrupts
@@ -186,7 +187,7 @@ def _why_whole_weights(method: Method) -> str:
     """Why the method has to see whole weights; empty if it has not."""
     if isinstance(method, Mixture) and method.is_mixture:
         return "writes more than one tower"
-    if isinstance(method, DataDriven):
+    if isinstance(method, DataDriven) or measured_by(method):
         return "looks at images, and what it measures on them is of whole weights"
     if any(
         each.fuses for each in (method, *(end for line in method.layers for end in (line.first, line.last)))

@@ -22,6 +22,7 @@ from mergecli.merging.learning.needed_files import SETTINGS
 from mergecli.merging.merge import Merged, merge_points
 from mergecli.merging.models import open_models
 from mergecli.methods._base import DataDriven
+from mergecli.methods._calibrated import measured_by
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe, recipe_text
 from mergecli.recipe.toml import Override, parse_value
@@ -204,7 +205,8 @@ def identities(points: Sequence[Point], device: str, inputs: Mapping[str, str] |
         method = point.recipe.built
         settings = methods.recipe_table(method)
         text = recipe_text(point.recipe, str(point.recipe.method), settings)
-        seen = _looked_at(point.recipe, method) if isinstance(method, DataDriven) else []
+        looks = measured_by(method) or method
+        seen = _looked_at(point.recipe, looks) if isinstance(looks, DataDriven) else []
         about = [point.name, version(), device.partition(":")[0], text, list(inputs.items()), seen]
         found[point.name] = json.dumps(about)
     return Identities(inputs, found)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mergecli.methods._base import KINDS, DataDriven, LayerLine, Method, PerTensor, TwoPass
+from mergecli.methods._calibrated import measured_by
 from mergecli.methods._layers import about_layers, end_of, gradient_problem, matcher, may_differ, why_alike
 from mergecli.methods._mixture import Mixture
 from mergecli.methods._modifier import Modifier
@@ -225,9 +226,12 @@ def _changeable(name: str, values: Mapping[str, Any], tasks: tuple[str, ...] | N
         )
     else:
         method = create(name, values, tasks)
-        if not (isinstance(method, Mixture) and method.is_mixture):
+        if isinstance(method, Mixture) and method.is_mixture:
+            why = "writes more than one tower"
+        elif measured_by(method) is not None:
+            why = "looks at images with these settings"
+        else:
             return method
-        why = "writes more than one tower"
     raise SettingsError([("name", f"`{name}` {why}, and cannot be changed by another method")])
 
 

@@ -330,6 +330,11 @@ class TwoPass(Method):
         """What `merge` needs to know of the whole model."""
         raise NotImplementedError
 
+    def survey_with(self, groups: Groups, learned: Any, /) -> Any:
+        """The same, with the statistics that the settings ask for, or None."""
+        del learned
+        return self.survey(groups)
+
     def merge(self, group: Group, surveyed: Any, /) -> Tensor:
         """(...) the merged weights of the group's tensor, float32."""
         raise NotImplementedError

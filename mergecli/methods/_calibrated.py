@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
-from mergecli.methods._base import DataDriven, Group, Groups, total
+from mergecli.methods._base import DataDriven, Group, Groups, Method, total
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -183,6 +183,26 @@ class Calibrated(DataDriven):
 
     def merge(self, group: Group, learned: Any, /) -> Tensor:
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MayMeasure(Method):
+    """Methods that look at images before they merge only if a setting says so."""
+
+    about_images: ClassVar[frozenset[str]] = frozenset()
+    """The settings that say whether, and at which. They are those of the whole model."""
+
+    @property
+    def support(self) -> Calibrated | None:
+        """What measures the statistics; None if the settings need none."""
+        raise NotImplementedError
+
+
+def measured_by(method: Method) -> Calibrated | None:
+    """What measures the statistics that a method needs; None if it needs none."""
+    if isinstance(method, Calibrated):
+        return method
+    return method.support if isinstance(method, MayMeasure) else None
 
 
 def mean(group: Group) -> Tensor:

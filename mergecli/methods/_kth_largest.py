@@ -331,6 +331,16 @@ def _near(row: Tensor, bracket: Bracket) -> tuple[int, int, int, Packed]:
     return above, high_ones, low_ones, packed(between)
 
 
+def largest_of(values: Tensor, count: int) -> Tensor:
+    """(...) the `count` entries of largest magnitude, at least one, and all that tie with the last of them; 0 elsewhere."""
+    count = max(1, count)
+    if count >= values.numel():
+        return values
+    sizes = values.abs()
+    threshold = sizes.flatten().kthvalue(sizes.numel() - count + 1).values
+    return values.masked_fill(sizes < threshold, 0)
+
+
 def keep_largest(deltas: Tensor, thresholds: Tensor) -> Tensor:
     """(T, ...) the deltas with every entry whose magnitude is below its task's threshold set to 0, in place."""
     import torch

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 from mergecli.methods._base import DataDriven, Group, LayerLine, Method, PerTensor, TwoPass
-from mergecli.methods._calibrated import Calibrated
+from mergecli.methods._calibrated import Calibrated, MayMeasure
 from mergecli.methods._depth import depths, layer_of
 from mergecli.methods._mixture import Mixture
 from mergecli.methods._modifier import Modifier
@@ -79,6 +79,8 @@ def may_differ(method: type[Method]) -> frozenset[str]:
     if why_alike(method):
         return frozenset()
     every = frozenset(settings_of(method))
+    if issubclass(method, MayMeasure):
+        every -= method.about_images
     return every & method.merge_time if issubclass(method, DataDriven) else every
 
 

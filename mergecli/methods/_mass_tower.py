@@ -18,7 +18,7 @@ from torch.nn import functional
 from mergecli.methods._depth import layer_of
 from mergecli.methods._routed_linears import put
 from mergecli.methods._svd import inverse, inverse_root
-from mergecli.methods._task_towers import body_of, joined
+from mergecli.methods._task_towers import WholeTower, body_of, joined
 from mergecli.runtime import interrupts
 
 Tasks = tuple[int, ...]
@@ -67,7 +67,7 @@ class _Reached(Exception):  # noqa: N818  no error: the first pass has seen what
 
 
 @dataclass
-class MassTower:
+class MassTower(WholeTower):
     """A tower whose `forward` sends each image through TSV-M of the tasks that it may be of; its own weights are the base's."""
 
     tower: nn.Module
@@ -181,26 +181,12 @@ class MassTower:
         self._cores[tasks] = found
         return found
 
-    @property
-    def parameters(self) -> Mapping[str, Tensor]:
-        """Nothing: the routing follows from what is in the file."""
-        return {}
-
-    @property
-    def keeps_batches_whole(self) -> bool:
-        """No: every image finds its own tasks."""
-        return False
-
     def routes(self) -> Mapping[str, Tensor]:
         """`tower` -> (B, T) the share of each task in the merge of each image."""
         shares = self.bases.new_zeros(len(self.merged), len(self.bases))
         for row, tasks in zip(shares, self.merged, strict=True):
             row[list(tasks)] = 1 / len(tasks)
         return {"tower": shares}
-
-    def remove(self) -> None:
-        """Leaves the base's tower."""
-        del self.tower.forward
 
 
 def _size(cores: Mapping[str, Tensor]) -> int:

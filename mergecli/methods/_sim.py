@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from mergecli.methods._base import Method
-from mergecli.methods._calibrated import Calibrated, Layout, Probe, Shapes, Statistics
+from mergecli.methods._calibrated import Calibrated, Layout, MayMeasure, Probe, Shapes, Statistics
 from mergecli.methods._mixture import Conditioned, Installed, Part, Read, Routed, Routing
 from mergecli.methods._settings import Range
 from mergecli.methods._svd import NEGLIGIBLE
@@ -22,7 +21,7 @@ _WIDTH = "post_layernorm.weight"
 
 
 @dataclass(frozen=True)
-class FindsTask(Conditioned, Routed):
+class FindsTask(MayMeasure, Conditioned, Routed):
     """Task-conditioned mixtures that can find the task: the rest of the class says how."""
 
     prefixes: ClassVar[tuple[str, ...]] = ("sim.",)
@@ -55,14 +54,18 @@ class FindsTask(Conditioned, Routed):
         return self.router is not None
 
     @property
-    def support(self) -> SimSupport:
+    def support(self) -> Calibrated | None:
+        return None if self.router is None else self._by_features
+
+    @property
+    def _by_features(self) -> SimSupport:
         """What measures the images that tasks are known by."""
         return SimSupport(examples=self.router_examples or 32, feature_size=self.feature_size or 0)
 
     def extras(self, tensors: Mapping[str, tuple[int, ...]], tasks: int, /) -> dict[str, Part]:
         if self.router is None:
             return {}
-        size, support = self.feature_size or 0, self.support
+        size, support = self.feature_size or 0, self._by_features
         return {
             MEANS: Part("F32", (tasks, size)),
             BASES: Part("F32", (tasks, support.directions, size)),
@@ -145,13 +148,6 @@ def subspace(features: Tensor, directions: int) -> tuple[Tensor, Tensor]:
     basis = features.new_zeros(directions, features.shape[1])
     basis[: len(kept)] = kept
     return mean, basis
-
-
-def measured_by(method: Method) -> Calibrated | None:
-    """What measures the statistics that a method needs; None if it needs none."""
-    if isinstance(method, Calibrated):
-        return method
-    return method.support if isinstance(method, FindsTask) and method.router is not None else None
 
 
 def _width(tensors: Mapping[str, tuple[int, ...]]) -> int:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 from torch.nn import functional
 
-from mergecli.methods._task_towers import body_of, joined
+from mergecli.methods._task_towers import WholeTower, body_of, joined
 
 KEPT = 4
 """Weights of this many tasks are held at once, those that were used last: each is as large as a tower."""
 
 
 @dataclass
-class SimTower:
+class SimTower(WholeTower):
     """A tower whose `forward` sends each image through the tower of its task; its own weights are the base's."""
 
     tower: nn.Module
@@ -88,23 +88,9 @@ class SimTower:
         self._held[task] = found
         return found
 
-    @property
-    def parameters(self) -> Mapping[str, Tensor]:
-        """Nothing: the routing was measured."""
-        return {}
-
-    @property
-    def keeps_batches_whole(self) -> bool:
-        """No: every image finds its own task."""
-        return False
-
     def routes(self) -> Mapping[str, Tensor]:
         """`tower` -> (B, T) 1 for the task of each image, else 0."""
         return {"tower": functional.one_hot(self.chosen, len(self.means)).to(self.means.dtype)}
-
-    def remove(self) -> None:
-        """Leaves the base's tower."""
-        del self.tower.forward
 
 
 def nearest_task(features: Tensor, means: Tensor, bases: Tensor) -> Tensor:

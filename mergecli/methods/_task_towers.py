@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class WholeTower:
+    """What a tower of which every image finds its own weights says of itself: its routing is in the file already."""
+
+    tower: nn.Module
+    """The tower whose `forward` was replaced."""
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Nothing: no router is learned."""
+        return {}
+
+    @property
+    def keeps_batches_whole(self) -> bool:
+        """No: every image finds its own weights."""
+        return False
+
+    def remove(self) -> None:
+        """Leaves the base's tower."""
+        del self.tower.forward
 
 
 def body_of(tower: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from mergecli.methods._base import Group, PerTensor, total
+from mergecli.methods._kth_largest import largest_of
 from mergecli.methods._normal_equation import NormalEquation
 from mergecli.methods._settings import Fraction, Range
 from mergecli.methods._svd import PositionEmbedding, is_matrix
@@ -52,15 +53,5 @@ class ActMat(PerTensor):
             return total(deltas).div_(group.tasks).add_(group.base)
         equation = NormalEquation()
         for delta in deltas:
-            equation.add(delta, _largest(delta, self.density))
+            equation.add(delta, largest_of(delta, round(self.density * delta.numel())))
         return equation.truncated(self.cutoff * max(group.shape, default=0)).float().add_(group.base)
-
-
-def _largest(delta: Tensor, density: float) -> Tensor:
-    """(O, I) the entries of largest magnitude, at least one, and 0 elsewhere."""
-    kept = max(1, round(density * delta.numel()))
-    if kept >= delta.numel():
-        return delta
-    sizes = delta.abs()
-    threshold = sizes.flatten().kthvalue(sizes.numel() - kept + 1).values
-    return delta.masked_fill(sizes < threshold, 0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from mergecli.methods._base import Group, PerTensor, total
+from mergecli.methods._kth_largest import largest_of
 from mergecli.methods._settings import Fraction, Range
 from mergecli.methods._svd import PositionEmbedding, decompose, is_matrix, polar
 
@@ -72,7 +73,8 @@ class DcMerge(PerTensor):
         summed = left.new_zeros(left.shape[1], right.shape[1])
         kept: list[Tensor] = []
         for u, values, v in parts:
-            core = _largest((left.T @ u) * self._smoothed(values) @ (v.T @ right), self.density, size)
+            core = (left.T @ u) * self._smoothed(values) @ (v.T @ right)
+            core = largest_of(core, int(self.density * size * size))
             summed += core
             kept.append(core)
         signs = summed.sign_()
@@ -98,13 +100,3 @@ class DcMerge(PerTensor):
         smooth = torch.zeros_like(values)
         smooth[: len(present)] = present.sum() * weights / weights.sum()
         return smooth
-
-
-def _largest(core: Tensor, density: float, size: int) -> Tensor:
-    """The entries of largest magnitude, `density` x size^2 of them and at least one, and 0 elsewhere."""
-    kept = max(1, int(density * size * size))
-    if kept >= core.numel():
-        return core
-    sizes = core.abs()
-    threshold = sizes.flatten().kthvalue(sizes.numel() - kept + 1).values
-    return core.masked_fill_(sizes < threshold, 0)

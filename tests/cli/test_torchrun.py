@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 from safetensors.torch import load_file
@@ -72,7 +73,8 @@ if is_first():
 def torchrun(
     count: int, commands: Sequence[Sequence[object]], folder: Path, before: str = ""
 ) -> tuple[list[str], list[str]]:
-    """What `count` processes print that run the commands, and what they say on stderr, line by line.
+    """What `count` processes print that run the commands, and what they say on stderr, line by line: all of the first one's,
+    then all of the second one's.
 
     Args:
         before: Python that each process executes first.
@@ -80,14 +82,19 @@ def torchrun(
     program = folder / "program.py"
     program.write_text(before + PROGRAM)
     text = json.dumps([list(map(str, each)) for each in commands])
+    logs = Path(mkdtemp(dir=folder))  # a file for each process: on one stream their lines would mix
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), str(program),
-         text],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count),
+         "--log-dir", str(logs), "--redirects", "3", str(program), text],
         env={**os.environ, "MERGECLI_HOME": str(folder / "home of several"), "OMP_NUM_THREADS": "1"}, cwd=folder,
         capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines(), without_end(done.stderr).splitlines()
+    out, err = (
+        "".join(file.read_text() for file in sorted(logs.rglob(f"{stream}.log")))
+        for stream in ("stdout", "stderr")
+    )
+    assert done.returncode == 0, done.stderr + err
+    return out.splitlines(), without_end(err).splitlines()
 
 
 def merge(world: AdaptedWorld, name: str, method: str, *more: str) -> list[str]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from mergecli.clip.heads import logits, zero_shot_head
+from mergecli.merging.merge import merge
+from mergecli.runtime.errors import UsageError
 from tests.conftest import World, assert_same
+from tests.methods.reference._vision_model import Called
 from tests.methods.reference.task_arithmetic import task_arithmetic
-from tests.methods.reference.trust_region import trust_region
+from tests.methods.reference.trust_region import measured_gradients, trust_region
+from tests.support.image_zoo import CLASSES, TEMPLATES, Zoo
 from tests.support.merging import merged, with_integers, with_models
 
 
@@ -39,3 +47,47 @@ def test_entries_that_only_one_task_changes_are_kept_however_few_others_are(worl
     other = with_models(world, base, *({"w": each} for each in tuned))
     got = merged(other, "trust_region", density=0.5, scaling_factor=1)["w"]
     assert got.tolist() == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+
+
+def test_with_images_the_gradients_of_the_base_take_the_place_of_task_vectors(zoo: Zoo) -> None:
+    clip = zoo.clip()
+    called = Called(clip.tower)
+    gradients = [
+        measured_gradients(
+            called,
+            partial(logits, clip, zero_shot_head(clip, CLASSES[task], TEMPLATES)),
+            zoo.pixels(task, 5, shuffle=True),
+        )
+        for task in zoo.tuned
+    ]
+    settings = {"gradients": "images", "gradient_examples": 5, "density": 0.6}
+    output, kept = zoo.folder / "t.safetensors", zoo.folder / "s"
+    merge(zoo.recipe, method="trust_region", settings=settings, output=output, statistics=kept)
+    for task, want in zip(zoo.tuned, gradients, strict=True):
+        got = load_file(kept / f"{task}.safetensors")
+        assert_same({name.removesuffix(".gradient"): each for name, each in got.items()}, want, atol=1e-5)
+    exact = [
+        {
+            name.removesuffix(".gradient"): each
+            for name, each in load_file(kept / f"{task}.safetensors").items()
+        }
+        for task in zoo.tuned
+    ]
+    tuned = list(zoo.tuned.values())
+    want = trust_region(dict(zoo.base), tuned, 0.3, 0.6, exact)
+    assert_same(load_file(output), want, atol=1e-6)
+    other = trust_region(dict(zoo.base), tuned, 0.3, 0.6)
+    assert not all(each.equal(want[name]) for name, each in other.items())
+
+
+def test_gradients_on_images_belong_to_the_whole_model(zoo: Zoo) -> None:
+    for changes, message in (
+        (
+            {"name": "dare", "of": {"name": "trust_region", "gradients": "images"}},
+            "looks at images with these settings",
+        ),
+        ({"name": "trust_region", "gradient_examples": 4}, "is for `gradients = "),
+    ):
+        name = changes.pop("name")
+        with pytest.raises(UsageError, match=message):
+            merge(zoo.recipe, method=str(name), settings=changes, output=zoo.folder / "x.safetensors")

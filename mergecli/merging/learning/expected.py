@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mergecli import methods
@@ -10,10 +11,11 @@ from mergecli.merging.learning.files import LearningPlan
 from mergecli.merging.learning.task_learning import part_file
 from mergecli.merging.learning.work import LearningWork
 from mergecli.methods._adapted import Adapted
-from mergecli.methods._mixture import Routed
+from mergecli.methods._mixture import SAME, Part, Routed
 from mergecli.methods._task_learner import TaskLearner
 from mergecli.results.plan import Work
 from mergecli.storage.cache import allowed_size, is_stored
+from mergecli.storage.safetensors_format import layout_size
 
 
 def expected(work: LearningWork, parts: Path) -> LearningPlan:
@@ -41,9 +43,20 @@ def _adapted(work: LearningWork, method: Adapted) -> LearningPlan:
             rows.append(Work("decode", name, images=few, seconds=seconds))
     images, each = batch * steps, gradient_seconds(clip, min(batch, 16))
     rows.append(Work("learn", methods.name_of(method), images=images, steps=steps, seconds=images * each))
-    # base, gradients and, of methods that combine them, the task vectors are in memory, or the experts of a tower that routes
-    wide = 2 if method.vectors == "bfloat16" and not isinstance(method, Routed) else 4
-    return LearningPlan(rows, models.size * (wide * len(models.tuned) + 4))
+    return LearningPlan(rows, held_bytes(method, models.shapes, len(models.tuned)))
+
+
+def held_bytes(method: Adapted, shapes: Mapping[str, tuple[int, ...]], tasks: int) -> int:
+    """What an adaptation holds beside a CLIP: gradients or merged weights of a tower, and the task vectors or, of a method that
+    routes, the tower's parts as its file has them."""
+    tower = 4 * layout_size({name: ("U8", shape) for name, shape in shapes.items()})
+    if not isinstance(method, Routed):
+        return tower + tasks * tower // (2 if method.vectors == "bfloat16" else 1)
+    parts: dict[str, Part] = dict(method.extras(shapes, tasks))
+    for name, shape in shapes.items():
+        parts |= method.parts(name, shape, tasks)
+    layout = {key: ("F32" if part.dtype == SAME else part.dtype, part.shape) for key, part in parts.items()}
+    return tower + layout_size(layout)
 
 
 def _by_task(work: LearningWork, method: TaskLearner, parts: Path) -> LearningPlan:

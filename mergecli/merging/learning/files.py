@@ -13,9 +13,9 @@ from mergecli import methods
 from mergecli.merging.merge_target import MergeTarget
 from mergecli.methods import name_of
 from mergecli.methods._base import DataDriven
+from mergecli.methods._calibrated import measured_by
 from mergecli.methods._learned import Learner
 from mergecli.methods._settings import frozen
-from mergecli.methods._sim import measured_by
 from mergecli.recipe.schema import Recipe
 from mergecli.results.plan import Work
 from mergecli.results.tables import Table

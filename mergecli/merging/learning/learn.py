@@ -8,7 +8,7 @@ from mergecli.merging.learning.files import Learned, Learning, LearningFiles
 from mergecli.merging.merge_target import MergeTarget
 from mergecli.merging.models import Models
 from mergecli.methods._base import DataDriven
-from mergecli.methods._sim import measured_by
+from mergecli.methods._calibrated import measured_by
 
 
 def learning(models: Models, target: MergeTarget, files: LearningFiles, stack: ExitStack) -> Learning:

@@ -13,8 +13,7 @@ from mergecli import methods
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.learning.statistics import Measurement, StatisticsFile, files_for, fitted
 from mergecli.merging.models import Models, open_models
-from mergecli.methods._calibrated import Calibrated
-from mergecli.methods._sim import measured_by
+from mergecli.methods._calibrated import Calibrated, measured_by
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.engines.contract import Engine, Report, Unit, part_of

@@ -20,8 +20,8 @@ from mergecli.merging.learning.files import Learned, Learning, LearningFiles, Le
 from mergecli.merging.merge_target import MergeTarget
 from mergecli.merging.models import Models
 from mergecli.methods._base import Method
-from mergecli.methods._calibrated import Calibrated
-from mergecli.methods._sim import FindsTask, measured_by
+from mergecli.methods._calibrated import Calibrated, measured_by
+from mergecli.methods._sim import FindsTask
 from mergecli.recipe.schema import Recipe
 from mergecli.results.plan import Work
 from mergecli.runtime import interrupts
