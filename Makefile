@@ -30,9 +30,11 @@ slow: .venv/documents .venv/ray ## the long tests too, on a Ray cluster of this 
 gpu: .venv/installed ## what only a GPU can show, in five minutes, with a table at the end
 	$(BIN)/python scripts/gpu_check.py
 
-# BENCH has more options, such as BENCH="--peers other-env/bin/python" or BENCH="--beside before=../old-checkout"
-bench: .venv/installed ## time and memory of merges, medians of five, and the picture of them; half an hour
+# BENCH has more options, such as BENCH="--peers other-env/bin/python --peer-rounds 1" or BENCH="--beside before=../old-checkout"
+bench: .venv/installed ## time and memory of merges, medians of five, growth, cold files; the tables and the picture; 15 minutes
 	$(BIN)/python scripts/bench.py --repeat 5 --json $(BENCH)
+	$(BIN)/python scripts/bench.py --growth --repeat 3 --json
+	$(BIN)/python scripts/bench.py --cold --only average,ties --repeat 3 --json
 	$(BIN)/python scripts/readme_picture.py
 
 # TABLE has more options, such as TABLE="--share 1 --seeds 0"

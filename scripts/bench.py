@@ -4,12 +4,13 @@ the same files and, where they are installed, beside FusionBench, mergekit and s
     python scripts/bench.py                                   eight ViT-B/32
     python scripts/bench.py --repeat 5                        medians of five rounds, in each of which everything runs once
     python scripts/bench.py --beside old=../old-checkout      the same commands by another version of this repository
-    python scripts/bench.py --peers other-env/bin/python      with the programs of another environment beside
+    python scripts/bench.py --peers other-env/bin/python      with the programs of another environment beside; repeatable
     python scripts/bench.py --memory                          max RSS for 2, 8, 20 models and for ViT-L/14
     python scripts/bench.py --growth                          time for more models, more tensors and larger ones
     python scripts/bench.py --cold                            the files not in the page cache
     python scripts/bench.py --large                           20 models of 1.2 GB under a memory limit of 1.5 GB
 
+With `--json` the numbers go to `docs/benchmarks.json`; those of programs that were not measured this time stay, and are named as such.
 Rounds alternate: each runs the programs in the order opposite to that of the one before, so that none profits from its place.
 """
 
@@ -19,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import statistics
@@ -26,10 +28,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ROOT / "docs" / "benchmarks.json"
@@ -37,7 +40,8 @@ SHAPES = {
     "ViT-B/32": (768, 12, 32, 50),
     "ViT-L/14": (1024, 24, 14, 257),
     "small": (192, 12, 32, 50),
-    "small and deep": (192, 24, 32, 50),
+    "small, 24 layers": (192, 24, 32, 50),
+    "small, 48 layers": (192, 48, 32, 50),
     "wide": (384, 12, 32, 50),
 }
 """Width, layers, patch size and positions."""
@@ -52,9 +56,23 @@ MERGES = {
     "act_mat": ["--method", "act_mat"],
     "wudi solver=spectral": ["--method", "wudi", "--set", "method.solver=spectral"],
 }
+MOST_ROUNDS = {"tsv_m": 3}
+"""Of commands that take so long that more rounds would say little."""
+GROWS = {
+    "models": [(2, "small"), (8, "small"), (20, "small"), (64, "small")],
+    "tensors": [(8, "small"), (8, "small, 24 layers"), (8, "small, 48 layers")],
+    "entries": [(8, "small"), (8, "wide"), (8, "ViT-B/32")],
+}
+"""What grows -> numbers and kinds of models."""
 USUAL = "average,task_arithmetic,ties,cos-sim,iso_c,tsv_m"
 FUSION_BENCH = """
 import sys, torch
+try: import torchvision
+except RuntimeError:  # made for another torch: nothing here calls its operators, but they must be declared
+    for name in [each for each in sys.modules if each.startswith("torchvision")]: del sys.modules[name]
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"): library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+except ImportError: pass
 from transformers import CLIPVisionModel
 from fusion_bench.modelpool import BaseModelPool
 import fusion_bench.method as m
@@ -104,6 +122,8 @@ class Case:
     limit: int | None = None
     """Bytes of data that it may hold."""
     environment: dict[str, str] = field(default_factory=dict[str, str])
+    rounds: int | None = None
+    """The most rounds that it is measured in."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +177,8 @@ def run(cases: Sequence[Case], rounds: int, cold: Sequence[Path] = ()) -> list[R
     for turn in range(rounds):
         order = range(len(cases)) if turn % 2 == 0 else range(len(cases) - 1, -1, -1)
         for place in order:
-            if any(each.failed for each in found[place]):
+            most = cases[place].rounds
+            if any(each.failed for each in found[place]) or (most is not None and turn >= most):
                 continue
             for path in cold:
                 drop(path)
@@ -290,20 +311,24 @@ def ours(what: str, place: Path, count: int, output: Path) -> list[str]:
     return [*program, "merge", *models, *MERGES[what], "-o", str(output)]
 
 
-def installed(peers: str) -> list[str]:
-    """Which of the other programs the environment of a Python has; tells which it lacks.
+def installed(peers: str) -> dict[str, str]:
+    """Which of the other programs the environment of a Python has -> their versions.
 
     Raises:
         SystemExit: the Python does not run.
     """
     wanted = {"FusionBench": "fusion_bench", "mergekit": "mergekit", "sd-mecha": "sd_mecha"}
-    code = f"from importlib.util import find_spec\nprint(*[n for n, m in {wanted!r}.items() if find_spec(m)], sep='\\n')"
+    code = (
+        "import json\nfrom importlib.metadata import version\nfrom importlib.util import find_spec\n"
+        f"print(json.dumps({{n: version(m.replace('_', '-')) for n, m in {wanted!r}.items() if find_spec(m)}}))"
+    )
     try:
-        found = subprocess.run([peers, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        text = subprocess.run([peers, "-c", code], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise SystemExit(f"--peers {peers}: this Python does not run: {error}") from None
+    found: dict[str, str] = json.loads(text)
     if "mergekit" in found and not (Path(peers).parent / "mergekit-pytorch").exists():
-        found.remove("mergekit")
+        del found["mergekit"]
     for name in wanted:
         if name not in found:
             print(f"{name}: not installed for {peers}, left out", file=sys.stderr)
@@ -311,14 +336,21 @@ def installed(peers: str) -> list[str]:
 
 
 def theirs(
-    what: str, place: Path, count: int, folder: Path, peers: str, programs: Sequence[str], least: int
+    what: str,
+    place: Path,
+    count: int,
+    folder: Path,
+    peers: str,
+    programs: Collection[str],
+    least: int,
+    rounds: int | None,
 ) -> list[Case]:
     """The other programs on the same work; each writes into a folder of its own."""
     most = int(0.92 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     found: list[Case] = []
 
     def add(program: str, command: Sequence[str], output: Path) -> None:
-        found.append(Case(what, program, command, output, least, most))
+        found.append(Case(what, program, command, output, least, most, rounds=rounds))
 
     if "FusionBench" in programs and f'"{what}"' in FUSION_BENCH:
         output = folder / "fusion-bench"
@@ -385,15 +417,16 @@ def compared(folder: Path, given: argparse.Namespace) -> list[Row]:
     place = made(folder, given.kind, given.count)
     output = folder / "out.safetensors"
     cases = floors(place, given.count, output)
-    programs = installed(given.peers) if given.peers else []
     for what in given.only.split(","):
         command = ours(what, place, given.count, output)
-        cases.append(Case(what, "mergecli", command, environment={"PYTHONPATH": str(ROOT)}))
-        for name, other in given.beside:
-            cases.append(Case(what, name, command, environment={"PYTHONPATH": str(other)}))
-        if programs:
-            least = 1 if what == "cos-sim" else models_of(place, 0)[0].stat().st_size * 9 // 10
-            cases += theirs(what, place, given.count, folder / "peers", given.peers, programs, least)
+        for name, other in [("mergecli", ROOT), *given.beside]:
+            most = MOST_ROUNDS.get(what)
+            cases.append(Case(what, name, command, environment={"PYTHONPATH": str(other)}, rounds=most))
+        least = 1 if what == "cos-sim" else models_of(place, 0)[0].stat().st_size * 9 // 10
+        for peers, programs in given.peers.items():
+            cases += theirs(
+                what, place, given.count, folder / "peers", peers, programs, least, given.peer_rounds
+            )
     cold = models_of(place, given.count) if given.cold else []
     run(cases[:1], 1)  # the files come into the page cache
     return run(cases, given.repeat, cold)
@@ -414,15 +447,40 @@ def memory(folder: Path, rounds: int) -> list[Row]:
 def growth(folder: Path, rounds: int) -> list[Row]:
     """Time against the number of models, of tensors and of entries, each beside the floor of the same files."""
     cases: list[Case] = []
-    for kind, counts in (("small", (2, 8, 20, 64)), ("small and deep", (8,)), ("wide", (8,))):
-        for count in counts:
-            place, output = made(folder, kind, count), folder / "out.safetensors"
-            cases.append(Case(f"{count} x {kind}", "system calls", floor(models_of(place, count), output)))
-            cases += [
-                Case(f"{what}, {count} x {kind}", "mergecli", ours(what, place, count, output))
-                for what in ("average", "ties", "cos-sim")
-            ]
+    for count, kind in dict.fromkeys(each for points in GROWS.values() for each in points):
+        place, output = made(folder, kind, count), folder / "out.safetensors"
+        cases.append(Case(f"{count} x {kind}", "system calls", floor(models_of(place, count), output)))
+        cases += [
+            Case(f"{what}, {count} x {kind}", "mergecli", ours(what, place, count, output))
+            for what in ("average", "ties", "cos-sim")
+        ]
     return run([Case("import torch", "python", [sys.executable, "-c", "import torch"]), *cases], rounds)
+
+
+@dataclass(frozen=True)
+class Line:
+    """How the time of a command grows with what it reads."""
+
+    grows: str
+    what: str
+    slope: float
+    """Seconds more for each second more of the floor."""
+    bend: float
+    """The largest distance of a measured point from the line, as a share of what the time grows by."""
+
+
+def lines(rows: Sequence[Row]) -> list[Line]:
+    """The straight lines through the times of each command against the floor's, by least squares."""
+    seconds = {row.case.what: row.seconds for row in rows}
+    found: list[Line] = []
+    for grows, points in GROWS.items():
+        floors = [seconds[f"{count} x {kind}"] for count, kind in points]
+        for what in ("average", "ties", "cos-sim"):
+            times = [seconds[f"{what}, {count} x {kind}"] for count, kind in points]
+            slope, start = statistics.linear_regression(floors, times)
+            off = max(abs(time - start - slope * under) for time, under in zip(times, floors, strict=True))
+            found.append(Line(grows, what, slope, off / (max(times) - min(times))))
+    return found
 
 
 def large(folder: Path, rounds: int) -> list[Row]:
@@ -460,28 +518,69 @@ def shown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def as_json(rows: Sequence[Row], given: argparse.Namespace) -> dict[str, object]:
-    """What the picture of the README and the table of the documentation are made from."""
-    names: dict[str, dict[str, object]] = {}
+def as_json(rows: Sequence[Row], given: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
+    """What the picture of the README and the tables of the documentation are made from.
+
+    Args:
+        before: the same of an earlier run. What this one did not measure stays: other sections, and programs that are not
+            installed here, which `earlier` names.
+    """
+    table = {row["name"]: row for row in _numbers(rows)}
+    about = f"{os.cpu_count()} processors, torch {version('torch')}, medians of {given.repeat}"
+    command = "python scripts/bench.py " + " ".join(
+        re.sub(r"[^= ]*/[^ ]*", "PATH", each) for each in sys.argv[1:]
+    )
+    if given.growth:
+        found = [
+            {
+                "grows": each.grows,
+                "what": each.what,
+                "slope": round(each.slope, 2),
+                "bend": round(each.bend, 3),
+            }
+            for each in lines(rows)
+        ]
+        return before | {
+            "growth": {"measured": about, "command": command, "rows": list(table.values()), "lines": found}
+        }
+    if given.cold:
+        return before | {"cold": {"measured": about, "command": command, "rows": list(table.values())}}
+    programs = {name: text for peers in given.peers.values() for name, text in peers.items()}
+    earlier = {
+        name: text for name, text in before.get("programs", {}).items() if name not in programs and text
+    }
+    for row in before.get("rows", []):
+        for name in earlier:
+            if name in row and row["name"] in table:
+                table[row["name"]][name] = row[name]
+    size = 4 * sum(_entries(shape) for shape in shapes_of(given.kind).values()) / 1e9
+    return before | {
+        "measured": about,
+        "what": f"{given.count} {given.kind} in float32: {size * (given.count + 1):.1f} GB read, {size:.2f} GB written; "
+        "files in the page cache; each row a whole process",
+        "command": command,
+        "programs": {"mergecli": "", **dict.fromkeys((name for name, _ in given.beside), ""), **programs, **earlier},
+        "earlier": sorted(earlier),
+        "units": {"seconds": "wall time", "gigabytes": "max RSS", "cpu_seconds": "processor time"},
+        "rows": list(table.values()),
+    }  # fmt: skip
+
+
+def _numbers(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What each program took, a table for each command."""
+    names: dict[str, dict[str, Any]] = {}
     for row in rows:
-        numbers: dict[str, object] = {
+        numbers: dict[str, Any] = {
             "seconds": round(row.seconds, 2),
             "gigabytes": round(row.max_rss_gb, 2),
             "cpu_seconds": round(row.cpu_seconds, 2),
+            "rounds": len(row.rounds),
         }
         if row.failed:
             most = f" at {row.max_rss_gb:.0f} GB" if row.failed == "out of memory" else ""
             numbers = {"failed": row.failed + most}
         names.setdefault(row.case.what, {"name": row.case.what})[row.case.program] = numbers
-    size = 4 * sum(_entries(shape) for shape in shapes_of(given.kind).values()) / 1e9
-    return {
-        "measured": f"{os.cpu_count()} processors, torch {version('torch')}, medians of {given.repeat}",
-        "what": f"{given.count} {given.kind} in float32: {size * (given.count + 1):.1f} GB read, {size:.2f} GB written; "
-        f"files {'not ' if given.cold else ''}in the page cache; each row a whole process",
-        "command": "python scripts/bench.py " + " ".join(sys.argv[1:]),
-        "units": {"seconds": "wall time", "gigabytes": "max RSS", "cpu_seconds": "processor time"},
-        "rows": list(names.values()),
-    }
+    return list(names.values())
 
 
 def _entries(shape: Sequence[int]) -> int:
@@ -509,7 +608,13 @@ def main() -> None:
         "--folder", type=Path, help="where the checkpoints are made and kept (default: a temporary one)"
     )
     parser.add_argument(
-        "--peers", help="the Python of an environment with fusion-bench, mergekit or sd-mecha"
+        "--peers",
+        action="append",
+        default=[],
+        help="the Python of an environment with fusion-bench, mergekit or sd-mecha",
+    )
+    parser.add_argument(
+        "--peer-rounds", type=int, help="the most rounds of other programs, which take minutes"
     )
     parser.add_argument(
         "--beside", type=_named, action="append", default=[], metavar="NAME=FOLDER", help="another version"
@@ -538,6 +643,7 @@ def main() -> None:
         return
     if unknown := [each for each in given.only.split(",") if each not in (*MERGES, "cos-sim")]:
         parser.error(f"--only: unknown: {', '.join(unknown)}; there are {', '.join([*MERGES, 'cos-sim'])}")
+    given.peers = {each: installed(each) for each in given.peers}
     with tempfile.TemporaryDirectory() as temporary:
         folder = (given.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -553,8 +659,14 @@ def main() -> None:
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}, torch {version('torch')}\n"
     )
     print(shown(rows))
+    if given.growth:
+        for each in lines(rows):
+            print(
+                f"{each.what} against {each.grows}: {each.slope:.2f} floors more for each, off the line by {each.bend:.1%}"
+            )
     if given.json:
-        given.json.write_text(json.dumps(as_json(rows, given), indent=2) + "\n")
+        before = json.loads(given.json.read_text()) if given.json.exists() else {}
+        given.json.write_text(json.dumps(as_json(rows, given, before), indent=2) + "\n")
 
 
 if __name__ == "__main__":

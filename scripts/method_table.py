@@ -3,6 +3,7 @@
     python scripts/method_table.py recipes/toy.toml out/table               # resumes; prints the table as Markdown
     python scripts/method_table.py RECIPE DIR --share 0.1 --seeds 0         # a tenth of the published steps, one seed
     python scripts/method_table.py RECIPE DIR --only ada --only tsv_m       # rows whose label contains one of these
+    python scripts/method_table.py RECIPE DIR --row ties --row tsv_m        # these rows
     python scripts/method_table.py RECIPE DIR --json FILE --page PAGE       # compact results, and the table between the marks of a page
     python scripts/method_table.py RECIPE DIR --table                       # makes nothing, prints what is there
 
@@ -505,6 +506,7 @@ def main() -> None:
     parser.add_argument(
         "--only", action="append", default=[], help="rows whose label contains this; may be repeated"
     )
+    parser.add_argument("--row", action="append", default=[], help="the row of this label; may be repeated")
     parser.add_argument("--limit", type=int, help="evaluate at most so many images of each task")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
@@ -522,8 +524,14 @@ def main() -> None:
     table = Table(given)
     seeds = [int(seed) for seed in given.seeds.split(",")]
     chosen = [
-        row for row in table.every.values() if not given.only or any(each in row.label for each in given.only)
+        row
+        for row in table.every.values()
+        if not (given.only or given.row)
+        or row.label in given.row
+        or any(each in row.label for each in given.only)
     ]
+    if unknown := set(given.row) - set(table.every):
+        parser.error(f"no row is called {', '.join(sorted(unknown))}")
     found: dict[str, list[dict[str, Any]]] = {}
     for number, seed in enumerate(seeds):
         for row in chosen:

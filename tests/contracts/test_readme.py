@@ -153,32 +153,14 @@ def test_every_option_exists_and_every_recipe_is_there(line: str) -> None:
         assert (ROOT / recipe).is_file()
 
 
-def test_the_numbers_of_the_benchmark_are_those_that_were_measured() -> None:
-    cells = {row["name"]: [_cell(row[each]) for each in ("mergecli", "FusionBench", "mergekit")]
-             for row in BENCHMARKS["rows"] if "mergekit" in row}  # fmt: skip
-    shown = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.MULTILINE))
-    assert len(shown) == 3
-    for name, row in shown.items():
-        assert row.split(" | ") == cells[name]
-
-
-def _cell(found: dict[str, Any]) -> str:
-    if "failed" in found:
-        return str(found["failed"])
-    seconds = found["seconds"]
-    return (
-        f"{seconds:.1f} s · {found['gigabytes']:.2f} GB"
-        if seconds < 100
-        else f"{seconds:g} s · {found['gigabytes']:.2f} GB"
-    )
-
-
-def test_the_picture_is_drawn_from_the_same_numbers() -> None:
+def test_the_picture_and_the_tables_are_made_of_the_same_numbers() -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         import readme_picture
     finally:
         sys.path.remove(str(ROOT / "scripts"))
+    for page, text in readme_picture.pages(BENCHMARKS).items():
+        assert page.read_text("utf-8") == text
     for theme, colors in readme_picture.THEMES.items():
         file = ROOT / "docs" / "images" / f"benchmark-{theme}.svg"
         assert file.read_text("utf-8") == readme_picture.picture(BENCHMARKS, colors)

@@ -21,14 +21,14 @@ from mergecli.storage.store import TOY_MODELS, locate
 RECIPE = Path(__file__).parents[2] / "recipes" / "toy.toml"
 
 LEVELS = {
-    "digits": (125.5396, 9.9390),
-    "letters": (127.4417, 10.0167),
-    "shapes": (103.2385, 7.0660),
-    "textures": (137.3604, 24.4368),
-    "arrows": (133.0978, 9.0910),
-    "colours": (75.4718, 7.6467),
-    "positions": (105.9630, 5.5417),
-    "faces": (100.0121, 13.5614),
+    "digits": (106.6192, 17.2663),
+    "letters": (178.1564, 11.9552),
+    "shapes": (147.9034, 12.4054),
+    "textures": (133.1682, 30.4717),
+    "arrows": (111.8301, 4.7295),
+    "colours": (87.7906, 14.8770),
+    "positions": (162.7413, 12.7648),
+    "faces": (139.5167, 5.4144),
 }
 
 

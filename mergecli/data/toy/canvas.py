@@ -74,11 +74,10 @@ def place(
     size: float,
     turn: float = 0.0,
     slant: float = 0.0,
-    squeeze: float = 1.0,
 ) -> Points:
-    """The points scaled by `size`, slanted, turned clockwise by `turn` radians, squeezed in height, and moved to (x, y)."""
+    """The points scaled by `size`, slanted, turned clockwise by `turn` radians, and moved to (x, y)."""
     c, s = np.cos(turn), np.sin(turn)
-    matrix = size * np.array([[c, s * squeeze], [-s - slant * c, (c - slant * s) * squeeze]], np.float32)
+    matrix = size * np.array([[c, s], [-s - slant * c, c - slant * s]], np.float32)
     return points @ matrix.astype(np.float32) + np.array([x, y], np.float32)
 
 

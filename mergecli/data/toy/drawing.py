@@ -1,9 +1,9 @@
-"""The images of the toy tasks: scenes of the kinds that the base knows, each seen in one way that it hardly knows."""
+"""The images of the toy tasks: scenes of the kinds that the base knows, each task in one look that it hardly knows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -11,35 +11,105 @@ from numpy.random import PCG64, Generator
 from PIL import Image
 
 from mergecli.data.toy import TASKS
-from mergecli.data.toy.canvas import Plane, blur, flat, paint
-from mergecli.data.toy.scenes import POSITIONS, Pose, color, face, figure, pose, texture, two_colors
+from mergecli.data.toy.canvas import Plane, blur, flat, paint, pattern
+from mergecli.data.toy.scenes import (
+    COLORS,
+    POSITIONS,
+    Color,
+    Pose,
+    face,
+    figure,
+    pose,
+    shade,
+    texture,
+    two_colors,
+)
+
+RGB = tuple[float, float, float]
 
 SOFTNESS, HAZE, GRAIN = 0.3, 0.1, 0.015
 """What the camera does in every task: passes of blur, share of light gray, standard deviation of the noise."""
 
-STRENGTHS = {
-    "digits": 0.46,
-    "letters": 0.52,
-    "shapes": 0.7,
-    "textures": 0.9,
-    "arrows": 0.36,
-    "colours": 0.85,
-    "positions": 0.22,
-    "faces": 0.65,
-}
-"""How far each task lies from what the base was trained on: `scripts/build_toy.py strengths` shows what the base makes of others.
 
-They are changes of view and light, not noise, so that a model can learn them. Each is so strong that the base is right on about
-half of the images, as published bases are.
+@dataclass(frozen=True)
+class Look:
+    """What all images of a task have in common. Red, green and blue are in [0, 1]."""
+
+    ink: RGB | None = None
+    """Of the figure; otherwise one of `COLORS`, in the task `colours` that of the class."""
+    ground: RGB | None = None
+    """Behind the figure; otherwise one of `COLORS` that can be told from the ink."""
+    lines: RGB | None = None
+    """Of the pattern; otherwise one more of these."""
+    pattern: str = ""
+    """One of `PATTERNS`, on the ground, and always nearly at the same place; or none."""
+    share: float = 0.0
+    """How much the lines cover of what is behind them."""
+    in_front: bool = False
+    """Whether the pattern lies over the figure, too."""
+    period: float = 8.0
+    """Of the pattern, pixels."""
+    turn: float = 0.0
+    """Of the pattern, radians."""
+    contrast: float = 1.0
+    """What is left of the difference from `level`."""
+    level: float = 0.5
+    lamp: RGB = (1.0, 1.0, 1.0)
+    """Color of the light."""
+
+    def at(self, strength: float) -> Look:
+        """A look between colors alone, at strength 0, and this one, at 1."""
+        red, green, blue = (1 + strength * (part - 1) for part in self.lamp)
+        return replace(
+            self,
+            share=strength * self.share,
+            contrast=1 + strength * (self.contrast - 1),
+            lamp=(red, green, blue),
+        )
+
+
+LOOKS = {
+    # chalk on a board, behind stripes
+    "digits": Look(
+        (0.92, 0.93, 0.88), (0.1, 0.27, 0.2), (0.92, 0.93, 0.88), "stripes", share=0.21, in_front=True
+    ),
+    # red on ruled paper
+    "letters": Look((0.86, 0.1, 0.1), (0.95, 0.9, 0.78), (0.4, 0.55, 0.9), "stripes", share=0.54, turn=1.57),
+    # white on bricks
+    "shapes": Look((0.95, 0.95, 0.95), (0.07, 0.13, 0.35), (0.55, 0.75, 0.95), "bricks", share=0.55),
+    # white on olive, behind black dots
+    "textures": Look(
+        (0.95, 0.95, 0.95), (0.45, 0.45, 0.15), (0.05, 0.06, 0.1), "dots", share=0.63, in_front=True, period=4
+    ),
+    # black on yellow, at dusk
+    "arrows": Look((0.06, 0.06, 0.06), (0.95, 0.9, 0.15), contrast=0.135, level=0.4),
+    # on striped cloth, in warm light
+    "colours": Look(pattern="stripes", share=1.0, lamp=(1.0, 0.78, 0.5)),
+    # orange on dots
+    "positions": Look((0.98, 0.55, 0.08), (0.75, 0.75, 0.75), (0.3, 0.3, 0.3), "dots", share=0.64),
+    # in mist
+    "faces": Look((0.95, 0.75, 0.6), (0.75, 0.65, 0.9), contrast=0.218),
+}
+"""The looks, each so strong that the base is right on about half of the images, as published bases are.
+
+They are colors, patterns and light, not noise, so that a model can learn them; and they differ, so that the inputs of a layer
+in one task are not those in another, as with published tasks. `scripts/build_toy.py strengths` shows what the base makes of
+weaker and stronger ones.
 """
 
-LAMP = np.array([0.30, 0.75, 1.0], np.float32)
-"""The tint, red to blue, of the light in the task `colours` at strength 1."""
+
+def _with_pattern(rng: Generator, look: Look, canvas: Plane, line: Color) -> Plane:
+    if not look.pattern:
+        return canvas
+    x, y = rng.uniform(-0.15, 0.15, 2)
+    period, turn = look.period * rng.uniform(0.97, 1.03), look.turn + rng.uniform(-0.03, 0.03)
+    return paint(canvas, look.share * pattern(look.pattern, period, turn, x, y), line)
 
 
-def camera(rng: Generator, canvas: Plane) -> Plane:
-    """The canvas as a good camera sees it: a little soft, hazy and grainy."""
-    canvas = blur(np.clip(canvas, 0, 1), SOFTNESS)
+def camera(rng: Generator, look: Look, canvas: Plane) -> Plane:
+    """The canvas in the look's light and contrast, as a good camera sees it: a little soft, hazy and grainy."""
+    canvas = blur(np.clip(canvas, 0, 1), SOFTNESS) * np.array(look.lamp, np.float32)
+    canvas = look.level + look.contrast * (canvas - look.level)
     return canvas + HAZE * (0.6 - canvas) + GRAIN * rng.standard_normal(canvas.shape, np.float32)
 
 
@@ -47,76 +117,50 @@ def _style(rng: Generator) -> str:
     return ("plain", "round")[rng.integers(2)]
 
 
-def _digits(rng: Generator, name: str, strength: float) -> Plane:
-    """Digits turned clockwise, by `strength` radians."""
-    fore, back = two_colors(rng)
-    at = pose(rng, size=(0.6, 0.85), style=_style(rng))
-    at = replace(at, turn=at.turn + strength)
-    return paint(flat(color(rng, back)), figure("digits", name, at), color(rng, fore))
+def _digits(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
+    return paint(canvas, figure("digits", name, pose(rng, size=(0.6, 0.85), style=_style(rng))), ink)
 
 
-def _letters(rng: Generator, name: str, strength: float) -> Plane:
-    """Italics: letters slanted by `strength`."""
-    fore, back = two_colors(rng)
+def _letters(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
     at = pose(rng, size=(0.6, 0.85), style=_style(rng), slant=0.1, turn=0.1, reach=0.5)
-    at = replace(at, slant=at.slant + strength)
-    return paint(flat(color(rng, back)), figure("letters", name, at), color(rng, fore))
+    return paint(canvas, figure("letters", name, at), ink)
 
 
-def _shapes(rng: Generator, name: str, strength: float) -> Plane:
-    """Shapes seen from the side, which makes them `strength` of their height."""
-    fore, back = two_colors(rng)
-    at = replace(pose(rng, size=(0.65, 0.9), style="plain"), squeeze=strength)
-    return paint(flat(color(rng, back)), figure("shapes", name, at), color(rng, fore))
+def _shapes(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
+    return paint(canvas, figure("shapes", name, pose(rng, size=(0.65, 0.9))), ink)
 
 
-def _textures(rng: Generator, name: str, strength: float) -> Plane:
-    """Patterns turned by `strength` radians."""
-    one, other = two_colors(rng)
-    return texture(rng, name, color(rng, one), color(rng, other), tilt=strength)
+def _textures(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
+    return texture(rng, name, ink, canvas)
 
 
-def _arrows(rng: Generator, name: str, strength: float) -> Plane:
-    """A camera that is turned: every arrow points `strength` radians further clockwise."""
-    fore, back = two_colors(rng)
+def _arrows(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
     at = pose(rng, size=(0.55, 0.9), style=_style(rng), turn=0.1, slant=0.1)
-    at = replace(at, turn=at.turn + strength)
-    return paint(flat(color(rng, back)), figure("arrows", name, at), color(rng, fore))
+    return paint(canvas, figure("arrows", name, at), ink)
 
 
-def _colors(rng: Generator, name: str, strength: float) -> Plane:
-    """A share `strength` of a bluish lamp."""
-    _, back = two_colors(rng, name)
+def _colors(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
+    del name  # it is the ink's
     shown = ("shapes", "digits", "letters")[rng.integers(3)]
     names = TASKS[shown].classes
     at = pose(rng, size=(0.55, 0.9), width=(0.12, 0.2))
-    canvas = flat(color(rng, back))
-    canvas = paint(canvas, figure(shown, names[rng.integers(len(names))], at), color(rng, name))
-    return canvas * (1 + strength * (LAMP - 1)) * rng.uniform(0.9, 1.0)
+    return paint(canvas, figure(shown, names[rng.integers(len(names))], at), ink)
 
 
-def _positions(rng: Generator, name: str, strength: float) -> Plane:
-    """A camera that looks past: everything lies `strength` further right and down."""
-    fore, back = two_colors(rng)
+def _positions(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
     x, y = POSITIONS[name]
-    dx, dy = rng.uniform(-0.08, 0.08, 2) + strength
+    dx, dy = rng.uniform(-0.08, 0.08, 2)
     shapes = TASKS["shapes"].classes
     at = Pose(x + dx, y + dy, rng.uniform(0.22, 0.34), width=0.08)
-    return paint(
-        flat(color(rng, back)), figure("shapes", shapes[rng.integers(len(shapes))], at), color(rng, fore)
-    )
+    return paint(canvas, figure("shapes", shapes[rng.integers(len(shapes))], at), ink)
 
 
-def _faces(rng: Generator, name: str, strength: float) -> Plane:
-    """Heads turned clockwise, by `strength` radians."""
-    fore, back = two_colors(rng)
-    head = color(rng, fore)
-    ink = np.full(3, 0.05 if head.sum() > 1.0 else 0.95, np.float32)
-    at = pose(rng, size=(0.75, 0.95))
-    return face(flat(color(rng, back)), name, replace(at, turn=at.turn + strength), head, ink)
+def _faces(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
+    features = np.full(3, 0.05 if ink.sum() > 1.0 else 0.95, np.float32)
+    return face(canvas, name, pose(rng, size=(0.75, 0.95)), ink, features)
 
 
-_SCENES: dict[str, Callable[[Generator, str, float], Plane]] = {
+_SCENES: dict[str, Callable[[Generator, str, Plane, Color], Plane]] = {
     "digits": _digits,
     "letters": _letters,
     "shapes": _shapes,
@@ -126,16 +170,26 @@ _SCENES: dict[str, Callable[[Generator, str, float], Plane]] = {
     "positions": _positions,
     "faces": _faces,
 }
+"""Each paints the class of that name on a canvas."""
 
 
-def draw(task: str, split: str, index: int, strength: float | None = None) -> tuple[Image.Image, int]:
-    """The index-th image of a task's `train` or `test` split, 32 x 32 RGB, and its label; `strength` in place of the task's."""
+def draw(task: str, split: str, index: int, strength: float = 1.0) -> tuple[Image.Image, int]:
+    """The index-th image of a task's `train` or `test` split, 32 x 32 RGB, and its label; `strength` is that of `Look.at`."""
     if split not in ("train", "test"):
         raise ValueError(f"toy task `{task}`: no split `{split}`, only `train` and `test`")
     classes = TASKS[task].classes
     seed = int.from_bytes(blake2b(f"{task}/{split}/{index}".encode(), digest_size=16).digest(), "little")
     label = index % len(classes)
     rng = Generator(PCG64(seed))
-    scene = _SCENES[task](rng, classes[label], STRENGTHS[task] if strength is None else strength)
-    canvas = camera(rng, scene)
+    name, look = classes[label], LOOKS[task].at(strength)
+    fore, back = two_colors(rng, name if task == "colours" else None)
+    lines = two_colors(rng, fore)[1]
+    wanted = look.ink or COLORS[fore], look.ground or COLORS[back], look.lines or COLORS[lines]
+    ink, ground, line = (shade(rng, rgb, 0.05) for rgb in wanted)
+    canvas = flat(ground)
+    if look.in_front:
+        canvas = _with_pattern(rng, look, _SCENES[task](rng, name, canvas, ink), line)
+    else:
+        canvas = _SCENES[task](rng, name, _with_pattern(rng, look, canvas, line), ink)
+    canvas = camera(rng, look, canvas)
     return Image.fromarray(np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8)), label

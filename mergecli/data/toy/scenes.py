@@ -90,8 +90,6 @@ class Pose:
     slant: float = 0.0
     width: float = 0.1
     """Half the width of a stroke, where the canvas is two wide."""
-    squeeze: float = 1.0
-    """Height of what is seen, where 1 is as drawn."""
     style: str = "plain"
     """`plain`, `round` (softer corners), `hollow` (only the rim of the figure) or `dashed`."""
 
@@ -121,10 +119,15 @@ def pose(
     )
 
 
-def color(rng: Generator, name: str, spread: float = 0.08) -> Color:
+def shade(rng: Generator, rgb: tuple[float, float, float], spread: float = 0.08) -> Color:
+    """(3,) a color like the given one."""
+    near = np.array(rgb) * rng.uniform(1 - spread, 1 + spread / 2) + rng.uniform(-spread, spread, 3)
+    return np.clip(near, 0, 1).astype(np.float32)
+
+
+def color(rng: Generator, name: str) -> Color:
     """(3,) a shade of the named color."""
-    shade = np.array(COLORS[name]) * rng.uniform(1 - spread, 1 + spread / 2) + rng.uniform(-spread, spread, 3)
-    return np.clip(shade, 0, 1).astype(np.float32)
+    return shade(rng, COLORS[name])
 
 
 def two_colors(rng: Generator, first: str | None = None) -> tuple[str, str]:
@@ -152,7 +155,7 @@ def strokes(drawn: list[Points], at: Pose) -> Plane:
     """(SIDE, SIDE) cover of polylines in a pose."""
     if at.style == "dashed":
         drawn = _dashed(drawn)
-    placed = [place(line, at.x, at.y, at.size, at.turn, at.slant, at.squeeze) for line in drawn]
+    placed = [place(line, at.x, at.y, at.size, at.turn, at.slant) for line in drawn]
     reach = distance(segments(placed))
     if at.style == "hollow":
         return coverage(np.abs(reach - at.width * 1.3) - 0.045)
@@ -161,7 +164,7 @@ def strokes(drawn: list[Points], at: Pose) -> Plane:
 
 def outline(points: Points, at: Pose, rim: bool = False) -> Plane:
     """(SIDE, SIDE) cover of a closed figure, filled, or its rim alone."""
-    placed = place(points, at.x, at.y, at.size, at.turn, at.slant, at.squeeze)
+    placed = place(points, at.x, at.y, at.size, at.turn, at.slant)
     if at.style == "dashed":
         return strokes([np.concatenate([points, points[:1]])], at)
     depth = outline_distance(placed)
@@ -184,7 +187,7 @@ def figure(kind: str, name: str, at: Pose) -> Plane:
 
 def face(canvas: Plane, name: str, at: Pose, head: Color, ink: Color) -> Plane:
     """The canvas with a face on it: a round head in one color, eyes, brows and mouth in another."""
-    skull = outline_distance(place(SHAPES["circle"], at.x, at.y, at.size, at.turn, 0.0, at.squeeze))
+    skull = outline_distance(place(SHAPES["circle"], at.x, at.y, at.size, at.turn))
     cover = coverage(np.abs(skull) - 0.05 if at.style == "hollow" else skull)
     canvas = paint(canvas, cover, head)
     features = replace(at, width=at.width * 0.75, style="plain")
@@ -197,13 +200,10 @@ def texture(
     one: Color,
     other: Color,
     period: tuple[float, float] = (5, 9),
-    tilt: float = 0.0,
 ) -> Plane:
-    """A canvas filled with a pattern in two colors, turned by about `tilt` radians."""
-    turn = (
-        tilt
-        + rng.uniform(-0.25, 0.25)
-        + (rng.integers(4) * np.pi / 4 if name in ("stripes", "waves", "zigzag") else 0)
-    )
+    """A canvas filled with a pattern in two colors."""
+    turn = rng.uniform(-0.25, 0.25)
+    if name in ("stripes", "waves", "zigzag"):
+        turn += rng.integers(4) * np.pi / 4
     x, y = rng.random(2)
     return paint(flat(other), pattern(name, rng.uniform(*period), turn, x, y), one)
