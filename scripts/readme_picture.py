@@ -244,7 +244,8 @@ def cold_table(numbers: dict[str, Any]) -> str:
 
 
 def _named(program: str, numbers: dict[str, Any]) -> str:
-    return f"{program} {numbers['programs'].get(program, '')}".strip()
+    when = " (earlier)" if program in numbers["earlier"] else ""
+    return f"{program} {numbers['programs'].get(program, '')}".strip() + when
 
 
 def _cell(found: dict[str, Any] | None, units: tuple[str, ...], ends: tuple[str, ...] = ("", "", "")) -> str:
