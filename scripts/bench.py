@@ -508,7 +508,7 @@ def shown(rows: Sequence[Row]) -> str:
         if row.failed:
             lines.append(f"| {case.what} | {case.program} | {row.failed} | | | | | {row.max_rss_gb:.2f} |")
             continue
-        under = floor_of.get(case.what.rpartition(", ")[2], least)
+        under = floor_of.get(case.what.partition(", ")[2], least)
         plain = case.program in ("system calls", "python")
         share = f"{(row.seconds - start) / under:.1f}" if under and not plain else ""
         ratio = f"{row.seconds / own[case.what]:.2f}" if case.what in own else ""

@@ -27,7 +27,7 @@ THEMES = {
         "mergecli": "#0969da",
         "FusionBench": "#a0a8b3",
         "mergekit": "#cfd5dc",
-        "sd-mecha": "#e4e8ec",
+        "sd-mecha": "#78818c",
     },
     "dark": {
         "text": "#f0f6fc",
@@ -36,7 +36,7 @@ THEMES = {
         "mergecli": "#4493f8",
         "FusionBench": "#7a828e",
         "mergekit": "#4a525c",
-        "sd-mecha": "#363c44",
+        "sd-mecha": "#a9b1ba",
     },
 }
 PROGRAMS = ("mergecli", "FusionBench", "mergekit", "sd-mecha")
@@ -244,7 +244,8 @@ def cold_table(numbers: dict[str, Any]) -> str:
 
 
 def _named(program: str, numbers: dict[str, Any]) -> str:
-    return f"{program} {numbers['programs'].get(program, '')}".strip()
+    when = " (earlier)" if program in numbers["earlier"] else ""
+    return f"{program} {numbers['programs'].get(program, '')}".strip() + when
 
 
 def _cell(found: dict[str, Any] | None, units: tuple[str, ...], ends: tuple[str, ...] = ("", "", "")) -> str:
