@@ -331,7 +331,7 @@ def check(_: argparse.Namespace) -> None:
         print(
             f"{winner.name}: recovers {share:.0%} of {100 * gain:.1f} points; worst task {100 * worst:+.1f}"
         )
-    _, worst = max(best.values())
+    worst = max(best.values())[1]
     size = sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file())
     print(f"{size / 1e6:.1f} MB in {MODELS.name}")
     promises = {
