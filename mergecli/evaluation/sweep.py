@@ -267,9 +267,8 @@ class MergedPoints:
         path = folder / f"{name}.safetensors"
         method = self.points[name].recipe.built
         with ExitStack() as locks:
-            if isinstance(method, DataDriven) or measured_by(
-                method
-            ):  # points that learn the same learn it once
+            if isinstance(method, DataDriven) or measured_by(method):
+                # points that learn the same learn it once
                 locks.enter_context(alone(folder / learning_key(method)))
             locks.enter_context(alone(path))
             if not path.exists():
