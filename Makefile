@@ -38,7 +38,7 @@ bench: .venv/installed ## time and memory of merges, medians of five, growth, co
 	$(BIN)/python scripts/readme_picture.py
 
 # TABLE has more options, such as TABLE="--share 1 --seeds 0"
-TABLE ?= --share 0.06
+TABLE ?= --share 0.1
 table: .venv/installed ## every method on the toys, and its place in the published order; resumes; hours
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/method_table.py recipes/toy.toml out/toy-table $(TABLE) \
 	  --json recipes/experiments/toy-methods.json --page docs/experiments/toys.md
