@@ -412,6 +412,18 @@ def models_of(place: Path, count: int) -> list[Path]:
     return [place / name / "model.safetensors" for name in ("base", *(f"t{i}" for i in range(count)))]
 
 
+def of_checkout(root: Path) -> dict[str, str]:
+    """The environment in which `python -m mergecli` is the one of that checkout, whatever folder it is started in."""
+    environment = {"PYTHONPATH": str(root.absolute()), "PYTHONSAFEPATH": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", "import mergecli; print(mergecli.__file__)"],
+        capture_output=True, text=True, env={**os.environ, **environment},
+    ).stdout.strip()  # fmt: skip
+    if not Path(found).is_relative_to(root.absolute()):
+        raise SystemExit(f"{root}: expected a checkout of mergecli, but `mergecli` is {found or 'nowhere'}")
+    return environment
+
+
 def compared(folder: Path, given: argparse.Namespace) -> list[Row]:
     """Every merge by us, by other versions of us and by others, beside the floor, on the same files."""
     place = made(folder, given.kind, given.count)
@@ -421,7 +433,7 @@ def compared(folder: Path, given: argparse.Namespace) -> list[Row]:
         command = ours(what, place, given.count, output)
         for name, other in [("mergecli", ROOT), *given.beside]:
             most = MOST_ROUNDS.get(what)
-            cases.append(Case(what, name, command, environment={"PYTHONPATH": str(other)}, rounds=most))
+            cases.append(Case(what, name, command, environment=of_checkout(other), rounds=most))
         least = 1 if what == "cos-sim" else models_of(place, 0)[0].stat().st_size * 9 // 10
         for peers, programs in given.peers.items():
             cases += theirs(
