@@ -560,7 +560,10 @@ def check(options: argparse.Namespace, recipe: Path, record: Record) -> None:
         str(recipe),
         str(options.folder / "table"),
     ]
-    subprocess.run([*table, *rows, "--json", str(results), "--seeds", str(options.seed)], check=True)
+    if status := subprocess.run(
+        [*table, *rows, "--json", str(results), "--seeds", str(options.seed)]
+    ).returncode:
+        sys.exit(status)  # it has said why
     found: dict[str, Any] = json.loads(results.read_text("utf-8"))
     record.add("table", found)
     base, tuned = (found["unmerged"][name] for name in ("base", "fine-tuned"))
@@ -617,9 +620,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.tasks = options.tasks or list(SUBJECTS)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     data = os.environ.get("MERGECLI_TEST_DATA")
-    if data is None:
-        raise SystemExit("MERGECLI_TEST_DATA names no folder; it has a folder of Parquet files for each task")
-    recipe, record = write_recipe(options.folder, Path(data), options.tasks), Record(options.folder)
+    if missing := [task for task in options.tasks if data is None or not Path(data, task).is_dir()]:
+        raise SystemExit(
+            f"MERGECLI_TEST_DATA, {data or 'which is not set'}: expected a folder with a folder of Parquet files for each task, "
+            f"without {', '.join(missing)}"
+        )
+    recipe, record = write_recipe(options.folder, Path(data or ""), options.tasks), Record(options.folder)
     for name, stage in STAGES.items():
         if options.stage in (name, "all"):
             stage(options, recipe, record)

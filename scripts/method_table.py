@@ -551,4 +551,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except mergecli.MergecliError as error:
+        sys.exit(f"error: {error.message}")

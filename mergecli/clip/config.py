@@ -6,9 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 from mergecli.runtime.errors import InputError, did_you_mean, listed, quoted, toml_text
+
+if TYPE_CHECKING:
+    from mergecli.storage.checkpoint import Checkpoint
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 """Names of `hidden_act`."""
@@ -147,3 +150,19 @@ def _side(value: Any) -> Any:
 
 def _is_size(value: Any, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def expect_weights(path: Path, want: Mapping[str, tuple[int, ...]], stored: Checkpoint) -> None:
+    """Compares the weights of a folder with the shapes that its `config.json` says.
+
+    Raises:
+        InputError: tensors are missing or of another shape; they are listed.
+    """
+    wrong = [f"lacks tensor `{name}`" for name in sorted(want) if name not in stored.entries]
+    wrong += [
+        f"`{name}` has another shape than its config says"
+        for name, shape in sorted(want.items())
+        if name in stored.entries and stored.entries[name].shape != shape
+    ]
+    if wrong:
+        raise InputError(f"{path}: the weights do not fit `config.json`:\n{listed(wrong)}")

@@ -14,8 +14,9 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergecli.clip.config import expect_weights
 from mergecli.clip.processor import ImageProcessor, expect_fit, processor_of
-from mergecli.runtime.errors import InputError, listed, quoted
+from mergecli.runtime.errors import InputError, quoted
 from mergecli.storage.checkpoint import TEXT, VISION, Checkpoint
 
 if TYPE_CHECKING:
@@ -172,14 +173,7 @@ def read_image_half(path: Path, stored: Checkpoint, kind: str) -> ImageHalf:
     ]
     if foreign:
         raise InputError(f"{path}: is a model of the kind `{kind}`, which has no {quoted(foreign)}", _HINT)
-    wrong = [f"lacks tensor `{name}`" for name in sorted(shapes) if name not in stored.entries]
-    wrong += [
-        f"`{name}` has another shape than its config says"
-        for name, shape in sorted(shapes.items())
-        if name in stored.entries and stored.entries[name].shape != shape
-    ]
-    if wrong:
-        raise InputError(f"{path}: the weights do not fit `config.json`:\n{listed(wrong)}")
+    expect_weights(path, shapes, stored)
     expect_fit(processor, path, config.vision_config)
     _drop(model, text=True)
     return ImageHalf(_filled(model, stored), processor, shapes)

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mergecli.clip.config import other_kind, read_config
+from mergecli.clip.config import expect_weights, other_kind, read_config
 from mergecli.clip.dual_encoder import (
     LibraryTokenizer,
     is_dual_encoder,
@@ -137,14 +137,7 @@ def load_clip(path: Path) -> Clip:
         with torch.device("meta"):
             parts = (VisionModel(config), TextModel(config))
         want = {name: tuple(each.shape) for part in parts for name, each in part.state_dict().items()}
-        wrong = [f"lacks tensor `{name}`" for name in sorted(want) if name not in stored.entries]
-        wrong += [
-            f"`{name}` has another shape than its config says"
-            for name, shape in sorted(want.items())
-            if name in stored.entries and stored.entries[name].shape != shape
-        ]
-        if wrong:
-            raise InputError(f"{path}: the weights do not fit `config.json`:\n{listed(wrong)}")
+        expect_weights(path, want, stored)
         expect_fit(processor, path, config.vision_config)
         model = _read(lambda: VisionModel(config), stored)
         forms = {name: Form(shape) for name, shape in want.items() if name.startswith(VISION)}
