@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from mergecli.methods._base import Group
@@ -87,12 +88,17 @@ def gram(matrix: Tensor) -> Tensor:
 
     size = matrix.shape[1]
     result = torch.empty(size, size, dtype=matrix.dtype, device=matrix.device)
+    for rows in blocks(size):
+        torch.mm(matrix[:, rows].T, matrix[:, rows.start :], out=result[rows, rows.start :])
+        result[rows.stop :, rows] = result[rows, rows.stop :].T
+    return result
+
+
+def blocks(size: int) -> Iterator[slice]:
+    """Rows of a symmetric matrix that are computed together, from the diagonal on."""
     step = max(64, -(-size // 4))
     for start in range(0, size, step):
-        stop = min(start + step, size)
-        torch.mm(matrix[:, start:stop].T, matrix[:, start:], out=result[start:stop, start:])
-        result[stop:, start:stop] = result[start:stop, stop:].T
-    return result
+        yield slice(start, min(start + step, size))
 
 
 def inverse(values: Tensor) -> Tensor:
