@@ -67,6 +67,21 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (factor if matrix.shape[0] >= matrix.shape[1] else factor.T), values
 
 
+def polar_times(matrix: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """(O, K) and (k,): P(X) Y of a (O, I) X and a (I, K) Y, P as of `polar`, and the singular values, smallest first, in float64.
+
+    Where Y has few columns it costs two of the products of P itself.
+    """
+    import torch
+
+    wide, across = matrix.double(), len(matrix) < matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(gram(wide.T if across else wide))
+    values = _unnegligible(squares)
+    shown = vectors.T @ (wide @ other if across else other.double())
+    turned = vectors @ shown.mul_(inverse(values)[:, None])
+    return (turned if across else wide @ turned), values
+
+
 def inverse_root(matrix: Tensor) -> Tensor:
     """(I, I) float64 (X^T X)^(-1/2) of a (O, I) matrix X, 0 in its negligible directions: X times it is `polar(X)[0]`."""
     return _inverse_root(matrix.double())[0]
@@ -77,9 +92,14 @@ def _inverse_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     squares, vectors = torch.linalg.eigh(gram(matrix))
-    values = squares.clamp_(min=0).sqrt_()
-    values = values.masked_fill_(values <= NEGLIGIBLE * values[-1:], 0)
+    values = _unnegligible(squares)
     return (vectors * inverse(values)) @ vectors.T, values
+
+
+def _unnegligible(squares: Tensor) -> Tensor:
+    """(k,) singular values of their squares, smallest first, which are overwritten; negligible ones are 0."""
+    values = squares.clamp_(min=0).sqrt_()
+    return values.masked_fill_(values <= NEGLIGIBLE * values[-1:], 0)
 
 
 def gram(matrix: Tensor) -> Tensor:
