@@ -176,10 +176,10 @@ class ModelSlot:
         self._taken = self.installed = self.correction = self.head = None
 
     def another(self) -> ModelSlot:
-        """A slot that shares everything with this one but the tower's weights."""
+        """A slot that shares everything with this one but the weights of the tower and its projection."""
         self.release()
-        model = self.clip.model
-        shared = {id(part): part for name, part in model.named_children() if name != "vision_model"}
+        model, own = self.clip.model, ("vision_model", "visual_projection")
+        shared = {id(part): part for name, part in model.named_children() if name not in own}
         return ModelSlot(replace(self.clip, model=copy.deepcopy(model, shared)), self.routing)
 
 

@@ -274,9 +274,9 @@ _ROUTING = "mergecli_routing"
 
 
 def one_tower(opened: Checkpoint) -> Checkpoint:
-    """The vision tower of a checkpoint; raises InputError if it holds more than one."""
+    """The image encoder of a checkpoint; raises InputError if it holds more than one."""
     if not opened.is_mixture:
-        return opened.vision()
+        return opened.encoder()
     tasks = list(mixture_of(opened).tasks)
     shown = ", ".join(tasks[:4]) + (f" and {len(tasks) - 4} more" if len(tasks) > 4 else "")
     raise InputError(

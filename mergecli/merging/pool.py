@@ -118,10 +118,10 @@ class ModelPool:
         base = self._written(BASE) if self.has_base else None
         with open_source(source, base) as stored:
             if stored.is_mixture:
-                model = load_tower(self._configured(source, base), routed(stored).shared)
+                model = load_tower(self._configured(source, base), routed(stored).shared.without_projection())
                 install_routing(stored, model)
                 return model
-            tower = stored.vision()
+            tower = stored.without_projection()
             if not tower.is_task_vector:
                 return load_tower(self._configured(source, base), tower)
             if base is None:
@@ -130,8 +130,8 @@ class ModelPool:
                 return load_tower(self._configured(base, None), tower, one_tower(whole))
 
     def load_clip_model(self, name: str = BASE) -> Any:
-        """A whole `transformers.CLIPModel`: the base's text tower and projections, with that model's vision tower,
-        as `load_model` has it."""
+        """A whole `transformers.CLIPModel`: the base's text tower and text projection, with that model's vision tower, as
+        `load_model` has it, and with its visual projection if it has one."""
         from mergecli.clip.model import load_clip, set_tower
         from mergecli.clip.towers import load_whole
 
@@ -144,7 +144,7 @@ class ModelPool:
         if name == BASE:
             return load_whole(clip)
         with open_source(self._written(name), base) as stored:
-            set_tower(clip, routed(stored).shared if stored.is_mixture else stored.vision())
+            set_tower(clip, routed(stored).shared if stored.is_mixture else stored)
             model = load_whole(clip)
             if stored.is_mixture:
                 install_routing(stored, model.vision_model)

@@ -50,6 +50,10 @@ class FindsTask(MayMeasure, Conditioned, Routed):
         return self.router is not None
 
     @property
+    def keeps_projection(self) -> bool:
+        return self.router is not None
+
+    @property
     def sends_on(self) -> bool:
         return self.router is not None
 

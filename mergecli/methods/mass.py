@@ -61,6 +61,10 @@ class Mass(Routed, PerTensor):
     def sends_on(self) -> bool:
         return True
 
+    @property
+    def keeps_projection(self) -> bool:
+        return True
+
     def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
         own = {name: Part(SAME, shape)}
         if not is_matrix_named(name, shape, self.position_embedding):
