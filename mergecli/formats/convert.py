@@ -167,7 +167,7 @@ def converted_path(path: Path, home: Path, *, allow_pickle: bool) -> Path:
     """
     if is_adapter(path) or not needs_conversion(path):
         return path
-    state = hashlib.sha256(b"2")  # conversions by earlier versions have no visual projections
+    state = hashlib.sha256()
     for file in _content(path):
         with file.open("rb") as stream:
             state.update(hashlib.file_digest(stream, "sha256").digest())

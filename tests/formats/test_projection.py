@@ -251,6 +251,22 @@ def test_a_projection_with_another_number_of_dimensions_is_no_clip_s(world: Worl
         )
 
 
+def test_a_conversion_by_a_version_that_left_it_out_is_refused(world: World, tmp_path: Path) -> None:
+    about = {"mergecli": "0.1.0", "kind": "checkpoint", "converted_from": "a.pt"}
+    tower = {name: each for name, each in world.tuned["a"].items() if name != PROJECTION}
+    save_file(tower, "old.safetensors", {**about, "left_out": '["model.logit_scale", "model.visual.proj"]'})
+    save_file(
+        tower, "new.safetensors", {**about, "left_out": '["model.logit_scale", "model.text_projection"]'}
+    )
+    with pytest.raises(InputError) as caught:
+        open_source(parse_source("old.safetensors", tmp_path))
+    assert (caught.value.message, caught.value.hint) == (
+        f"{tmp_path / 'old.safetensors'}: was converted by an earlier version, which left the visual projection out",
+        "delete it, then run `mergecli fetch --allow-pickle old.safetensors` again",
+    )
+    open_source(parse_source("new.safetensors", tmp_path)).close()
+
+
 def test_task_vectors_have_it_and_cosines_count_it(world: World, tmp_path: Path) -> None:
     files = taskvector(world.recipe, output=tmp_path / "vectors")
     for file, delta in zip(files, world.deltas, strict=True):
