@@ -477,6 +477,7 @@ def _evaluations(
         size,
         {tower.name: tower.label for tower in models},
         pool=models[0].pool,
+        has_projection=any(each.has_projection for each in facts.values()),
     )
     return (evaluation_of(together, own, call.base, scoring),)
 
@@ -487,7 +488,7 @@ def evaluation_of(
     """The result of a tower, of what is known of it and its scores."""
     digests, settings = scoring.digests, scoring.settings
     with open_source(base) as whole:
-        tower_size = whole.vision().nbytes
+        own = whole.encoder() if facts.has_projection else whole.vision()
     return Evaluation(
         clip={
             "path": base.label, "digest": digests.vision, "text": digests.text, "rest": digests.rest,
@@ -500,7 +501,7 @@ def evaluation_of(
         parameters=facts.parameters,
         tasks=tasks,
         bytes=facts.bytes,
-        relative_size=facts.bytes / tower_size,
+        relative_size=facts.bytes / own.nbytes,
         models=facts.models,
         recipe_pool=facts.pool,
         looked_at=facts.looked_at,

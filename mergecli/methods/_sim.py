@@ -50,10 +50,6 @@ class FindsTask(MayMeasure, Conditioned, Routed):
         return self.router is not None
 
     @property
-    def keeps_projection(self) -> bool:
-        return self.router is not None
-
-    @property
     def sends_on(self) -> bool:
         return self.router is not None
 
@@ -99,6 +95,15 @@ class FindsTask(MayMeasure, Conditioned, Routed):
 
         del tasks
         return SimTower.around(tower, weights, read(MEANS), read(BASES), read(PROJECTION))
+
+    def projection(self, installed: Installed, own: nn.Linear, read: Read, name: str, /) -> nn.Module:
+        from mergecli.methods._sim_tower import SimTower
+        from mergecli.methods._task_towers import ImageProjections
+
+        assert isinstance(installed, SimTower)
+        return ImageProjections(
+            own, lambda: installed.chosen.tolist(), lambda task: self.weights(name, task, read)
+        )
 
 
 _MEAN, _BASIS = "sim.mean", "sim.basis"

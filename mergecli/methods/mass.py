@@ -61,10 +61,6 @@ class Mass(Routed, PerTensor):
     def sends_on(self) -> bool:
         return True
 
-    @property
-    def keeps_projection(self) -> bool:
-        return True
-
     def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
         own = {name: Part(SAME, shape)}
         if not is_matrix_named(name, shape, self.position_embedding):
@@ -134,6 +130,16 @@ class Mass(Routed, PerTensor):
                 deltas[name] = read(f"deltas.{key}").to(own.device)
         return MassTower.around(
             tower, factors, deltas, self.telling(factors), self.threshold, self.tasks_per_image
+        )
+
+    def projection(self, installed: Installed, own: nn.Linear, read: Read, name: str, /) -> nn.Module:
+        from mergecli.methods._mass_tower import Factors, MassTower, merged
+        from mergecli.methods._task_towers import ImageProjections
+
+        assert isinstance(installed, MassTower)
+        factors = Factors(*(read(f"{each}.{name}").to(own.weight.device) for each in ("left", "right")))
+        return ImageProjections(
+            own, lambda: installed.merged, lambda tasks: merged(name, own.weight, {name: factors}, {}, tasks)
         )
 
 

@@ -17,7 +17,9 @@ from mergecli import ModelPool, cos_sim, evaluate, extract, merge, taskvector
 from mergecli.clip.model import features, load_clip, set_tower
 from mergecli.data.images import load_images
 from mergecli.data.tasks import find
+from mergecli.evaluation.counting import ModelSlot
 from mergecli.formats.export import export
+from mergecli.formats.mixture import mixture_of
 from mergecli.formats.opening import open_source
 from mergecli.recipe.reading import recipe_of as read
 from mergecli.runtime.errors import InputError, MergecliWarning, UsageError
@@ -138,6 +140,7 @@ def test_fine_tuned_models_are_evaluated_with_their_own_projections_and_others_w
     assert losses(after[1:]) == losses(before)
     assert after[1].checkpoint["digest"] == before[0].checkpoint["digest"]
     assert after[1].checkpoint["method"] == "pretrained"
+    assert [each.relative_size for each in after] == [1, 1]
 
 
 def test_a_clip_has_its_own_projection_again_where_the_next_tower_has_none(world: World) -> None:
@@ -375,6 +378,34 @@ def test_a_method_that_keeps_the_base_s_says_so(world: World, tmp_path: Path) ->
         "`smile` keeps the base's visual projection: those that the models have fine-tuned are not merged"
     ]
     assert torch.equal(load_file(tmp_path / "m.safetensors")[PROJECTION], world.own[PROJECTION])
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("mass", {"threshold": 0.9}), ("emr", {"router": "sim", "router_examples": 4, "feature_size": 8})],
+)
+def test_a_tower_that_finds_the_task_of_an_image_has_the_projection_of_that_task(
+    world: World, tmp_path: Path, method: str, settings: dict[str, Any]
+) -> None:
+    merged(world, tmp_path / "m.safetensors", method, settings=settings)
+    pixels = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    slot, other = ModelSlot(load_clip(world.base)), load_clip(world.base)
+    with open_source(parse_source(str(tmp_path / "m.safetensors"), Path())) as opened, torch.no_grad():
+        slot.take(opened, "a")
+        got = features(slot.clip, pixels)
+        assert slot.installed is not None
+        chosen = slot.installed.chosen
+        assert chosen is not None
+        assert set(chosen.tolist()) == {0, 1}
+        for number, task in enumerate(TASKS):
+            set_tower(other, mixture_of(opened).of_task(task))
+            rows = chosen == number
+            torch.testing.assert_close(got[rows], features(other, pixels)[rows], atol=1e-4, rtol=1e-4)
+        whole: Any = ModelPool({"base": world.base, "m": tmp_path / "m.safetensors"}).load_clip_model("m")
+        found = whole.visual_projection(whole.vision_model(pixels).pooler_output)
+        torch.testing.assert_close(found, got, atol=1e-4, rtol=1e-4)
+        slot.release()
+        assert isinstance(slot.clip.model.visual_projection, torch.nn.Linear)
 
 
 IMAGES = {"examples": 6, "batch_size": 4}
