@@ -170,6 +170,29 @@ def test_a_constant_schedule_keeps_the_learning_rate(recipe, tmp_path):
     assert (tmp_path / "cosine.safetensors").read_bytes() != (tmp_path / "constant.safetensors").read_bytes()
 
 
+def test_a_warm_up_raises_the_learning_rate_step_by_step_and_then_comes_the_schedule(recipe, tmp_path):
+    settings = Settings(10, 2.0, 1, 0.0, "cosine", 0, "float32", warmup=4)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([weight], lr=2.0)
+    rising = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 4, total_iters=3)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rising, falling], milestones=[4])
+    for step in range(10):
+        assert settings.learning_rate_at(step) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert replace(settings, schedule="constant").learning_rate_at(9) == 2.0
+    for warmup in (0, 4):
+        finetune(recipe, output=tmp_path / f"{warmup}.safetensors", warmup=warmup, **SHORT)
+    with open_checkpoint(tmp_path / "4.safetensors") as made:
+        assert '"warmup": 4' in made.metadata["settings"]
+    with open_checkpoint(tmp_path / "0.safetensors") as made:
+        assert "warmup" not in made.metadata["settings"]
+    assert (tmp_path / "0.safetensors").read_bytes() != (tmp_path / "4.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="`warmup`: expected fewer than the 4 steps, got 4"):
+        finetune(recipe, task="tints", output=tmp_path / "t", steps=4, warmup=4)
+
+
 def test_wrong_settings_are_listed_together(recipe, tmp_path):
     with pytest.raises(UsageError) as caught:
         finetune(
