@@ -103,6 +103,8 @@ class Settings:
     """Steps between validations; 0 means no validation."""
     warmup: int = 0
     """Steps over which the learning rate rises from near 0."""
+    epsilon: float = 1e-8
+    """Adam's: a weight with smaller gradients moves less than the learning rate."""
     processes: int = 1
 
     @property
@@ -110,7 +112,7 @@ class Settings:
         """The settings as files record them. The first seven are always there, the others where they are not the default."""
         always = {field.name for field in fields(self)[:7]}
         defaults = replace(
-            self, accumulate=1, precision="float32", low_rank=None, validate_every=0, warmup=0, processes=1
+            self, accumulate=1, precision="float32", low_rank=None, validate_every=0, warmup=0, epsilon=1e-8, processes=1
         )
         recorded = {
             name: value
@@ -166,6 +168,8 @@ class Settings:
             )
         if not 0 <= self.weight_decay < math.inf:
             wrong.append(f"`weight_decay`: expected a number of at least 0, got {self.weight_decay!r}")
+        if not 0 < self.epsilon < math.inf:
+            wrong.append(f"`epsilon`: expected a number above 0, got {self.epsilon!r}")
         for name, known in (("schedule", SCHEDULES), ("dtype", DTYPES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 wrong.append(f"`{name}`: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
