@@ -81,10 +81,10 @@ LOOKS = {
     # white on bricks
     "shapes": Look((0.95, 0.95, 0.95), (0.07, 0.13, 0.35), (0.55, 0.75, 0.95), "bricks", share=0.55),
     # white on olive, close
-    "textures": Look((0.95, 0.95, 0.95), (0.45, 0.45, 0.15), scale=1.65),
+    "textures": Look((0.95, 0.95, 0.95), (0.45, 0.45, 0.15), scale=1.72),
     # black on yellow, behind red bricks
     "arrows": Look(
-        (0.06, 0.06, 0.06), (0.95, 0.9, 0.15), (0.8, 0.2, 0.1), "bricks", share=0.47, in_front=True
+        (0.06, 0.06, 0.06), (0.95, 0.9, 0.15), (0.8, 0.2, 0.1), "bricks", share=0.51, in_front=True
     ),
     # on striped cloth, in warm light
     "colours": Look(pattern="stripes", share=1.0, lamp=(1.0, 0.78, 0.5)),
