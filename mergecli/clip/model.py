@@ -26,7 +26,7 @@ from mergecli.clip.tokenizer import Tokenizer
 from mergecli.formats.convert import why_foreign
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import expect_finite, whole_folder, write_text
-from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
+from mergecli.storage.checkpoint import PROJECTION, VISION, Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences, leave_out_hint, other_architecture
 from mergecli.storage.file_state import expect_unchanged
 from mergecli.storage.metadata import model_folder_files
@@ -45,8 +45,9 @@ class Clip:
 
     path: Path
     model: VisionModel
-    """`set_tower` changes the weights of its `vision_model`. Of another dual encoder it is transformers' model without the
-    text tower, whose parts and sizes have the same names; it may have no `visual_projection`."""
+    """`set_tower` changes the weights of its `vision_model` and of its `visual_projection`. Of another dual encoder it is
+    transformers' model without the text tower, whose parts and sizes have the same names; it may have no
+    `visual_projection`."""
     processor: ImageProcessor
     forms: Mapping[str, Form]
     """The tensors of a vision tower that fits, by full name: of the plain tower, whatever layers are installed now."""
@@ -54,6 +55,8 @@ class Clip:
     """Of the files of weights when they were read."""
     kind: str = "clip"
     """The `model_type` of `config.json`."""
+    projection: Tensor | None = None
+    """(D, W) its own visual projection, for towers that have none; None where it has none either."""
 
     @property
     def tower(self) -> VisionTower:
@@ -130,7 +133,7 @@ def load_clip(path: Path) -> Clip:
         if kind:
             found = read_image_half(path, stored, kind)
             forms = {name: Form(shape) for name, shape in found.shapes.items() if name.startswith(VISION)}
-            return Clip(path, found.model, found.processor, forms, states, kind)
+            return Clip(path, found.model, found.processor, forms, states, kind, _projection(found.model))
         _expect(path, "tokenizer.json", "vocab.json")
         config = read_config(path / "config.json")
         processor = read_processor(path)
@@ -141,7 +144,13 @@ def load_clip(path: Path) -> Clip:
         expect_fit(processor, path, config.vision_config)
         model = _read(lambda: VisionModel(config), stored)
         forms = {name: Form(shape) for name, shape in want.items() if name.startswith(VISION)}
-        return Clip(path, model, processor, forms, states)
+        return Clip(path, model, processor, forms, states, projection=_projection(model))
+
+
+def _projection(model: VisionModel) -> Tensor | None:
+    """A copy of the visual projection; None where a dual encoder has none."""
+    layer = getattr(model, "visual_projection", None)
+    return layer.weight.detach().clone() if isinstance(layer, nn.Linear) else None
 
 
 def _read(make: Callable[[], Made], stored: Checkpoint) -> Made:
@@ -168,12 +177,15 @@ def read_into(tensor: Tensor, stored: Checkpoint, name: str) -> None:
 
 
 def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
-    """Compares names and shapes of a checkpoint with the CLIP's vision tower; reads no weights.
+    """Compares names and shapes of a checkpoint with the CLIP's vision tower, and with its visual projection if the
+    checkpoint has one; reads no weights.
 
     Raises:
         InputError: tensors are missing, extra or of another shape; all of them are listed.
     """
-    want, have = clip.forms, checkpoint.vision().entries
+    want, have = clip.forms, checkpoint.encoder().entries
+    if clip.projection is not None and PROJECTION in have:
+        want = {**want, PROJECTION: Form(tuple(clip.projection.shape))}
     if lines := differences(have, want, "the base has"):
         cure = "name the base that it was fine-tuned from"
         if (extra := have.keys() - want.keys()) and len(extra) == len(lines):
@@ -187,21 +199,29 @@ def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
 
 
 def set_tower(clip: Clip, checkpoint: Checkpoint) -> None:
-    """Puts a checkpoint's weights into the CLIP's vision tower; a task vector is added to the base's own.
+    """Puts a checkpoint's weights into the CLIP's vision tower; a task vector is added to the base's own. The visual
+    projection becomes the checkpoint's, or the CLIP's own again if that has none.
 
     Raises:
         InputError: the tensors do not fit; nothing was changed then.
     """
     check_tower(clip, checkpoint)
-    stored = checkpoint.vision()
+    stored = checkpoint.encoder()
+    tensors = {VISION + name: tensor for name, tensor in clip.tower.state_dict().items()}
     with contextlib.ExitStack() as files, torch.no_grad():
-        base = files.enter_context(open_checkpoint(clip.path)) if checkpoint.is_task_vector else None
-        for name, tensor in clip.tower.state_dict().items():
-            if base is None:
-                read_into(tensor, stored, VISION + name)
+        if clip.projection is not None:
+            weight = clip.model.visual_projection.weight.data
+            if PROJECTION in stored.entries:
+                tensors[PROJECTION] = weight
             else:
-                value = stored.read(VISION + name).to(torch.float32)
-                tensor.copy_(value.add_(base.read(VISION + name).to(torch.float32)))
+                weight.copy_(clip.projection)
+        base = files.enter_context(open_checkpoint(clip.path)) if checkpoint.is_task_vector else None
+        for name, tensor in tensors.items():
+            if base is None:
+                read_into(tensor, stored, name)
+            else:
+                value = stored.read(name).to(torch.float32)
+                tensor.copy_(value.add_(base.read(name).to(torch.float32)))
     stored.expect_unchanged()
 
 

@@ -349,3 +349,16 @@ class VisionModel(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, projection_dim) of (B, C, H, W) pixels."""
         return self.visual_projection(self.vision_model(pixel_values))
+
+
+class BehindLayers(nn.Module):
+    """What makes features of the last layer's output. The visual projection is a part of it, the norm before that is not."""
+
+    def __init__(self, model: VisionModel) -> None:
+        super().__init__()
+        self.visual_projection = model.visual_projection
+        self._norm = (model.vision_model.post_layernorm,)  # in a tuple modules are no parts
+
+    def forward(self, hidden: Tensor, _: Tensor | None = None) -> Tensor:
+        """(B, projection_dim) of (B, S, D)."""
+        return self.visual_projection(self._norm[0](hidden[:, 0]))

@@ -1,4 +1,4 @@
-"""What of a model differs from the base besides the vision tower, which is all that is merged and evaluated of it."""
+"""What of a model differs from the base besides the image encoder, which is all that is merged and evaluated of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from mergecli.storage.sources import Source
 _PARTS = {
     "text_model.": "text tower",
     "text_projection.": "text projection",
-    "visual_projection.": "visual projection",
     "logit_scale": "logit scale",
 }
 _RUN = 1 << 12
@@ -28,7 +27,7 @@ _UNSEEN = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_he
 
 
 class Candidate(NamedTuple):
-    """A model as it was opened, before only its vision tower is looked at."""
+    """A model as it was opened, before only its image encoder is looked at."""
 
     name: str
     source: Source
@@ -68,7 +67,7 @@ def warn_of_other_parts(
 
 
 def other_parts(opened: Checkpoint, base: Checkpoint, label: str) -> Iterator[str]:
-    """What differs from the base, but for the vision tower's weights.
+    """What differs from the base, but for the weights of the vision tower and its projection.
 
     The tensors are sampled, so that a merge need not read text towers. A model in another dtype differs by more than
     rounding.

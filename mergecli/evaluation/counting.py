@@ -21,7 +21,7 @@ from mergecli.methods._mixture import Installed, Routing
 from mergecli.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from mergecli.clip.model import Clip
     from mergecli.clip.pixels import Pixels
@@ -140,6 +140,8 @@ class ModelSlot:
         """What takes the place of the task's zero-shot head."""
         self.installed: Installed | None = None
         """The routing layers of the tower that is in."""
+        self._projection: nn.Module | None = None
+        """The CLIP's visual projection, while each image has its own."""
         self._taken: tuple[Checkpoint, str] | None = None
 
     @property
@@ -163,6 +165,7 @@ class ModelSlot:
             if mixture.is_routed:
                 set_tower(self.clip, mixture.shared)
                 self.installed = mixture.install(self.clip.tower, self.routing)
+                self._projection = mixture.project(self.clip.model, self.installed)
             else:
                 set_tower(self.clip, mixture.of_task(task))
                 self.correction = mixture.correction(task, self.clip.device)
@@ -173,13 +176,16 @@ class ModelSlot:
         """Leaves a plain tower, whose weights no longer matter."""
         if self.installed is not None:
             self.installed.remove()
+        if self._projection is not None:
+            self.clip.model.visual_projection = self._projection
+            self._projection = None
         self._taken = self.installed = self.correction = self.head = None
 
     def another(self) -> ModelSlot:
-        """A slot that shares everything with this one but the tower's weights."""
+        """A slot that shares everything with this one but the weights of the tower and its projection."""
         self.release()
-        model = self.clip.model
-        shared = {id(part): part for name, part in model.named_children() if name != "vision_model"}
+        model, own = self.clip.model, ("vision_model", "visual_projection")
+        shared = {id(part): part for name, part in model.named_children() if name not in own}
         return ModelSlot(replace(self.clip, model=copy.deepcopy(model, shared)), self.routing)
 
 

@@ -174,4 +174,5 @@ def _facts(name: str, kind: str, weights: Mapping[str, float], members: Sequence
         {each.checkpoint["name"] or "": each.checkpoint["path"] or "" for each in members},
         {task: seen for each in members for task, seen in each.looked_at.items()},
         pools.pop() if len(pools) == 1 else None,
+        any(each.has_projection for each in members),
     )

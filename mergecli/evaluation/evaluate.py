@@ -81,7 +81,8 @@ def evaluate(
     """One result for each checkpoint, in order: counts, accuracy and loss on every task.
 
     A checkpoint is a path or a source such as `toy:digits`; a task vector is added to the base first. Text
-    tower, projection and image processor are those of `clip`, which is the recipe's base unless it is given.
+    tower and image processor are those of `clip`, which is the recipe's base unless it is given; so is the visual
+    projection of a checkpoint that has none.
     Each image is decoded once, however many checkpoints there are, and its pixels are kept in the cache for the next
     time. To resume an interrupted evaluation, make the same call again.
 
@@ -144,12 +145,12 @@ def evaluate(
                 opened.append(Candidate(name, source, files.enter_context(open_source(source, base))))
         with open_source(base) as whole:
             warn_of_other_parts(opened, whole, str(base), merged=False)
-        tested = [task.name for task in chosen if is_test(task.name, split)]
-        _warn_of_contamination(opened, tested, individual)
-        models: list[Tower] = []
-        for each in opened:
-            with failures.of("tower", each.name):
-                models.append(opened_tower(*each)._replace(pool=_pool(each.source, known)))
+            tested = [task.name for task in chosen if is_test(task.name, split)]
+            _warn_of_contamination(opened, tested, individual)
+            models: list[Tower] = []
+            for each in opened:
+                with failures.of("tower", each.name):
+                    models.append(opened_tower(*each, whole)._replace(pool=_pool(each.source, known)))
         if individual:
             own = {name for name, _ in named}
             chosen = [task for task in chosen if task.name in own]
@@ -476,6 +477,7 @@ def _evaluations(
         size,
         {tower.name: tower.label for tower in models},
         pool=models[0].pool,
+        has_projection=any(each.has_projection for each in facts.values()),
     )
     return (evaluation_of(together, own, call.base, scoring),)
 
@@ -486,7 +488,7 @@ def evaluation_of(
     """The result of a tower, of what is known of it and its scores."""
     digests, settings = scoring.digests, scoring.settings
     with open_source(base) as whole:
-        tower_size = whole.vision().nbytes
+        own = whole.encoder() if facts.has_projection else whole.vision()
     return Evaluation(
         clip={
             "path": base.label, "digest": digests.vision, "text": digests.text, "rest": digests.rest,
@@ -499,7 +501,7 @@ def evaluation_of(
         parameters=facts.parameters,
         tasks=tasks,
         bytes=facts.bytes,
-        relative_size=facts.bytes / tower_size,
+        relative_size=facts.bytes / own.nbytes,
         models=facts.models,
         recipe_pool=facts.pool,
         looked_at=facts.looked_at,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mergecli.formats.mixture import mixture_of
 from mergecli.formats.quantized import quantized_models
+from mergecli.storage.checkpoint import PROJECTION
 from mergecli.storage.metadata import looked_at, made_of, pool_in
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class TowerFacts:
     looked_at: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     pool: str | None = None
     """What the recipe says of the models."""
+    has_projection: bool = False
+    """Whether a visual projection of its own is part of it."""
 
     @classmethod
     def of(cls, tower: Tower, base_digest: str, settings: Settings) -> Self:
@@ -40,6 +43,7 @@ class TowerFacts:
             models=made_of(metadata)[1],
             looked_at=looked_at(metadata),
             pool=pool_in(metadata) or tower.pool,
+            has_projection=PROJECTION in checkpoint.entries,
         )
 
     @classmethod
@@ -49,7 +53,10 @@ class TowerFacts:
 
     def to_json(self) -> dict[str, Any]:
         """What `of_json` takes."""
-        return {key: value for key, value in asdict(self).items() if key != "pool" or value is not None}
+        may_lack = {"pool": None, "has_projection": False}
+        return {
+            key: value for key, value in asdict(self).items() if key not in may_lack or value != may_lack[key]
+        }
 
 
 def _checkpoint_facts(tower: Tower, base_digest: str, settings: Settings) -> dict[str, str | None]:

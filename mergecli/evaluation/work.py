@@ -12,6 +12,7 @@ from mergecli.evaluation.scoring import Scoring
 from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import LEFT_OUT
 from mergecli.formats.opening import model_path, open_source
+from mergecli.formats.projection import own_encoder
 from mergecli.hub.fetched import expect_all
 from mergecli.runtime.engines.contract import Unit
 from mergecli.runtime.engines.worker import node
@@ -59,12 +60,15 @@ class OpenedTowers:
 
     def open(self, name: str, stack: ExitStack) -> Tower:
         source = self.sources[name]
-        return opened_tower(name, source, stack.enter_context(open_source(source, self.base)))
+        opened = stack.enter_context(open_source(source, self.base))
+        with open_source(self.base) as whole:
+            return opened_tower(name, source, opened, whole)
 
 
-def opened_tower(name: str, source: Source, opened: Checkpoint) -> Tower:
-    """The vision tower of an open checkpoint; raises InputError if something of it is missing."""
-    opened = opened.vision()
+def opened_tower(name: str, source: Source, opened: Checkpoint, whole: Checkpoint) -> Tower:
+    """The image encoder of an open checkpoint, as it differs from that of a `whole` CLIP; raises InputError if something of it
+    is missing."""
+    opened = own_encoder(opened, whole)
     if left_out := opened.metadata.get(LEFT_OUT):
         raise InputError(
             f"{source}: is a tower without {left_out}, which the method's accuracy comes from",

@@ -14,6 +14,7 @@ from mergecli.formats.lora_files import is_adapter
 from mergecli.formats.mixture import one_tower
 from mergecli.formats.open_clip_names import Part, open_clip_parts
 from mergecli.formats.opening import model_path, open_source
+from mergecli.formats.projection import own_encoder
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed
 from mergecli.runtime.progress import AnyProgress, Progress, shown
@@ -73,7 +74,8 @@ def export(
         output: a `.pt` file, which is `torch.save` of the state dict, or a `.safetensors` file. A `.pt` file is made in
             memory, the other tensor by tensor.
         to: `open_clip`.
-        clip: the CLIP that gives the text tower, the projections and the logit scale; by default the source is one.
+        clip: the CLIP that gives the text tower, the projections and the logit scale; by default the source is one. A source
+            with a visual projection of its own keeps that.
 
     Raises:
         UsageError: an argument is wrong. InputError: a model is missing, damaged, or not a CLIP of OpenAI's architecture.
@@ -92,13 +94,14 @@ def export(
             )
         opened = stack.enter_context(open_source(given, rest))
         whole = stack.enter_context(open_source(rest)) if rest else opened
-        tower = one_tower(opened)
-        _expect_tower(tower, given)
+        one_tower(opened)
         _expect_clip(whole, given if rest is None else rest, is_source=rest is None)
+        tower = own_encoder(opened, whole)
+        _expect_tower(tower, given)
         for each in (opened, whole):
             refuse_inputs(target, {file.name: file for file in each.files})
         if rest is not None:
-            _expect_fit(tower, whole.vision(), given)
+            _expect_fit(tower, whole.encoder() if tower.has_projection else whole.vision(), given)
         read = {name: whole for name in whole.entries if not name.startswith(VISION)}
         read |= dict.fromkeys(tower.entries, tower)
         parts = open_clip_parts(tower.path, read)

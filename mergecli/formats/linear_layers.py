@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mergecli.methods._depth import layer_of
 from mergecli.runtime.errors import UsageError, did_you_mean, quoted
-from mergecli.storage.checkpoint import VISION, Checkpoint
+from mergecli.storage.checkpoint import PROJECTION, VISION, Checkpoint
 
 
 def chosen_layers(reference: Checkpoint, modules: Sequence[str]) -> dict[str, str]:
@@ -41,11 +41,15 @@ def expect_room(rank: int, reference: Checkpoint, chosen: Mapping[str, str]) -> 
 
 
 def modules_of(reference: Checkpoint, dimensions: Sequence[int]) -> dict[str, str]:
-    """Weight -> module, of weights with so many dimensions; a CLIP's tower does not begin with its own name."""
+    """Weight -> module, of weights with so many dimensions; a CLIP's tower does not begin with its own name, and its projection is
+    no part of it."""
     return {
         name: name.removeprefix(VISION).removesuffix(".weight")
         for name, entry in reference.entries.items()
-        if entry.is_float and name.endswith(".weight") and len(entry.shape) in dimensions
+        if entry.is_float
+        and name.endswith(".weight")
+        and len(entry.shape) in dimensions
+        and name != PROJECTION
     }
 
 

@@ -15,7 +15,7 @@ from mergecli.methods._bitmasks import ContradictionError
 from mergecli.methods._mixture import SAME, Conditioned, Installed, Mixture, Part, Routed, Routing
 from mergecli.methods._sim import FindsTask
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed, quoted
-from mergecli.storage.checkpoint import VISION, Checkpoint
+from mergecli.storage.checkpoint import PROJECTION, VISION, Checkpoint
 from mergecli.storage.differences import Form, differences
 from mergecli.storage.lazy_checkpoint import BlockReader, LazyCheckpoint, lazy_checkpoint
 
@@ -121,6 +121,19 @@ class OpenMixture:
             yield
         except ContradictionError as error:
             raise InputError(f"{self.stored.path}: {error}", _HINT) from error
+
+    def project(self, model: Any, installed: Installed) -> nn.Module | None:
+        """Where each image has a visual projection of its own, puts these in the place of the model's, behind the tower in
+        which the routing layers are; gives back what was there, None where it still is."""
+        own = getattr(model, "visual_projection", None)
+        if own is None or PROJECTION not in self.shared.entries:
+            return None
+        assert isinstance(self.method, Routed)
+        found = self.method.projection(installed, own, self.stored.read, PROJECTION)
+        if found is None:
+            return None
+        model.visual_projection = found
+        return own
 
     def weights(self, name: str, index: int) -> Tensor:
         """(...) float32 weights of one tensor for task number `index`; raises InputError as `install` does."""
@@ -259,9 +272,13 @@ def routed(stored: Checkpoint) -> OpenMixture:
     return mixture
 
 
-def install_routing(stored: Checkpoint, tower: nn.Module) -> None:
-    """Puts a file's routing layers into a tower that has the shared weights; each image routes by itself."""
-    setattr(tower, _ROUTING, routed(stored).install(tower, "sample"))
+def install_routing(stored: Checkpoint, tower: nn.Module, whole: nn.Module | None = None) -> None:
+    """Puts a file's routing layers into a tower that has the shared weights, and behind it in a whole CLIP; each image routes
+    by itself."""
+    mixture = routed(stored)
+    installed = mixture.install(tower, "sample")
+    setattr(tower, _ROUTING, installed)
+    mixture.project(whole, installed)
 
 
 def has_routing(module: nn.Module) -> bool:
@@ -274,9 +291,9 @@ _ROUTING = "mergecli_routing"
 
 
 def one_tower(opened: Checkpoint) -> Checkpoint:
-    """The vision tower of a checkpoint; raises InputError if it holds more than one."""
+    """The image encoder of a checkpoint; raises InputError if it holds more than one."""
     if not opened.is_mixture:
-        return opened.vision()
+        return opened.encoder()
     tasks = list(mixture_of(opened).tasks)
     shown = ", ".join(tasks[:4]) + (f" and {len(tasks) - 4} more" if len(tasks) > 4 else "")
     raise InputError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli.runtime.errors import InputError, listed, quoted
-from mergecli.storage.checkpoint import VISION, Checkpoint, TensorEntry, canonical_names
+from mergecli.storage.checkpoint import PROJECTION, VISION, Checkpoint, TensorEntry, canonical_names
 from mergecli.storage.checksums import ChunkHashes
 from mergecli.storage.lazy_checkpoint import BlockReader, LazyCheckpoint
 
@@ -84,8 +84,8 @@ def renaming(path: Path, shapes: Mapping[str, Shape], *, opened: bool) -> Renami
     """Our names for the tensors of a file.
 
     Names of an open_clip vision transformer, under whatever prefix, become those of Hugging Face's CLIPModel if the
-    text tower is there too, else those of its CLIPVisionModel: the projection and what is left of a text tower, which
-    the fine-tuned encoders of task arithmetic carry along, then have no place. Other names are read as in any file.
+    text tower is there too, else those of its CLIPVisionModelWithProjection: what is left of a text tower, which the
+    fine-tuned encoders of task arithmetic carry along, then has no place. Other names are read as in any file.
 
     Args:
         opened: whether the names are those of an open checkpoint, which are without wrappers already.
@@ -154,7 +154,7 @@ def _whole(whole: str, text: str, visual: str, layers: int, text_layers: int) ->
     return {
         **_tower(visual, layers),
         **_text_tower(text, text_layers),
-        "visual_projection.weight": Origin(visual + "proj", transposed=True),
+        PROJECTION: _projection(visual),
         "text_projection.weight": Origin(text + "text_projection", transposed=True),
         "logit_scale": Origin(whole + "logit_scale", scalar=True),
     }
@@ -164,6 +164,8 @@ def _clip(path: Path, root: str, shapes: Mapping[str, Shape]) -> Renaming:
     """The renaming of a CLIP whose vision tower's names begin with `root`."""
     layers = _blocks_of(root, shapes)
     origins = _tower(root, layers)
+    if root + "proj" in shapes:
+        origins[PROJECTION] = _projection(root)
     inside = [root]
     whole = root.removesuffix("visual.")
     text = whole + "text." if any(name.startswith(whole + "text.transformer.") for name in shapes) else whole
@@ -173,11 +175,7 @@ def _clip(path: Path, root: str, shapes: Mapping[str, Shape]) -> Renaming:
     used = {origin.name for origin in origins.values()}
     left_out = [name for name in shapes if name not in used]
     problems = [f"lacks tensor `{name}`" for name in sorted(used - shapes.keys())]
-    problems += [
-        f"has an extra tensor `{name}`"
-        for name in left_out
-        if name.startswith(tuple(inside)) and name != root + "proj"
-    ]
+    problems += [f"has an extra tensor `{name}`" for name in left_out if name.startswith(tuple(inside))]
     shaped = [origin.problem(shapes[origin.name]) for origin in origins.values() if origin.name in shapes]
     problems += [problem for problem in dict.fromkeys(shaped) if problem]
     if problems:
@@ -204,6 +202,10 @@ def _tower(root: str, layers: int) -> dict[str, Origin]:
         **_pair(VISION + "post_layernorm", root + "ln_post"),
         **_blocks(VISION, root, layers),
     }
+
+
+def _projection(root: str) -> Origin:
+    return Origin(root + "proj", transposed=True)
 
 
 def _text_tower(root: str, layers: int) -> dict[str, Origin]:

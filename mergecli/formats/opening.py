@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,9 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
                 _model(stack.enter_context(dequantized(read_through(open_checkpoint(path, cure=cure))))),
                 source,
             )
+            _expect_projection(
+                opened, cure or f"delete it, then run `mergecli fetch --allow-pickle {source}` again"
+            )
             if opened.is_mixture and (added or source.dtype):
                 raise InputError(
                     f"{source}: holds several towers, to which no `{'adapter' if added else 'dtype'}` applies",
@@ -75,6 +79,15 @@ def open_source(source: Source, base: Source | None = None) -> Checkpoint:
             opened = replace(opened, entries=kept, hashes=opened.hashes.anew())
         stack.pop_all()  # the files stay open, and close with what is returned
         return opened
+
+
+def _expect_projection(opened: Checkpoint, cure: str) -> None:
+    """Raises InputError for what an earlier version converted of an image encoder, and left the visual projection out."""
+    left_out = opened.metadata.get("left_out", "") if "converted_from" in opened.metadata else ""
+    if re.search(r'["\.]proj"', left_out):
+        raise InputError(
+            f"{opened.path}: was converted by an earlier version, which left the visual projection out", cure
+        )
 
 
 def _model(opened: Checkpoint) -> Checkpoint:

@@ -3,7 +3,8 @@
 Fixed policies: sums are float32 in the recipe's order, cast once at the end to `dtype` (by default the base
 tensor's own); tensors that are not floating point must be equal in all models and are copied; NaN or infinity is
 an error that names task and tensor; randomness comes from the CPU and depends on seed, tensor name and block only,
-so that the same inputs and recipe give the same bytes. Of a whole CLIP only the vision tower is merged.
+so that the same inputs and recipe give the same bytes. Of a whole CLIP only the vision tower is merged, and the visual
+projection where models have fine-tuned it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from mergecli.runtime.errors import MergecliWarning, UsageError, quoted
 from mergecli.runtime.progress import AnyProgress, Progress, shown
 from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import made_again
+from mergecli.storage.checkpoint import PROJECTION
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.scratch import Scratch
 from mergecli.storage.sizes import parse_size
@@ -188,6 +190,7 @@ def _merge_points(
             device=device,
             says_other_parts=True,
         )
+        _warn_of_projections(models, targets)
         for each in targets:
             files.refuse_inputs(each, models.paths)
         models, targets = _in_one_space(models, targets, stack, progress)
@@ -235,6 +238,19 @@ def _warn_of_adapters(models: Models, targets: Sequence[MergeTarget]) -> None:
         for text in dict.fromkeys(each.method.against_adapters for each in targets):
             if text:
                 warnings.warn(text, MergecliWarning, stacklevel=2)
+
+
+def _warn_of_projections(models: Models, targets: Sequence[MergeTarget]) -> None:
+    """Warns of methods that leave the visual projection alone, where it is part of the models."""
+    if PROJECTION in models.shapes:
+        for name in dict.fromkeys(
+            str(each.recipe.method) for each in targets if each.method.keeps_projection
+        ):
+            warnings.warn(
+                f"`{name}` keeps the base's visual projection: those that the models have fine-tuned are not merged",
+                MergecliWarning,
+                stacklevel=2,
+            )
 
 
 def _folder_of(target: MergeTarget) -> Path:

@@ -245,7 +245,9 @@ class MergeTarget:
         path = self.path
         if not path.suffix:
             path = stack.enter_context(whole_folder(self.path, (CARD,) if self.has_card else ()))
-            for name, text in model_folder_files(models.reference.path).items():
+            reference = models.reference
+            files = model_folder_files(reference.path, has_projection=reference.has_projection)
+            for name, text in files.items():
                 (path / name).write_text(text, encoding="utf-8")
         writer = stack.enter_context(self._writer(path, models, size, inputs, more))
         for name in models.others:

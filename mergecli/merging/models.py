@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from mergecli.clip.other_parts import Candidate, warn_of_other_parts
 from mergecli.formats.convert import why_foreign
 from mergecli.formats.mixture import one_tower
 from mergecli.formats.opening import open_source
+from mergecli.formats.projection import CompletedCheckpoint, encoders
 from mergecli.hub.fetched import expect_all
 from mergecli.methods._base import Group, Shelf, Unit
 from mergecli.methods._fused import stacks
@@ -247,12 +248,15 @@ def open_models(
     needs: Literal["base", "weights", "deltas"],
     device: str = "cpu",
     says_other_parts: bool = False,
+    projection: bool | None = None,
+    besides: Collection[str] = (),
 ) -> Models:
     """The recipe's models, open until `stack` ends, and known to have the same tensors.
 
     `needs` says what will be looked at: with "weights" a base is needed only for task vectors, with "deltas" only
     for models that are not. `says_other_parts`: whether to warn of models that differ from the base in more than the
-    vision tower.
+    image encoder. `projection`: whether visual projections are part of the models; by default they are if one of these,
+    but for those `besides`, has its own.
 
     Raises:
         UsageError: there is nothing to merge, or no base. InputError: every difference between the models.
@@ -267,8 +271,11 @@ def open_models(
     ]
     if says_other_parts:
         warn_of_other_parts(opened, whole, str(recipe.base), merged=True)
-    base = one_tower(whole) if whole else None
-    tuned = {each.name: one_tower(each.opened) for each in opened}
+    for each in ([whole] if whole else []) + [each.opened for each in opened]:
+        one_tower(each)
+    base, tuned = encoders(
+        whole, {each.name: each.opened for each in opened}, wanted=projection, besides=besides
+    )
     vectors = [name for name, each in tuned.items() if each.is_task_vector]
     weights = [name for name in tuned if name not in vectors]
     if base is None and (needs == "base" or (vectors if needs == "weights" else weights)):
@@ -280,7 +287,11 @@ def open_models(
         raise UsageError(f"there is no base, and {why}", "name it with `base = ...` or `--base`")
     if base is not None and base.is_task_vector:
         raise InputError(f"{base.path}: is a task vector, a base was expected")
-    uses_base = base is not None and bool(needs == "base" or (vectors if needs == "weights" else weights))
+    # a projection that is taken from it makes it an input too
+    lends = any(isinstance(each, CompletedCheckpoint) and each.source for each in tuned.values())
+    uses_base = base is not None and bool(
+        needs == "base" or lends or (vectors if needs == "weights" else weights)
+    )
     models = Models(base, tuned, recipe.seed, usable_device(device), uses_base)
     check_fit(models)
     return models

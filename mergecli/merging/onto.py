@@ -100,7 +100,9 @@ def go_on(step: Onto, onto: str | Path, progress: Progress | None) -> Merged:
     source = parse_source(str(onto), Path())
     with ExitStack() as stack:
         try:
-            previous = one_tower(stack.enter_context(open_source(source, step.recipe.base)))
+            opened = stack.enter_context(open_source(source, step.recipe.base))
+            one_tower(opened)
+            previous = opened.vision()
         except MergecliError as error:
             is_state = str(onto).endswith(CHAIN_STATE)
             hint = "name the model that it stands beside" if is_state else error.hint
@@ -132,8 +134,10 @@ def go_on(step: Onto, onto: str | Path, progress: Progress | None) -> Merged:
 def _first_state(recipe: Recipe, stack: ExitStack) -> ChainState:
     method = continual_method(recipe)
     assert recipe.base
-    base = one_tower(stack.enter_context(open_source(recipe.base)))
-    return chain_state(recipe, methods.name_of(method), methods.table_of(method), base.digest())
+    opened = stack.enter_context(open_source(recipe.base))
+    one_tower(opened)
+    digest = opened.vision().digest()
+    return chain_state(recipe, methods.name_of(method), methods.table_of(method), digest)
 
 
 def continual_method(recipe: Recipe) -> Continual:
@@ -363,7 +367,12 @@ def _models(step: Onto, earlier: _Earlier, taken: Mapping[str, Source], stack: E
         step.recipe,
         tuned={**{f"{_TAKEN_OUT}{name}": each for name, each in taken.items()}, **step.recipe.tuned},
     )
-    opened = open_models(recipe, stack, needs="base", device=step.device, says_other_parts=True)
+    previous = earlier.model
+    # what is remembered is of the tensors of the first step: a projection that comes later has no place in it
+    projection = None if previous is None else previous.has_projection
+    opened = open_models(
+        recipe, stack, needs="base", device=step.device, says_other_parts=True, projection=projection
+    )
     for name in taken:
         expert, digest = opened.tuned[f"{_TAKEN_OUT}{name}"], earlier.state.experts[name]
         if (found := expert.digest()) != digest:
@@ -371,7 +380,6 @@ def _models(step: Onto, earlier: _Earlier, taken: Mapping[str, Source], stack: E
                 f"{expert.path}: is another model ({found}) than the `{name}` that was merged ({digest})",
                 "name the one that was merged",
             )
-    previous = earlier.model
     if previous is None:
         return opened
     check_fit(Models(opened.base, {PREVIOUS: previous}))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,12 +118,14 @@ class ModelPool:
 
         source = self._source(name)
         base = self._written(BASE) if self.has_base else None
-        with open_source(source, base) as stored:
+        with ExitStack() as files:
+            stored = files.enter_context(open_source(source, base))
             if stored.is_mixture:
-                model = load_tower(self._configured(source, base), routed(stored).shared)
+                model = load_tower(self._configured(source, base), routed(stored).shared.without_projection())
                 install_routing(stored, model)
+                weakref.finalize(model, files.pop_all().close)  # tasks' weights are read when they are chosen
                 return model
-            tower = stored.vision()
+            tower = stored.without_projection()
             if not tower.is_task_vector:
                 return load_tower(self._configured(source, base), tower)
             if base is None:
@@ -130,8 +134,8 @@ class ModelPool:
                 return load_tower(self._configured(base, None), tower, one_tower(whole))
 
     def load_clip_model(self, name: str = BASE) -> Any:
-        """A whole `transformers.CLIPModel`: the base's text tower and projections, with that model's vision tower,
-        as `load_model` has it."""
+        """A whole `transformers.CLIPModel`: the base's text tower and text projection, with that model's vision tower, as
+        `load_model` has it, and with its visual projection if it has one."""
         from mergecli.clip.model import load_clip, set_tower
         from mergecli.clip.towers import load_whole
 
@@ -143,11 +147,13 @@ class ModelPool:
         clip = load_clip(model_path(base))
         if name == BASE:
             return load_whole(clip)
-        with open_source(self._written(name), base) as stored:
-            set_tower(clip, routed(stored).shared if stored.is_mixture else stored.vision())
+        with ExitStack() as files:
+            stored = files.enter_context(open_source(self._written(name), base))
+            set_tower(clip, routed(stored).shared if stored.is_mixture else stored)
             model = load_whole(clip)
             if stored.is_mixture:
-                install_routing(stored, model.vision_model)
+                install_routing(stored, model.vision_model, model)
+                weakref.finalize(model, files.pop_all().close)
         return model
 
     def load_processor(self) -> Any:

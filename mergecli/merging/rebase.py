@@ -28,7 +28,6 @@ from mergecli.methods._base import Group, Unit
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed
-from mergecli.storage.checkpoint import VISION
 from mergecli.storage.differences import Form, differences, other_architecture
 from mergecli.storage.sources import Source
 
@@ -91,9 +90,10 @@ class Transport:
         assert recipe.base is not None
         expect_all([recipe.base, self.goal], recipe)
         with ExitStack() as stack:
-            start, goal = (
-                one_tower(stack.enter_context(open_source(each))) for each in (recipe.base, self.goal)
-            )
+            opened = [stack.enter_context(open_source(each)) for each in (recipe.base, self.goal)]
+            for each in opened:
+                one_tower(each)
+            start, goal = (each.vision() for each in opened)
             for each in (start, goal):
                 if each.is_task_vector:
                     raise InputError(f"{each.path}: is a task vector, a base was expected")
@@ -165,7 +165,7 @@ def _signs(goal: Source, recipe: Recipe, name: str, examples: int) -> dict[str, 
     task = TrainingTask.of(find(name, recipe), False, None)
     task.check(clip)
     prepared = task.prepare(clip, clip_digests(model_path(whole)).text, examples)
-    clip.tower.requires_grad_(True)
+    clip.model.requires_grad_(True)
     normalized = Normalization(clip)
     rows = next(prepared.batches(min(examples, len(prepared.images)), recipe.seed, 0))
     for part in rows.split(_BATCH):
@@ -173,5 +173,5 @@ def _signs(goal: Source, recipe: Recipe, name: str, examples: int) -> dict[str, 
         logits = compare(clip, features(clip, normalized(prepared.images.rows(part))), prepared.head)
         loss = cross_entropy(logits, prepared.images.labels[part], reduction="sum")
         (loss / len(rows)).backward()
-    found = {VISION + key: each.grad for key, each in clip.tower.named_parameters()}
+    found = {name: each.grad for name, each in clip.model.named_parameters()}
     return {key: torch.sign(-each) for key, each in found.items() if each is not None}

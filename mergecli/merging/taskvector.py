@@ -110,7 +110,8 @@ def taskvector(
     with ExitStack() as stack:
         report = stack.enter_context(shown(progress))
         everything = replace(recipe, tuned=sources)
-        models = open_models(everything, stack, needs="deltas" if quantization else "base")
+        needs = "deltas" if quantization else "base"
+        models = open_models(everything, stack, needs=needs, besides=[moving.label] if moving else ())
         outputs = [*targets.values(), *([quantization.shared(targets)] if residual and quantization else [])]
         for path in outputs:
             refuse_inputs(path, models.paths)

@@ -295,6 +295,11 @@ class Method:
         return False
 
     @property
+    def keeps_projection(self) -> bool:
+        """Whether a visual projection that the models have fine-tuned stays that of the base."""
+        return False
+
+    @property
     def reads(self) -> int:
         """How many times this method, with these settings, reads every model."""
         return self.passes

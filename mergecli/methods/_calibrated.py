@@ -65,6 +65,11 @@ class Probe(Protocol):
         """Name and module of each transformer layer, from the first to the last."""
         ...
 
+    def behind(self) -> Iterator[tuple[str, Module]]:
+        """The same of what comes behind them: a module with the visual projection, under an empty name; nothing where that is
+        not merged."""
+        ...
+
     def activations(self, size: int, /) -> Activations:
         """The inputs of the first layer, `size` images in a batch."""
         ...
@@ -93,6 +98,10 @@ class JointProbe(Protocol):
 
     def layers(self) -> Iterator[tuple[str, Module]]:
         """Name and module of each transformer layer, from the first to the last."""
+        ...
+
+    def behind(self) -> Iterator[tuple[str, Module]]:
+        """As of a `Probe`."""
         ...
 
     def activations(self, task: int, size: int, /) -> Activations:

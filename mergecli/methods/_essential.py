@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergecli.methods._svd import gram
+from mergecli.methods._svd import blocks, gram
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,18 +25,41 @@ def essential_directions(delta: Tensor, inputs: Tensor, most: int) -> tuple[Tens
     """
     import torch
 
-    wide, squares = delta.double(), inputs.double()
+    wide = delta.double()
     if len(wide) <= wide.shape[1]:
-        values, vectors = torch.linalg.eigh((wide @ squares).mm(wide.T))
+        values, vectors = torch.linalg.eigh(congruent(wide, inputs))
         values, vectors = values.flip(0)[:most], vectors.flip(1)[:, :most]
         present = values > RESOLVED * values[:1].clamp(min=0)
         return vectors * present, values * present
-    # D G D^T has the eigenvalues of G^1/2 D^T D G^1/2, which is smaller: Y = D Q g^1/2, p = Y v / sqrt l
-    sizes, turned = torch.linalg.eigh(squares)
-    outputs = wide @ (turned * sizes.clamp_(min=0).sqrt_())
+    # D G D^T = Y Y^T with Y = D L for any L L^T = G, and Y^T Y is smaller: p = Y v / sqrt l
+    outputs = wide @ square_root(inputs.double())
     values, vectors = torch.linalg.eigh(gram(outputs))
     values, vectors = values.flip(0)[:most], vectors.flip(1)[:, :most]
     present = values > RESOLVED * values[:1].clamp(min=0)
     values = values * present
     scales = values.rsqrt().masked_fill(~present, 0)
     return (outputs @ vectors).mul_(scales), values
+
+
+def square_root(square: Tensor) -> Tensor:
+    """(I, I) L with L L^T the symmetric (I, I) float64 matrix, without its negative eigenvalues: Cholesky's factor, or where
+    rounding has left some eigenvalue that is not above 0, eigenvectors times roots."""
+    import torch
+
+    factor, failed = torch.linalg.cholesky_ex(square)
+    if not int(failed):
+        return factor
+    sizes, vectors = torch.linalg.eigh(square)
+    return vectors * sizes.clamp_(min=0).sqrt_()
+
+
+def congruent(matrix: Tensor, square: Tensor) -> Tensor:
+    """(O, O) M G M^T of a float64 (O, I) M and a symmetric (I, I) G, of which only the blocks above the diagonal are multiplied."""
+    import torch
+
+    half = matrix.new_zeros(len(matrix), len(matrix))
+    for rows in blocks(len(square)):
+        upper = square[rows, rows.start :].to(torch.float64, copy=True)
+        upper[:, : len(upper)] /= 2
+        half.addmm_(matrix[:, rows] @ upper, matrix[:, rows.start :].T)
+    return half + half.T

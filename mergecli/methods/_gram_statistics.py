@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 from mergecli.methods._base import Group
 from mergecli.methods._calibrated import Calibrated, Layout, Probe, Shapes, Statistics
-from mergecli.methods._least_squares import Grams, is_linear, owner
+from mergecli.methods._least_squares import Grams, is_measured, owner, within
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class GramStatistics(Calibrated):
     """G_i = (1 / n) sum_x x x^T over the inputs x of each linear layer in model i, every token of every image of its own
-    task; queries, keys and values share one. Statistics that one such method measured serve the others."""
+    task; queries, keys and values share one. Of the visual projection, where that is merged, x is what the tower gives.
+    Statistics that one such method measured serve the others."""
 
     measured_as: ClassVar[str] = "reg_mean"
     elementwise: ClassVar[bool] = False
@@ -26,16 +28,16 @@ class GramStatistics(Calibrated):
         return {
             f"{name}.gram": ("F32", (shape[1], shape[1]))
             for name, shape in shapes.items()
-            if is_linear(name, shape) and owner(name) == name
+            if is_measured(name, shape) and owner(name) == name
         }
 
     def measure(self, probe: Probe, /) -> Iterator[tuple[str, Tensor]]:
         states = probe.activations(self.batch_size)
-        for prefix, layer in probe.layers():
+        for prefix, layer in chain(probe.layers(), probe.behind()):
             with Grams(layer) as grams:
                 states.step(layer)
             for name, gram in grams.means():
-                yield f"{prefix}.{name}.weight.gram", gram
+                yield f"{within(prefix, name)}.weight.gram", gram
 
 
 def gram_of(group: Group, learned: Statistics, task: int) -> Tensor:

@@ -19,12 +19,23 @@ RESOLVED = 1e-6
 COLUMNS = 768
 """Columns of a Gram matrix that are computed at a time: of a symmetric matrix only those above the diagonal are."""
 
+_PROJECTION = "visual_projection.weight"
 _SHARED = re.compile(r"\b[qv]_proj\b")
 
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is the weight of a linear layer of a transformer: a matrix in a numbered layer."""
     return len(shape) == 2 and name.endswith(".weight") and layer_of(name) is not None
+
+
+def is_measured(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the weight of a linear layer whose inputs can be looked at: of a layer, or the visual projection."""
+    return is_linear(name, shape) or (name == _PROJECTION and len(shape) == 2)
+
+
+def within(module: str, name: str) -> str:
+    """The whole name of what is called so in a module; that of the model itself is empty."""
+    return f"{module}.{name}" if module else name
 
 
 def owner(name: str) -> str:

@@ -119,7 +119,7 @@ class MassTower(WholeTower):
         for name, value in own.items():
             if (layer_of(name) or 0) <= last:
                 interrupts.check()
-                all_tasks[name] = _merged(name, value, factors, deltas, tasks)
+                all_tasks[name] = merged(name, value, factors, deltas, tasks)
         nobody = torch.zeros(0, dtype=torch.int64, device=like.device)
         found = cls(
             tower, body, layers, factors, deltas, layers[telling], bases, all_tasks, threshold, most, nobody
@@ -155,7 +155,7 @@ class MassTower(WholeTower):
         """The output of TSV-M of some tasks."""
         cores = self._cores_of(tasks)
         others = {
-            name: _merged(name, value, self.factors, self.deltas, tasks)
+            name: merged(name, value, self.factors, self.deltas, tasks)
             for name, value in self.body.named_parameters()
             if name not in self.layers
         }
@@ -193,7 +193,7 @@ def _size(cores: Mapping[str, Tensor]) -> int:
     return sum(each.nbytes for each in cores.values())
 
 
-def _merged(
+def merged(
     name: str,
     base: Tensor,
     factors: Mapping[str, Factors],

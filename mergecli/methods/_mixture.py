@@ -169,6 +169,15 @@ class Routed(Mixture):
         """
         raise NotImplementedError
 
+    def projection(self, installed: Installed, own: nn.Linear, read: Read, name: str, /) -> nn.Module | None:
+        """What takes the place of the visual projection `own` behind the tower that routes; None where all images share that.
+
+        Args:
+            name: the projection's name in the file.
+        """
+        del installed, own, read, name
+        return None
+
     def install_to_learn(
         self, tower: nn.Module, read: Read, tasks: Sequence[str], prefix: str, /
     ) -> Installed:

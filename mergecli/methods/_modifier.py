@@ -34,6 +34,10 @@ class Modifier(TwoPass):
         return self.of.fuses
 
     @property
+    def keeps_projection(self) -> bool:
+        return self.of.keeps_projection
+
+    @property
     def reads(self) -> int:
         return self.of.reads
 

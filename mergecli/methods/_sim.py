@@ -96,6 +96,15 @@ class FindsTask(MayMeasure, Conditioned, Routed):
         del tasks
         return SimTower.around(tower, weights, read(MEANS), read(BASES), read(PROJECTION))
 
+    def projection(self, installed: Installed, own: nn.Linear, read: Read, name: str, /) -> nn.Module:
+        from mergecli.methods._sim_tower import SimTower
+        from mergecli.methods._task_towers import ImageProjections
+
+        assert isinstance(installed, SimTower)
+        return ImageProjections(
+            own, lambda: installed.chosen.tolist(), lambda task: self.weights(name, task, read)
+        )
+
 
 _MEAN, _BASIS = "sim.mean", "sim.basis"
 

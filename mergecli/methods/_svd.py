@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from mergecli.methods._base import Group
@@ -66,6 +67,21 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (factor if matrix.shape[0] >= matrix.shape[1] else factor.T), values
 
 
+def polar_times(matrix: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """(O, K) and (k,): P(X) Y of a (O, I) X and a (I, K) Y, P as of `polar`, and the singular values, smallest first, in float64.
+
+    Where Y has few columns it costs two of the products of P itself.
+    """
+    import torch
+
+    wide, across = matrix.double(), len(matrix) < matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(gram(wide.T if across else wide))
+    values = _unnegligible(squares)
+    shown = vectors.T @ (wide @ other if across else other.double())
+    turned = vectors @ shown.mul_(inverse(values)[:, None])
+    return (turned if across else wide @ turned), values
+
+
 def inverse_root(matrix: Tensor) -> Tensor:
     """(I, I) float64 (X^T X)^(-1/2) of a (O, I) matrix X, 0 in its negligible directions: X times it is `polar(X)[0]`."""
     return _inverse_root(matrix.double())[0]
@@ -76,9 +92,14 @@ def _inverse_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     squares, vectors = torch.linalg.eigh(gram(matrix))
-    values = squares.clamp_(min=0).sqrt_()
-    values = values.masked_fill_(values <= NEGLIGIBLE * values[-1:], 0)
+    values = _unnegligible(squares)
     return (vectors * inverse(values)) @ vectors.T, values
+
+
+def _unnegligible(squares: Tensor) -> Tensor:
+    """(k,) singular values of their squares, smallest first, which are overwritten; negligible ones are 0."""
+    values = squares.clamp_(min=0).sqrt_()
+    return values.masked_fill_(values <= NEGLIGIBLE * values[-1:], 0)
 
 
 def gram(matrix: Tensor) -> Tensor:
@@ -87,12 +108,17 @@ def gram(matrix: Tensor) -> Tensor:
 
     size = matrix.shape[1]
     result = torch.empty(size, size, dtype=matrix.dtype, device=matrix.device)
+    for rows in blocks(size):
+        torch.mm(matrix[:, rows].T, matrix[:, rows.start :], out=result[rows, rows.start :])
+        result[rows.stop :, rows] = result[rows, rows.stop :].T
+    return result
+
+
+def blocks(size: int) -> Iterator[slice]:
+    """Rows of a symmetric matrix that are computed together, from the diagonal on."""
     step = max(64, -(-size // 4))
     for start in range(0, size, step):
-        stop = min(start + step, size)
-        torch.mm(matrix[:, start:stop].T, matrix[:, start:], out=result[start:stop, start:])
-        result[stop:, start:stop] = result[start:stop, stop:].T
-    return result
+        yield slice(start, min(start + step, size))
 
 
 def inverse(values: Tensor) -> Tensor:

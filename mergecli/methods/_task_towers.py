@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+Chosen = TypeVar("Chosen", bound=Hashable)
+KEPT = 16
+"""Projections that are held at once, those that were used last."""
 
 
 class WholeTower:
@@ -29,6 +34,44 @@ class WholeTower:
     def remove(self) -> None:
         """Leaves the base's tower."""
         del self.tower.forward
+
+
+class ImageProjections(nn.Module, Generic[Chosen]):
+    """A visual projection behind such a tower: each image has its own, by what the tower has chosen for it."""
+
+    def __init__(
+        self,
+        own: nn.Linear,
+        chosen: Callable[[], Sequence[Chosen]],
+        weights: Callable[[Chosen], Tensor],
+    ) -> None:
+        """Args:
+        own: that of the base.
+        chosen: what the tower has chosen for each image of the last forward pass.
+        weights: (D, W) of what was chosen.
+        """
+        super().__init__()
+        self.weight = own.weight
+        self._chosen, self._weights = chosen, weights
+        self._held: dict[Chosen, Tensor] = {}
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, D) of (B, W)."""
+        chosen = self._chosen()
+        result = pooled.new_empty(len(pooled), len(self.weight))
+        for each in dict.fromkeys(chosen):
+            rows = torch.tensor([row for row, own in enumerate(chosen) if own == each], device=pooled.device)
+            result[rows] = functional.linear(pooled[rows], self._of(each))
+        return result
+
+    def _of(self, chosen: Chosen) -> Tensor:
+        found = self._held.pop(chosen, None)
+        if found is None:
+            while len(self._held) >= KEPT:
+                del self._held[next(iter(self._held))]
+            found = self._weights(chosen).to(self.weight)
+        self._held[chosen] = found
+        return found
 
 
 def body_of(tower: nn.Module) -> nn.Module:

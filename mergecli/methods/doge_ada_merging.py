@@ -49,6 +49,10 @@ class DogeAdaMerging(CoefficientLearner):
     correction_scale: Annotated[float, Range(0)] = 0.07
     """How large the task vectors are taken to be while they are corrected: the norm of each matrix."""
 
+    @property
+    def keeps_projection(self) -> bool:
+        return True
+
     def survey(self, groups: Groups, /) -> State:
         import torch
 

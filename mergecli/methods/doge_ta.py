@@ -47,6 +47,10 @@ class DogeTa(TwoPass):
     learning_rate: Annotated[float, Range(0)] = 1e-4
     """About how far each entry of the correction moves in a step."""
 
+    @property
+    def keeps_projection(self) -> bool:
+        return True
+
     def survey(self, groups: Groups, /) -> Tensor:
         """(T,) the smallest magnitude kept of each task."""
         return thresholds(groups, self.density)

@@ -13,7 +13,7 @@ from mergecli.methods._essential import essential_directions
 from mergecli.methods._gram_statistics import GramStatistics, gram_of
 from mergecli.methods._least_squares import is_linear
 from mergecli.methods._settings import Range
-from mergecli.methods._svd import PositionEmbedding, is_matrix, polar
+from mergecli.methods._svd import PositionEmbedding, is_matrix, polar, polar_times
 from mergecli.methods.tsv_m import TsvM
 
 if TYPE_CHECKING:
@@ -135,11 +135,12 @@ class Esm(GramStatistics):
         columns = right.norm(dim=0)
         if float(columns.sum()):
             right *= (columns / columns.mean()) ** self.column_power
-        (first, spread), (second, other) = polar(left), polar(right)
+        second, other = polar(right)
+        merged, spread = polar_times(left, second)
         # directions that are left out are columns of U and rows of V all the same: they count in the means
         counts = min(len(left), rank * group.tasks) * min(rank * group.tasks, right.shape[1])
         gain = self.gain * float(spread.sum() * other.sum()) / counts
-        return (first @ second).mul_(gain).float()
+        return merged.mul_(gain).float()
 
 
 _LAYER = re.compile(r"\.\d+\.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from mergecli.methods._base import Group
@@ -12,7 +13,7 @@ from mergecli.methods._calibrated import Layout, Probe, Shapes
 from mergecli.methods._essential import essential_directions
 from mergecli.methods._fused import stacks
 from mergecli.methods._gram_statistics import gram_of
-from mergecli.methods._least_squares import Grams, is_linear, owner
+from mergecli.methods._least_squares import Grams, is_linear, owner, within
 from mergecli.methods._mixture import SAME, Installed, Part, Read, Routed, Routing
 from mergecli.methods._settings import Range
 from mergecli.methods.esm import Esm, Surveyed
@@ -74,14 +75,14 @@ class EsmPlusPlus(Routed, Esm):
 
     def measure(self, probe: Probe, /) -> Iterator[tuple[str, Tensor]]:
         states = probe.activations(self.batch_size)
-        for prefix, layer in probe.layers():
+        for prefix, layer in chain(probe.layers(), probe.behind()):
             with Grams(layer) as grams:
                 states.step(layer)
             for name, mean in grams.mean_inputs():
                 if _ROUTED.search(f"{name}.weight"):
                     yield f"{prefix}.{name}.weight.mean", mean
             for name, gram in grams.means():
-                yield f"{prefix}.{name}.weight.gram", gram
+                yield f"{within(prefix, name)}.weight.gram", gram
 
     def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
         own = {name: Part(SAME, shape)}

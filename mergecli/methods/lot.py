@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from mergecli.methods._base import Group, total
 from mergecli.methods._calibrated import Layout, Probe, Shapes, Statistics
 from mergecli.methods._gram_statistics import GramStatistics, gram_of
-from mergecli.methods._least_squares import is_linear
+from mergecli.methods._least_squares import is_measured
 from mergecli.methods._normal_equation import NormalEquation
 from mergecli.methods._settings import Range
 
@@ -64,7 +64,7 @@ class Lot(GramStatistics):
         deltas = group.deltas
         if f"{group.name}.squares" in learned.names:
             return self._scale(group, learned).float().mul_(self.scaling_factor).add_(group.base)
-        if not is_linear(group.name, tuple(group.shape)):
+        if not is_measured(group.name, tuple(group.shape)):
             return total(deltas).mul_(self.scaling_factor / group.tasks).add_(group.base)
         equation = NormalEquation()
         for task, delta in enumerate(deltas):

@@ -132,6 +132,16 @@ class Mass(Routed, PerTensor):
             tower, factors, deltas, self.telling(factors), self.threshold, self.tasks_per_image
         )
 
+    def projection(self, installed: Installed, own: nn.Linear, read: Read, name: str, /) -> nn.Module:
+        from mergecli.methods._mass_tower import Factors, MassTower, merged
+        from mergecli.methods._task_towers import ImageProjections
+
+        assert isinstance(installed, MassTower)
+        factors = Factors(*(read(f"{each}.{name}").to(own.weight.device) for each in ("left", "right")))
+        return ImageProjections(
+            own, lambda: installed.merged, lambda tasks: merged(name, own.weight, {name: factors}, {}, tasks)
+        )
+
 
 def _rank(shape: tuple[int, ...], tasks: int) -> int:
     """k of a matrix."""

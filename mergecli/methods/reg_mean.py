@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from mergecli.methods._base import Group
 from mergecli.methods._calibrated import Statistics, mean
 from mergecli.methods._gram_statistics import GramStatistics, gram_of
-from mergecli.methods._least_squares import Regression, is_linear
+from mergecli.methods._least_squares import Regression, is_measured
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class RegMean(GramStatistics):
     def merge(self, group: Group, learned: Statistics, /) -> Tensor:
         if self.excludes(group.name):
             return group.base.clone()
-        if not is_linear(group.name, tuple(group.shape)):
+        if not is_measured(group.name, tuple(group.shape)):
             return mean(group)
         middle = group.tuned.double().mean(0)
         regression = Regression(self.reduce_non_diagonal_ratio, self.ridge)

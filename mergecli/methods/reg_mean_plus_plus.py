@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from mergecli.methods._base import Group
 from mergecli.methods._calibrated import Calibrated, JointProbe, Layout, Shapes, Statistics, mean
 from mergecli.methods._depth import layer_of
-from mergecli.methods._least_squares import Grams, Regression, is_linear, owner
+from mergecli.methods._least_squares import Grams, Regression, is_measured, owner, within
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class RegMeanPlusPlus(Calibrated):
     G_i = (1 / n) sum_x x x^T over the inputs x of layer l of model i, given what layers 0 ... l - 1 as merged give for
     the images of task i, in front of which embeddings and their norm are the mean; then layer l is merged
 
-    The weights of linear layers are what is measured: each depends on all models and on the layers before it. Everything
+    The visual projection, where it is merged, is one more layer, whose norm before it is the mean. The weights of linear layers are what is measured: each depends on all models and on the layers before it. Everything
     else is the plain mean. FusionBench leaves the post-layernorm as it is in the base, and matches `exclude` with names
     inside of a layer, such as `self_attn.q_proj.weight`; here they are the tensor's own.
     """
@@ -47,15 +48,15 @@ class RegMeanPlusPlus(Calibrated):
         return {
             f"{name}.merged": ("F32", shape)
             for name, shape in shapes.items()
-            if is_linear(name, shape) and not self.excludes(name)
+            if is_measured(name, shape) and not self.excludes(name)
         }
 
     def measure_jointly(self, probe: JointProbe, /) -> Iterator[tuple[str, Tensor]]:
         outside = [name for name, _ in probe.model.named_parameters() if layer_of(name) is None]
         _fill(probe.model, {name: self._plain(probe, name) for name in outside})
         states = [probe.activations(task, self.batch_size) for task in range(probe.tasks)]
-        for prefix, layer in probe.layers():
-            names = {name: f"{prefix}.{name}" for name, _ in layer.named_parameters()}
+        for prefix, layer in chain(probe.layers(), probe.behind()):
+            names = {name: within(prefix, name) for name, _ in layer.named_parameters()}
             merged = {name: self._plain(probe, full) for name, full in names.items()}
             systems: dict[str, Regression] = {}
             for task, inputs in enumerate(states):
@@ -96,7 +97,7 @@ class RegMeanPlusPlus(Calibrated):
         behind = self.post_layernorm == "base" and "post_layernorm" in group.name
         if self.excludes(group.name) or behind:
             return group.base.clone()
-        if not is_linear(group.name, tuple(group.shape)):
+        if not is_measured(group.name, tuple(group.shape)):
             return mean(group)
         return learned.read(0, f"{group.name}.merged").view(group.shape)
 

@@ -56,6 +56,10 @@ class Smile(Routed, PerTensor):
         rank, gate = settings.get("rank", cls.rank), settings.get("gate_rank", cls.gate_rank)
         return [("gate_rank", f"expected at most `rank`, {rank}, got {gate}")] if gate > rank else []
 
+    @property
+    def keeps_projection(self) -> bool:
+        return not self.average_others
+
     def parts(self, name: str, shape: tuple[int, ...], tasks: int, /) -> dict[str, Part]:
         own, kind = {name: Part(SAME, shape)}, _linear_part(name, shape)
         if kind == "bias":

@@ -103,6 +103,8 @@ class _Merge:
     models: Mapping[str, Any]
     """`base` and tasks -> source, as the recipe in the file has it."""
     licenses: Mapping[str, str | None]
+    has_projection: bool = False
+    """Whether the visual projection was merged too."""
 
     @classmethod
     def of(
@@ -127,7 +129,7 @@ class _Merge:
         )
         return cls(
             model, stored.metadata, stored.parameters, tuple(sorted({each.dtype for each in stored.entries.values()})),
-            digest or stored.digest(), models, licenses(found),
+            digest or stored.digest(), models, licenses(found), stored.has_projection,
         )  # fmt: skip
 
     @property
@@ -207,10 +209,11 @@ class _Merge:
                 "python",
             )
         if self.is_transformers:
+            kind = "CLIPVisionModelWithProjection" if self.has_projection else "CLIPVisionModel"
             yield "## Use\n"
             yield _fenced(
-                "from transformers import CLIPVisionModel\n\n"
-                'tower = CLIPVisionModel.from_pretrained("FOLDER")  # this folder, or the name of this repository\n',
+                f"from transformers import {kind}\n\n"
+                f'tower = {kind}.from_pretrained("FOLDER")  # this folder, or the name of this repository\n',
                 "python",
             )
 

@@ -46,6 +46,8 @@ MIXTURE = "mixture"
 
 VISION = "vision_model."
 TEXT = "text_model."
+PROJECTION = "visual_projection.weight"
+"""(D, W) behind the vision tower: makes image features of its output. The two together are an image encoder."""
 _FLAT_MARKS = (
     ("embeddings.class_embedding", "pre_layrnorm.weight"),
     ("embeddings.patch_embedding.weight", "head.probe"),  # of SigLIP
@@ -166,7 +168,33 @@ class Checkpoint:
         """The vision tower of a whole CLIP; anything else unchanged."""
         if not self.is_whole_clip:
             return self
-        kept = {name: entry for name, entry in self.entries.items() if name.startswith(VISION)}
+        return self._only(name for name in self.entries if name.startswith(VISION))
+
+    def encoder(self) -> Checkpoint:
+        """The image encoder of a whole CLIP, its vision tower and its visual projection; anything else unchanged."""
+        if not self.is_whole_clip:
+            return self
+        return self._only(name for name in self.entries if name.startswith(VISION) or name == PROJECTION)
+
+    def without_projection(self) -> Checkpoint:
+        """The vision tower of a whole CLIP or of an image encoder; anything else unchanged."""
+        if self.is_whole_clip:
+            return self.vision()
+        if not self.has_projection:
+            return self
+        return self._only(name for name in self.entries if name != PROJECTION)
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether it has one tower and, behind that, a visual projection."""
+        return (
+            PROJECTION in self.entries
+            and not self.is_mixture
+            and any(name.startswith(VISION) for name in self.entries)
+        )
+
+    def _only(self, names: Iterable[str]) -> Checkpoint:
+        kept = {name: self.entries[name] for name in names}
         return replace(self, entries=kept, hashes=self.hashes.anew())
 
     def read(self, name: str) -> Tensor:

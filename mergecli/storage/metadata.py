@@ -123,10 +123,13 @@ def looked_at(metadata: Mapping[str, str]) -> dict[str, dict[str, str]]:
         return {}
 
 
-def model_folder_files(origin: Path) -> dict[str, str]:
+def model_folder_files(origin: Path, *, has_projection: bool = False) -> dict[str, str]:
     """File name -> text of what a Hugging Face folder needs beside the weights, taken from the model at `origin`.
 
     Of a whole CLIP's configuration the vision tower's part is taken. Empty if `origin` is a single file.
+
+    Args:
+        has_projection: whether the visual projection is among the weights.
     """
     if not origin.is_dir():
         return {}
@@ -138,7 +141,8 @@ def model_folder_files(origin: Path) -> dict[str, str]:
         if kind == "clip":
             texts = {name: text for name, text in texts.items() if name in _COPIED}
             tower = {**config["vision_config"], "projection_dim": config.get("projection_dim", 512)}
-            config = {**tower, "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}
+            architecture = "CLIPVisionModelWithProjection" if has_projection else "CLIPVisionModel"
+            config = {**tower, "model_type": "clip_vision_model", "architectures": [architecture]}
         elif isinstance(kind, str) and _is_dual_encoder(origin, config):
             texts = {name: text for name, text in texts.items() if name in _COPIED}
             config = {"model_type": f"{kind}_vision_model", **config["vision_config"]}

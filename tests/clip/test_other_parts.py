@@ -24,7 +24,6 @@ EVALUATED = (
 NAMES = {
     "text tower": "text_model.encoder.layers.1.mlp.fc1.weight",
     "text projection": "text_projection.weight",
-    "visual projection": "visual_projection.weight",
     "logit scale": "logit_scale",
 }
 
@@ -74,7 +73,7 @@ def test_several_models_are_one_warning_and_those_that_differ_in_nothing_are_not
     tuned(base, tmp_path / "dogs", NAMES["logit scale"])
     assert merged(run, "birds", "cars", "dogs") == [
         MERGED,
-        "  `birds`: text tower, text projection, visual projection, logit scale (to use them: `mergecli eval ... --clip birds`)",
+        "  `birds`: text tower, text projection, logit scale (to use them: `mergecli eval ... --clip birds`)",
         "  `dogs`: logit scale (to use them: `mergecli eval ... --clip dogs`)",
     ]
 
@@ -226,7 +225,7 @@ def test_an_evaluation_says_it_once_and_counts_with_the_base_s_parts_unless_aske
     assert ended.status == 0
     assert [line for line in ended.err.splitlines() if not line.startswith("note")][:2] == [
         EVALUATED,
-        "  `tints`: text tower, text projection, visual projection, logit scale (to use them: `--clip birds`)",
+        "  `tints`: text tower, text projection, logit scale (to use them: `--clip birds`)",
     ]
     ended = run("eval", "--recipe", "r.toml", "--model", "tints", "--clip", "birds", "-o", "own.json")
     assert ended.status == 0

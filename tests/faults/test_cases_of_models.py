@@ -27,8 +27,7 @@ def test_a_clip_tuned_in_both_towers_is_evaluated_with_the_base_s_and_that_is_sa
     assert ended.err.splitlines()[:2] == [
         "warning: these models differ from ../base outside of the vision tower, and are evaluated with its text tower and "
         "other parts:",
-        "  `birds`: text tower, text projection, visual projection, logit scale "
-        f"(to use them: `--clip {case / 'clip'}`)",
+        f"  `birds`: text tower, text projection, logit scale (to use them: `--clip {case / 'clip'}`)",
     ]
     score = json.loads((tmp_path / "out.json").read_text())["tasks"]["birds"]
     own = run(

@@ -252,15 +252,18 @@ def test_a_vision_transformer_written_in_plain_torch_computes_the_same(tmp_path:
         state |= {"classification_head.weight": torch.ones(3, 8)}
     new = converted(saved(state, tmp_path / "a.pt"))
     with safe_open(tmp_path / "out" / "new.safetensors", "pt") as opened:
-        assert f"{prefix}proj" in json.loads(opened.metadata()["left_out"])
+        assert json.loads(opened.metadata().get("left_out", "[]")) == ["classification_head.weight"] * bool(
+            prefix
+        )
     config = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16,
         patch_size=8, hidden_act="quick_gelu",
     )  # fmt: skip
     tower = CLIPVisionModel(config).eval()
+    projection = new.pop("visual_projection.weight")
     tower.load_state_dict({name.removeprefix("vision_model."): tensor for name, tensor in new.items()})
     pixels = torch.randn(2, 3, 16, 16)
-    ours = tower(pixel_values=pixels).pooler_output @ visual.proj
+    ours = tower(pixel_values=pixels).pooler_output @ projection.T
     # two implementations of the same float32 attention round differently
     assert torch.allclose(ours, visual(pixels), atol=1e-5, rtol=1e-5)
 
@@ -269,7 +272,7 @@ def test_what_is_left_of_a_text_tower_in_a_fine_tuned_encoder_is_left_out(tmp_pa
     ours = load_file(clip / "model.safetensors")
     whole = as_open_clip(ours, "model.")
     encoder = {name: value for name, value in whole.items() if not name.startswith("model.transformer.")}
-    tower = {name: value for name, value in ours.items() if name.startswith("vision_model.")}
+    tower = {name: value for name, value in ours.items() if name.startswith("vis")}
     assert_same(converted(saved(encoder, tmp_path / "a.pt")), tower)
 
 

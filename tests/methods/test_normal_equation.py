@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from mergecli.methods._normal_equation import MARGIN, NormalEquation, largest_eigenvalue
+from mergecli.methods._normal_equation import MARGIN, NormalEquation, largest_eigenvalue, participation
 
 
 def with_eigenvalues(values: Tensor) -> Tensor:
@@ -39,3 +41,54 @@ def test_eigenvalues_up_to_the_cutoff_are_left_out_and_others_are_not(smallest: 
         root if is_kept else root - (vector := torch.linalg.eigh(root).eigenvectors[:, :1]) @ vector.T @ root
     )
     assert torch.allclose(equation.truncated(1e-6), want, atol=1e-9)
+
+
+def filled(deltas: list[Tensor]) -> NormalEquation:
+    equation = NormalEquation()
+    for delta in deltas:
+        equation.add(delta, weight=1 / float(delta.square().sum()))
+    return equation
+
+
+def some(rows: int, power: float, seed: int) -> Tensor:
+    """(rows, 520) whose singular values fall like 1 / n^power."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, rows, generator=generator).double()).Q for size in (rows, 520)
+    )
+    return (left * torch.arange(1, rows + 1).double() ** -power) @ right.T
+
+
+@pytest.mark.parametrize(
+    ("tasks", "rows", "power", "rank", "apart"),
+    [(8, 130, 0, None, True), (4, 130, 2, None, True), (2, 60, 0.3, None, False), (8, 130, 0.5, None, False),
+     (8, 130, 0, 500, True), (8, 130, 0.5, 30, True), (2, 60, 0, 300, False), (8, 130, 0, 520, False), (8, 65, 0, 520, False)],
+    ids=["flat", "steep", "of low rank", "between", "flat, a rank given", "steep, a rank given",
+         "a rank given above the matrix's", "every direction", "every direction, C just invertible"],
+)  # fmt: skip
+def test_a_cut_spectrum_is_that_of_all_eigenvectors(
+    tasks: int, rows: int, power: float, rank: int | None, apart: bool
+) -> None:
+    deltas = [some(rows, power, seed) for seed in range(tasks)]
+    start = torch.stack(deltas).sum(0)
+    weights = [1 / delta.square().sum() for delta in deltas]
+    left = torch.stack([w * d.T @ d for w, d in zip(weights, deltas, strict=True)]).sum(0)
+    right = torch.stack([w * d @ d.T @ d for w, d in zip(weights, deltas, strict=True)]).sum(0)
+    values, vectors = torch.linalg.eigh(left)
+    kept = participation(values.clamp(min=0)) if rank is None else rank
+    values, vectors = values[-kept:], vectors[:, -kept:]
+    values, vectors = values[values > 1e-12 * values[-1]], vectors[:, values > 1e-12 * values[-1]]
+    want = start + ((right - start @ left) @ vectors / values) @ vectors.T
+    equation = filled(deltas)
+    assert (equation._cut(start, rank) is not None) is apart
+    assert float((equation.filtered(start, rank, math.inf) - want).norm()) < 1e-8 * float(want.norm())
+
+
+def test_wide_matrices_make_the_same_equation_as_tall_ones() -> None:
+    deltas = [some(60, 0.3, seed) for seed in range(3)]
+    left, right = filled(deltas).sides
+    weights = [1 / delta.square().sum() for delta in deltas]
+    want = torch.stack([w * d.T @ d for w, d in zip(weights, deltas, strict=True)]).sum(0)
+    assert torch.allclose(left, want, atol=1e-14)
+    shown = torch.stack([w * d @ d.T @ d for w, d in zip(weights, deltas, strict=True)]).sum(0)
+    assert torch.allclose(right, shown, atol=1e-14)

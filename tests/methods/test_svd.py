@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mergecli.methods._base import Group
-from mergecli.methods._svd import decompose, gram, is_matrix, polar
+from mergecli.methods._svd import decompose, gram, is_matrix, polar, polar_times
 from tests.conftest import World, assert_same
 from tests.support.merging import merged
 
@@ -47,6 +47,19 @@ def test_directions_of_negligible_singular_values_are_left_out() -> None:
     assert float((factor @ factor.T @ factor - factor).abs().max()) < 1e-10
     assert torch.linalg.matrix_rank(factor) == 2
     assert not polar(torch.zeros(4, 3))[0].any()
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (20, 6), (6, 20), (0, 3), (3, 0)])
+@pytest.mark.parametrize("rank", [2, 20])
+def test_a_polar_factor_times_a_matrix_is_the_product(shape: tuple[int, int], rank: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(shape[0], rank, generator=generator) @ torch.randn(
+        rank, shape[1], generator=generator
+    )
+    other = torch.randn(shape[1], 4, generator=generator).double()
+    (factor, want), (product, values) = polar(matrix), polar_times(matrix, other)
+    assert torch.allclose(product, factor @ other, atol=1e-10)
+    assert torch.allclose(values, want)
 
 
 def test_half_a_gram_matrix_is_enough() -> None:

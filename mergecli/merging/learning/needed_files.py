@@ -10,13 +10,14 @@ from pathlib import Path
 from mergecli import methods
 from mergecli.formats.mixture import mixture_of
 from mergecli.formats.opening import open_source
+from mergecli.formats.projection import CompletedCheckpoint
 from mergecli.merging.learning.files import CURE, KIND, expect, finite, json_field
 from mergecli.merging.models import Models, check_fit
 from mergecli.methods._concrete_masks import logits_key, mask_shapes
 from mergecli.methods._learned import Learner, Need
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError, UsageError, quoted
-from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
+from mergecli.storage.checkpoint import PROJECTION, Checkpoint, open_checkpoint
 from mergecli.storage.metadata import inputs_of
 from mergecli.storage.sources import parse_source
 from mergecli.storage.store import locate
@@ -68,6 +69,9 @@ def _merged_tower(name: str, models: Models, recipe: Recipe, stack: ExitStack) -
         )
     if merged.is_task_vector:
         raise InputError(f"{merged.path}: is a task vector, a merged tower was expected as `method.merged`")
+    base = models.base
+    if base is not None and base.has_projection and not merged.has_projection:
+        merged = CompletedCheckpoint.of(merged, base, base.entries[PROJECTION].shape)
     check_fit(replace(models, tuned={TITLES["merged_tower"]: merged}))
     return merged
 

@@ -17,7 +17,7 @@ from mergecli.methods._learned import State
 from mergecli.methods._mixture import Installed, Routed
 from mergecli.runtime import interrupts
 from mergecli.storage.cache import allowed_size
-from mergecli.storage.checkpoint import VISION
+from mergecli.storage.checkpoint import PROJECTION, VISION
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,9 @@ class TowerObjective:
         self._installed, self._read_mask = installed, read_mask
         # tasks whose images share routing weights must not be in one batch
         self._together = size if installed and installed.keeps_batches_whole else TOGETHER
-        own = {VISION + name: each for name, each in clip.tower.named_parameters()}
+        own: dict[str, Tensor] = {VISION + name: each for name, each in clip.tower.named_parameters()}
+        if PROJECTION in base:
+            own[PROJECTION] = clip.model.visual_projection.weight
         found = own if installed is None else installed.parameters
         self._parameters = {name: each.requires_grad_(True) for name, each in found.items()}
         names = base if installed is None else found
@@ -296,6 +298,8 @@ def _installed(models: Models, method: Routed, clip: Clip, device: str) -> Insta
         parts[key] = torch.zeros(part.shape, device=device)
     for name, tensor in clip.tower.state_dict().items():
         tensor.copy_(parts.pop(VISION + name))
+    if PROJECTION in parts:
+        clip.model.visual_projection.weight.data.copy_(parts.pop(PROJECTION))
     return method.install_to_learn(clip.tower, parts.__getitem__, tuple(models.tuned), VISION)
 
 

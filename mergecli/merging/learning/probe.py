@@ -13,7 +13,7 @@ from mergecli.formats.opening import model_path
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError
 from mergecli.storage.atomic import write_errors
-from mergecli.storage.checkpoint import Checkpoint
+from mergecli.storage.checkpoint import PROJECTION, Checkpoint
 from mergecli.storage.safetensors_format import bytes_of
 from mergecli.storage.safetensors_writer import SafetensorsWriter
 from mergecli.storage.scratch import Scratch
@@ -116,19 +116,21 @@ class StatisticsRun:
         from mergecli.data.images import drawn
 
         models = self._models
+        has_projection = PROJECTION in models.shapes
         seed = self._seed if method.shuffle else None
         chosen = [drawn(each.images, examples, seed) for each in tasks if each.images]
         assert len(chosen) == len(tasks), "images are missing"
         if method.joint:
             assert models.base is not None
             tuned = tuple(models.tuned.values())
-            joint = JointTaskProbe(self._clip, tuned, models.base, chosen, scratch, report)
+            joint = JointTaskProbe(self._clip, tuned, models.base, chosen, scratch, report, has_projection)
             yield from method.measure_jointly(joint)
             return
         (one,) = tasks
         if not method.of_base:  # whose tower is in the CLIP as it is loaded
             set_tower(self._clip, models.tuned[one.name])
-        probe = TaskProbe(self._clip, chosen[0], self._heads.get(one.name), scratch, report)
+        head = self._heads.get(one.name)
+        probe = TaskProbe(self._clip, chosen[0], head, scratch, report, has_projection)
         yield from method.measure(probe)
 
 
@@ -167,11 +169,20 @@ class TaskProbe:
     """The `Probe` of one task, whose tower is in the CLIP already."""
 
     def __init__(
-        self, clip: Clip, chosen: Images, head: Tensor | None, scratch: Scratch, report: Report
+        self,
+        clip: Clip,
+        chosen: Images,
+        head: Tensor | None,
+        scratch: Scratch,
+        report: Report,
+        has_projection: bool = False,
     ) -> None:
+        """Args:
+        has_projection: whether the visual projection is merged.
+        """
         self._clip, self._chosen, self._head = clip, chosen, head
-        self._scratch, self._report = scratch, report
-        self.model = tower_of(clip)
+        self._scratch, self._report, self._has_projection = scratch, report, has_projection
+        self.model = tower_of(clip, has_projection)
 
     def batches(self, size: int, /) -> Iterator[Tensor]:
         """(B, 3, H, W) the task's images, `size` at a time."""
@@ -204,6 +215,10 @@ class TaskProbe:
         """Name and module of each transformer layer, from the first to the last."""
         return layers_of(self.model, self._report)
 
+    def behind(self) -> Iterator[tuple[str, Module]]:
+        """The visual projection, if it is merged."""
+        return behind_layers(self._clip, self._has_projection)
+
     def activations(self, size: int, /) -> ActivationFile:
         """The inputs of the first layer."""
         return ActivationFile(self._scratch, embedded(self._clip, self._chosen, size), self._clip)
@@ -220,10 +235,11 @@ class JointTaskProbe:
         chosen: Sequence[Images],
         scratch: Scratch,
         report: Report,
+        has_projection: bool = False,
     ) -> None:
         self._clip, self._tuned, self._base, self._chosen = clip, tuned, base, chosen
-        self._scratch, self._report = scratch, report
-        self.model = tower_of(clip)
+        self._scratch, self._report, self._has_projection = scratch, report, has_projection
+        self.model = tower_of(clip, has_projection)
 
     @property
     def tasks(self) -> int:
@@ -245,6 +261,10 @@ class JointTaskProbe:
     def layers(self) -> Iterator[tuple[str, Module]]:
         """Name and module of each transformer layer, from the first to the last."""
         return layers_of(self.model, self._report)
+
+    def behind(self) -> Iterator[tuple[str, Module]]:
+        """The visual projection, if it is merged."""
+        return behind_layers(self._clip, self._has_projection)
 
     def activations(self, task: int, size: int, /) -> ActivationFile:
         """The inputs of the first layer for the images of a task, by the weights that the model has now."""
@@ -301,11 +321,12 @@ class ActivationFile:
             self._file.write(bytes_of(batch.cpu()))
 
 
-def tower_of(clip: Clip) -> Module:
-    """The vision tower, in a module that names its parameters as checkpoints do."""
+def tower_of(clip: Clip, has_projection: bool = False) -> Module:
+    """The vision tower, in a module that names its parameters as checkpoints do; perhaps with its projection."""
     from torch.nn import ModuleDict
 
-    return ModuleDict({"vision_model": clip.tower})
+    projection = {"visual_projection": clip.model.visual_projection} if has_projection else {}
+    return ModuleDict({"vision_model": clip.tower, **projection})
 
 
 def layers_of(model: Any, report: Report) -> Iterator[tuple[str, Module]]:
@@ -314,6 +335,14 @@ def layers_of(model: Any, report: Report) -> Iterator[tuple[str, Module]]:
     for number, layer in enumerate(layers):
         yield f"vision_model.encoder.layers.{number}", layer
         report(number + 1, len(layers))
+
+
+def behind_layers(clip: Clip, has_projection: bool) -> Iterator[tuple[str, Module]]:
+    """The visual projection as one more layer, without a name; nothing if it is not merged."""
+    from mergecli.clip.network import BehindLayers
+
+    if has_projection:
+        yield "", BehindLayers(clip.model)
 
 
 def embedded(clip: Clip, chosen: Images, size: int) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from mergecli.methods._learned import Learner, Need
 from mergecli.methods._task_learner import TaskLearner
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError, UsageError, quoted
-from mergecli.storage.checkpoint import VISION, Checkpoint
+from mergecli.storage.checkpoint import PROJECTION, VISION, Checkpoint
 
 if TYPE_CHECKING:
     from mergecli.clip.heads import ClipDigests
@@ -96,7 +96,7 @@ class LearningWork:
             return clip
         assert self.models.base is not None
         check_tower(clip, self.models.base)
-        known = {VISION + name for name, _ in clip.tower.named_parameters()}
+        known = {VISION + name for name, _ in clip.tower.named_parameters()} | {PROJECTION}
         if unknown := [name for name in self.models.floats if name not in known]:
             raise InputError(f"the base has no {quoted(unknown)}", "only vision towers can be adapted")
         return clip

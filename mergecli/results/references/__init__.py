@@ -149,7 +149,6 @@ def _averages() -> Iterable[Reference]:
         yield Reference(
             f"{backbone}-{place}", backbone,
             {each["row"]: Row(each["row"], {}, {"all": _fraction(each["average"])}) for each in lines},
-            caveat="" if pool == "fusion_bench" else "its models have visual projections of their own, and results here the base's",
             pool=pool, averaged=own, sources=tuple(dict.fromkeys(each["source"] for each in lines)),
         )  # fmt: skip
 
