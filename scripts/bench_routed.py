@@ -1,6 +1,7 @@
 """Forward passes of towers that route, on ViT-B/32 shapes with random weights and eight tasks: time and memory.
 
-    python scripts/bench_routed.py            # each in a process of its own; ratios to the plain tower of the same run
+    python scripts/bench_routed.py                            # each in a process of its own; ratios to the plain tower of the same run
+    python scripts/bench_routed.py --only esm_plus_plus,smile
 
 `loop` is WEMoE as a plain loop over the images, each layer's weights added up for one image after another.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 TASKS = tuple(f"t{number}" for number in range(8))
 KINDS = ("plain", "loop", "weight_ensembling_moe", "weight_ensembling_moe batch", "efficient_weight_ensembling_moe",
-         "efficient_weight_ensembling_moe batch", "smile")  # fmt: skip
+         "efficient_weight_ensembling_moe batch", "smile", "esm_plus_plus")  # fmt: skip
 PREFIX = "vision_model."
 
 
@@ -119,13 +120,14 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--patch", type=int, default=32, help="16 for ViT-B/16")
+    parser.add_argument("--only", help="these kinds, with commas between, beside the plain tower")
     parser.add_argument("--one", choices=KINDS, help="only this, as JSON")
     given = parser.parse_args()
     if given.one:
         print(json.dumps(one(given.one, given.batch, given.patch)))
         return
     plain = 0.0
-    for kind in KINDS:
+    for kind in KINDS if given.only is None else ("plain", *given.only.split(",")):
         more = ["--one", kind, "--batch", str(given.batch), "--patch", str(given.patch)]
         done = subprocess.run([sys.executable, __file__, *more], check=True, capture_output=True, text=True)
         found = json.loads(done.stdout)

@@ -140,7 +140,7 @@ class ModelSlot:
         """What takes the place of the task's zero-shot head."""
         self.installed: Installed | None = None
         """The routing layers of the tower that is in."""
-        self._projection: nn.Module | None = None
+        self._projection: nn.Linear | None = None
         """The CLIP's visual projection, while each image has its own."""
         self._taken: tuple[Checkpoint, str] | None = None
 

@@ -122,7 +122,7 @@ class OpenMixture:
         except ContradictionError as error:
             raise InputError(f"{self.stored.path}: {error}", _HINT) from error
 
-    def project(self, model: Any, installed: Installed) -> nn.Module | None:
+    def project(self, model: Any, installed: Installed) -> nn.Linear | None:
         """Where each image has a visual projection of its own, puts these in the place of the model's, behind the tower in
         which the routing layers are; gives back what was there, None where it still is."""
         own = getattr(model, "visual_projection", None)

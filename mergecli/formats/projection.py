@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergecli.formats.lora import AdaptedCheckpoint
 from mergecli.runtime.errors import MergecliWarning, quoted
 from mergecli.runtime.notes import note
 from mergecli.storage.checkpoint import PROJECTION, Checkpoint, TensorEntry
@@ -106,8 +107,13 @@ def encoders(
     own = [name for name, each in having.items() if known is not None and _is_own(each, known)]
     asked = [name for name in own if name not in besides]
     if known is None or not can or not (is_part or asked if wanted is None else wanted):
-        if asked:
-            _warn_of_left_out(asked, base, can=can)
+        left_out = asked
+        if not can and (own or any(not models[name].is_whole_clip for name in having)):
+            left_out = [
+                name for name in having if name not in besides
+            ]  # there is nothing to compare them with
+        if left_out:
+            _warn_of_left_out(left_out, base, can=can)
         towers = {name: each.without_projection() for name, each in models.items()}
         return base and base.without_projection(), towers
     shape = known.entries[PROJECTION].shape
@@ -118,7 +124,10 @@ def encoders(
     whole = None if base is None else base.encoder()
 
     def completed(name: str, each: Checkpoint) -> Checkpoint:
-        if name in own or (name in having and (is_part or whole is None)):
+        # an adapter stays one: its projection is that of what it is added to
+        if name in own or (
+            name in having and (is_part or whole is None or isinstance(each, AdaptedCheckpoint))
+        ):
             return each
         return CompletedCheckpoint.of(each, None if each.is_task_vector else whole, shape)
 

@@ -139,7 +139,7 @@ class NormalEquation:
 
         left, right = self.sides
         size, total = len(left), float(left.diagonal().sum())
-        if size < LEAST or not total > 0:
+        if size < LEAST or not 0 < total < math.inf:
             return None
         if rank is None and STEEP < total**2 / size / float(left.norm()) ** 2 < FLAT:
             return None

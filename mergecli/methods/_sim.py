@@ -101,9 +101,14 @@ class FindsTask(MayMeasure, Conditioned, Routed):
         from mergecli.methods._task_towers import ImageProjections
 
         assert isinstance(installed, SimTower)
-        return ImageProjections(
-            own, lambda: installed.chosen.tolist(), lambda task: self.weights(name, task, read)
-        )
+
+        def chosen() -> list[int]:
+            return installed.chosen.tolist()
+
+        def weights(task: int) -> Tensor:
+            return self.weights(name, task, read)
+
+        return ImageProjections(own, chosen, weights)
 
 
 _MEAN, _BASIS = "sim.mean", "sim.basis"

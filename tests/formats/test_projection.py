@@ -24,6 +24,7 @@ from mergecli.formats.opening import open_source
 from mergecli.recipe.reading import recipe_of as read
 from mergecli.runtime.errors import InputError, MergecliWarning, UsageError
 from mergecli.storage.sources import parse_source
+from tests.clip.test_other_parts import adapter
 from tests.conftest import Run, Weights, assert_same
 from tests.formats.test_convert import as_open_clip
 from tests.support.processor import pixel_values
@@ -210,8 +211,8 @@ def test_a_base_without_a_projection_leaves_them_out_with_a_warning(world: World
             models, base=tmp_path / "tower.safetensors", method="average", output=tmp_path / "m.safetensors"
         )
     assert [str(each.message) for each in caught] == [
-        "`b` has a visual projection of its own, left out of the merge: the base has none; name the whole CLIP that they "
-        "were fine-tuned from"
+        "`a`, `b` have visual projections of their own, left out of the merge: the base has none; name the whole CLIP that "
+        "they were fine-tuned from"
     ]
     assert PROJECTION not in load_file(tmp_path / "m.safetensors")
     merge(models, method="average", output=tmp_path / "no-base.safetensors")
@@ -319,6 +320,19 @@ def test_an_adapter_has_no_place_for_it_and_says_so(world: World, tmp_path: Path
             world.folder / "a.safetensors", base=world.base, rank=2, modules=["visual_projection"],
             output=tmp_path / "other",
         )  # fmt: skip
+
+
+def test_adapters_that_change_it_become_one_adapter_that_changes_it(world: World, tmp_path: Path) -> None:
+    for module in ("visual_projection", "vision_model.encoder.layers.0.mlp.fc1"):
+        adapter(tmp_path / module.rpartition(".")[2], module, world.whole)
+    models = {name: tmp_path / name for name in ("visual_projection", "fc1")}
+    merge(models, base=world.base, method="average", output=tmp_path / "m.safetensors")
+    want = world.own[PROJECTION] + 0.5
+    torch.testing.assert_close(load_file(tmp_path / "m.safetensors")[PROJECTION], want)
+    done = merge(models, base=world.base, method="average", output=tmp_path / "lora", as_adapter=True)
+    assert done.error == pytest.approx(0, abs=1e-6)
+    with open_source(parse_source("lora", tmp_path), parse_source(str(world.base), Path())) as opened:
+        torch.testing.assert_close(opened.read(PROJECTION), want)
 
 
 def test_a_chain_has_it_from_its_first_step_on(world: World, tmp_path: Path) -> None:
