@@ -295,7 +295,8 @@ def build_tower(options: argparse.Namespace, name: str) -> str:
     """Writes one task's tower; a line about it."""
     done = mergecli.finetune(
         task=name, base="toy:base", output=MODELS / name, steps=options.steps, batch_size=options.batch_size,
-        learning_rate=options.learning_rate, seed=options.seed, dtype="float16",
+        learning_rate=options.learning_rate, warmup=options.warmup, epsilon=options.epsilon,
+        seed=options.seed, dtype="float16",
     )  # fmt: skip
     return f"{name}: loss {done.loss:.3f}, {done.images_per_second:.0f} images/s"
 
@@ -372,7 +373,9 @@ def main() -> None:
     towers.add_argument("--task", action="append", help="only this task; may be repeated")
     towers.add_argument("--steps", type=int, default=110)
     towers.add_argument("--batch-size", type=int, default=32)
-    towers.add_argument("--learning-rate", type=float, default=5e-4)
+    towers.add_argument("--learning-rate", type=float, default=9e-4)
+    towers.add_argument("--warmup", type=int, default=30)
+    towers.add_argument("--epsilon", type=float, default=1e-2)
     towers.add_argument("--seed", type=int, default=0)
     towers.set_defaults(run=build_towers)
     stages.add_parser("check", help="print the table and check what the zoo promises").set_defaults(run=check)

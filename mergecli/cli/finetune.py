@@ -43,6 +43,12 @@ def finetune(
     accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Batches that make a step.")] = 1,
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0, help="L2 penalty in Adam.")] = 0.0,
     schedule: Annotated[str, typer.Option("--schedule", help="cosine (to 0) or constant.")] = "cosine",
+    warmup: Annotated[
+        int, typer.Option("--warmup", min=0, metavar="STEPS", help="Steps over which the learning rate rises from near 0.")
+    ] = 0,
+    epsilon: Annotated[
+        float, typer.Option("--epsilon", help="Adam's: weights with smaller gradients move less than the learning rate.")
+    ] = 1e-8,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the shuffling, and of an adapter's start and dropout.")] = 0,
     precision: Annotated[
         str, typer.Option("--precision", help="Of the forward pass: float32, bfloat16, or on a GPU float16.")
@@ -111,7 +117,7 @@ def finetune(
     with console.progress() as progress:
         work = partial(
             verb, known, task=options.names("--task", task), base=base, output=output, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
-            weight_decay=weight_decay, schedule=schedule, accumulate=accumulate, precision=precision, seed=seed,
+            weight_decay=weight_decay, schedule=schedule, warmup=warmup, epsilon=epsilon, accumulate=accumulate, precision=precision, seed=seed,
             lora=lora, l_lora=l_lora, rank=rank, alpha=alpha, target_modules=target_modules, lora_dropout=lora_dropout,
             validate_every=validate_every, validation_split=validation_split,
             device=device, dtype=dtype, save_every=save_every, fresh=fresh, progress=progress,

@@ -29,7 +29,7 @@ PANELS: dict[str, dict[str, str]] = {
     },
     "finetune": {
         "What is trained": "--recipe --set --base --task --lora --l-lora",
-        "Training": "--steps --learning-rate --batch-size --accumulate --weight-decay --schedule --seed",
+        "Training": "--steps --learning-rate --batch-size --accumulate --weight-decay --schedule --warmup --epsilon --seed",
         "Adapters": "--rank --alpha --target-modules --lora-dropout",
         "Validation": "--validate-every --validation-split",
         "Output": "--output --dtype --trace --tensorboard --json --dry-run",

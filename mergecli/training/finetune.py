@@ -60,6 +60,8 @@ def finetune(
     batch_size: int = 32,
     weight_decay: float = 0.0,
     schedule: str = "cosine",
+    warmup: int = 0,
+    epsilon: float = 1e-8,
     accumulate: int = 1,
     precision: str = "float32",
     seed: int = 0,
@@ -99,6 +101,11 @@ def finetune(
     Args:
         task: one, several, or the name of a set of them.
         schedule: `cosine` lets the learning rate fall to 0 over the steps; `constant` keeps it.
+        warmup: steps over which the learning rate rises to `learning_rate`, before the schedule begins. The first steps of
+            Adam change every weight by about the learning rate; with a warm-up, weights that do not matter stay where they
+            are, which other tasks in a merge feel.
+        epsilon: Adam's. A weight whose gradients are smaller moves less than the learning rate, so that a larger one keeps
+            the change in the weights that matter.
         accumulate: batches per step, whose gradients are summed: as one batch of that many times the size.
         precision: the dtype of the forward pass; the trained weights are always float32.
         lora: train a LoRA adapter, and write a folder that peft reads (arXiv 2106.09685).
@@ -126,7 +133,7 @@ def finetune(
     )
     settings = Settings(
         steps, learning_rate, batch_size, weight_decay, schedule, seed, dtype,
-        accumulate, precision, low_rank, validate_every,
+        accumulate, precision, low_rank, validate_every, warmup, epsilon,
     )  # fmt: skip
     settings.check(save_every, device)
     target = Path(output)

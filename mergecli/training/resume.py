@@ -151,7 +151,10 @@ class TrainingState:
         self.between_steps = True
         """False while a step is being made, when weights and moments do not fit together."""
         self.optimizer: Optimizer = torch.optim.Adam(
-            parameters.values(), lr=work["learning_rate"], weight_decay=work["weight_decay"]
+            parameters.values(),
+            lr=work["learning_rate"],
+            eps=work.get("epsilon", 1e-8),
+            weight_decay=work["weight_decay"],
         )
         self.device = next(iter(parameters.values())).device
         # scales the loss so that float16 can hold the gradients; disabled for other precisions

@@ -101,6 +101,10 @@ class Settings:
     low_rank: LowRank | None = None
     validate_every: int = 0
     """Steps between validations; 0 means no validation."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from near 0."""
+    epsilon: float = 1e-8
+    """Adam's: a weight with smaller gradients moves less than the learning rate."""
     processes: int = 1
 
     @property
@@ -108,7 +112,7 @@ class Settings:
         """The settings as files record them. The first seven are always there, the others where they are not the default."""
         always = {field.name for field in fields(self)[:7]}
         defaults = replace(
-            self, accumulate=1, precision="float32", low_rank=None, validate_every=0, processes=1
+            self, accumulate=1, precision="float32", low_rank=None, validate_every=0, warmup=0, epsilon=1e-8, processes=1
         )
         recorded = {
             name: value
@@ -127,9 +131,12 @@ class Settings:
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step; the first step is 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.learning_rate
-        return self.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+        done = (step - self.warmup) / (self.steps - self.warmup)
+        return self.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
     def validates_at(self, step: int) -> bool:
         """Whether the weights after `step` steps are validated: every `validate_every` steps and at the end."""
@@ -149,6 +156,10 @@ class Settings:
             wrong.append(
                 f"`validate_every`: expected a whole number of at least 0, got {self.validate_every!r}"
             )
+        if self.warmup != 0 and not _is_count(self.warmup):
+            wrong.append(f"`warmup`: expected a whole number of at least 0, got {self.warmup!r}")
+        elif _is_count(self.steps) and self.warmup >= self.steps:
+            wrong.append(f"`warmup`: expected fewer than the {self.steps} steps, got {self.warmup}")
         if not (_is_count(self.seed + 1) and self.seed < 1 << 63):
             wrong.append(f"`seed`: expected a whole number from 0 to 2^63 - 1, got {self.seed!r}")
         if not 0 < self.learning_rate <= MAX_LEARNING_RATE:
@@ -157,6 +168,8 @@ class Settings:
             )
         if not 0 <= self.weight_decay < math.inf:
             wrong.append(f"`weight_decay`: expected a number of at least 0, got {self.weight_decay!r}")
+        if not 0 < self.epsilon < math.inf:
+            wrong.append(f"`epsilon`: expected a number above 0, got {self.epsilon!r}")
         for name, known in (("schedule", SCHEDULES), ("dtype", DTYPES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 wrong.append(f"`{name}`: expected one of {', '.join(known)}, got {getattr(self, name)!r}")

@@ -44,7 +44,7 @@ def stopping(after: int):
     return progress
 
 
-def by_hand(recipe: Recipe, steps: int, seed: int, rate: float, size: int) -> dict[str, torch.Tensor]:
+def by_hand(recipe: Recipe, steps: int, seed: int, rate: float, size: int, epsilon: float = 1e-8) -> dict[str, torch.Tensor]:
     """The tower after plain training: Adam, cosine to zero, every epoch a new order."""
     import datasets
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
@@ -67,7 +67,7 @@ def by_hand(recipe: Recipe, steps: int, seed: int, rate: float, size: int) -> di
     text = tokenizer(
         [f"something {name}" for name in train.features["label"].names], padding=True, return_tensors="pt"
     )
-    optimizer = torch.optim.Adam(model.vision_model.parameters(), lr=rate)
+    optimizer = torch.optim.Adam(model.vision_model.parameters(), lr=rate, eps=epsilon)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     generator = torch.Generator().manual_seed(seed)
     batches = [
@@ -95,6 +95,18 @@ def test_training_is_adam_with_a_cosine_on_the_cross_entropy(recipe, tmp_path):
     assert not torch.allclose(
         got["vision_model.post_layernorm.bias"], start["vision_model.post_layernorm.bias"], atol=1e-3
     )
+
+
+def test_a_larger_epsilon_is_that_of_adam(recipe, tmp_path):
+    finetune(recipe, output=tmp_path / "t.safetensors", epsilon=0.01, **SHORT)
+    got = load_file(tmp_path / "t.safetensors")
+    plain = by_hand(recipe, 12, 3, 1e-3, 7)
+    for name, want in by_hand(recipe, 12, 3, 1e-3, 7, epsilon=0.01).items():
+        assert torch.allclose(got[f"vision_model.{name}"], want, atol=1e-6), name
+    moved = "encoder.layers.0.mlp.fc1.weight"
+    assert not torch.allclose(got[f"vision_model.{moved}"], plain[moved], atol=1e-4)
+    with pytest.raises(UsageError, match="`epsilon`: expected a number above 0, got 0.0"):
+        finetune(recipe, task="tints", output=tmp_path / "u", epsilon=0.0)
 
 
 def test_the_loss_falls_and_the_task_is_learned(recipe, tmp_path):
@@ -168,6 +180,29 @@ def test_a_constant_schedule_keeps_the_learning_rate(recipe, tmp_path):
     assert constant.learning_rate_at(9) == 2.0
     assert replace(constant, schedule="cosine").learning_rate_at(5) == pytest.approx(1.0)
     assert (tmp_path / "cosine.safetensors").read_bytes() != (tmp_path / "constant.safetensors").read_bytes()
+
+
+def test_a_warm_up_raises_the_learning_rate_step_by_step_and_then_comes_the_schedule(recipe, tmp_path):
+    settings = Settings(10, 2.0, 1, 0.0, "cosine", 0, "float32", warmup=4)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([weight], lr=2.0)
+    rising = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 4, total_iters=3)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rising, falling], milestones=[4])
+    for step in range(10):
+        assert settings.learning_rate_at(step) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert replace(settings, schedule="constant").learning_rate_at(9) == 2.0
+    for warmup in (0, 4):
+        finetune(recipe, output=tmp_path / f"{warmup}.safetensors", warmup=warmup, **SHORT)
+    with open_checkpoint(tmp_path / "4.safetensors") as made:
+        assert '"warmup": 4' in made.metadata["settings"]
+    with open_checkpoint(tmp_path / "0.safetensors") as made:
+        assert "warmup" not in made.metadata["settings"]
+    assert (tmp_path / "0.safetensors").read_bytes() != (tmp_path / "4.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="`warmup`: expected fewer than the 4 steps, got 4"):
+        finetune(recipe, task="tints", output=tmp_path / "t", steps=4, warmup=4)
 
 
 def test_wrong_settings_are_listed_together(recipe, tmp_path):

@@ -67,16 +67,16 @@ _ALL = (
     ),
     ToyTask(
         name="textures",
-        description="patterns behind black dots",
+        description="patterns seen from near",
         classes=("stripes", "checks", "dots", "grid", "waves", "zigzag", "bricks", "rings"),
         templates=("a photo of a {} pattern", "a pattern of {}", "a texture of {}"),
         train=2000,
         test=448,
-        fingerprints=("xxh3:c190b1ac51c8df41c731db89492d64aa", "xxh3:d0d3ef4eb27467157f80bcc47db725d2"),
+        fingerprints=("xxh3:4f00fedd425fc5e436d0565316c3adca", "xxh3:5fbe1ab0bb17dbcc1a6c1868af28d356"),
     ),
     ToyTask(
         name="arrows",
-        description="where arrows point, at dusk",
+        description="where arrows point, behind red bricks",
         classes=(
             "up",
             "up and right",
@@ -94,7 +94,7 @@ _ALL = (
         ),
         train=2000,
         test=448,
-        fingerprints=("xxh3:8ec92c9ee8d5d006e2cf698bd6309049", "xxh3:cc5d4ab291a636f6f3f4a417062c2add"),
+        fingerprints=("xxh3:4723e38586f6543cdd373c6265b753db", "xxh3:a785dc9de383ed9f7b0d411747d32e3a"),
     ),
     ToyTask(
         name="colours",
@@ -126,12 +126,12 @@ _ALL = (
     ),
     ToyTask(
         name="faces",
-        description="faces in mist",
+        description="faces seen from very near",
         classes=("happy", "sad", "angry", "surprised", "sleepy", "winking"),
         templates=("a photo of a {} face", "a drawing of a face that looks {}", "somebody {}"),
         train=1998,
         test=450,
-        fingerprints=("xxh3:03fe77d0e41fb8e4e1bf25d16327c086", "xxh3:0d138e777da1f2ffee0dee6e909ee485"),
+        fingerprints=("xxh3:e67e7b0b52d71deaaf8b49345ca13916", "xxh3:62bf0ca446c44255ffde4c3ced49daf2"),
     ),
 )
 

@@ -56,6 +56,8 @@ class Look:
     level: float = 0.5
     lamp: RGB = (1.0, 1.0, 1.0)
     """Color of the light."""
+    scale: float = 1.0
+    """How much larger the figure is than the base knows it, strokes or the period of a texture too."""
 
     def at(self, strength: float) -> Look:
         """A look between colors alone, at strength 0, and this one, at 1."""
@@ -65,6 +67,7 @@ class Look:
             share=strength * self.share,
             contrast=1 + strength * (self.contrast - 1),
             lamp=(red, green, blue),
+            scale=1 + strength * (self.scale - 1),
         )
 
 
@@ -77,22 +80,22 @@ LOOKS = {
     "letters": Look((0.86, 0.1, 0.1), (0.95, 0.9, 0.78), (0.4, 0.55, 0.9), "stripes", share=0.54, turn=1.57),
     # white on bricks
     "shapes": Look((0.95, 0.95, 0.95), (0.07, 0.13, 0.35), (0.55, 0.75, 0.95), "bricks", share=0.55),
-    # white on olive, behind black dots
-    "textures": Look(
-        (0.95, 0.95, 0.95), (0.45, 0.45, 0.15), (0.05, 0.06, 0.1), "dots", share=0.63, in_front=True, period=4
+    # white on olive, close
+    "textures": Look((0.95, 0.95, 0.95), (0.45, 0.45, 0.15), scale=1.72),
+    # black on yellow, behind red bricks
+    "arrows": Look(
+        (0.06, 0.06, 0.06), (0.95, 0.9, 0.15), (0.8, 0.2, 0.1), "bricks", share=0.51, in_front=True
     ),
-    # black on yellow, at dusk
-    "arrows": Look((0.06, 0.06, 0.06), (0.95, 0.9, 0.15), contrast=0.135, level=0.4),
     # on striped cloth, in warm light
     "colours": Look(pattern="stripes", share=1.0, lamp=(1.0, 0.78, 0.5)),
     # orange on dots
     "positions": Look((0.98, 0.55, 0.08), (0.75, 0.75, 0.75), (0.3, 0.3, 0.3), "dots", share=0.64),
-    # in mist
-    "faces": Look((0.95, 0.75, 0.6), (0.75, 0.65, 0.9), contrast=0.218),
+    # very close
+    "faces": Look((0.95, 0.75, 0.6), (0.75, 0.65, 0.9), scale=1.5),
 }
 """The looks, each so strong that the base is right on about half of the images, as published bases are.
 
-They are colors, patterns and light, not noise, so that a model can learn them; and they differ, so that the inputs of a layer
+They are colors, patterns, light and nearness, not noise, so that a model can learn them; and they differ, so that the inputs of a layer
 in one task are not those in another, as with published tasks. `scripts/build_toy.py strengths` shows what the base makes of
 weaker and stronger ones.
 """
@@ -117,50 +120,56 @@ def _style(rng: Generator) -> str:
     return ("plain", "round")[rng.integers(2)]
 
 
-def _digits(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
-    return paint(canvas, figure("digits", name, pose(rng, size=(0.6, 0.85), style=_style(rng))), ink)
+def _closer(look: Look, at: Pose) -> Pose:
+    return replace(at, size=at.size * look.scale, width=at.width * look.scale)
 
 
-def _letters(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
+def _digits(rng: Generator, look: Look, name: str, canvas: Plane, ink: Color) -> Plane:
+    at = pose(rng, size=(0.6, 0.85), style=_style(rng))
+    return paint(canvas, figure("digits", name, _closer(look, at)), ink)
+
+
+def _letters(rng: Generator, look: Look, name: str, canvas: Plane, ink: Color) -> Plane:
     at = pose(rng, size=(0.6, 0.85), style=_style(rng), slant=0.1, turn=0.1, reach=0.5)
-    return paint(canvas, figure("letters", name, at), ink)
+    return paint(canvas, figure("letters", name, _closer(look, at)), ink)
 
 
-def _shapes(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
-    return paint(canvas, figure("shapes", name, pose(rng, size=(0.65, 0.9))), ink)
+def _shapes(rng: Generator, look: Look, name: str, canvas: Plane, ink: Color) -> Plane:
+    at = pose(rng, size=(0.65, 0.9))
+    return paint(canvas, figure("shapes", name, _closer(look, at)), ink)
 
 
-def _textures(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
-    return texture(rng, name, ink, canvas)
+def _textures(rng: Generator, look: Look, name: str, canvas: Plane, ink: Color) -> Plane:
+    return texture(rng, name, ink, canvas, period=(5 * look.scale, 9 * look.scale))
 
 
-def _arrows(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
+def _arrows(rng: Generator, look: Look, name: str, canvas: Plane, ink: Color) -> Plane:
     at = pose(rng, size=(0.55, 0.9), style=_style(rng), turn=0.1, slant=0.1)
-    return paint(canvas, figure("arrows", name, at), ink)
+    return paint(canvas, figure("arrows", name, _closer(look, at)), ink)
 
 
-def _colors(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
+def _colors(rng: Generator, look: Look, name: str, canvas: Plane, ink: Color) -> Plane:
     del name  # it is the ink's
     shown = ("shapes", "digits", "letters")[rng.integers(3)]
     names = TASKS[shown].classes
     at = pose(rng, size=(0.55, 0.9), width=(0.12, 0.2))
-    return paint(canvas, figure(shown, names[rng.integers(len(names))], at), ink)
+    return paint(canvas, figure(shown, names[rng.integers(len(names))], _closer(look, at)), ink)
 
 
-def _positions(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
+def _positions(rng: Generator, look: Look, name: str, canvas: Plane, ink: Color) -> Plane:
     x, y = POSITIONS[name]
     dx, dy = rng.uniform(-0.08, 0.08, 2)
     shapes = TASKS["shapes"].classes
     at = Pose(x + dx, y + dy, rng.uniform(0.22, 0.34), width=0.08)
-    return paint(canvas, figure("shapes", shapes[rng.integers(len(shapes))], at), ink)
+    return paint(canvas, figure("shapes", shapes[rng.integers(len(shapes))], _closer(look, at)), ink)
 
 
-def _faces(rng: Generator, name: str, canvas: Plane, ink: Color) -> Plane:
+def _faces(rng: Generator, look: Look, name: str, canvas: Plane, ink: Color) -> Plane:
     features = np.full(3, 0.05 if ink.sum() > 1.0 else 0.95, np.float32)
-    return face(canvas, name, pose(rng, size=(0.75, 0.95)), ink, features)
+    return face(canvas, name, _closer(look, pose(rng, size=(0.75, 0.95))), ink, features)
 
 
-_SCENES: dict[str, Callable[[Generator, str, Plane, Color], Plane]] = {
+_SCENES: dict[str, Callable[[Generator, Look, str, Plane, Color], Plane]] = {
     "digits": _digits,
     "letters": _letters,
     "shapes": _shapes,
@@ -188,8 +197,8 @@ def draw(task: str, split: str, index: int, strength: float = 1.0) -> tuple[Imag
     ink, ground, line = (shade(rng, rgb, 0.05) for rgb in wanted)
     canvas = flat(ground)
     if look.in_front:
-        canvas = _with_pattern(rng, look, _SCENES[task](rng, name, canvas, ink), line)
+        canvas = _with_pattern(rng, look, _SCENES[task](rng, look, name, canvas, ink), line)
     else:
-        canvas = _SCENES[task](rng, name, _with_pattern(rng, look, canvas, line), ink)
+        canvas = _SCENES[task](rng, look, name, _with_pattern(rng, look, canvas, line), ink)
     canvas = camera(rng, look, canvas)
     return Image.fromarray(np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8)), label
