@@ -112,7 +112,14 @@ class Settings:
         """The settings as files record them. The first seven are always there, the others where they are not the default."""
         always = {field.name for field in fields(self)[:7]}
         defaults = replace(
-            self, accumulate=1, precision="float32", low_rank=None, validate_every=0, warmup=0, epsilon=1e-8, processes=1
+            self,
+            accumulate=1,
+            precision="float32",
+            low_rank=None,
+            validate_every=0,
+            warmup=0,
+            epsilon=1e-8,
+            processes=1,
         )
         recorded = {
             name: value

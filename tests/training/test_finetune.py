@@ -44,7 +44,9 @@ def stopping(after: int):
     return progress
 
 
-def by_hand(recipe: Recipe, steps: int, seed: int, rate: float, size: int, epsilon: float = 1e-8) -> dict[str, torch.Tensor]:
+def by_hand(
+    recipe: Recipe, steps: int, seed: int, rate: float, size: int, epsilon: float = 1e-8
+) -> dict[str, torch.Tensor]:
     """The tower after plain training: Adam, cosine to zero, every epoch a new order."""
     import datasets
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
