@@ -56,6 +56,12 @@ class CompletedCheckpoint(Checkpoint):
     def digest(self) -> str:
         return self.tower.digest()
 
+    def projection_digest(self) -> str:
+        """`xxh3:` and 32 hex digits of the projection alone; raises ValueError if it is zeros."""
+        if self.source is None:
+            raise ValueError("zeros of a task vector have no digest")
+        return self.source.only((PROJECTION,)).digest()
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tower."""
@@ -65,6 +71,23 @@ class CompletedCheckpoint(Checkpoint):
         for each in (self.tower, self.source):
             if each is not None:
                 each.expect_unchanged()
+
+
+BASE_PROJECTION = "base_projection"
+"""The key under which a merge or a task vector says which visual projection of the base took part: the base's digest is that of its
+tower."""
+
+
+def projection_metadata(base: Checkpoint | None) -> dict[str, str]:
+    """What a file says of the projection of a base as `encoders` gives it; nothing where no projection took part."""
+    return {BASE_PROJECTION: base.projection_digest()} if isinstance(base, CompletedCheckpoint) else {}
+
+
+def foreign_projection(metadata: Mapping[str, str], base: Checkpoint | None) -> str | None:
+    """How the visual projection of the base differs from the one that a file was made with; None where it does not, or where the
+    file does not say."""
+    then, now = metadata.get(BASE_PROJECTION), projection_metadata(base).get(BASE_PROJECTION)
+    return f"another visual projection ({now}) than {then}" if then and now and then != now else None
 
 
 def own_encoder(opened: Checkpoint, base: Checkpoint) -> Checkpoint:

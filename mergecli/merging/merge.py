@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergecli import methods
 from mergecli.formats.lora import AdaptedCheckpoint
+from mergecli.formats.projection import projection_metadata
 from mergecli.formats.quantized import models_metadata
 from mergecli.merging.learning.files import Learned, Learning, LearningFiles
 from mergecli.merging.learning.learn import learning
@@ -278,7 +279,8 @@ def _stream(
     with ExitStack() as stack:
         passes = _passes(models, learned, Scratch(_folder_of(targets[0]), stack), progress)
         known = _surveys(learned, passes)
-        abouts = [{**each.about, **models_metadata(models.tuned)} for each in learned]
+        more = models_metadata(models.tuned) | projection_metadata(models.base)
+        abouts = [{**each.about, **more} for each in learned]
         writers = [
             each.target.open(models, size, stack, [*models.read, *each.files], about)
             for each, about in zip(learned, abouts, strict=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from mergecli import methods
 from mergecli.formats.mixture import check_names
+from mergecli.formats.projection import foreign_projection
 from mergecli.merging.models import Models
 from mergecli.methods._base import Method
 from mergecli.methods._fused import stacks
@@ -261,6 +262,8 @@ def foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]
         origin, base = inputs_of(each.metadata).get("base"), digests.get("base")
         if each.is_task_vector and origin and base and origin != base:
             yield f"{each.path}: `{name}` is a task vector of another base ({origin}) than {base}"
+        elif each.is_task_vector and (foreign := foreign_projection(each.metadata, models.base)):
+            yield f"{each.path}: `{name}` is a task vector of another base: {foreign}"
 
 
 def cast(

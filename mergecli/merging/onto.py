@@ -14,6 +14,7 @@ import tomli
 from mergecli import methods
 from mergecli.formats.mixture import one_tower
 from mergecli.formats.opening import open_source
+from mergecli.formats.projection import foreign_projection, projection_metadata
 from mergecli.formats.quantized import models_metadata
 from mergecli.merging.chain_state import (
     COUNT,
@@ -51,6 +52,7 @@ from mergecli.storage.sources import CHAIN_STATE, Source, named_sources, parse_s
 PREVIOUS = "previous merge"
 """What messages and records call it; no model can have the name."""
 _TAKEN_OUT = "taken out: "
+_SAME_BASE = "name the base that the chain began on"
 
 
 @dataclass(frozen=True)
@@ -310,8 +312,10 @@ def _step(step: Onto, earlier: _Earlier, stack: ExitStack, progress: Progress | 
     if state.base and (digest := models.base.digest()) != state.base:
         raise InputError(
             f"{models.base.path}: is another base ({digest}) than that of the chain ({state.base})",
-            "name the base that the chain began on",
+            _SAME_BASE,
         )
+    if earlier.model and (foreign := foreign_projection(earlier.model.metadata, models.base)):
+        raise InputError(f"{models.base.path}: has {foreign}, that of the chain's base", _SAME_BASE)
     layout = target.layout(models)
     kept = state_layout(method.remembers, layout, models.floats)
     check_space({step.output: target.size(models), side: layout_size(kept)})
@@ -503,7 +507,7 @@ def _new(job: _Job) -> dict[str, Checkpoint]:
 def _about(job: _Job) -> dict[str, str]:
     """What the model's metadata say of the chain: the model that it goes on from."""
     origin = job.earlier.state.model if job.earlier.model else "begins"
-    return {"chain": origin, **models_metadata(_new(job))}
+    return {"chain": origin, **models_metadata(_new(job)), **projection_metadata(job.models.base)}
 
 
 def _inputs(job: _Job, digests: Mapping[str, str]) -> dict[str, str]:

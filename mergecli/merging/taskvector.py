@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli.formats.opening import open_source
+from mergecli.formats.projection import projection_metadata
 from mergecli.formats.quantized import is_quantized, scheme_of, shared_path
 from mergecli.formats.quantizer import BITS, PER
 from mergecli.hub.fetched import expect_all
@@ -261,12 +262,14 @@ def _metadata(models: Models, recipe: Recipe, name: str, digests: Mapping[str, s
     """Of the file of a model's task vector, or with "" of what all of them share."""
     names = [name] if name else list(models.tuned)
     inputs = {key: digest for key, digest in digests.items() if key in ("base", *names)}
+    more = {"task": name} if name else {}
     if name and models.tuned[name].is_task_vector:
         inputs.pop("base", None)
         if origin := inputs_of(models.tuned[name].metadata).get("base"):
             inputs = {"base": origin, **inputs}
+    else:
+        more |= projection_metadata(models.base)
     own = replace(recipe, tuned={each: recipe.tuned[each] for each in names})
-    more = {"task": name} if name else {}
     return about(TASK_VECTOR, recipe=recipe_text(own), inputs=inputs, **more)
 
 

@@ -168,13 +168,13 @@ class Checkpoint:
         """The vision tower of a whole CLIP; anything else unchanged."""
         if not self.is_whole_clip:
             return self
-        return self._only(name for name in self.entries if name.startswith(VISION))
+        return self.only(name for name in self.entries if name.startswith(VISION))
 
     def encoder(self) -> Checkpoint:
         """The image encoder of a whole CLIP, its vision tower and its visual projection; anything else unchanged."""
         if not self.is_whole_clip:
             return self
-        return self._only(name for name in self.entries if name.startswith(VISION) or name == PROJECTION)
+        return self.only(name for name in self.entries if name.startswith(VISION) or name == PROJECTION)
 
     def without_projection(self) -> Checkpoint:
         """The vision tower of a whole CLIP or of an image encoder; anything else unchanged."""
@@ -182,7 +182,7 @@ class Checkpoint:
             return self.vision()
         if not self.has_projection:
             return self
-        return self._only(name for name in self.entries if name != PROJECTION)
+        return self.only(name for name in self.entries if name != PROJECTION)
 
     @property
     def has_projection(self) -> bool:
@@ -193,7 +193,8 @@ class Checkpoint:
             and any(name.startswith(VISION) for name in self.entries)
         )
 
-    def _only(self, names: Iterable[str]) -> Checkpoint:
+    def only(self, names: Iterable[str]) -> Checkpoint:
+        """The same with these tensors alone."""
         kept = {name: self.entries[name] for name in names}
         return replace(self, entries=kept, hashes=self.hashes.anew())
 

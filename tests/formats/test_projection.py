@@ -351,6 +351,26 @@ def test_a_chain_has_it_from_its_first_step_on(world: World, tmp_path: Path) -> 
     assert PROJECTION not in load_file(tmp_path / "4.safetensors")
 
 
+def test_a_base_with_another_projection_is_another_base(world: World, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(world.base, other)
+    changed = world.whole | {PROJECTION: world.whole[PROJECTION] + 1}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    a, b = (world.folder / f"{task}.safetensors" for task in TASKS)
+    first = tmp_path / "1.safetensors"
+    merge({"a": a}, output=first, onto=world.base, method="task_arithmetic")
+    with pytest.raises(
+        InputError, match=r"other: has another visual projection \(xxh3:.*\) than xxh3:.*chain's base"
+    ):
+        merge({"b": b}, output=tmp_path / "2.safetensors", onto=first, base=other)
+    assert not (tmp_path / "2.safetensors").exists()
+    vector, _ = taskvector(world.recipe, output=tmp_path / "vectors")
+    with pytest.warns(
+        MergecliWarning, match="`a` is a task vector of another base: another visual projection"
+    ):
+        merge({"a": vector}, output=tmp_path / "3.safetensors", base=other, method="task_arithmetic")
+
+
 def test_reg_mean_measures_what_goes_into_it(world: World, tmp_path: Path) -> None:
     settings = {"examples": 6, "batch_size": 4, "reduce_non_diagonal_ratio": 1.0, "ridge": 0.1}
     got = merged(world, tmp_path / "m.safetensors", "reg_mean", settings=settings, statistics=tmp_path / "s")
