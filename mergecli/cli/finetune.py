@@ -38,7 +38,7 @@ def finetune(
     base: options.Base = None,
     changes: options.Set = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of the weights.")] = 4000,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Adam's step size at the start.")] = 1e-5,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Adam's step size, after the warm-up.")] = 1e-5,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images of a task in a batch.")] = 32,
     accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Batches that make a step.")] = 1,
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0, help="L2 penalty in Adam.")] = 0.0,

@@ -180,15 +180,16 @@ def _is_own(encoder: Checkpoint, base: Checkpoint) -> bool:
 
 
 def _warn_of_left_out(models: Collection[str], base: Checkpoint | None, *, can: bool) -> None:
+    one = len(models) == 1
     if can:
         why = "the merge that they are added to has the base's"
     elif base is not None:
-        why = "the base has none; name the whole CLIP that they were fine-tuned from"
+        why = f"the base has none; name the whole CLIP that {'it was' if one else 'they were'} fine-tuned from"
     else:
         why = "other models have none, and there is no base that has one"
-    verb = "has a visual projection" if len(models) == 1 else "have visual projections"
+    verb = "has a visual projection" if one else "have visual projections"
     warnings.warn(
-        f"{quoted(models)} {verb} of {'its' if len(models) == 1 else 'their'} own, left out of the merge: {why}",
+        f"{quoted(models)} {verb} of {'its' if one else 'their'} own, left out of the merge: {why}",
         MergecliWarning,
         stacklevel=3,
     )

@@ -176,7 +176,7 @@ class Settings:
         if not 0 <= self.weight_decay < math.inf:
             wrong.append(f"`weight_decay`: expected a number of at least 0, got {self.weight_decay!r}")
         if not 0 < self.epsilon < math.inf:
-            wrong.append(f"`epsilon`: expected a number above 0, got {self.epsilon!r}")
+            wrong.append(f"`epsilon`: expected a finite number above 0, got {self.epsilon!r}")
         for name, known in (("schedule", SCHEDULES), ("dtype", DTYPES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 wrong.append(f"`{name}`: expected one of {', '.join(known)}, got {getattr(self, name)!r}")

@@ -67,7 +67,7 @@ _ALL = (
     ),
     ToyTask(
         name="textures",
-        description="patterns seen from near",
+        description="patterns seen from very near",
         classes=("stripes", "checks", "dots", "grid", "waves", "zigzag", "bricks", "rings"),
         templates=("a photo of a {} pattern", "a pattern of {}", "a texture of {}"),
         train=2000,
