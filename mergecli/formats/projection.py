@@ -184,7 +184,9 @@ def _warn_of_left_out(models: Collection[str], base: Checkpoint | None, *, can: 
     if can:
         why = "the merge that they are added to has the base's"
     elif base is not None:
-        why = f"the base has none; name the whole CLIP that {'it was' if one else 'they were'} fine-tuned from"
+        why = (
+            f"the base has none; name the whole CLIP that {'it was' if one else 'they were'} fine-tuned from"
+        )
     else:
         why = "other models have none, and there is no base that has one"
     verb = "has a visual projection" if one else "have visual projections"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
 
 from mergecli.runtime import memory
 
@@ -22,11 +22,12 @@ def watch() -> None:
     signal.signal(signal.SIGINT, _press)
 
 
-def _press(number: int, frame: FrameType | None) -> NoReturn:
+def _press(number: int, frame: FrameType | None) -> None:
     global received
     del frame
     received = number
-    raise KeyboardInterrupt
+    if not _comes_again(number):
+        raise KeyboardInterrupt
 
 
 def watch_endings() -> None:
@@ -36,13 +37,28 @@ def watch_endings() -> None:
             signal.signal(number, _end)
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
+def _end(number: int, frame: FrameType | None) -> None:
     global received
     del frame
     received = number
+    if _comes_again(number):
+        return
     for each in ENDING:
         signal.signal(each, signal.SIG_IGN)
     raise SystemExit(128 + number)
+
+
+def _comes_again(number: int) -> bool:
+    """Whether the signal has come while torch was imported. It is sent again then, until that is over: torch's C++ passes on
+    no error of Python, and would abort the program with a dump."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if not getattr(spec, "_initializing", False):
+        return False
+    # to the main thread, so that what waits there ends
+    again = threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, number])
+    again.daemon = True
+    again.start()
+    return True
 
 
 def ignore() -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from mergecli.runtime import interrupts
 from tests.conftest import Ended, Run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +34,25 @@ def test_an_interrupt_that_a_library_swallowed_is_raised_again() -> None:
     assert interrupts.received
     with pytest.raises(KeyboardInterrupt):
         interrupts.check()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_until_torch_is_imported(number: signal.Signals, tmp_path: Path) -> None:
+    lines = ["import os, time", f"os.kill(os.getpid(), {number})", "time.sleep(0.2)", "is_whole = True"]
+    (tmp_path / "torch.py").write_text("\n".join(lines))
+    code = (
+        "import sys, time; from mergecli.runtime import interrupts; interrupts.watch(); interrupts.watch_endings()\n"
+        "try:\n  import torch; time.sleep(20)\n"
+        "except BaseException as error: print(type(error).__name__, sys.modules['torch'].is_whole)"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    out = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    ).stdout
+    assert out == {signal.SIGINT: "KeyboardInterrupt True\n", signal.SIGTERM: "SystemExit True\n"}[number]
 
 
 def test_an_interrupt_waits_until_the_block_has_ended() -> None:
