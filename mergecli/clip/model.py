@@ -132,7 +132,7 @@ def load_clip(path: Path) -> Clip:
         states = dict(zip(stored.files, stored.states, strict=True))
         if kind:
             found = read_image_half(path, stored, kind)
-            forms = {name: Form(shape) for name, shape in found.shapes.items() if name.startswith(VISION)}
+            forms = {name: _form(shape) for name, shape in found.shapes.items() if name.startswith(VISION)}
             return Clip(path, found.model, found.processor, forms, states, kind, _projection(found.model))
         _expect(path, "tokenizer.json", "vocab.json")
         config = read_config(path / "config.json")
@@ -143,8 +143,12 @@ def load_clip(path: Path) -> Clip:
         expect_weights(path, want, stored)
         expect_fit(processor, path, config.vision_config)
         model = _read(lambda: VisionModel(config), stored)
-        forms = {name: Form(shape) for name, shape in want.items() if name.startswith(VISION)}
+        forms = {name: _form(shape) for name, shape in want.items() if name.startswith(VISION)}
         return Clip(path, model, processor, forms, states, projection=_projection(model))
+
+
+def _form(shape: tuple[int, ...]) -> Form:
+    return Form(shape, "floating point", any_float=True)
 
 
 def _projection(model: VisionModel) -> Tensor | None:
@@ -177,15 +181,15 @@ def read_into(tensor: Tensor, stored: Checkpoint, name: str) -> None:
 
 
 def check_tower(clip: Clip, checkpoint: Checkpoint) -> None:
-    """Compares names and shapes of a checkpoint with the CLIP's vision tower, and with its visual projection if the
+    """Compares names, shapes and kinds of dtype of a checkpoint with the CLIP's vision tower, and with its visual projection if the
     checkpoint has one; reads no weights.
 
     Raises:
-        InputError: tensors are missing, extra or of another shape; all of them are listed.
+        InputError: tensors are missing, extra, of another shape or no floating point numbers; all of them are listed.
     """
     want, have = clip.forms, checkpoint.encoder().entries
     if clip.projection is not None and PROJECTION in have:
-        want = {**want, PROJECTION: Form(tuple(clip.projection.shape))}
+        want = {**want, PROJECTION: _form(tuple(clip.projection.shape))}
     if lines := differences(have, want, "the base has"):
         cure = "name the base that it was fine-tuned from"
         if (extra := have.keys() - want.keys()) and len(extra) == len(lines):

@@ -156,6 +156,7 @@ def test_every_tensor_that_does_not_fit_is_listed_and_nothing_changes(folder, ot
     del weights["vision_model.post_layernorm.bias"]
     weights["vision_model.extra"] = torch.zeros(2)
     weights["vision_model.pre_layrnorm.weight"] = torch.zeros(3)
+    weights["vision_model.pre_layrnorm.bias"] = torch.zeros(16, dtype=torch.int8)
     save_file(weights, tmp_path / "bad.safetensors")
     clip = load_clip(folder)
     before = {name: value.clone() for name, value in clip.tower.state_dict().items()}
@@ -165,6 +166,7 @@ def test_every_tensor_that_does_not_fit_is_listed_and_nothing_changes(folder, ot
         "  lacks tensor `vision_model.post_layernorm.bias`",
         "  has an extra tensor `vision_model.extra`",
         "  `vision_model.pre_layrnorm.weight` has shape (3,), the base has (16,)",
+        "  `vision_model.pre_layrnorm.bias` has dtype I8, the base has floating point",
     ]
     assert all(torch.equal(value, before[name]) for name, value in clip.tower.state_dict().items())
 
