@@ -2,6 +2,7 @@
 
     python scripts/method_table.py recipes/toy.toml out/table               # resumes; prints the table as Markdown
     python scripts/method_table.py RECIPE DIR --share 0.1 --seeds 0         # a tenth of the published steps, one seed
+    python scripts/method_table.py RECIPE DIR --or-share 0.1 --table        # rows with all steps, and with a tenth where these are missing
     python scripts/method_table.py RECIPE DIR --only ada --only tsv_m       # rows whose label contains one of these
     python scripts/method_table.py RECIPE DIR --row ties --row tsv_m        # these rows
     python scripts/method_table.py RECIPE DIR --json FILE --page PAGE       # compact results, and the table between the marks of a page
@@ -93,6 +94,8 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     on: str = ""
     """The row whose tower is corrected."""
+    share: float = 1
+    """Of the usual steps."""
 
     @property
     def built(self) -> Method:
@@ -141,7 +144,7 @@ def rows(share: float) -> Iterator[Row]:
             more = fewer_steps(name, share)
             for on in ON.get(name, ("",)):
                 label = f"{name} on {on}" if on else f"{name}, {suffix}" if suffix else name
-                found.append(Row(label, name, {**settings, **more}, on))
+                found.append(Row(label, name, {**settings, **more}, on, share if more else 1))
     yield from sorted(found, key=lambda row: (bool(row.on), isinstance(row.built, DataDriven)))
 
 
@@ -160,6 +163,7 @@ class Table:
     def __init__(self, given: argparse.Namespace) -> None:
         self.recipe, self.folder, self.given = given.recipe.absolute(), given.folder.absolute(), given
         self.every = {row.label: row for row in rows(given.share)}
+        self.others = {row.label: row for row in rows(given.or_share or given.share)}
         for name in ("rows", "towers", "stores"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.models = self._models()
@@ -190,7 +194,7 @@ class Table:
 
     def row(self, row: Row, seed: int, *, makes: bool) -> dict[str, Any] | None:
         """The row's results with a seed, made if they are not there and `makes`; None if there are none."""
-        below = self.every.get(row.on)
+        below = self.below(row)
         key = self.key(
             [row.method, row.settings, row.routings, below and [below.method, below.settings]], seed
         )
@@ -198,6 +202,11 @@ class Table:
         if found is None and makes and (tower := self.tower(row, seed, key)):
             found = self.evaluated(row, seed, key, tower)
         return found
+
+    def below(self, row: Row) -> Row | None:
+        """The row whose tower is corrected."""
+        same = self.every if self.every[row.label] == row else self.others
+        return same.get(row.on)
 
     def tower(self, row: Row, seed: int, key: str) -> dict[str, Any] | None:
         """What making its merged file took; the file is at `path`."""
@@ -208,7 +217,8 @@ class Table:
             return known
         settings, made = dict(row.settings), self.stem(row.label, seed)
         if row.on:
-            below = self.every[row.on]
+            below = self.below(row)
+            assert below is not None
             settings["merged"] = str(self.folder / "towers" / f"{self.stem(row.on, seed)}.safetensors")
             own = self.key([below.method, below.settings, below.routings, None], seed)
             if self.tower(below, seed, own) is None:
@@ -339,21 +349,21 @@ def write(path: Path, text: str) -> None:
 
 
 def summary(
-    table: Table, found: Mapping[str, list[dict[str, Any]]], references: Mapping[str, Any]
+    table: Table, found: Sequence[tuple[Row, list[dict[str, Any]]]], references: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The compact results: one entry for each row and routing."""
     lines: list[dict[str, Any]] = []
-    for label, seeds in found.items():
-        row = table.every[label]
+    for row, seeds in found:
         for number, routing in enumerate(row.routings):
             each = [one["results"][number] for one in seeds]
             averages = [round(100 * one["average"], 2) for one in each]
             merges = [one["merge"] for one in seeds]
             lines.append(
                 {
-                    "label": label + (f", each {'image' if routing == 'sample' else 'batch'}" if len(row.routings) > 1 else ""),
+                    "label": row.label + (f", each {'image' if routing == 'sample' else 'batch'}" if len(row.routings) > 1 else ""),
                     "method": row.method,
                     "settings": dict(row.settings),
+                    "share of steps": row.share,
                     "kind": row.built.kind,
                     "routing": routing,
                     "images": row.images,
@@ -377,7 +387,6 @@ def summary(
     return {
         "recipe": table.recipe.name,
         "models": table.models,
-        "share of steps": table.given.share,
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "unmerged": {
             label: {
@@ -444,11 +453,14 @@ def markdown(results: Mapping[str, Any]) -> str:
         if own:
             add(f"**{kind}**")
         for line in own:
-            name, _, rest = line["label"].partition(",")
+            name, comma, rest = line["label"].partition(",")
+            rest = comma + rest
             spread = "" if line["spread"] is None else f" ± {line['spread']:.1f}"
             found = f", task found {line['task_found']:.0f} %" if "task_found" in line else ""
+            if line["share of steps"] < 1:
+                rest += f", {100 * line['share of steps']:g} % of the steps"
             add(
-                f"`{name}`" + (f",{rest}" if rest else "") if " on " not in name else line["label"],
+                (name if " on " in name else f"`{name}`") + rest,
                 f"{line['mean']:.1f}{spread}",
                 size(line),
                 line["images"] + found,
@@ -502,6 +514,7 @@ def main() -> None:
     parser.add_argument(
         "--share", type=float, default=1.0, help="of the published steps of methods that learn"
     )
+    parser.add_argument("--or-share", type=float, help="with --table: of rows that are not made with --share")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument(
         "--only", action="append", default=[], help="rows whose label contains this; may be repeated"
@@ -532,13 +545,23 @@ def main() -> None:
     ]
     if unknown := set(given.row) - set(table.every):
         parser.error(f"no row is called {', '.join(sorted(unknown))}")
-    found: dict[str, list[dict[str, Any]]] = {}
-    for number, seed in enumerate(seeds):
+    if given.or_share and not given.table:
+        parser.error("--or-share: expected --table with it")
+
+    def known(row: Row) -> list[dict[str, Any]]:
+        found = (table.row(row, seed, makes=False) for seed in (seeds if row.has_chance else [0]))
+        return [each for each in found if each]
+
+    for seed in [] if given.table else seeds:
         for row in chosen:
-            if row.has_chance or number == 0:
-                result = table.row(row, seed if row.has_chance else 0, makes=not given.table)
-                found.setdefault(row.label, []).extend([result] if result else [])
-    found = {label: each for label, each in found.items() if each}
+            if row.has_chance or seed == seeds[0]:
+                table.row(row, seed if row.has_chance else 0, makes=True)
+    found: list[tuple[Row, list[dict[str, Any]]]] = []
+    for row in chosen:
+        for each in (row, table.others[row.label]):
+            if results := known(each):
+                found.append((each, results))
+                break
     results = summary(table, found, table.references(makes=not given.table))
     text = markdown(results)
     print(text)

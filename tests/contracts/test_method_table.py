@@ -62,3 +62,24 @@ def test_the_table_replaces_what_is_between_the_marks_of_a_page(script: Any, tmp
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="expected the lines"):
         script.put(page, "| new |")
+
+
+def test_a_row_with_fewer_steps_than_published_says_so(script: Any) -> None:
+    shares = {row.label: row.share for row in script.rows(0.1)}
+    assert shares["ada_merging, by layer"] == 0.1
+    assert shares["ties"] == 1
+    assert {row.share for row in script.rows(1)} == {1}
+    line = {
+        "label": "ada_rank, from the mean", "kind": "test-time", "mean": 81.84, "spread": None, "size": 1.0, "images": "all test",
+        "processor_seconds": 61.2, "gigabytes": 0.734,
+    }  # fmt: skip
+    shown = [
+        script.markdown({"unmerged": {}, "rows": [{**line, "share of steps": share}], "order": {}}).split(
+            "\n"
+        )[-1]
+        for share in (1, 0.1)
+    ]
+    assert shown == [
+        "| `ada_rank`, from the mean | 81.8 | 1 | all test | 61 | 0.73 |",
+        "| `ada_rank`, from the mean, 10 % of the steps | 81.8 | 1 | all test | 61 | 0.73 |",
+    ]
