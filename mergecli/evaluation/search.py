@@ -17,7 +17,7 @@ from mergecli.evaluation.evaluate import asked, evaluate
 from mergecli.evaluation.grid import fill
 from mergecli.evaluation.scoring import Scoring, tell
 from mergecli.evaluation.search_space import Space
-from mergecli.evaluation.study import Study, Trial, check_sampler, storage_url
+from mergecli.evaluation.study import Study, Trial, check_sampler, check_storage, storage_url
 from mergecli.evaluation.sweep import (
     WINDOW,
     MergedPoints,
@@ -206,6 +206,7 @@ def search(
         raise UsageError(f"--trials: expected a whole number from 1 to {MOST:,}, got {trials}")
     check_sampler(sampler, searched)
     folder = Path(output)
+    check_storage(storage_url(storage, folder))
     if folder.suffix:
         raise UsageError(f"{folder}: a search has several results, so the output is a folder")
     check_target(folder, folder=True)

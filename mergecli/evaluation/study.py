@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import random
 import re
 import socket
 import time
@@ -43,6 +44,8 @@ LOST = 1800.0
 """Seconds after which a running trial of another machine that gives no sign is taken for lost."""
 _SIGN = 30.0
 """Seconds between signs."""
+_ATTEMPTS = 20
+"""How often a process tries to open a study that others begin at the same moment."""
 
 Outcome = Literal["running", "complete", "pruned", "failed"]
 
@@ -92,31 +95,59 @@ class Study:
             "id": uuid.uuid4().hex,
         }
         self._last_sign = 0.0
+        self._shown = _without_password(url)
         self.slots = len(self._grid(trials)) if sampler == "grid" else trials
-        with _quiet():
-            import optuna
-
-            try:
-                self._storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine(url))
-                self._study = optuna.create_study(
-                    storage=self._storage, study_name=name, direction="maximize", load_if_exists=True
-                )
-                known = self._study.user_attrs.get("mergecli")
-                if known is None:
-                    self._study.set_user_attr("mergecli", dict(facts))
-                    known = dict(facts)
-            except Exception as error:
-                raise InputError(
-                    f"{_without_password(url)}: cannot open the study: {_first_line(error)}",
-                    "`--storage` names another",
-                ) from error
+        known = self._open(url, name, facts)
         if differing := [
             f"{key}: {known.get(key)}, not {value}" for key, value in facts.items() if known.get(key) != value
         ]:
             raise UsageError(
-                f"{_without_password(url)}: the study `{name}` is another search:\n{listed(differing)}",
+                f"{self._shown}: the study `{name}` is another search:\n{listed(differing)}",
                 "name another folder with `-o`, or another study with `--study`",
             )
+
+    def _open(self, url: str, name: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The facts of the study, which is begun with these if there is none."""
+        with _quiet():
+            import optuna
+            from sqlalchemy.exc import IntegrityError
+
+            attempts = _ATTEMPTS
+            while True:
+                attempts -= 1
+                try:
+                    self._storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine(url))
+                    self._study = optuna.create_study(
+                        storage=self._storage, study_name=name, direction="maximize", load_if_exists=True
+                    )
+                    known = self._study.user_attrs.get("mergecli")
+                    if known is None:
+                        self._study.set_user_attr("mergecli", dict(facts))
+                    return known or dict(facts)
+                except Exception as error:
+                    # another process has just made the table or the row that this one was about to make
+                    exists = isinstance(_cause(error), IntegrityError) or "already exists" in str(error)
+                    if not exists or not attempts:
+                        raise InputError(
+                            f"{self._shown}: cannot open the study: {_first_line(error)}",
+                            "`--storage` names another",
+                        ) from error
+                    time.sleep(random.uniform(0.05, 0.2))
+
+    @contextmanager
+    def _database(self) -> Generator[None]:
+        """Raises InputError if the database fails, as one that has gone."""
+        from optuna.exceptions import StorageInternalError
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            with _quiet():
+                yield
+        except (SQLAlchemyError, StorageInternalError) as error:
+            raise InputError(
+                f"{self._shown}: the database of the study fails: {_first_line(error)}",
+                "the same command goes on when the database is back",
+            ) from error
 
     # trials
 
@@ -146,7 +177,7 @@ class Study:
         return next(each for each in self.space.dimensions if each.key == key)
 
     def _all(self) -> list[FrozenTrial]:
-        with _quiet():
+        with self._database():
             return [each for each in self._study.get_trials(deepcopy=False) if "slot" in each.user_attrs]
 
     def _taken(self) -> dict[int, FrozenTrial]:
@@ -176,7 +207,7 @@ class Study:
         """Adds a running trial; whether the slot is ours."""
         from optuna.trial import TrialState, create_trial
 
-        with _quiet():
+        with self._database():
             trial = create_trial(
                 state=TrialState.RUNNING,
                 params={key: self._written(key, value) for key, value in values.items()},
@@ -202,7 +233,7 @@ class Study:
     def tell(self, trial: Trial, stage: int) -> None:
         """Keeps what is known of a trial after a stage, counted from 1."""
         assert trial.objective is not None
-        with _quiet():
+        with self._database():
             found = self._taken()[trial.slot]
             counts = {task: [each.correct, each.images] for task, each in trial.counts.items()}
             self._storage.set_trial_user_attr(found._trial_id, "counts", counts)  # pyright: ignore[reportPrivateUsage]
@@ -245,7 +276,7 @@ class Study:
     def _end(self, number: int, state: str, objective: float | None = None) -> None:
         from optuna.trial import TrialState
 
-        with _quiet():
+        with self._database():
             try:
                 self._study.tell(number, objective, state=TrialState[state])
             except ValueError as error:
@@ -260,7 +291,7 @@ class Study:
         self._last_sign = now
         for each in self._all():
             if each.state.name == "RUNNING" and each.user_attrs["owner"]["id"] == self._owner["id"]:
-                with _quiet():
+                with self._database():
                     self._storage.set_trial_user_attr(each._trial_id, "sign", now)  # pyright: ignore[reportPrivateUsage]
 
     def _forget_lost(self) -> None:
@@ -424,6 +455,33 @@ def check_sampler(sampler: str, space: Space) -> None:
         )
 
 
+_DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "mysqldb": "mysqlclient"}
+"""Driver -> the package that has it, where that is called otherwise."""
+
+
+def check_storage(url: str) -> None:
+    """Raises UsageError if this is no address of a database, or the package that talks to it is missing."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    shown = _without_password(url)
+    try:
+        dialect = make_url(url).get_dialect()
+    except (SQLAlchemyError, ValueError) as error:
+        raise UsageError(
+            f"--storage {shown}: expected the address of a database, such as postgresql://user@host/db, or a file: "
+            f"{_first_line(error)}"
+        ) from error
+    try:
+        dialect.import_dbapi()
+    except ImportError as error:
+        package = _DRIVERS.get(dialect.driver, dialect.driver)
+        raise UsageError(
+            f"--storage {shown}: cannot talk to this database: {_first_line(error)}",
+            f"pip install '{package}'",
+        ) from error
+
+
 def storage_url(storage: str | None, folder: Path) -> str:
     """The address of the database: by default a file in the output's folder."""
     if storage is not None and "://" in storage:
@@ -500,15 +558,25 @@ def _began(pid: int) -> str:
 
 
 def _engine(url: str) -> dict[str, Any]:
-    """SQLite lets one process write at a time: the others wait."""
-    return {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {}
+    """SQLite lets one process write at a time: the others wait. A server may have closed a connection between two trials: it is
+    tried before it is used."""
+    return {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {"pool_pre_ping": True}
 
 
 def _without_password(url: str) -> str:
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+    hidden = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", url)
+    return re.sub(r"([?&]password=)[^&\s]*", r"\1***", hidden)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the database said; Optuna wraps it where it wrote."""
+    from optuna.exceptions import StorageInternalError
+
+    return error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
 
 
 def _first_line(error: BaseException) -> str:
+    error = _cause(error)
     return _without_password((str(error).splitlines() or [type(error).__name__])[0])
 
 
