@@ -80,6 +80,8 @@ class LowRank:
 
 MAX_LEARNING_RATE = 1e30
 """The largest learning rate: an update by a gradient of 1 still fits into float32."""
+MIN_EPSILON = 1e-30
+"""The smallest epsilon of Adam, and the inverse of the largest: in float32 neither is 0, a NaN where gradients vanish, or infinite."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,10 @@ class Settings:
             )
         if not 0 <= self.weight_decay < math.inf:
             wrong.append(f"`weight_decay`: expected a number of at least 0, got {self.weight_decay!r}")
-        if not 0 < self.epsilon < math.inf:
-            wrong.append(f"`epsilon`: expected a finite number above 0, got {self.epsilon!r}")
+        if not MIN_EPSILON <= self.epsilon <= 1 / MIN_EPSILON:
+            wrong.append(
+                f"`epsilon`: expected a number from {MIN_EPSILON:g} to {1 / MIN_EPSILON:g}, got {self.epsilon!r}"
+            )
         for name, known in (("schedule", SCHEDULES), ("dtype", DTYPES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 wrong.append(f"`{name}`: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
