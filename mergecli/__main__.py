@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 from contextlib import suppress
 
-from mergecli.runtime import interrupts, memory
+try:
+    from mergecli.runtime import interrupts, memory
+except KeyboardInterrupt:
+    sys.exit(130)
 
 
 def main() -> None:
@@ -33,6 +37,7 @@ def main() -> None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
+        gc.collect()  # a file that was not whole goes with the block that Ctrl-C has cut off as it began
         os._exit(status)
     interrupts.ignore()
     sys.exit(status)

@@ -228,12 +228,13 @@ class SafetensorsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            missing = [name for name, left in self._left.items() if left]
-            if missing:
-                error = RuntimeError(f"{self.path}: tensors not written whole: {missing[:5]}")
-                self._whole.__exit__(RuntimeError, error, None)
-                raise error
-            self._hash()
+            try:
+                if missing := [name for name, left in self._left.items() if left]:
+                    raise RuntimeError(f"{self.path}: tensors not written whole: {missing[:5]}")
+                self._hash()
+            except BaseException as stopped:
+                self._whole.__exit__(type(stopped), stopped, stopped.__traceback__)
+                raise
         self._whole.__exit__(kind, error, trace)
 
 

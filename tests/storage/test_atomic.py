@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -69,6 +70,18 @@ def test_a_tensor_that_was_not_written_is_noticed_and_nothing_is_left(tmp_path: 
         pytest.raises(RuntimeError, match="not written whole"),
         SafetensorsWriter(tmp_path / "x.safetensors", {"x": ("F32", (2,)), "y": ("F32", (1,))}, {}) as writer,
     ):
+        writer.write("x", torch.ones(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_the_digest_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = SafetensorsWriter(tmp_path / "x.safetensors", {"x": ("F32", (2,))}, {})
+    monkeypatch.setattr(
+        writer.hashes, "is_whole", lambda *_: signal.raise_signal(signal.SIGINT)
+    )  # the writer stays, as in a traceback
+    with pytest.raises(KeyboardInterrupt), writer:
         writer.write("x", torch.ones(2))
     assert list(tmp_path.iterdir()) == []
 
