@@ -22,8 +22,8 @@ def doctor(
     """Show what mergecli runs on and keeps, and whether it is well: one paste for a bug report.
 
     Versions, devices and threads; sizes of the store and the cache, and the digests of a sample of their files; free
-    space. No token, no value of a variable and no user's name is shown. Status 3 says that something is damaged, or that
-    a library is missing; with --online status 4, that a hub cannot be reached.
+    space. No token, no value of a variable and no user's name is shown. Status 3 says that something is damaged, that a
+    library is missing, or that nothing can be kept in the cache; with --online status 4, that a hub cannot be reached.
 
     mergecli doctor
 
@@ -71,7 +71,7 @@ def doctor(
 
 def _wrong(text: str) -> tuple[str, str]:
     """A file, and what is wrong with it; or what else is wrong."""
-    file, colon, what = text.rpartition(": ")
+    file, colon, what = text.partition(": ")
     return (file, what) if colon else (what, "")
 
 

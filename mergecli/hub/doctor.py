@@ -18,8 +18,10 @@ from typing import Any
 from mergecli.hub.environment import reason_of
 from mergecli.hub.retry import RetryPolicy
 from mergecli.hub.session import Session
+from mergecli.runtime.dry_run import dry
 from mergecli.runtime.errors import MergecliError
 from mergecli.runtime.progress import AnyProgress, shown
+from mergecli.storage.atomic import check_name, check_target
 from mergecli.storage.cache import allowed_size
 from mergecli.storage.health import Health, cache_health, store_health
 from mergecli.storage.sources import HUBS, Source
@@ -27,6 +29,8 @@ from mergecli.storage.store import Store, cache_folder, home
 
 SECONDS = 10
 """A hub that is silent for longer is not reached."""
+LEAST = 1 << 20
+"""Bytes of a disk that is not full."""
 VARIABLES = (
     "MERGECLI_HOME", "MERGECLI_CACHE", "MERGECLI_CACHE_SIZE", "XDG_CACHE_HOME", "HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE",
     "TRANSFORMERS_OFFLINE", "MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN", "MODELSCOPE_API_TOKEN", "HTTP_PROXY", "HTTPS_PROXY",
@@ -57,7 +61,7 @@ class Examined:
     damaged: tuple[str, ...]
     """Files that are not as they were written, and what is wrong with them."""
     problems: tuple[str, ...]
-    """What else is wrong, such as libraries that are missing or too old."""
+    """What else is wrong, such as libraries that are missing or too old, or a cache in which nothing can be kept."""
 
 
 def doctor(*, online: bool = False, progress: AnyProgress | None = None) -> Examined:
@@ -69,6 +73,7 @@ def doctor(*, online: bool = False, progress: AnyProgress | None = None) -> Exam
     with shown(progress) as report:
         store, cache = store_health(home(), report), cache_health(cache_folder(), report)
     versions, problems = _versions()
+    problems += _unusable()
     return _anonymous(
         Examined(
             versions=versions,
@@ -164,6 +169,19 @@ def _about(health: Health, unit: str) -> dict[str, object]:
     held = {kind: {unit: count, "bytes": size} for kind, (count, size) in health.kinds.items()}
     sample = {"files": health.files, "compared": health.checked, "damaged": len(health.damaged)}
     return {"folder": str(health.folder), **held, "unfinished": health.unfinished, "sample": sample}
+
+
+def _unusable() -> list[str]:
+    """Why the store cannot be there, or nothing can be kept in the cache, which evaluations only notice by their time. A store
+    may be read-only."""
+    try:
+        check_name(home(), folder=True)
+        with dry():
+            check_target(cache_folder(), folder=True)
+    except MergecliError as error:
+        return [error.message]
+    free = _free(cache_folder())
+    return [f"{cache_folder()}: the disk is full"] if free is not None and free < LEAST else []
 
 
 def _allowed(problems: list[str]) -> int | None:

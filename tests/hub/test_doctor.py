@@ -44,6 +44,24 @@ def test_a_damaged_file_is_named_in_the_paste_and_is_status_3(hubs: Hubs, run: R
     assert json.loads(run("doctor", "--json").out)["damaged"] == [f"{file}: has another SHA-256"]
 
 
+def test_a_cache_in_which_nothing_can_be_kept_is_a_problem_and_a_new_one_is_none(
+    run: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "a file"
+    file.write_text("")
+    for variable, folder, what in (
+        ("MERGECLI_HOME", file, "is a file, a folder was expected"),
+        ("MERGECLI_HOME", file / "in", "cannot write: not a directory"),
+        ("MERGECLI_CACHE", file, "is a file, a folder was expected"),
+    ):
+        ended = run("doctor", "--json", **{variable: str(folder)})
+        assert ended.status == 3
+        (problem,) = json.loads(ended.out)["problems"]
+        assert problem in (f"{folder}: {what}", f"{folder}/cache: {what}")
+    assert run("doctor", "--json", MERGECLI_HOME=str(tmp_path / "with spaces" / "ünïcode")).status == 0
+    assert [each.name for each in tmp_path.iterdir()] == ["a file"]
+
+
 def test_hubs_are_asked_only_on_demand_and_any_answer_is_one(hubs: Hubs, run: Run) -> None:
     ended = run("doctor", "--online", "--json")
     assert (ended.status, ended.err) == (0, "")
