@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from mergecli.results.html import escape, figure
 from mergecli.results.result import Evaluation
 from mergecli.results.rows import Metric, Row
 from mergecli.results.statistics import Interval, mean_interval, wilson
-from mergecli.runtime.errors import UsageError
+from mergecli.runtime.errors import MergecliWarning, UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,11 +55,18 @@ def chart(rows: Sequence[Row], tasks: Sequence[str], metric: Metric, intervals: 
 
 
 def draw(chart: plots.Chart, kind: str, path: Path, evaluations: Sequence[Evaluation]) -> None:
-    """Writes the plot.
+    """Writes the plot; warns of bars that look alike.
 
     Raises:
         UsageError: these results do not fit this kind of plot.
     """
+    if kind == "bars" and len(chart.models) > plots.STYLES:
+        warnings.warn(
+            f"{path}: {len(chart.models)} models are drawn in {plots.STYLES} styles, so that some look alike; "
+            "`--plot-kind heatmap` has a row for each",
+            MergecliWarning,
+            stacklevel=2,
+        )
     plots.save(_figure(chart, kind, evaluations), path)
 
 

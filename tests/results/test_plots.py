@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from PIL import Image
 
 from mergecli.results import plots
 from mergecli.results.cells import Column
+from mergecli.results.pictures import draw
 from mergecli.results.plots.curves import spread
 from mergecli.results.plots.style import labels
 from mergecli.results.plots.traces import traces
 from mergecli.results.report import report
 from mergecli.results.result import Evaluation
 from mergecli.results.tables import Table
-from mergecli.runtime.errors import UsageError
+from mergecli.runtime.errors import MergecliWarning, UsageError
 from tests.results.test_report import THREE, TWO, result
 
 NAMES = ["合并模型", "$x_1$ and $", "_hidden", "a\nb\tc", "x" * 300, "%s {} \\alpha"]
@@ -126,6 +128,18 @@ def test_names_that_begin_with_an_underscore_are_in_the_legend() -> None:
     chart = plots.Chart(("_a", "b"), ("x",), ((1.0,), (2.0,)), (1.0, 2.0))
     (legend,) = plots.bars(chart).legends
     assert [text.get_text().strip() for text in legend.get_texts()] == ["_a", "b"]
+
+
+def test_many_models_leave_a_plot_its_height_and_bars_that_look_alike_are_told(tmp_path: Path) -> None:
+    chart = plots.Chart(tuple(f"m{n}" for n in range(33)), ("x", "y", "z"), ((1.0,) * 3,) * 33, (1.0,) * 33)
+    few = replace(chart, models=chart.models[:2], values=chart.values[:2], averages=chart.averages[:2])
+    rows = 33 / 8
+    assert plots.radar(chart).get_figheight() > plots.radar(few).get_figheight() + 0.18 * (rows - 3)
+    with pytest.warns(MergecliWarning) as told:
+        draw(chart, "bars", tmp_path / "b.svg", ())
+    assert [str(each.message) for each in told] == [
+        f"{tmp_path}/b.svg: 33 models are drawn in 32 styles, so that some look alike; `--plot-kind heatmap` has a row for each"
+    ]
 
 
 def test_similarities_are_drawn_with_their_numbers(tmp_path: Path) -> None:

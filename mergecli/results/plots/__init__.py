@@ -10,6 +10,7 @@ from mergecli.results.plots.routes import route_maps
 from mergecli.results.plots.style import (
     FORMATS,
     KINDS,
+    STYLES,
     check_kind,
     has_matplotlib,
     require_matplotlib,
@@ -18,7 +19,7 @@ from mergecli.results.plots.style import (
 )
 
 __all__ = [
-    "FORMATS", "KINDS", "Chart", "bars", "chain_curves", "check_kind", "curves", "has_matplotlib", "heat_map", "heatmap", "parallel",
+    "FORMATS", "KINDS", "STYLES", "Chart", "bars", "chain_curves", "check_kind", "curves", "has_matplotlib", "heat_map", "heatmap", "parallel",
     "radar",
     "require_matplotlib", "route_maps", "save", "svg",
 ]  # fmt: skip

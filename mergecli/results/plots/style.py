@@ -28,6 +28,8 @@ COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#4d
 """Okabe and Ito's palette for color-blind readers; yellow and black softened."""
 HATCHES = ("", "////", "....", "xxxx")
 """Hatches of the second eight models, of the third, ..."""
+STYLES = len(COLORS) * len(HATCHES)
+"""Bars that do not look alike."""
 LINES = ("-", "--", ":", "-.")
 MARKERS = "os^Dv<>Pp*X"
 CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "Hiragino Sans", "PingFang SC",
@@ -105,11 +107,13 @@ def canvas(width: float, height: float, **axes: Any) -> tuple[Figure, Axes]:
 
 
 def legend(figure: Figure, names: Sequence[str], handles: Sequence[Any]) -> None:
-    """The legend above the figure, in as many columns as fit."""
+    """The legend above the figure, in as many columns as fit; the figure grows by what is beyond three rows."""
     # matplotlib leaves out names that begin with an underscore
     shown = [f"\u200a{name}" if name.startswith("_") else name for name in labels(names)]
     width = 0.55 + 0.078 * max(map(len, shown))
     columns = max(1, min(len(shown), int(figure.get_figwidth() / width)))
+    rows = -(-len(shown) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.18 * max(0, rows - 3))
     figure.legend(
         handles, shown, loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5, handlelength=1.4,
         columnspacing=1.2, borderaxespad=0.2,
