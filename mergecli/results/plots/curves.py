@@ -66,7 +66,7 @@ def curves(
         axes.annotate(
             name, (1, value), (1.06, at), xycoords=("axes fraction", "data"), textcoords=("axes fraction", "data"),
             va="center", fontsize=8.5, color=COLORS[0] if thick else INK, fontweight="bold" if thick else "normal",
-            arrowprops={"arrowstyle": "-", "color": "#b0b0b0", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1},
+            arrowprops={"arrowstyle": "-", "color": "#b0b0b0", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1, "relpos": (0, 0.5)},
         )  # fmt: skip
     return figure
 
