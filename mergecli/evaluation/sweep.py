@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -247,6 +247,8 @@ class MergedPoints:
     folder: Path
     """Temporary; on a machine that has no such place, a folder of its name in that machine's own."""
     device: str
+    owner: str = field(default_factory=node)
+    """The machine that made the folder, and removes it: what is merged there stays for a next grid of the same points."""
 
     @property
     def needed(self) -> Iterable[Source]:
@@ -259,7 +261,8 @@ class MergedPoints:
         return self.folder if self.folder.parent.is_dir() else Path(gettempdir()) / self.folder.name
 
     def leave(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if node() != self.owner:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def open(self, name: str, stack: ExitStack) -> Tower:
         folder = self._folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 import mergecli
 from mergecli.evaluation import sweep as sweep_scores
 from mergecli.evaluation.counting import Counts
+from mergecli.evaluation.sweep import MergedPoints
+from mergecli.merging.sweep_points import Identities
 from mergecli.results.result import read_result
 from mergecli.runtime.errors import UsageError
 
@@ -178,3 +181,14 @@ def test_what_cannot_be_swept_is_said_before_any_work(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         mergecli.sweep(recipe_file, over, method="ties", **options)
+
+
+def test_merges_stay_for_the_next_stage_where_they_were_started_and_leave_other_machines(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "merges").mkdir()
+    here = MergedPoints({}, Identities({}, {}), tmp_path / "merges", "cpu")
+    here.leave()
+    assert (tmp_path / "merges").exists()
+    replace(here, owner="another machine").leave()
+    assert not (tmp_path / "merges").exists()
