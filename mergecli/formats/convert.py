@@ -63,7 +63,7 @@ def convert(
     """The file `target`: the tensors of `source` as safetensors, each in its own dtype, with Hugging Face's names.
 
     `source` is a file of `torch.save`, in its zip or its older format, that holds a state dict or a table with one in
-    it; an index of such shards; a folder with either; or safetensors with open_clip's names. The names of
+    it, of the zip format also a module; an index of such shards; a folder with either; or safetensors with open_clip's names. The names of
     what `target` has no tensor for are in its metadata as `left_out`.
 
     The models that OpenAI trained, and so those fine-tuned from them in work on task arithmetic, need `quick_gelu` as
