@@ -31,7 +31,7 @@ from mergecli.runtime.dry_run import is_dry
 from mergecli.runtime.errors import InputError, UsageError, listed, toml_text
 from mergecli.storage.atomic import check_space
 from mergecli.storage.cache import is_stored
-from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
+from mergecli.storage.checkpoint import PROJECTION, Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences
 from mergecli.storage.metadata import about, table_differences
 from mergecli.storage.safetensors_format import layout_size
@@ -137,7 +137,7 @@ def fitted(method: Method, recipe: Recipe) -> Method:
     if not isinstance(method, FindsTask) or not method.router or recipe.base is None:
         return method
     with open_checkpoint(model_path(recipe.base)) as stored:
-        projection = stored.entries.get("visual_projection.weight")
+        projection = stored.entries.get(PROJECTION)
     if projection is None:  # of a tower alone, with which nothing can be measured
         return method
     size = projection.shape[0]
