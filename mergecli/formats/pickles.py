@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from mergecli.runtime.errors import InputError, listed, quoted
 from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, shards_of
@@ -133,33 +133,35 @@ class _Placeholder:
     def __new__(cls, *_: object) -> _Placeholder:
         return super().__new__(cls)
 
-    @property
-    def is_module(self) -> bool:
-        """Whether it has what every `torch.nn.Module` has."""
-        return all(
-            isinstance(vars(self).get(key), Mapping) for key in ("_parameters", "_buffers", "_modules")
-        )
 
-    def state_dict(self) -> dict[str, object]:
-        """What a module's `state_dict()` gives: its parameters, and the buffers that belong to it."""
-        found: dict[str, object] = {}
-        seen: set[int] = set()  # no module twice: a hostile file may have one inside of itself
+def _is_module(value: object) -> TypeGuard[_Placeholder]:
+    """Whether it has what every `torch.nn.Module` has."""
+    return isinstance(value, _Placeholder) and all(
+        isinstance(vars(value).get(key), Mapping) for key in ("_parameters", "_buffers", "_modules")
+    )
 
-        def collect(module: _Placeholder, lead: str) -> None:
-            if id(module) in seen or not module.is_module:
-                return
-            seen.add(id(module))
-            own = vars(module)
-            passing = own.get("_non_persistent_buffers_set", ())
-            kept = {name: each for name, each in own["_buffers"].items() if name not in passing}
-            tensors = {**own["_parameters"], **kept}
-            found.update({f"{lead}{name}": each for name, each in tensors.items() if each is not None})
-            for name, each in own["_modules"].items():
-                if isinstance(each, _Placeholder):
-                    collect(each, f"{lead}{name}.")
 
-        collect(self, "")
-        return found
+def _without_module(value: object) -> object:
+    """What a module's `state_dict()` gives: its parameters, and the buffers that belong to it; anything else as it is."""
+    if not _is_module(value):
+        return value
+    found: dict[str, object] = {}
+    seen: set[int] = set()  # no module twice: a hostile file may have one inside of itself
+
+    def collect(module: object, lead: str) -> None:
+        if id(module) in seen or not _is_module(module):
+            return
+        seen.add(id(module))
+        own = vars(module)
+        passing = own.get("_non_persistent_buffers_set", ())
+        kept = {name: each for name, each in own["_buffers"].items() if name not in passing}
+        tensors = {**own["_parameters"], **kept}
+        found.update({f"{lead}{name}": each for name, each in tensors.items() if each is not None})
+        for name, each in own["_modules"].items():
+            collect(each, f"{lead}{name}.")
+
+    collect(value, "")
+    return found
 
 
 def _load(file: Path) -> object:
@@ -202,10 +204,6 @@ def _restricted(file: Path, mappable: bool) -> object:
         return torch.load(  # noqa: TID251  the one place; nothing but tensors, plain containers and placeholders is built
             str(file), map_location="cpu", weights_only=True, mmap=mappable
         )
-
-
-def _without_module(value: object) -> object:
-    return value.state_dict() if isinstance(value, _Placeholder) and value.is_module else value
 
 
 def _refusal(file: Path, reason: str) -> InputError:

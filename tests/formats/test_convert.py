@@ -377,6 +377,34 @@ def test_a_module_that_is_inside_of_itself_ends(tmp_path: Path) -> None:
     assert sorted(got) == ["0.bias", "0.weight"]
 
 
+class Evals(nn.Module):
+    """A module whose file asks for a function of Python when it is opened, and has names of what reads it."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.code, self.path, self.is_module = Evaluated(code), 3, False
+
+
+class Evaluated:
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return eval, (self.code,)
+
+
+def test_what_a_module_would_run_is_not_run(tmp_path: Path) -> None:
+    module = Evals(f"__import__('os').mkdir({str(tmp_path / 'evil')!r})")
+    file = saved({"model": module, "more": Evaluated("1 / 0")}, tmp_path / "a.pt")
+    got, _ = read_state([file])
+    assert_same(got, {"weight": torch.ones(2)})
+    assert not (tmp_path / "evil").exists()
+    with pytest.raises(ZeroDivisionError):
+        torch.load(file, weights_only=False)  # noqa: TID251
+    assert (tmp_path / "evil").exists()  # so the file is what it is meant to be
+
+
 def test_an_object_among_the_tensors_is_refused_by_the_name_of_its_class(tmp_path: Path) -> None:
     own = saved({"a": torch.ones(1), "arguments": Opened()}, tmp_path / "own.pt")
     assert "`tests.formats.test_convert.Opened`" in refused(own).message

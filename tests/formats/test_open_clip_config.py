@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergecli import fetch, merge
+from mergecli import ModelPool, fetch, merge
 from mergecli.clip.config import read_config
 from mergecli.clip.model import features, load_clip
 from mergecli.clip.network import TextModel, VisionModel
@@ -129,6 +129,9 @@ def test_a_folder_of_open_clip_is_a_base_with_the_activation_that_it_says(tmp_pa
     found = features(load_clip(ready), pixels)
     assert torch.equal(found, features(load_clip(base), pixels))
     assert not torch.equal(found, quick)
+    pool = ModelPool({"base": folder})
+    assert pool.load_model().config.hidden_act == "gelu"
+    assert pool.load_processor().tokenizer("a")["input_ids"]
     assert load_clip(ready).processor == load_clip(base).processor
     other = open_clip_folder(base, tmp_path / "openai", quick_gelu=True)
     fetch(other)

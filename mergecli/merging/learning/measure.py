@@ -89,7 +89,7 @@ def measure(
     wanted_names = tuple(name for name in recipe.tuned if name in only) if only else tuple(recipe.tuned)
     apart = not chosen.joint and (only or engine.keep_going)
     # a model is measured as it is merged, with a projection if any model of the recipe has fine-tuned its own
-    projection = (apart and with_own_projection(recipe)) or None
+    projection = True if apart and with_own_projection(recipe) else None
     recipe, whole = replace(recipe, tuned={name: recipe.tuned[name] for name in wanted_names}), recipe
     device = engine.device(device)
     failures = Failures(engine.keep_going)
