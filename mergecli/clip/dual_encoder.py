@@ -107,6 +107,12 @@ def _features(found: Any) -> Tensor:
     return getattr(found, "pooler_output", found)  # older versions give the tensor itself
 
 
+_TOKENIZER_HINT = (
+    "fetch or copy the whole repository of the base; a tokenizer without `tokenizer.json` may need "
+    "`pip install sentencepiece`"
+)
+
+
 class LibraryTokenizer:
     """Prompts to tokens by the tokenizer that transformers makes of the folder, by the rules of the model."""
 
@@ -120,9 +126,15 @@ class LibraryTokenizer:
         except Exception as error:  # the library raises anything
             raise InputError(
                 f"{folder}: its tokenizer cannot be read: {_said(error)}",
-                "fetch or copy the whole repository of the base; a tokenizer without `tokenizer.json` may need "
-                "`pip install sentencepiece`",
+                _TOKENIZER_HINT,
             ) from error
+        # a class that does not find its file makes a tokenizer without words
+        words = self._library("a photo of a cat", add_special_tokens=False)["input_ids"]
+        if not set(words) - {self._library.unk_token_id}:
+            raise InputError(
+                f"{folder}: its tokenizer, a {type(self._library).__name__}, knows no words: its vocabulary is missing",
+                _TOKENIZER_HINT,
+            )
         self._lower = config.model_type in _SIGMOID
         length = config.text_config.max_position_embeddings
         self.limit = min(length, self._library.model_max_length)

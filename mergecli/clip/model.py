@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +23,9 @@ from mergecli.clip.dual_encoder import (
 )
 from mergecli.clip.network import Attention, TextModel, VisionModel, VisionTower
 from mergecli.clip.processor import ImageProcessor, expect_fit, read_processor
-from mergecli.clip.tokenizer import Tokenizer
+from mergecli.clip.tokenizer import OWN, Tokenizer
 from mergecli.formats.convert import why_foreign
+from mergecli.formats.open_clip_config import lacks_config
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import expect_finite, whole_folder, write_text
 from mergecli.storage.checkpoint import PROJECTION, VISION, Checkpoint, open_checkpoint
@@ -255,5 +257,11 @@ def save_tower(clip: Clip, path: Path, metadata: Mapping[str, str], dtype: torch
 
 def _expect(folder: Path, *names: str) -> None:
     """Raises InputError unless one of the files is there."""
-    if not any((folder / name).is_file() for name in names):
-        raise InputError(f"{folder}: has no `{names[0]}`", "fetch or copy the whole repository of the base")
+    if any((folder / name).is_file() for name in names):
+        return
+    instead, hint = "", "fetch or copy the whole repository of the base"
+    if names[0].startswith("tokenizer") and (other := sorted(each.name for each in folder.glob("*.model"))):
+        instead, hint = f", but `{other[0]}`: a tokenizer of SentencePiece, as no CLIP has", OWN
+    elif lacks_config(folder):
+        hint = f"`mergecli fetch {shlex.quote(str(folder))}` makes it of its `open_clip_config.json`"
+    raise InputError(f"{folder}: has no `{names[0]}`{instead}", hint)

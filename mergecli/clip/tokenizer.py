@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 """What becomes of a text before byte pairs are joined, in Radford et al. (2021)."""
+OWN = (
+    "copy the tokenizer that the text tower was trained with, for most that of `openai/clip-vit-base-patch32`"
+)
 FEWEST = 10
 """Tokens that a tokenizer knows at least."""
 
@@ -116,6 +119,10 @@ def _words(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list[st
 
     if (folder / "tokenizer.json").is_file():
         table: Any = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        kind, end = table["model"].get("type", "BPE"), table["model"].get("end_of_word_suffix", "</w>")
+        if kind != "BPE" or end != "</w>":
+            found = kind if kind != "BPE" else "BPE without `</w>` at the end of words"
+            raise InputError(f"{folder}: its `tokenizer.json` is of another kind than a CLIP's: {found}", OWN)
         merges = [
             cast("tuple[str, str]", tuple(each.split(" ") if isinstance(each, str) else each))
             for each in table["model"]["merges"]

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergecli.formats.lora_files import is_adapter
+from mergecli.formats.open_clip_config import lacks_config, transformers_config
 from mergecli.formats.open_clip_names import renaming
 from mergecli.formats.pickles import pickled_files, read_state
 from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError, UsageError, quoted
-from mergecli.storage.atomic import check_targets, whole_folder, writing
+from mergecli.storage.atomic import check_targets, whole_folder, write_text, writing
 from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
 from mergecli.storage.metadata import about
 from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, TORCH_NAMES
@@ -38,16 +39,18 @@ def is_pickled(path: Path) -> bool:
 
 
 def needs_conversion(path: Path) -> bool:
-    """Whether `path` can be used only after `convert`: it is pickled, or a folder with open_clip's names, as which
-    transformers cannot load it. A safetensors file with such names is read as it is.
+    """Whether `path` can be used only after `convert`: it is pickled, or a folder with open_clip's names or configuration,
+    as which transformers cannot load it. A safetensors file with such names is read as it is.
 
     Raises:
         InputError: it is missing, damaged, or has names of open_clip but not the tensors of a CLIP.
     """
     if is_pickled(path):
         return True
-    if not path.is_dir():
-        return False
+    return path.is_dir() and (lacks_config(path) or _has_old_names(path))
+
+
+def _has_old_names(path: Path) -> bool:
     with open_checkpoint(path) as stored:
         return renaming(
             path, {name: entry.shape for name, entry in stored.entries.items()}, opened=True
@@ -63,11 +66,11 @@ def convert(
     """The file `target`: the tensors of `source` as safetensors, each in its own dtype, with Hugging Face's names.
 
     `source` is a file of `torch.save`, in its zip or its older format, that holds a state dict or a table with one in
-    it; an index of such shards; a folder with either; or safetensors with open_clip's names. The names of
+    it, of the zip format also a module; an index of such shards; a folder with either; or safetensors with open_clip's names. The names of
     what `target` has no tensor for are in its metadata as `left_out`.
 
     The models that OpenAI trained, and so those fine-tuned from them in work on task arithmetic, need `quick_gelu` as
-    activation, other models of open_clip mostly `gelu`: the weights do not tell, and no `config.json` is written.
+    activation, other models of open_clip mostly `gelu`: the weights do not tell.
 
     Memory: a zip's tensors are views of the mapped file, and safetensors are read one by one, so that of either only
     one tensor at a time is copied (none, where it is contiguous). Files of the older format are in memory once.
@@ -167,7 +170,7 @@ def converted_path(path: Path, home: Path, *, allow_pickle: bool) -> Path:
     """
     if is_adapter(path) or not needs_conversion(path):
         return path
-    state = hashlib.sha256()
+    state = hashlib.sha256(b"configuration" if path.is_dir() and lacks_config(path) else b"")
     for file in _content(path):
         with file.open("rb") as stream:
             state.update(hashlib.file_digest(stream, "sha256").digest())
@@ -181,17 +184,24 @@ def converted_path(path: Path, home: Path, *, allow_pickle: bool) -> Path:
 
 
 def convert_once(path: Path, target: Path) -> None:
-    """Converts the checkpoint to its `converted_path`, unless that is there; with a folder's configuration and tokenizer.
+    """Converts the checkpoint to its `converted_path`, unless that is there; with a folder's configuration, which may be
+    open_clip's, and tokenizer.
 
     Raises:
-        InputError: it is damaged, would run code, or cannot be written.
+        InputError: it is damaged, would run code, cannot be written, or its configuration is not that of a CLIP like OpenAI's.
     """
     if target == path or os.path.exists(target):  # noqa: PTH110
         return
+    made = transformers_config(path) if path.is_dir() and lacks_config(path) else {}
+    is_renamed = is_pickled(path) or not path.is_dir() or _has_old_names(path)
     with writing(target), whole_folder(target if path.is_dir() else target.parent) as folder:
-        convert(path, folder / "model.safetensors", allow_pickle=True)
-        for file in _files(path):
-            if path.is_dir() and file.suffix in _COPIED and not file.name.endswith(".index.json"):
+        if is_renamed:
+            convert(path, folder / "model.safetensors", allow_pickle=True)
+        for name, content in made.items():
+            write_text(folder / name, content)
+        for file in _files(path) if path.is_dir() else ():
+            is_weights = file.name.endswith((".index.json", ".safetensors"))
+            if (file.suffix in _COPIED and not is_weights) or (is_weights and not is_renamed):
                 shutil.copyfile(file, folder / file.name)
 
 

@@ -12,8 +12,9 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from mergecli.runtime.errors import InputError, listed, quoted
 from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, shards_of
@@ -28,6 +29,11 @@ _INSIDE = ("state_dict", "model_state_dict", "model")
 _ONCE = "open it once where it was made and trusted, and save only its tensors: "
 _MEND = f"{_ONCE}`torch.save(torch.load(OLD, weights_only=False).state_dict(), NEW)`"
 _MEND_SCRIPT = "save only its tensors: `torch.save(torch.jit.load(OLD).state_dict(), NEW)`"
+_DAMAGES = (
+    RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, EOFError,
+    OSError, MemoryError, struct.error,
+)  # fmt: skip
+"""What torch raises for files that are cut or changed."""
 _AGAIN = "the copy or download may not have finished: fetch it again"
 
 
@@ -113,46 +119,111 @@ def read_state(files: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, others
 
 
-def _load(file: Path) -> object:
-    """What was saved; tensors of the zip format are views of the mapped file, those of the older one are in memory.
+class _Placeholder:
+    """What an object of a class that torch's restricted unpickler does not know becomes: its arguments and attributes, as data.
 
-    `weights_only=True` chooses torch's restricted unpickler, so that no environment variable turns it off.
+    The class itself is never looked up, so no code of it runs.
     """
-    import torch
 
-    mappable = _first_bytes(file).startswith(_ZIP) and _checked_zip(file)
+    path = ""
+    """Module and name of the class or function that the pickle wants."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __new__(cls, *_: object) -> _Placeholder:
+        return super().__new__(cls)
+
+
+def _is_module(value: object) -> TypeGuard[_Placeholder]:
+    """Whether it has what every `torch.nn.Module` has."""
+    return isinstance(value, _Placeholder) and all(
+        isinstance(vars(value).get(key), Mapping) for key in ("_parameters", "_buffers", "_modules")
+    )
+
+
+def _without_module(value: object) -> object:
+    """What a module's `state_dict()` gives: its parameters, and the buffers that belong to it; anything else as it is."""
+    if not _is_module(value):
+        return value
+    found: dict[str, object] = {}
+    seen: set[int] = set()  # no module twice: a hostile file may have one inside of itself
+
+    def collect(module: object, lead: str) -> None:
+        if id(module) in seen or not _is_module(module):
+            return
+        seen.add(id(module))
+        own = vars(module)
+        passing = own.get("_non_persistent_buffers_set", ())
+        kept = {name: each for name, each in own["_buffers"].items() if name not in passing}
+        tensors = {**own["_parameters"], **kept}
+        found.update({f"{lead}{name}": each for name, each in tensors.items() if each is not None})
+        for name, each in own["_modules"].items():
+            collect(each, f"{lead}{name}.")
+
+    collect(value, "")
+    return found
+
+
+def _load(file: Path) -> object:
+    """What was saved; tensors of the zip format are views of the mapped file, those of the older one are in memory."""
+    zipped = _first_bytes(file).startswith(_ZIP)
+    mappable = zipped and _checked_zip(file)
     try:
-        with warnings.catch_warnings():
-            # about formats of other versions: what cannot be read fails below
-            warnings.simplefilter("ignore")
-            return torch.load(  # noqa: TID251  the one place; nothing but tensors and plain containers is built
-                str(file), map_location="cpu", weights_only=True, mmap=mappable
-            )
+        return _restricted(file, mappable)
     except pickle.UnpicklingError as error:
+        if zipped:
+            with suppress(pickle.UnpicklingError, *_DAMAGES):
+                return _with_placeholders(file, mappable)
         raise _refusal(file, str(error)) from error
-    except (
-        RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, EOFError,
-        OSError, MemoryError, struct.error,
-    ) as error:  # fmt: skip
+    except _DAMAGES as error:
         detail = re.split(r"\n|\. ", str(error).strip())[0][:160]
         because = f": {detail}" if detail else ""
         raise InputError(f"{file}: is damaged, or `torch.save` did not write it{because}", _AGAIN) from error
+
+
+def _with_placeholders(file: Path, mappable: bool) -> object:
+    """What was saved, with placeholders for the objects in it, and state dicts for modules."""
+    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+    names = get_unsafe_globals_in_checkpoint(str(file))
+    unknown = [(type("_Unknown", (_Placeholder,), {"path": name}), name) for name in names]
+    with safe_globals(cast("list[Any]", unknown)):
+        loaded = _restricted(file, mappable)
+    if isinstance(loaded, Mapping):
+        return {key: _without_module(each) for key, each in _table(loaded).items()}
+    return _without_module(loaded)
+
+
+def _restricted(file: Path, mappable: bool) -> object:
+    """`weights_only=True` chooses torch's restricted unpickler, so that no environment variable turns it off."""
+    import torch
+
+    with warnings.catch_warnings():
+        # about formats of other versions: what cannot be read fails in the caller
+        warnings.simplefilter("ignore")
+        return torch.load(  # noqa: TID251  the one place; nothing but tensors, plain containers and placeholders is built
+            str(file), map_location="cpu", weights_only=True, mmap=mappable
+        )
 
 
 def _refusal(file: Path, reason: str) -> InputError:
     """What to say when the restricted unpickler gives up."""
     wanted = re.search(r"GLOBAL ([\w.<>]+)", reason)
     if wanted:
-        return InputError(
-            f"{file}: holds more than tensors: it wants `{wanted[1]}`, which would run code, so it is not opened",
-            _mend(file, wanted[1]),
-        )
+        return _wants_code(file, wanted[1])
     if "Unsupported operand" in reason:
         return InputError(f"{file}: is damaged, or `torch.save` did not write it", _AGAIN)
     detail = reason.partition("WeightsUnpickler error:")[2].strip().split("\n")[0][:160]
     return InputError(
         f"{file}: holds more than tensors, so it is not opened" + (f": {detail}" if detail else ""),
         _mend(file),
+    )
+
+
+def _wants_code(file: Path, wanted: str) -> InputError:
+    return InputError(
+        f"{file}: holds more than tensors: it wants `{wanted}`, which would run code, so it is not opened",
+        _mend(file, wanted),
     )
 
 
@@ -237,6 +308,8 @@ def _state(file: Path, loaded: object) -> tuple[dict[str, Tensor], list[str]]:
     """The named tensors in what was saved, detached, and the names of everything beside them."""
     import torch
 
+    if isinstance(loaded, _Placeholder):
+        raise _wants_code(file, loaded.path)
     others: list[str] = []
     table = _table(loaded)
     inside = [key for key in _INSIDE if _has_tensors(_table(table.get(key)))]
@@ -249,6 +322,8 @@ def _state(file: Path, loaded: object) -> tuple[dict[str, Tensor], list[str]]:
         table = _table(table[inside[0]])
     tensors: dict[str, Tensor] = {}
     for key, value in table.items():
+        if isinstance(value, _Placeholder):  # it may be a tensor of a kind of its own
+            raise _wants_code(file, value.path)
         if isinstance(key, str) and isinstance(value, torch.Tensor):
             tensors[key] = _plain(file, key, value.detach())
         else:

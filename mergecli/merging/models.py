@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
@@ -18,14 +18,14 @@ from mergecli.clip.other_parts import Candidate, warn_of_other_parts
 from mergecli.formats.convert import why_foreign
 from mergecli.formats.mixture import one_tower
 from mergecli.formats.opening import open_source
-from mergecli.formats.projection import CompletedCheckpoint, encoders
+from mergecli.formats.projection import CompletedCheckpoint, encoders, own_encoder
 from mergecli.hub.fetched import expect_all
 from mergecli.methods._base import Group, Shelf, Unit
 from mergecli.methods._fused import stacks
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime import interrupts
 from mergecli.runtime.distributed import usable_device
-from mergecli.runtime.errors import InputError, UsageError, listed, quoted
+from mergecli.runtime.errors import InputError, MergecliError, UsageError, listed, quoted
 from mergecli.runtime.progress import Progress
 from mergecli.storage.checkpoint import Checkpoint
 from mergecli.storage.differences import Form, differences, lead_hint, leave_out_hint, other_architecture
@@ -295,6 +295,21 @@ def open_models(
     models = Models(base, tuned, recipe.seed, usable_device(device), uses_base)
     check_fit(models)
     return models
+
+
+def with_own_projection(recipe: Recipe) -> bool:
+    """Whether a model of the recipe that is here has a visual projection of its own: then those of all are merged."""
+    if recipe.base is None:
+        return False
+    for source in recipe.tuned.values():
+        # what is missing or damaged is an error only for those who need it
+        with suppress(MergecliError), ExitStack() as stack:
+            base, opened = (
+                stack.enter_context(open_source(each, recipe.base)) for each in (recipe.base, source)
+            )
+            if own_encoder(opened, base).has_projection:
+                return True
+    return False
 
 
 def check_fit(models: Models) -> None:

@@ -228,10 +228,10 @@ class ModelPool:
     def _configured(self, source: Source, base: Source | None) -> Path:
         """The folder that has the configuration of the model: its own, or else the base's."""
         for each in (source, *([base] if base else [])):
-            path = locate(each)
-            folder = path if path.is_dir() else path.parent
-            if (folder / "config.json").is_file():
-                return folder
+            for path in (model_path(each), locate(each)):  # a conversion of a file has none beside it
+                folder = path if path.is_dir() else path.parent
+                if (folder / "config.json").is_file():
+                    return folder
         raise InputError(f"{source}: has no `config.json`, and neither has a base")
 
     def _images(self, task: str, *, train: bool) -> Images:

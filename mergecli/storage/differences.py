@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from mergecli.runtime.errors import toml_text
-from mergecli.storage.checkpoint import VISION, Checkpoint, TensorEntry
+from mergecli.runtime.errors import quoted, toml_text
+from mergecli.storage.checkpoint import PROJECTION, VISION, Checkpoint, TensorEntry
 from mergecli.storage.safetensors_format import FLOATS
 
 
@@ -50,7 +50,11 @@ def differences(
 def other_architecture(
     have: Mapping[str, TensorEntry], want: Mapping[str, Form], whose: str = "expected"
 ) -> str:
-    """`width 64, 2 layers; the base has width 128, 4 layers`: what differs between two towers; empty if nothing does."""
+    """`width 64, 2 layers; the base has width 128, 4 layers`: what differs between two towers; empty if nothing does. Of
+    models without a common name, some of their names."""
+    if have and want and not (have.keys() & want.keys()) - {PROJECTION}:
+        names = [quoted(sorted(each.keys() - {PROJECTION}), 2) for each in (have, want)]
+        return f"none of the same tensors, but {names[0]}; {whose} {names[1]}"
     mine, theirs = _architecture(have), _architecture(want)
     for facts in _FACTS:
         known = [fact for fact in facts if fact in mine and fact in theirs]

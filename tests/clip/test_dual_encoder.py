@@ -195,6 +195,18 @@ def test_a_damaged_file_is_named_in_one_line(copy: Path, file: str, message: str
     assert "\n" not in caught.value.message
 
 
+def test_a_tokenizer_whose_vocabulary_is_missing_is_refused(copy: Path) -> None:
+    """The class makes one of five tokens then, to which every prompt is the same."""
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
+    with pytest.raises(InputError) as caught:
+        check_prompts(load_clip(copy), CLASSES, ["{}"])
+    assert (caught.value.message, caught.value.hint) == (
+        f"{copy}: its tokenizer, a GemmaTokenizer, knows no words: its vocabulary is missing",
+        "fetch or copy the whole repository of the base; a tokenizer without `tokenizer.json` may need `pip install sentencepiece`",
+    )
+
+
 def test_a_damaged_tokenizer_is_named_when_a_prompt_is_read(copy: Path) -> None:
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="copy: its tokenizer cannot be read: "):

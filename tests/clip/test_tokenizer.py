@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import mergecli.data.toy
+from mergecli.clip.model import load_clip
 from mergecli.clip.tokenizer import Tokenizer
 from mergecli.runtime.errors import InputError
 from tests.support.tiny_clip import make_tiny_clip
@@ -97,3 +98,30 @@ def test_a_vocabulary_without_merges_is_refused(copy):
     (copy / "vocab.json").write_text('{"a": 0}')
     with pytest.raises(InputError, match=r"has no `merges\.txt`"):
         Tokenizer(copy)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ({"type": "Unigram"}, "Unigram"),
+        ({"end_of_word_suffix": None}, "BPE without `</w>` at the end of words"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(copy, model, kind):
+    words = json.loads((copy / "tokenizer.json").read_text())
+    words["model"] |= model
+    (copy / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(InputError) as caught:
+        Tokenizer(copy)
+    assert caught.value.message == f"{copy}: its `tokenizer.json` is of another kind than a CLIP's: {kind}"
+
+
+def test_a_clip_with_a_file_of_sentencepiece_alone_is_refused(copy):
+    (copy / "tokenizer.json").unlink()
+    (copy / "spiece.model").write_bytes(b"")
+    with pytest.raises(InputError) as caught:
+        load_clip(copy)
+    assert (caught.value.message, caught.value.hint) == (
+        f"{copy}: has no `tokenizer.json`, but `spiece.model`: a tokenizer of SentencePiece, as no CLIP has",
+        "copy the tokenizer that the text tower was trained with, for most that of `openai/clip-vit-base-patch32`",
+    )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mergecli.formats.convert import convert, is_pickled, needs_conversion
 from mergecli.formats.opening import open_source
+from mergecli.formats.pickles import read_state
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.sources import parse_source
 from tests.conftest import Run, Weights, assert_same
@@ -340,12 +341,77 @@ def test_code_in_a_pickle_never_runs(
     assert (tmp_path / "evil").exists()  # so the file is what it is meant to be
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_pickled_module_is_refused_by_the_name_of_its_class(tmp_path: Path, zipped: bool) -> None:
-    file = saved(nn.Linear(2, 2), tmp_path / "whole.pt", _use_new_zipfile_serialization=zipped)
-    assert "`torch.nn.modules.linear.Linear`" in refused(file).message
+class Encoder(nn.Module):
+    """As repositories save encoders: a module with others inside, and with what is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Visual()
+        self.model.register_buffer("mask", torch.ones(2), persistent=False)
+        self.model.register_buffer("scale", torch.ones(1))
+        self.model.register_parameter("bias", None)
+        self.steps = nn.ModuleList([nn.BatchNorm2d(3)])
+        self.arguments = Namespace(lr=1, what=Opened(), some={1, 2})
+
+
+def test_a_pickled_module_of_whatever_class_becomes_its_state_dict_and_its_class_is_never_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Encoder()
+    want = module.state_dict()
+    alone = saved(module, tmp_path / "alone.pt")
+    inside = saved({"epoch": 1, "model": module, "args": Namespace(lr=1)}, tmp_path / "inside.pt")
+    beside = saved({"state_dict": module.state_dict(), "args": Namespace(lr=1)}, tmp_path / "beside.pt")
+    for each in ("Encoder", "Visual", "Block", "Opened"):
+        monkeypatch.delattr(f"{__name__}.{each}")
+    for file, others in ((alone, []), (inside, ["epoch", "args"]), (beside, ["args"])):
+        got, left_out = read_state([file])
+        assert_same(got, dict(want))
+        assert left_out == others
+
+
+def test_a_module_that_is_inside_of_itself_ends(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    module[0]._modules["again"] = module
+    got, _ = read_state([saved(module, tmp_path / "a.pt")])
+    assert sorted(got) == ["0.bias", "0.weight"]
+
+
+class Evals(nn.Module):
+    """A module whose file asks for a function of Python when it is opened, and has names of what reads it."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.code, self.path, self.is_module = Evaluated(code), 3, False
+
+
+class Evaluated:
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return eval, (self.code,)
+
+
+def test_what_a_module_would_run_is_not_run(tmp_path: Path) -> None:
+    module = Evals(f"__import__('os').mkdir({str(tmp_path / 'evil')!r})")
+    file = saved({"model": module, "more": Evaluated("1 / 0")}, tmp_path / "a.pt")
+    got, _ = read_state([file])
+    assert_same(got, {"weight": torch.ones(2)})
+    assert not (tmp_path / "evil").exists()
+    with pytest.raises(ZeroDivisionError):
+        torch.load(file, weights_only=False)  # noqa: TID251
+    assert (tmp_path / "evil").exists()  # so the file is what it is meant to be
+
+
+def test_an_object_among_the_tensors_is_refused_by_the_name_of_its_class(tmp_path: Path) -> None:
     own = saved({"a": torch.ones(1), "arguments": Opened()}, tmp_path / "own.pt")
     assert "`tests.formats.test_convert.Opened`" in refused(own).message
+    file = saved(nn.Linear(2, 2), tmp_path / "whole.pt", _use_new_zipfile_serialization=False)
+    assert "`torch.nn.modules.linear.Linear`" in refused(file).message
+    alone = saved(Opened(), tmp_path / "object.pt")
+    assert "it wants `tests.formats.test_convert.Opened`, which would run code" in refused(alone).message
 
 
 def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
@@ -440,18 +506,18 @@ MODULE = nn.Linear(2, 2)
 LOAD = "torch.load(OLD, weights_only=False)"
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize(
-    ("content", "saves"),
+    ("content", "saves", "zipped"),
     [
-        (MODULE, ""),
-        ({"model": MODULE.state_dict(), "args": Namespace(lr=1)}, '["model"]'),
-        ({"epoch": 1, "state_dict": MODULE}, '["state_dict"]'),
-        ({"w": torch.ones(2), "args": Namespace(lr=1)}, "isinstance(each, torch.Tensor)"),
-        (OrderedDict(w=torch.ones(2), args=Namespace(lr=1)), "isinstance(each, torch.Tensor)"),
-        ({"w": np.ones(3)}, "torch.as_tensor(each)"),
+        (MODULE, "", False),
+        ({"model": MODULE.state_dict(), "args": Namespace(lr=1)}, '["model"]', False),
+        ({"epoch": 1, "state_dict": MODULE}, '["state_dict"]', False),
+        ({"w": torch.ones(2), "args": Namespace(lr=1)}, "isinstance(each, torch.Tensor)", True),
+        (OrderedDict(w=torch.ones(2), args=Namespace(lr=1)), "isinstance(each, torch.Tensor)", False),
+        ({"w": np.ones(3)}, "torch.as_tensor(each)", True),
+        ({"w": np.ones(3)}, "torch.as_tensor(each)", False),
     ],
-    ids=["module", "state dict inside", "module inside", "dictionary", "ordered", "numpy"],
+    ids=["module", "state dict inside", "module inside", "dictionary", "ordered", "numpy", "old numpy"],
 )
 def test_the_hint_saves_what_the_pickle_holds(
     tmp_path: Path, content: object, saves: str, zipped: bool

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergecli import ModelPool, cos_sim, evaluate, extract, merge, taskvector
+from mergecli import ModelPool, cos_sim, evaluate, extract, measure, merge, taskvector
 from mergecli.clip.model import features, load_clip, set_tower
 from mergecli.data.images import load_images
 from mergecli.data.tasks import find
@@ -387,6 +388,24 @@ def test_reg_mean_measures_what_goes_into_it(world: World, tmp_path: Path) -> No
     mean = sum(own[PROJECTION].double() for own in world.tuned.values()) / 2
     want = (right + mean @ ridge) @ torch.linalg.inv(left + ridge)
     torch.testing.assert_close(got[PROJECTION].double(), want, atol=1e-4, rtol=0)
+
+
+def test_a_model_without_one_is_measured_as_it_is_merged_also_alone(world: World, tmp_path: Path) -> None:
+    tower = {name: each for name, each in world.tuned["b"].items() if name != PROJECTION}
+    save_file(tower, tmp_path / "b.safetensors")
+    text = world.recipe.read_text().replace('"b.safetensors"', f'"{tmp_path / "b.safetensors"}"')
+    recipe = world.folder / "mixed.toml"
+    recipe.write_text(text)
+    how: dict[str, Any] = {"method": "reg_mean", "settings": {"examples": 6, "batch_size": 4}}
+    alone = {name: source for name, source in read(recipe).tuned.items() if name == "b"}
+    merge(replace(read(recipe), tuned=alone), output=tmp_path / "alone.safetensors", **how)
+    merge(recipe, output=tmp_path / "store.safetensors", **how)  # not with what was measured for another pool
+    for only in TASKS:
+        measure(recipe, output=tmp_path / "s", only=[only], **how)
+    merge(recipe, output=tmp_path / "files.safetensors", statistics=tmp_path / "s", **how)
+    want = load_file(tmp_path / "store.safetensors")
+    assert_same(load_file(tmp_path / "files.safetensors"), want)
+    assert PROJECTION in want
 
 
 def test_ada_merging_learns_a_coefficient_for_it(world: World, tmp_path: Path) -> None:

@@ -61,3 +61,13 @@ def test_another_architecture_of_the_same_size_is_told_by_what_differs() -> None
     assert other_architecture(tower(64, 2, 16), wanted(64, 2, 32), "the base has") == told
     assert other_architecture(tower(64, 2), wanted(64, 2), "the base has") == ""
     assert other_architecture({"a": entry("F32", 2)}, {"a": Form((3,))}, "the base has") == ""
+
+
+def test_models_without_a_common_name_are_told_by_some_of_their_names() -> None:
+    head = {name: TensorEntry("F32", (3,), 0, 0) for name in ("weight", "bias")}
+    tower = {f"vision_model.{name}": Form((3,)) for name in "abc"} | {"visual_projection.weight": Form((3,))}
+    assert other_architecture(head, tower, "the base has") == (
+        "none of the same tensors, but `bias`, `weight`; the base has `vision_model.a`, `vision_model.b` (and 1 more)"
+    )
+    projection = {"visual_projection.weight": TensorEntry("F32", (3,), 0, 0)}
+    assert other_architecture(head | projection, tower).startswith("none of the same tensors, but `bias`")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mergecli import methods
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.learning.statistics import Measurement, StatisticsFile, files_for, fitted
-from mergecli.merging.models import Models, open_models
+from mergecli.merging.models import Models, open_models, with_own_projection
 from mergecli.methods._calibrated import Calibrated, measured_by
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
@@ -86,9 +86,11 @@ def measure(
             "it, merged of all tasks",
             "measure all tasks at once, or use a method that measures each task by itself",
         )
-    if only:
-        tuned = {name: source for name, source in recipe.tuned.items() if name in only}
-        recipe = replace(recipe, tuned=tuned)
+    wanted_names = tuple(name for name in recipe.tuned if name in only) if only else tuple(recipe.tuned)
+    apart = not chosen.joint and (only or engine.keep_going)
+    # a model is measured as it is merged, with a projection if any model of the recipe has fine-tuned its own
+    projection = True if apart and with_own_projection(recipe) else None
+    recipe, whole = replace(recipe, tuned={name: recipe.tuned[name] for name in wanted_names}), recipe
     device = engine.device(device)
     failures = Failures(engine.keep_going)
     recipes = [recipe] if chosen.joint or not engine.keep_going else _one_by_one(recipe)
@@ -99,7 +101,9 @@ def measure(
         found: list[tuple[StatisticsFile, Models]] = []
         for each in recipes:
             with failures.of("task", next(iter(each.tuned))):
-                models = open_models(each, stack, needs="base", device=_device_here(device, engine))
+                models = open_models(
+                    each, stack, needs="base", device=_device_here(device, engine), projection=projection
+                )
                 files = files_for(models, chosen, each, target)
                 if not engine.is_this_process:
                     Measurement.of(
@@ -109,7 +113,8 @@ def measure(
         if not all(file.path.exists() for file, _ in found):  # a folder that has them all may be read-only
             check_target(target, folder=True)
         inputs = [path for _, models in found for path in models.paths.values()]
-        warn_of_others(target, {LOG, *(file.path.name for file, _ in found)}, inputs)
+        known = {f"{name}.safetensors" for name in whole.tuned} | {file.path.name for file, _ in found}
+        warn_of_others(target, {LOG, *known}, inputs)
         failures.units += [Failure(Unit((name,), ""), error) for (_, name), error in failures.found.items()]
         units = {Unit((file.name,), file.key): file for file, _ in found}
         wanted = part_of(list(units), [1] * len(units), engine.share)
@@ -131,7 +136,7 @@ def measure(
                 new.append(unit.name)
                 log.tell(unit, done)
 
-            work = MeasuringWork(recipe, device, chosen.joint)
+            work = MeasuringWork(whole, wanted_names, device, chosen.joint)
             failures.units += run_grid(
                 work, missing, engine, write, lambda unit: units[unit].path.exists(), report
             )
@@ -145,11 +150,13 @@ class MeasuringWork:
     """Measures the statistics of one task, or of all together, wherever it is called."""
 
     recipe: Recipe
+    names: tuple[str, ...]
+    """Of the models that are measured; the others tell whether visual projections are."""
     device: str
     joint: bool
 
     def expect_sources(self) -> None:
-        expect_all([self.recipe.base, *self.recipe.tuned.values()])
+        expect_all([self.recipe.base, *(self.recipe.tuned[name] for name in self.names)])
 
     def leave(self) -> None:
         pass

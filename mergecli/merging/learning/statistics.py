@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
 from mergecli.formats.opening import model_path
+from mergecli.formats.projection import projection_metadata
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.learning.calibration import CalibrationTask, calibration_task, task_of
 from mergecli.merging.learning.files import Learned, Learning, LearningFiles, LearningPlan, is_whole
@@ -166,7 +167,7 @@ def files_for(
     settings = methods.table_of(method, without=method.merge_time)
     if method.shuffle:
         settings["seed"] = recipe.seed
-    common: dict[str, Any] = {"method": name, "settings": settings}
+    common: dict[str, Any] = {"method": name, "settings": settings, **projection_metadata(models.base)}
     common["clip"] = surroundings(model_path(recipe.base), head=method.needs_head)
     found: list[StatisticsFile] = []
     if folder is None:
