@@ -356,7 +356,7 @@ def summary(
     for row, seeds in found:
         for number, routing in enumerate(row.routings):
             each = [one["results"][number] for one in seeds]
-            averages = [round(100 * one["average"], 2) for one in each]
+            averages = [round(100 * one["average"], 4) for one in each]  # a cell of the table is rounded once
             merges = [one["merge"] for one in seeds]
             lines.append(
                 {
@@ -370,7 +370,7 @@ def summary(
                     "published": row.published(routing),
                     "seeds": [one["seed"] for one in seeds],
                     "averages": averages,
-                    "mean": round(statistics.mean(averages), 2),
+                    "mean": round(statistics.mean(averages), 4),
                     "spread": round(statistics.stdev(averages), 2) if len(averages) > 1 else None,
                     "tasks": {
                         task: round(100 * statistics.mean(one["tasks"][task] for one in each), 1)
