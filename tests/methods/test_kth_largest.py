@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -216,3 +217,19 @@ def test_the_threshold_is_exact_although_the_sample_misleads(
 def test_entries_below_their_tasks_threshold_become_zero() -> None:
     deltas = torch.tensor([[1.0, -2, 3], [1, -2, 3]])
     assert keep_largest(deltas, torch.tensor([2.0, torch.inf])).tolist() == [[0, -2, 3], [0, 0, 0]]
+
+
+def test_values_are_kept_whole_whatever_the_first_of_them_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_kth_largest, "PROBE", 4)
+    different, equal = np.arange(20, dtype=np.float32), np.full(20, 7, np.float32)
+    for values, counted in (
+        (np.concatenate([equal, equal + 1]), True),
+        (np.concatenate([equal[:4], different]), False),  # the first few are equal, most are not
+        (np.concatenate([different[:4], equal]), False),  # the other way round: only more memory
+    ):
+        found = packed(values)
+        assert bool(found.counts) == counted
+        tally = Tally()
+        tally.add(found)
+        assert tally.size == len(values)
+        assert sorted(tally.values().tolist()) == sorted(values.tolist())
