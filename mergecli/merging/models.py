@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
@@ -91,7 +92,7 @@ class Models:
             for file in each.files
         }
 
-    @property
+    @cached_property
     def floats(self) -> list[str]:
         """Names of the tensors that are merged."""
         return [name for name, entry in self.reference.entries.items() if entry.is_float]
@@ -106,9 +107,9 @@ class Models:
         """Names of the tensors that are copied, those that are not floating point."""
         return [name for name, entry in self.reference.entries.items() if not entry.is_float]
 
-    @property
+    @cached_property
     def size(self) -> int:
-        """Entries of all merged tensors together."""
+        """Entries of all merged tensors together. Asked for after every block."""
         return sum(self.reference.entries[name].size for name in self.floats)
 
     @property
