@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -351,16 +352,27 @@ def _paths(
     store: Store,
     how: _How,
 ) -> tuple[Path, ...]:
-    """Where each source lies, in order and without repetition; local pickles are converted for it."""
-    paths = {key: each.path(store) for key, each in resolved.items()}
-    for key, (path, target) in local.items():
-        if not (how.dry_run or how.verify):
-            convert_once(path, target)
-        paths[key] = target if os.path.exists(target) else path  # noqa: PTH110  a long name
+    """Where each source can be read, in order and without repetition. What needs it is converted: local pickles, and
+    models with open_clip's names or configuration, local or of a hub."""
+    paths = {key: each.path(store) for key, each in resolved.items()} | {
+        key: path for key, (path, _) in local.items()
+    }
     for key, path in paths.items():
         if not (how.dry_run or path.exists()):
             name = named(requests.requirements[key].source)
             raise InputError(f"{name}: there is no {path}", "fetch again without `--locked` and `--offline`")
+    targets = {key: target for key, (_, target) in local.items()}
+    if not (how.dry_run or how.verify):
+        for key, each in resolved.items():
+            # what is damaged is fetched as it is; whatever opens it says so
+            with suppress(InputError, UsageError):
+                if not each.source.is_data:
+                    targets[key] = converted_path(paths[key], store.root, allow_pickle=False)
+        for key, target in targets.items():
+            convert_once(paths[key], target)
+    for key, target in targets.items():
+        if os.path.exists(target):  # noqa: PTH110  a long name
+            paths[key] = target
     keys = [each.key for request in requests.each for each in request.requirements]
     every = [paths[key] for key in keys if key in paths]  # without what only the hub knows, in a dry run
     return tuple(dict.fromkeys(every))

@@ -8,15 +8,20 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from mergecli.clip.model import features, load_clip
+from mergecli.formats.opening import model_path
 from mergecli.hub.fetch import fetch
 from mergecli.runtime.errors import HubError, InputError, UsageError
 from mergecli.storage.checkpoint import open_checkpoint
 from mergecli.storage.sources import parse_source
 from mergecli.storage.store import locate
 from tests.conftest import Run
+from tests.formats.test_open_clip_config import open_clip_folder
 from tests.hub.conftest import USED, Hubs, pickled
 from tests.hub.servers import Repository, altered
+from tests.support.tiny_clip import make_tiny_clip
 
 
 def files_in(folder: Path) -> list[str]:
@@ -30,6 +35,35 @@ def test_fetch_prints_where_the_model_lies(hubs: Hubs, run: Run) -> None:
     assert ended.end.startswith("fetched 4 files, ")
     assert files_in(folder) == [".mergecli.json", *USED]
     assert locate(parse_source("hf:org/tuned", Path())) == folder
+
+
+@pytest.mark.parametrize("kind", ["hf", "ms"])
+def test_a_repository_of_open_clip_is_ready_after_one_fetch(hubs: Hubs, tmp_path: Path, kind: str) -> None:
+    base = make_tiny_clip(tmp_path / "base")
+    theirs = open_clip_folder(base, tmp_path / "theirs", quick_gelu=True)
+    server, branch = (hubs.hf, "main") if kind == "hf" else (hubs.ms, "master")
+    server.repositories["laion/tiny"] = Repository.of_folder(theirs, branch)
+    (path,) = fetch(f"{kind}:laion/tiny").paths
+    assert path.is_relative_to(hubs.store / "converted")
+    assert path == model_path(parse_source(f"{kind}:laion/tiny", Path()))
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(features(load_clip(path), pixels), features(load_clip(base), pixels))
+    hubs.forget()
+    assert fetch(f"{kind}:laion/tiny", offline=True).paths == (path,)
+    assert hubs.asked == []
+
+
+def test_a_repository_of_open_clip_that_is_no_clip_of_openai_s_is_one_error(
+    hubs: Hubs, tmp_path: Path, run: Run
+) -> None:
+    base = make_tiny_clip(tmp_path / "base")
+    theirs = open_clip_folder(base, tmp_path / "theirs", custom_text=True, init_logit_bias=-10)
+    hubs.hf.repositories["timm/siglip"] = Repository.of_folder(theirs)
+    ended = run("fetch", "hf:timm/siglip")
+    assert ended.status == 3
+    assert (
+        "is not of OpenAI's architecture, and cannot be evaluated:\n  `init_logit_bias` is -10" in ended.err
+    )
 
 
 @pytest.mark.parametrize("source", ["hf:org/tuned", "ms:org/tuned"])
