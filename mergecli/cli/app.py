@@ -12,11 +12,11 @@ from typing import Annotated
 import typer
 
 from mergecli.cli import console, ending, spinner
-from mergecli.cli.commands import COMMANDS
+from mergecli.cli.commands import COMMANDS, SHARED
 from mergecli.cli.parser import Command, Debug, Group, Interrupted, Quiet, Verbose
 from mergecli.cli.parser_errors import message_of
 from mergecli.runtime import interrupts, verbosity
-from mergecli.runtime.distributed import is_first
+from mergecli.runtime.distributed import alone, are_several, is_first
 from mergecli.runtime.errors import ExitStatus, MergecliError, ThresholdError
 
 
@@ -68,16 +68,26 @@ def run(arguments: Sequence[str] | None = None) -> int:
     interrupts.watch_endings()
     verbosity.reset()
     ending.begin()
-    with console.warnings_of_ours():
-        return _run(arguments)
-
-
-def _run(arguments: Sequence[str] | None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     named = next((each for each in given if not each.startswith("-")), "")
+    with console.warnings_of_ours():
+        if not are_several() or named in SHARED:
+            return _run(given, named)
+        if not is_first():
+            return ExitStatus.DONE
+        with alone():
+            status = _run(given, named)
+        if named in COMMANDS:
+            console.note(
+                f"`{named}` is not shared by the processes of `torchrun`: the first one did all of it"
+            )
+        return status
+
+
+def _run(given: Sequence[str], named: str) -> int:
     try:
         parser = app([named] if named in COMMANDS else COMMANDS)  # others would only cost time
-        status = parser(args=arguments, prog_name="mergecli", standalone_mode=False)
+        status = parser(args=given, prog_name="mergecli", standalone_mode=False)
         if status == ExitStatus.INTERRUPTED:  # while the parser was at work
             return _interrupted(None)
         sys.stdout.flush()

@@ -23,3 +23,6 @@ COMMANDS = {
     "doctor": "mergecli.cli.doctor",
 }
 """Command -> its module, in the order of `--help`. The function in it has the module's name."""
+
+SHARED = ("merge", "measure", "finetune")
+"""Those whose work the processes of `torchrun` share; the first process does the others' work alone."""

@@ -80,6 +80,17 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0" or not are_several()
 
 
+@contextmanager
+def alone() -> Generator[None]:
+    """Makes this process the only one, for work that is not shared: nothing in it waits for others."""
+    count = os.environ["WORLD_SIZE"]
+    os.environ["WORLD_SIZE"] = "1"
+    try:
+        yield
+    finally:
+        os.environ["WORLD_SIZE"] = count
+
+
 def is_first_here() -> bool:
     """Whether this is the process that fills the store of its machine."""
     return is_first() or os.environ.get("LOCAL_RANK", "0") == "0"

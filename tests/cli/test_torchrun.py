@@ -97,6 +97,26 @@ def torchrun(
     return out.splitlines(), without_end(err).splitlines()
 
 
+def test_a_command_that_is_not_shared_is_done_by_the_first_process_alone(
+    world: AdaptedWorld, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "result.json"
+    command = ["eval", world.recipe.parent / "base", "--recipe", world.recipe, "-o", output]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    second = run(*command)
+    assert (second.status, second.out, second.err) == (0, "", "")
+    assert not output.exists()
+    monkeypatch.setenv("RANK", "0")
+    first = run(*command)
+    assert first.status == 0
+    assert (
+        "note: `eval` is not shared by the processes of `torchrun`: the first one did all of it" in first.err
+    )
+    assert output.exists()
+    assert os.environ["WORLD_SIZE"] == "2"
+
+
 def merge(world: AdaptedWorld, name: str, method: str, *more: str) -> list[str]:
     settings = [part for setting in more for part in ("--set", f"method.{setting}")]
     return ["merge", str(world.recipe), "--method", method, *LEARN, *settings, "-o", f"{name}.safetensors",
