@@ -17,7 +17,8 @@ from mergecli.evaluation.evaluate import asked, evaluate
 from mergecli.evaluation.grid import fill
 from mergecli.evaluation.scoring import Scoring, tell
 from mergecli.evaluation.search_space import Space
-from mergecli.evaluation.study import Study, Trial, check_sampler, check_storage, storage_url
+from mergecli.evaluation.study import Study, Trial, check_sampler
+from mergecli.evaluation.study_database import check_storage, storage_url
 from mergecli.evaluation.sweep import (
     WINDOW,
     MergedPoints,

@@ -1,4 +1,4 @@
-"""The study of a search: trials that several processes share through a database, and what is proposed next. Only this file imports Optuna.
+"""The study of a search: trials that several processes share through a database, and what is proposed next.
 
 A study has as many slots as trials are wanted. A process claims a slot by adding a running trial for it; of two that claim the
 same the one that came first has it. What is proposed for a slot depends on the seed, the slot and the trials of earlier
@@ -8,26 +8,21 @@ batches only: a search that was killed proposes again what it had proposed.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
-import random
-import re
 import socket
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote
 
 from mergecli.evaluation.search_space import Dimension, Space, grid
+from mergecli.evaluation.study_database import Database, quiet
 from mergecli.results.statistics import Count
-from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed
+from mergecli.runtime.errors import UsageError, did_you_mean, listed
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -44,8 +39,6 @@ LOST = 1800.0
 """Seconds after which a running trial of another machine that gives no sign is taken for lost."""
 _SIGN = 30.0
 """Seconds between signs."""
-_ATTEMPTS = 20
-"""How often a process tries to open a study that others begin at the same moment."""
 
 Outcome = Literal["running", "complete", "pruned", "failed"]
 
@@ -95,59 +88,16 @@ class Study:
             "id": uuid.uuid4().hex,
         }
         self._last_sign = 0.0
-        self._shown = _without_password(url)
+        self._database = Database(url)
         self.slots = len(self._grid(trials)) if sampler == "grid" else trials
-        known = self._open(url, name, facts)
+        self._study, known = self._database.open(name, facts)
         if differing := [
             f"{key}: {known.get(key)}, not {value}" for key, value in facts.items() if known.get(key) != value
         ]:
             raise UsageError(
-                f"{self._shown}: the study `{name}` is another search:\n{listed(differing)}",
+                f"{self._database}: the study `{name}` is another search:\n{listed(differing)}",
                 "name another folder with `-o`, or another study with `--study`",
             )
-
-    def _open(self, url: str, name: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The facts of the study, which is begun with these if there is none."""
-        with _quiet():
-            import optuna
-            from sqlalchemy.exc import IntegrityError
-
-            attempts = _ATTEMPTS
-            while True:
-                attempts -= 1
-                try:
-                    self._storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine(url))
-                    self._study = optuna.create_study(
-                        storage=self._storage, study_name=name, direction="maximize", load_if_exists=True
-                    )
-                    known = self._study.user_attrs.get("mergecli")
-                    if known is None:
-                        self._study.set_user_attr("mergecli", dict(facts))
-                    return known or dict(facts)
-                except Exception as error:
-                    # another process has just made the table or the row that this one was about to make
-                    exists = isinstance(_cause(error), IntegrityError) or "already exists" in str(error)
-                    if not exists or not attempts:
-                        raise InputError(
-                            f"{self._shown}: cannot open the study: {_first_line(error)}",
-                            "`--storage` names another",
-                        ) from error
-                    time.sleep(random.uniform(0.05, 0.2))
-
-    @contextmanager
-    def _database(self) -> Generator[None]:
-        """Raises InputError if the database fails, as one that has gone."""
-        from optuna.exceptions import StorageInternalError
-        from sqlalchemy.exc import SQLAlchemyError
-
-        try:
-            with _quiet():
-                yield
-        except (SQLAlchemyError, StorageInternalError) as error:
-            raise InputError(
-                f"{self._shown}: the database of the study fails: {_first_line(error)}",
-                "the same command goes on when the database is back",
-            ) from error
 
     # trials
 
@@ -177,7 +127,7 @@ class Study:
         return next(each for each in self.space.dimensions if each.key == key)
 
     def _all(self) -> list[FrozenTrial]:
-        with self._database():
+        with self._database.in_use():
             return [each for each in self._study.get_trials(deepcopy=False) if "slot" in each.user_attrs]
 
     def _taken(self) -> dict[int, FrozenTrial]:
@@ -207,7 +157,7 @@ class Study:
         """Adds a running trial; whether the slot is ours."""
         from optuna.trial import TrialState, create_trial
 
-        with self._database():
+        with self._database.in_use():
             trial = create_trial(
                 state=TrialState.RUNNING,
                 params={key: self._written(key, value) for key, value in values.items()},
@@ -233,11 +183,11 @@ class Study:
     def tell(self, trial: Trial, stage: int) -> None:
         """Keeps what is known of a trial after a stage, counted from 1."""
         assert trial.objective is not None
-        with self._database():
+        with self._database.in_use():
             found = self._taken()[trial.slot]
             counts = {task: [each.correct, each.images] for task, each in trial.counts.items()}
-            self._storage.set_trial_user_attr(found._trial_id, "counts", counts)  # pyright: ignore[reportPrivateUsage]
-            self._storage.set_trial_intermediate_value(found._trial_id, stage, trial.objective)  # pyright: ignore[reportPrivateUsage]
+            self._database.storage.set_trial_user_attr(found._trial_id, "counts", counts)  # pyright: ignore[reportPrivateUsage]
+            self._database.storage.set_trial_intermediate_value(found._trial_id, stage, trial.objective)  # pyright: ignore[reportPrivateUsage]
 
     def middle(self, stage: int) -> float:
         """The objective that the better half of all trials reach at a stage."""
@@ -276,7 +226,7 @@ class Study:
     def _end(self, number: int, state: str, objective: float | None = None) -> None:
         from optuna.trial import TrialState
 
-        with self._database():
+        with self._database.in_use():
             try:
                 self._study.tell(number, objective, state=TrialState[state])
             except ValueError as error:
@@ -291,8 +241,8 @@ class Study:
         self._last_sign = now
         for each in self._all():
             if each.state.name == "RUNNING" and each.user_attrs["owner"]["id"] == self._owner["id"]:
-                with self._database():
-                    self._storage.set_trial_user_attr(each._trial_id, "sign", now)  # pyright: ignore[reportPrivateUsage]
+                with self._database.in_use():
+                    self._database.storage.set_trial_user_attr(each._trial_id, "sign", now)  # pyright: ignore[reportPrivateUsage]
 
     def _forget_lost(self) -> None:
         """Frees the slots of processes that have gone."""
@@ -352,7 +302,7 @@ class Study:
         from optuna.samplers import RandomSampler, TPESampler
 
         seed = _seed(self.seed, slot)
-        with _quiet():
+        with quiet():
             sampler: Any = RandomSampler(seed)
             if self.sampler == "tpe":
                 sampler = TPESampler(
@@ -430,7 +380,7 @@ class Study:
         complete = [each for each in self._taken().values() if each.state.name == "COMPLETE"]
         if len(complete) < 2 or len({each.value for each in complete}) < 2:
             return {}
-        with _quiet():
+        with quiet():
             from optuna import create_study
 
             study = create_study(direction="maximize")
@@ -453,40 +403,6 @@ def check_sampler(sampler: str, space: Space) -> None:
         raise UsageError(
             "--sampler cmaes: needs a range to search", "`--sampler tpe` chooses among values too"
         )
-
-
-_DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "mysqldb": "mysqlclient"}
-"""Driver -> the package that has it, where that is called otherwise."""
-
-
-def check_storage(url: str) -> None:
-    """Raises UsageError if this is no address of a database, or the package that talks to it is missing."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
-
-    shown = _without_password(url)
-    try:
-        dialect = make_url(url).get_dialect()
-    except (SQLAlchemyError, ValueError) as error:
-        raise UsageError(
-            f"--storage {shown}: expected the address of a database, such as postgresql://user@host/db, or a file: "
-            f"{_first_line(error)}"
-        ) from error
-    try:
-        dialect.import_dbapi()
-    except ImportError as error:
-        package = _DRIVERS.get(dialect.driver, dialect.driver)
-        raise UsageError(
-            f"--storage {shown}: cannot talk to this database: {_first_line(error)}",
-            f"pip install '{package}'",
-        ) from error
-
-
-def storage_url(storage: str | None, folder: Path) -> str:
-    """The address of the database: by default a file in the output's folder."""
-    if storage is not None and "://" in storage:
-        return storage
-    return f"sqlite:///{quote(str(storage or folder / 'study.db'))}"
 
 
 def _counts(trial: FrozenTrial, number: int, slot: int, first: int) -> bool:
@@ -555,45 +471,3 @@ def _began(pid: int) -> str:
     except (OSError, OverflowError):
         return ""
     return "there"
-
-
-def _engine(url: str) -> dict[str, Any]:
-    """SQLite lets one process write at a time: the others wait. A server may have closed a connection between two trials: it is
-    tried before it is used."""
-    return {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-
-
-def _without_password(url: str) -> str:
-    hidden = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", url)
-    return re.sub(r"([?&]password=)[^&\s]*", r"\1***", hidden)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What the database said; Optuna wraps it where it wrote."""
-    from optuna.exceptions import StorageInternalError
-
-    return error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
-
-
-def _first_line(error: BaseException) -> str:
-    error = _cause(error)
-    return _without_password((str(error).splitlines() or [type(error).__name__])[0])
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """What Optuna and its database log is dropped, and so are warnings of what is experimental; errors are raised as they are."""
-    from optuna import logging as optuna_logging
-
-    before = optuna_logging.get_verbosity()
-    optuna_logging.set_verbosity(optuna_logging.CRITICAL)
-    alembic = logging.getLogger("alembic")
-    level = alembic.level
-    alembic.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        alembic.setLevel(level)
-        optuna_logging.set_verbosity(before)
