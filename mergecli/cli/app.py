@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,8 +17,8 @@ from mergecli.cli.commands import COMMANDS, SHARED
 from mergecli.cli.parser import Command, Debug, Group, Interrupted, Quiet, Verbose
 from mergecli.cli.parser_errors import message_of
 from mergecli.runtime import interrupts, verbosity
-from mergecli.runtime.distributed import alone, are_several, is_first
-from mergecli.runtime.errors import ExitStatus, MergecliError, ThresholdError
+from mergecli.runtime.distributed import alone, are_several, check_environment, is_first
+from mergecli.runtime.errors import ExitStatus, InputError, MergecliError, ThresholdError
 
 
 def app(names: Iterable[str] = tuple(COMMANDS)) -> typer.Typer:
@@ -71,6 +72,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     named = next((each for each in given if not each.startswith("-")), "")
     with console.warnings_of_ours():
+        try:
+            _check_surroundings()
+        except MergecliError as error:
+            console.error(error.message, error.hint)
+            return error.status
         if not are_several() or named in SHARED:
             return _run(given, named)
         if not is_first():
@@ -82,6 +88,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
                 f"`{named}` is not shared by the processes of `torchrun`: the first one did all of it"
             )
         return status
+
+
+def _check_surroundings() -> None:
+    """Raises MergecliError if no command can work in this folder, or with this environment."""
+    check_environment()
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise InputError("the working folder was removed, or cannot be entered", "`cd` to another") from error
 
 
 def _run(given: Sequence[str], named: str) -> int:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import IO, TYPE_CHECKING, TextIO
 
 from mergecli.cli import spinner
@@ -74,8 +74,7 @@ def remark(text: str) -> None:
 
 def plain(text: str) -> None:
     """A message without any word before it, on stderr."""
-    with suppress(OSError):  # nobody reads stderr any more
-        _print(visible_message(text))
+    _print(visible_message(text))
 
 
 def detail(text: str) -> None:
@@ -108,8 +107,7 @@ def error(message: str, hint: str = "", details: str = "") -> None:
         lines.append(visible_message(details) if verbosity.verbose else "(`--verbose` shows the details)")
     if hint:
         lines.append(f"{who}{_painted('hint:', '36', sys.stderr)} {visible_message(hint)}")
-    with suppress(OSError):  # nobody reads stderr any more
-        _print("\n".join(lines))
+    _print("\n".join(lines))
 
 
 def traceback() -> None:
@@ -120,8 +118,11 @@ def traceback() -> None:
 
 
 def _print(text: str) -> None:
-    with spinner.cleared():
-        print(text, file=sys.stderr, flush=True)
+    try:
+        with spinner.cleared():
+            print(text, file=sys.stderr, flush=True)
+    except OSError:  # nobody reads stderr any more, or its disk is full: no reason to end the work
+        drop_output(2)
 
 
 @contextmanager
@@ -159,10 +160,10 @@ def _clean_logs() -> None:
         logging.lastResort.setFormatter(Visible())
 
 
-def drop_output() -> None:
-    """Discards everything that is printed from now on, since the reader of stdout has gone."""
+def drop_output(stream: int = 1) -> None:
+    """Discards everything that is printed from now on to stdout, or to stderr (2), since its reader has gone."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
+    os.dup2(null, stream)
 
 
 def table(content: Table, form: str | None, drawn: Sequence[Table] = ()) -> None:

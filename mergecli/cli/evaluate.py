@@ -174,7 +174,7 @@ def evaluate(
     models = options.names("--model", only)
     kinds = options.names("--ensemble", ensemble)
     weights = _weights(ensemble_weights or [])
-    chosen = {"--split": split, "--corruption": corruption}
+    chosen = {"--split": split, "--corruption": corruption, "--select": select}
     for option, text in chosen.items():
         if text is not None and not text.strip(" ,"):
             raise UsageError(f"{option}: is empty", "leave the option out for its default")

@@ -93,6 +93,8 @@ def _normalized(weights: Mapping[str, float], members: Sequence[str]) -> dict[st
     total = sum(weights.values())
     if not total:
         raise UsageError("--ensemble-weight: all weights are 0", "give at least one member a greater one")
+    if total == math.inf:
+        raise UsageError("--ensemble-weight: the sum of the weights is infinite", "give smaller ones")
     return {name: weights[name] / total for name in members}
 
 

@@ -321,6 +321,7 @@ def check_fit(models: Models) -> None:
     heads = {name for name in heads if not name.endswith(_COUNTERS)}
     problems: list[str] = []
     details: list[str] = []
+    extra: list[str] = []
     for task, each in models.tuned.items():
         # a task vector may have no tensors but those that are merged
         wanted = {
@@ -339,6 +340,7 @@ def check_fit(models: Models) -> None:
             details += lines
             continue
         problems += lines
+        extra += have.keys() - wanted.keys()
         for name, form in wanted.items():
             entry = have.get(name)
             if form.any_float or entry is None or (entry.shape, entry.dtype) != (form.shape, form.dtype):
@@ -351,7 +353,9 @@ def check_fit(models: Models) -> None:
         problems.append(f"{whose} has no floating point tensors")
     cure = next(
         filter(None, (lead_hint(each, reference) for each in models.tuned.values())),
-        "merge only models that were fine-tuned from the same base",
+        leave_out_hint(extra)
+        if extra and len(extra) == len(problems)
+        else "merge only models that were fine-tuned from the same base",
     )
     if heads and not problems:
         cure = leave_out_hint(heads)

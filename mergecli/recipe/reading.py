@@ -83,7 +83,7 @@ def _changed(known: Recipe, overrides: Sequence[Override]) -> Recipe:
 
 
 def _read(values: dict[str, Any], path: Path | None, text: str, overrides: Sequence[Override]) -> Recipe:
-    reader = RecipeReader(path.parent if path else Path())
+    reader = RecipeReader(path.parent) if path else RecipeReader(naming="write `NAME=SOURCE`")
     for each in overrides:
         reader.override(values, each)
     recipe = pin(recipe_in(values, path, reader))

@@ -41,6 +41,8 @@ class RecipeReader:
     options: dict[str, str] = field(default_factory=dict[str, str])
     """Key -> the option that set it, and all that is below it."""
     values: TableReader = field(default_factory=TableReader)
+    naming: str = ""
+    """How a model gets another name, where no key of a file names it."""
 
     def option(self, key: str) -> str | None:
         """The option that gave the value under a dotted key; None where the file did."""
@@ -161,6 +163,7 @@ class RecipeReader:
             self.values.wrong(
                 key,
                 f"{why}: expected letters, digits, `-`, `_`, `.` or `+`, beginning with a letter or digit",
+                self.naming,
             )
         return name
 

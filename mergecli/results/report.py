@@ -90,7 +90,7 @@ def report(
     _check_files(read | {str(against): Path(against)} if against else read, output, format, plot, plot_kind)
     if card is not None:
         check_card(Path(card))
-    theirs = references.find(reference) if reference else None
+    theirs = references.find(reference) if reference is not None else None
     evaluations = [_read(each) for each in results]
     tasks = scored.tasks_of(evaluations)
     spelled = seen.split(",") if isinstance(seen, str) else seen

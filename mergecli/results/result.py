@@ -275,7 +275,8 @@ def result_files(names: Sequence[str], output: str | Path | None) -> list[Path]:
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise UsageError(
-            f"{target}: two results would be called {quoted(sorted(twice))}", "evaluate them one by one"
+            f"{target}: two results would be called {quoted(sorted(twice))}",
+            "write `NAME=SOURCE`, each with a name of its own",
         )
     return [target / f"{name}.json" for name in names]
 

@@ -70,9 +70,25 @@ class Ranks:
         return bool(self.total(torch.tensor([float(not holds)], device=device)) == 0)
 
 
+_HINT = "`torchrun` sets WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT: use it, or unset WORLD_SIZE"
+
+
+def check_environment() -> None:
+    """Raises UsageError if WORLD_SIZE and RANK are not those of one of several processes, nor of one alone."""
+    size, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK", "0")
+    if not (size.isascii() and size.isdecimal()):
+        raise UsageError(f"WORLD_SIZE: expected a whole number, got `{size}`", _HINT)
+    if are_several() and not (rank.isascii() and rank.isdecimal() and int(rank) < int(size)):
+        last = int(size) - 1
+        raise UsageError(
+            f"RANK: expected a number from 0 to {last}, as WORLD_SIZE is {size}, got `{rank}`", _HINT
+        )
+
+
 def are_several() -> bool:
     """Whether several processes share the work."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    size = os.environ.get("WORLD_SIZE") or "1"
+    return size.isdecimal() and int(size) > 1
 
 
 def is_first() -> bool:
@@ -97,9 +113,14 @@ def is_first_here() -> bool:
 
 
 def join(device: str) -> tuple[Ranks, str]:
-    """The ranks and the device of this process: `cuda` means one GPU per process. Gloo joins CPUs, NCCL GPUs."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count < 2:
+    """The ranks and the device of this process: `cuda` means one GPU per process. Gloo joins CPUs, NCCL GPUs.
+
+    Raises:
+        UsageError: what the processes need to find each other is not in the environment.
+        InputError: another process has ended.
+    """
+    check_environment()
+    if not are_several():
         return Ranks(), device
     from torch import distributed
 
@@ -108,10 +129,14 @@ def join(device: str) -> tuple[Ranks, str]:
     if not distributed.is_initialized():
         import atexit
 
+        if missing := [each for each in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(each)]:
+            raise UsageError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and there is no {', '.join(missing)}", _HINT
+            )
         with _together():
             distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         atexit.register(distributed.destroy_process_group)
-    return Ranks(distributed.get_rank(), count), device
+    return Ranks(distributed.get_rank(), distributed.get_world_size()), device
 
 
 def wait() -> None:

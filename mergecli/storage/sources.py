@@ -164,6 +164,8 @@ def named_sources(arguments: Sequence[str]) -> dict[str, str]:
             name = f"{path.name}-{task}" if whole else name
             if name in ("model", "model.safetensors.index"):
                 name = path.absolute().parent.name
+        if not argument.strip():
+            parse_source(argument, Path())
         if not name or not source:
             raise UsageError(
                 f"`{argument}`: lacks {'a source' if name else 'a name'}: expected `NAME=SOURCE`",

@@ -273,7 +273,10 @@ def _path(source: Source) -> Path:
 def nearest_path(path: Path, suffixes: Sequence[str] = MODEL_SUFFIXES) -> Path | None:
     """The file or folder beside a path that does not exist whose name, but for its suffix, is like it; None if none is."""
     try:
-        names = sorted(each.name for each in path.parent.iterdir() if each.suffix in suffixes)
+        beside = (
+            each for each in path.parent.iterdir() if each.name != path.name
+        )  # a link to nothing is there
+        names = sorted(each.name for each in beside if each.suffix in suffixes)
     except (OSError, ValueError):
         return None
     stems = {Path(name).stem: name for name in names if not name.startswith(".")}

@@ -260,6 +260,7 @@ def test_a_report_puts_the_results_side_by_side(place: Path, run: Run) -> None:
         (["warm.safetensors", "--recipe", "r.toml", "--min", "warm=0.1", "--min", "warm=0.9"], 2, "error: --min warm=0.9: `warm` has one already, 0.1"),
         (["warm.safetensors", "--recipe", "r.toml", "--corruption", ""], 2, "error: --corruption: is empty"),
         (["warm.safetensors", "--recipe", "r.toml", "--task", ","], 2, "error: --task: is empty"),
+        (["--recipe", "r.toml", "--sweep", "method.density=0.1", "--select", ""], 2, "error: --select: is empty"),
         (["warm.safetensors", "--recipe", "r.toml", "--severity", "4"], 2, "error: --severity: there is no corruption"),
         (["--clip", "base", "--task", "mnist"], 2, "error: there is no checkpoint to evaluate"),
     ],

@@ -117,6 +117,36 @@ def test_a_command_that_is_not_shared_is_done_by_the_first_process_alone(
     assert os.environ["WORLD_SIZE"] == "2"
 
 
+HINT = "hint: `torchrun` sets WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT: use it, or unset WORLD_SIZE\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "said"),
+    [
+        ("abc", "0", "error: WORLD_SIZE: expected a whole number, got `abc`\n" + HINT),
+        (
+            "2",
+            "x",
+            "process x: error: RANK: expected a number from 0 to 1, as WORLD_SIZE is 2, got `x`\nprocess x: "
+            + HINT,
+        ),
+        (
+            "2",
+            "5",
+            "process 5: error: RANK: expected a number from 0 to 1, as WORLD_SIZE is 2, got `5`\nprocess 5: "
+            + HINT,
+        ),
+    ],
+)
+def test_an_environment_that_is_not_of_torchrun_is_refused(
+    size: str, rank: str, said: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", rank)
+    ended = run("methods", "ties")
+    assert (ended.status, ended.out, ended.err) == (2, "", said)
+
+
 def merge(world: AdaptedWorld, name: str, method: str, *more: str) -> list[str]:
     settings = [part for setting in more for part in ("--set", f"method.{setting}")]
     return ["merge", str(world.recipe), "--method", method, *LEARN, *settings, "-o", f"{name}.safetensors",

@@ -150,6 +150,7 @@ def test_of_a_recipe_the_tuned_models_are_meant_and_the_base_only_if_it_is_named
         ({"ensemble": "weighted", "ensemble_weights": {**WEIGHTS, "base": -1.0}}, "--ensemble-weight: `base`: expected a number of at least 0, got -1", ""),
         ({"ensemble": "weighted", "ensemble_weights": {**WEIGHTS, "base": math.nan}}, "--ensemble-weight: `base`: expected a number of at least 0, got nan", ""),
         ({"ensemble": "weighted", "ensemble_weights": dict.fromkeys(WEIGHTS, 0.0)}, "--ensemble-weight: all weights are 0", "give at least one member a greater one"),
+        ({"ensemble": "weighted", "ensemble_weights": dict.fromkeys(WEIGHTS, 1e308)}, "--ensemble-weight: the sum of the weights is infinite", "give smaller ones"),
         ({"ensemble_weights": WEIGHTS}, "--ensemble-weight: is for the weighted ensemble", "ask for it with `--ensemble weighted`"),
         ({"ensemble": "logits", "output": "r.json"}, "r.json: one file cannot hold 4 results", "name a folder"),
     ],

@@ -346,7 +346,8 @@ def test_weights_that_are_not_numbers_are_named_and_nothing_is_written(place, re
     weights = load_file(place / "tower.safetensors")
     weights["vision_model.post_layernorm.bias"][0] = float("nan")
     save_file(weights, tmp_path / "nan.safetensors")
-    with pytest.raises(InputError, match=r"nan\.safetensors: gives NaN or infinite logits on task `tints`"):
+    message = r"nan\.safetensors: gives NaN or infinite logits on task `tints`\nhint: .* `--precision` is too narrow"
+    with pytest.raises(InputError, match=message):
         evaluate([tmp_path / "nan.safetensors"], recipe=recipe, output=tmp_path / "r.json")
     assert not (tmp_path / "r.json").exists()
 
@@ -368,7 +369,7 @@ def test_weights_that_are_not_numbers_are_named_and_nothing_is_written(place, re
         ({"checkpoints": []}, "there is no checkpoint to evaluate"),
         (
             {"checkpoints": ["a/x.safetensors", "b/x.safetensors"], "output": "out"},
-            "two results would be called `x`",
+            "two results would be called `x`\nhint: write `NAME=SOURCE`, each with a name of its own",
         ),
         ({"checkpoints": ["base", "other"], "output": "r.json"}, "one file cannot hold 2 results"),
         ({"output": "base/model.json"}, None),

@@ -35,6 +35,17 @@ def test_missing_extra_and_reshaped_tensors_are_all_listed(world: World, run: Ru
     assert sorted(world.folder.iterdir()) == before
 
 
+def test_what_one_model_alone_has_may_be_left_out(world: World, run: Run) -> None:
+    save_file(world.tuned["t1"] | {"head.weight": torch.ones(3)}, world.files["t1"])
+    line = ["merge", "t1.safetensors", "t2.safetensors", "--method", "average", "-o", "m.safetensors"]
+    ended = run(*line, "--base", "base.safetensors")
+    assert (ended.status, ended.err) == (3, (
+        "error: the checkpoints do not fit together:\n  t1: has an extra tensor `head.weight`\n"
+        'hint: `leave_out = ["head."]` in the recipe, or with `merge --set`, reads the models without them\n'
+    ))  # fmt: skip
+    assert run(*line, "--base", "base.safetensors", "--set", 'leave_out=["head."]').status == 0
+
+
 def test_whole_numbers_must_be_equal(world: World) -> None:
     save_file(world.tuned["t3"] | {"steps": torch.tensor([0, 1, 2, 4])}, world.files["t3"])
     with pytest.raises(

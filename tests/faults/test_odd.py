@@ -179,6 +179,40 @@ def test_closed_and_full_streams_lose_no_work(world: World) -> None:
     assert closed("info nosuch.safetensors 2>&-", world.folder).returncode == 3
     done = closed("methods > /dev/full", world.folder)
     assert (done.returncode, done.stderr) == (3, "error: stdout: cannot write: no space left on device\n")
+    noted = "merge --onto base.safetensors t1.safetensors --method average -o noted.safetensors"
+    done = closed(f"{noted} 2> /dev/full", world.folder)
+    assert (done.returncode, done.stdout) == (0, "noted.safetensors\n")
+    assert (world.folder / "noted.safetensors").exists()
+
+
+def test_a_working_folder_that_was_removed_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergecli import cli
+
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli.run(["methods"]) == 3
+    told = "error: the working folder was removed, or cannot be entered\nhint: `cd` to another\n"
+    assert capsys.readouterr() == ("", told)
+
+
+def test_a_file_whose_name_is_no_name_of_a_model_gets_another(world: World, run: Run) -> None:
+    world.files["t1"].rename(world.folder / "t (1).safetensors")
+    line = ["merge", "t2.safetensors", "--method", "average", "-o", "m.safetensors"]
+    ended = run(*line, "t (1).safetensors")
+    assert (ended.status, ended.err) == (2, (
+        "error: command line: `tuned.t (1)`: bad name: expected letters, digits, `-`, `_`, `.` or `+`, beginning with a "
+        "letter or digit\nhint: write `NAME=SOURCE`\n"
+    ))  # fmt: skip
+    assert run(*line, "t1=t (1).safetensors").status == 0
+
+
+def test_an_argument_that_is_empty_is_no_source(run: Run) -> None:
+    ended = run("merge", "", "t2.safetensors", "--method", "average", "-o", "m.safetensors")
+    assert (ended.status, ended.err.splitlines()[0]) == (2, "error: a source is empty")
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into the process")

@@ -281,6 +281,9 @@ def test_a_change_that_means_nothing_is_refused(file: Path, change: str, message
 def test_a_recipe_that_is_missing_or_a_folder_or_not_utf8_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none.toml: no such recipe"):
         recipe_of(tmp_path / "none.toml")
+    (tmp_path / "link.toml").symlink_to("none.toml")
+    with pytest.raises(InputError, match=r"link.toml: no such recipe$"):
+        recipe_of(tmp_path / "link.toml")
     (tmp_path / "folder.toml").mkdir()
     with pytest.raises(UsageError, match=r"is a folder, a recipe \(TOML\) was expected"):
         recipe_of(tmp_path / "folder.toml")

@@ -94,6 +94,8 @@ def test_the_published_numbers_are_those_of_the_page() -> None:
         UsageError, match=r"unknown reference `clip-vit-base-patch32-ta9` \(did you mean `clip-v"
     ):
         find("clip-vit-base-patch32-ta9")
+    with pytest.raises(UsageError, match="unknown reference ``"):
+        report([like_published("mine", "ties", "Ties-Merging")], reference="")
 
 
 def test_a_reference_adds_the_published_average_and_the_difference() -> None:

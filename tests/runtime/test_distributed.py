@@ -41,6 +41,18 @@ def test_a_process_alone_is_the_first_and_its_sums_are_its_own(monkeypatch: pyte
         ranks.raise_first_error(UsageError("wrong", "mend"), "cpu")
 
 
+def test_a_process_that_cannot_find_the_others_says_which_variables_it_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert join("cpu") == (Ranks(0, 1), "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="WORLD_SIZE is 2, and there is no RANK, MASTER_ADDR, MASTER_PORT\n"):
+        join("cpu")
+
+
 def test_a_device_that_torch_does_not_have_is_refused() -> None:
     assert usable_device("cpu") == "cpu"
     with pytest.raises(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from mergecli.runtime import interrupts
+from mergecli.runtime.distributed import are_several
 from mergecli.runtime.engines.contract import Engine, Executor, LostWorkerError, Report, Unit, Work
 from mergecli.runtime.errors import InputError, MergecliError, MergecliWarning, UsageError, listed
 from mergecli.runtime.progress import Progress
@@ -81,7 +81,7 @@ def run_grid(
     Raises:
         MergecliError: the first failure, without `keep_going`; or a worker was lost too often.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if are_several():
         raise UsageError(
             "the processes of `torchrun` share the work already", "leave out the options of engines"
         )
