@@ -69,7 +69,7 @@ class Similarities:
 
 
 def cos_sim(
-    vectors: str | Path | Recipe | Mapping[str, str | Path],
+    vectors: str | Path | Recipe | Mapping[str, str | Path] | Sequence[str | Path],
     *,
     base: str | Path | None = None,
     output: str | Path | None = None,
@@ -83,7 +83,7 @@ def cos_sim(
     A mixture stands for the towers of all its tasks, called `NAME#TASK`.
 
     Args:
-        vectors: name -> task-vector file, or fine-tuned model if `base` is given; or a recipe or its file.
+        vectors: task-vector files, or fine-tuned models if `base` is given, in a list or by name; or a recipe or its file.
         output: a CSV file. layers: a CSV file with the cosines of each layer. plot: a heat-map (PNG, SVG or PDF by its suffix).
     """
     recipe = recipe_of(vectors, base=base, changes=changes)

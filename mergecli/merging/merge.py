@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 
 def merge(
-    recipe: str | Path | Recipe | Mapping[str, str | Path],
+    recipe: str | Path | Recipe | Mapping[str, str | Path] | Sequence[str | Path],
     *,
     output: str | Path,
     base: str | Path | None = None,
@@ -82,9 +82,9 @@ def merge(
     """Merges fine-tuned models into one checkpoint at `output`, never holding more than a block of each.
 
     Args:
-        recipe: a recipe or its file; or the fine-tuned models themselves, name -> source, in the order of all sums.
+        recipe: a recipe or its file; or the fine-tuned models themselves, name -> source or a list, in the order of all sums.
         output: a `.safetensors` file, or a Hugging Face folder if the name has no suffix; of an adapter, its folder.
-        base: the base model, where `recipe` is a mapping.
+        base: the base model, where `recipe` is models.
         method: a method's name; replaces the recipe's.
         settings: the method's settings, with `method`.
         changes: further changes to the recipe, each `key=value` as for `--set`.

@@ -16,13 +16,13 @@ from mergecli.recipe.schema import Recipe, recipe_in
 from mergecli.recipe.toml import Override, RecipeReader, parse_changes
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean, quoted
 from mergecli.runtime.notes import note
-from mergecli.storage.sources import CHAIN_STATE, Source, parse_source
+from mergecli.storage.sources import CHAIN_STATE, Source, named_sources, parse_source
 from mergecli.storage.store import nearest_path
 from mergecli.storage.table_reader import Problem
 
 
 def recipe_of(
-    what: str | Path | Recipe | Mapping[str, str | Path | Mapping[str, str]],
+    what: str | Path | Recipe | Mapping[str, str | Path | Mapping[str, str]] | Sequence[str | Path],
     *,
     base: str | Path | Mapping[str, str] | None = None,
     method: str | None = None,
@@ -36,7 +36,7 @@ def recipe_of(
     what they are: only the text of `changes` is parsed. Sources of a file are pinned as the lock beside it says.
 
     Args:
-        what: a recipe, its file, or name -> fine-tuned model.
+        what: a recipe, its file, name -> fine-tuned model, or a list of models, each `[NAME=]SOURCE`.
         base: of models without a recipe.
         method: a name; replaces the method with all its settings.
         settings: of the method.
@@ -48,8 +48,10 @@ def recipe_of(
         UsageError: everything that is wrong with it, each with its option, or with file, line and key.
     """
     named = [Override("method", {"name": method}, "--method")] if method is not None else []
-    given = [Override(f"method.{key}", value, "settings") for key, value in (settings or {}).items()]
+    given = [Override(f"method.{key}", _plain(value), "settings") for key, value in (settings or {}).items()]
     every = [*named, *given, *parse_changes(changes), *overrides]
+    if not isinstance(what, (str, Path, Recipe, Mapping)):
+        what = named_sources([str(each) for each in what])
     if base is not None and not isinstance(what, Mapping):
         raise UsageError("a recipe names its base itself", "use `--set base=...` to change it")
     if isinstance(what, Recipe):
@@ -62,6 +64,11 @@ def recipe_of(
     path = Path(what)
     text = _text(path)
     return _read(_values(text, path), path, text, every)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy and torch, and arrays of them, as those of Python."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _changed(known: Recipe, overrides: Sequence[Override]) -> Recipe:

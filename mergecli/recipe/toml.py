@@ -59,6 +59,8 @@ class RecipeReader:
             inner: Any = _inside(holder, step, {} if isinstance(after, str) else [])
             if steps[0] == "method" and isinstance(inner, str):  # a method's name alone stands for its table
                 inner = {"name": inner}
+            elif after in SOURCE_KEYS and isinstance(inner, str):  # and so does a source
+                inner = {"source": inner}
             if not isinstance(inner, Mapping if isinstance(after, str) else list):
                 what = "a table" if isinstance(after, str) else "a list"
                 self.values.wrong(each.key, f"`{step}` is not {what}")
@@ -171,6 +173,9 @@ class RecipeReader:
 def _steps(key: str) -> list[str | int]:
     """`a.b[0].c` as `a`, `b`, 0, `c`; a model's or a task's name may have dots and brackets in it."""
     first = key.partition(".")[0]
+    name, _, last = key.rpartition(".")
+    if first == "tuned" and last in SOURCE_KEYS and name != first:
+        return [*_steps(name), last]
     steps: list[str | int] = []
     for part in key.split(".", {"tuned": 1, "tasks": 2}.get(first, -1)):
         found = re.fullmatch(r"\s*([^\[\]]*?)\s*((?:\[\d+\])*)\s*", part) if first == "method" else None

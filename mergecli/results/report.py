@@ -20,7 +20,7 @@ from mergecli.storage.atomic import check_targets, write_text
 
 
 def report(
-    results: Sequence[str | Path | Evaluation],
+    results: str | Path | Evaluation | Sequence[str | Path | Evaluation],
     *,
     sort: str | None = None,
     ascending: bool = False,
@@ -68,6 +68,7 @@ def report(
     Raises:
         UsageError: an argument is wrong. InputError: a file is missing, or not what it should be.
     """
+    results = [results] if isinstance(results, (str, Path, Evaluation)) else results
     if not results:
         raise UsageError(
             "there are no results to report", "name the JSON files that `mergecli eval -o` wrote"

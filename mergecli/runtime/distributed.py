@@ -168,6 +168,7 @@ def usable_device(name: str) -> str:
     Raises:
         UsageError: it cannot.
     """
+    name = str(name)  # it may be a `torch.device`
     if name == "cpu":
         return name
     import torch

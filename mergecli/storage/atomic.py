@@ -100,6 +100,8 @@ def check_name(path: Path, *, folder: bool = False) -> None:
         )
     if not path.absolute().name or path.name in ("", ".."):
         raise UsageError(f"output `{path}`: expected the name of a {'folder' if folder else 'file'}")
+    if (meant := os.path.expanduser(path)) != str(path):  # noqa: PTH111  leaves an unknown `~user` alone
+        raise UsageError(f"output `{path}`: `~` would be the name of a folder here", f"write `{meant}`")
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):  # a name that is too long is refused when it is written

@@ -3,7 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from mergecli import methods
 from mergecli.recipe.reading import named_models, recipe_of
@@ -58,6 +60,16 @@ def test_paths_are_relative_to_the_recipe_but_in_changes_to_the_current_folder(f
     assert recipe.tuned["stanford-cars"].path == Path("other.safetensors")
     assert recipe.tasks["birds"].data is not None
     assert recipe.tasks["birds"].data.path == file.parent / "data/birds"
+
+
+def test_a_change_below_a_source_changes_that_model_and_adds_none(file: Path) -> None:
+    changes = ["tuned.sun397.dtype=float16", "tuned.stanford-cars.source=hf:y/z", "base.revision=v2"]
+    recipe = recipe_of(file, changes=changes)
+    assert list(recipe.tuned) == ["sun397", "stanford-cars"]
+    assert recipe.tuned["sun397"].path == file.parent / "models/a.safetensors"
+    assert [recipe.tuned["sun397"].dtype, str(recipe.tuned["stanford-cars"])] == ["float16", "hf:y/z"]
+    assert str(recipe.base) == "hf:openai/clip-vit-base-patch32@v2"
+    assert list(recipe_of(file, changes=["tuned.a.b=toy:digits"]).tuned)[-1] == "a.b"
 
 
 def test_a_method_on_the_command_line_replaces_the_table_and_changes_follow(file: Path) -> None:
@@ -352,6 +364,15 @@ def test_settings_of_a_python_call_stay_the_values_that_they_are(file: Path) -> 
     for what in (file, recipe_of(file), {"sun397": "a", "stanford-cars": "b"}):
         recipe = recipe_of(what, method="weighted_average", settings={"weights": weights})
         assert recipe.settings["weights"] is weights
+
+
+def test_settings_of_a_python_call_may_be_numbers_of_other_libraries() -> None:
+    several = {"density": np.float32(0.5), "scaling_factor": torch.tensor(2)}
+    recipe = recipe_of({"a": "a"}, base="b", method="ties", settings=several)
+    assert recipe.settings == {"density": 0.5, "scaling_factor": 2}
+    weighted = {"weights": np.array([1.0, 3.0])}
+    recipe = recipe_of(["a", "x=b"], base="b", method="weighted_average", settings=weighted)
+    assert (list(recipe.tuned), recipe.settings) == (["a", "x"], {"weights": [1.0, 3.0]})
 
 
 def test_a_change_below_a_table_leaves_the_callers_table_alone(file: Path) -> None:

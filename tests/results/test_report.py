@@ -66,6 +66,12 @@ def test_results_stand_side_by_side_with_a_dash_where_a_task_is_missing() -> Non
     assert table.warnings == ("`two` lacks `dtd`: its average is of other tasks than the others'",)
 
 
+def test_one_result_needs_no_list(tmp_path: Path) -> None:
+    one = result("a", digits=0.5)
+    (tmp_path / "a.json").write_text(one.to_json())
+    assert report(one).rows == report([one]).rows == report(str(tmp_path / "a.json")).rows
+
+
 def test_people_get_percent_and_programs_fractions() -> None:
     table = accuracy_table(TWO)
     assert table.text("tsv").splitlines() == [

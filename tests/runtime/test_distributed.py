@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 
@@ -54,7 +56,7 @@ def test_a_process_that_cannot_find_the_others_says_which_variables_it_lacks(
 
 
 def test_a_device_that_torch_does_not_have_is_refused() -> None:
-    assert usable_device("cpu") == "cpu"
+    assert usable_device("cpu") == usable_device(cast("str", torch.device("cpu"))) == "cpu"
     with pytest.raises(
         UsageError, match="device: expected `cpu`, `cuda`, or `cuda:1` for the second GPU, got `nowhere`"
     ):

@@ -287,3 +287,16 @@ def test_a_folder_that_another_program_makes_meanwhile_gets_the_files(tmp_path: 
             (second / "config.json").write_text("second")
     assert (tmp_path / "model" / "config.json").read_text() == "first"
     assert [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tilde_that_no_shell_has_replaced_makes_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/you")
+    with pytest.raises(UsageError) as refused:
+        check_target(Path("~/out/a.safetensors"))
+    assert str(refused.value) == (
+        "output `~/out/a.safetensors`: `~` would be the name of a folder here\nhint: write `/home/you/out/a.safetensors`"
+    )
+    check_target(Path("a~/~nosuchuser.safetensors"))

@@ -184,6 +184,7 @@ class Engine:
 
     def device(self, given: str) -> str:
         """The device of a unit: `--gpus` means `cuda`."""
+        given = str(given)  # it may be a `torch.device`
         return "cuda" if self.gpus is not None and given == "cpu" else given
 
 
