@@ -89,7 +89,7 @@ def begin(step: Onto, progress: Progress | None) -> Merged:
             "there is no base, and differences to it are needed", "name it with `base = ...` or `--base`"
         )
     with ExitStack() as stack:
-        return _step(step, _Earlier(_first_state(recipe, stack)), stack, progress)
+        return _step(step, _Earlier(chain_state(recipe, continual_method(recipe))), stack, progress)
 
 
 def go_on(step: Onto, onto: str | Path, progress: Progress | None) -> Merged:
@@ -122,7 +122,7 @@ def go_on(step: Onto, onto: str | Path, progress: Progress | None) -> Merged:
         if recipe.base is None:
             note(f"{source}: a chain begins on it")
             recipe = replace(recipe, base=source)
-        elif _first_state(recipe, stack).base != previous.digest():
+        elif _base_digest(recipe.base, stack) != previous.digest():
             first = recipe_of(named_sources([str(onto)])).tuned
             if twice := first.keys() & recipe.tuned.keys():
                 raise UsageError(
@@ -133,13 +133,10 @@ def go_on(step: Onto, onto: str | Path, progress: Progress | None) -> Merged:
         return begin(replace(step, recipe=recipe), progress)
 
 
-def _first_state(recipe: Recipe, stack: ExitStack) -> ChainState:
-    method = continual_method(recipe)
-    assert recipe.base
-    opened = stack.enter_context(open_source(recipe.base))
+def _base_digest(base: Source, stack: ExitStack) -> str:
+    opened = stack.enter_context(open_source(base))
     one_tower(opened)
-    digest = opened.vision().digest()
-    return chain_state(recipe, methods.name_of(method), methods.table_of(method), digest)
+    return opened.vision().digest()
 
 
 def continual_method(recipe: Recipe) -> Continual:
