@@ -16,7 +16,6 @@ from mergecli.evaluation.grid import Grid, fill
 from mergecli.evaluation.scoring import Scoring, tell
 from mergecli.evaluation.settings import Tower
 from mergecli.evaluation.work import CountingWork
-from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.chain_state import read_state, state_path
 from mergecli.merging.merge import merge
@@ -125,7 +124,7 @@ def continual(
     with ExitStack() as stack:
         inputs = open_models(known, stack, needs="base").digests()
     known_steps = _Known(known, inputs, settings.device)
-    scoring = Scoring(model_path(base), settings)
+    scoring = Scoring(base, settings)
     images = {task.name: scoring.images(task) for task in tasks}
     for each in images.values():
         tell(each.images)
@@ -143,7 +142,7 @@ def continual(
             failures += failed
             if engine.part or failed:
                 continue
-            found += job.results(base)
+            found += job.results()
             if not keep:
                 chain.clear()
     if failures:
@@ -292,14 +291,14 @@ class _Job:
 
         return fill(grid, engine, work, here, progress, window=len(chain.tasks))
 
-    def results(self, base: Source) -> list[Evaluation]:
+    def results(self) -> list[Evaluation]:
         """Writes the result of each step."""
         scores, chain = self.grid.scores(), self.chain
         found: list[Evaluation] = []
         for number, name in self.names.items():
             own = scores[name]
             assert own.facts is not None
-            result = evaluation_of(own.facts, own.tasks, base, self.scoring)
+            result = evaluation_of(own.facts, own.tasks, self.scoring)
             about: Mapping[str, str | None] = {
                 **result.checkpoint, "name": name, "path": f"{chain.name}/{chain.model(number).name}",
                 "chain": chain.name, "order": ",".join(chain.tasks), "step": str(number),

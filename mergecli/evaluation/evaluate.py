@@ -21,7 +21,7 @@ from mergecli.evaluation.routes import Routes, route_files, write_routes
 from mergecli.evaluation.scoring import Scoring, tell
 from mergecli.evaluation.settings import Settings, Tower
 from mergecli.evaluation.work import CountingWork, OpenedTowers, opened_tower
-from mergecli.formats.opening import model_path, open_source
+from mergecli.formats.opening import open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
 from mergecli.results.pools import several_pools
@@ -339,7 +339,7 @@ def _evaluate_open(
     _check_files(models, call)
     if engine.is_this_process and not engine.collect:
         usable_device(settings.device)
-    scoring = Scoring(model_path(call.base), settings)
+    scoring = Scoring(call.base, settings)
     experts: dict[str, tuple[str, ...]] = {}
     for tower in models:
         with failures.of("tower", tower.name):
@@ -395,7 +395,7 @@ def _evaluate_open(
     if not broken & set(ensembles.weights):
         for name, own, facts in ensemble_scores(grid, ensembles, towers, predictions=bool(call.predictions)):
             scores[name] = own
-            results = (*results, evaluation_of(facts, own.tasks, call.base, scoring))
+            results = (*results, evaluation_of(facts, own.tasks, scoring))
             finished.append(name)
     by_name = {result.name: result for result in results}
     for name, target in zip(names, call.targets, strict=False):
@@ -465,9 +465,7 @@ def _evaluations(
     """A result for each tower; or one of all together, each on the task that it is named after."""
     facts = {tower.name: TowerFacts.of(tower, scoring.digests.vision, call.settings) for tower in models}
     if not call.individual:
-        return tuple(
-            evaluation_of(facts[tower.name], scores[tower.name].tasks, call.base, scoring) for tower in models
-        )
+        return tuple(evaluation_of(facts[tower.name], scores[tower.name].tasks, scoring) for tower in models)
     own = {task: scores[task].tasks[task] for task in (each.name for each in call.tasks)}
     about: dict[str, str | None] = {"name": FINE_TUNED, "path": FINE_TUNED, "digest": None, "kind": None, "method": FINE_TUNED}  # fmt: skip
     size = sum(facts[tower.name].bytes for tower in models if tower.name in own)
@@ -479,19 +477,16 @@ def _evaluations(
         pool=models[0].pool,
         has_projection=any(each.has_projection for each in facts.values()),
     )
-    return (evaluation_of(together, own, call.base, scoring),)
+    return (evaluation_of(together, own, scoring),)
 
 
-def evaluation_of(
-    facts: TowerFacts, tasks: Mapping[str, TaskScore], base: Source, scoring: Scoring
-) -> Evaluation:
+def evaluation_of(facts: TowerFacts, tasks: Mapping[str, TaskScore], scoring: Scoring) -> Evaluation:
     """The result of a tower, of what is known of it and its scores."""
     digests, settings = scoring.digests, scoring.settings
-    with open_source(base) as whole:
-        own = whole.encoder() if facts.has_projection else whole.vision()
+    own = scoring.encoder_bytes if facts.has_projection else scoring.tower_bytes
     return Evaluation(
         clip={
-            "path": base.label, "digest": digests.vision, "text": digests.text, "rest": digests.rest,
+            "path": scoring.base.label, "digest": digests.vision, "text": digests.text, "rest": digests.rest,
             "processing": scoring.processing,
         },
         batch_size=settings.batch_size,
@@ -501,7 +496,7 @@ def evaluation_of(
         parameters=facts.parameters,
         tasks=tasks,
         bytes=facts.bytes,
-        relative_size=facts.bytes / own.nbytes,
+        relative_size=facts.bytes / own,
         models=facts.models,
         recipe_pool=facts.pool,
         looked_at=facts.looked_at,

@@ -28,7 +28,6 @@ from mergecli.evaluation.sweep import (
     sweep_plan,
 )
 from mergecli.evaluation.work import CountingWork
-from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.sweep_points import Point, identities, model_digests
 from mergecli.recipe.reading import recipe_of
@@ -240,7 +239,7 @@ def search(
             stand_in, confirmation,
         )
     )  # fmt: skip
-    scoring = Scoring(model_path(base), settings)
+    scoring = Scoring(base, settings)
     data = _images(scoring, chosen, split)
     inputs = model_digests(ends)
     facts: dict[str, Any] = {
@@ -359,7 +358,7 @@ class _Run:
         failures = fill(grid, self.engine, work, here, self._tell, window=WINDOW)
         if failures:
             raise FailedUnitsError(failures, len(grid.units))
-        return results_of(grid, unique, self.base)
+        return results_of(grid, unique)
 
     def _tell(self, what: str, done: int, total: int) -> None:
         self.study.sign()

@@ -17,7 +17,6 @@ from mergecli.evaluation.grid import Grid, fill
 from mergecli.evaluation.scoring import Scoring, tell
 from mergecli.evaluation.settings import Tower
 from mergecli.evaluation.work import CountingWork
-from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.merge import learning_key
 from mergecli.merging.sweep_points import Identities, Point, identities, merge_batch, point_files, points_of
@@ -190,7 +189,7 @@ def sweep(
         partial(sweep_plan, points, kept, targets, device, partial(stand_in, split=select or split), confirm)
     )
     known = identities(points, settings.device)
-    scoring = Scoring(model_path(base), settings)
+    scoring = Scoring(base, settings)
     files = UnitFiles(target, settings.max_size, what="its images are counted")
     scratch = TemporaryDirectory(prefix="mergecli-sweep-", ignore_cleanup_errors=True)
     with scratch as temporary, shown(progress) as report:
@@ -210,7 +209,7 @@ def sweep(
             if failures:
                 raise FailedUnitsError(failures, len(grid.units))
             return Swept(points, (), 0, select or "", None)
-        results = results_of(grid, points, base)
+        results = results_of(grid, points)
         points = tuple(point for point in points if point.name in results)
         if not points:
             raise FailedUnitsError(failures, len(grid.units))
@@ -219,7 +218,7 @@ def sweep(
         if select is not None:
             alone = replace(engine, part=None, collect=False, keep_going=False)
             own, _ = run(scoring.on(split), [best], alone)
-            confirmed = results_of(own, [best], base)[best.name]
+            confirmed = results_of(own, [best])[best.name]
             done += own.units.values()
     every = [results[point.name] for point in points]
     splits = {score.split for score in every[0].tasks.values()}
@@ -353,7 +352,7 @@ def count_points(
                 path.unlink()
 
 
-def results_of(grid: Grid, points: Sequence[Point], base: Source) -> dict[str, Evaluation]:
+def results_of(grid: Grid, points: Sequence[Point]) -> dict[str, Evaluation]:
     """Point -> its result, of those that are counted on every task."""
     scores = grid.scores()
     found: dict[str, Evaluation] = {}
@@ -361,7 +360,7 @@ def results_of(grid: Grid, points: Sequence[Point], base: Source) -> dict[str, E
         if point.name in scores:
             own = scores[point.name]
             assert own.facts is not None
-            result = evaluation_of(own.facts, own.tasks, base, grid.scoring)
+            result = evaluation_of(own.facts, own.tasks, grid.scoring)
             found[point.name] = _labeled(result, point)
     return found
 
