@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
-from mergecli.evaluation.evaluate import asked, check_share, evaluate, evaluation_of
-from mergecli.evaluation.grid import Grid, fill
-from mergecli.evaluation.scoring import Scoring, tell
-from mergecli.evaluation.settings import Tower
+from mergecli.evaluation.evaluate import evaluate
+from mergecli.evaluation.grid import Grid, check_share, fill
+from mergecli.evaluation.scoring import Scoring, evaluation_of, tell
+from mergecli.evaluation.settings import Tower, read_arguments
 from mergecli.evaluation.work import CountingWork
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.chain_state import read_state, state_path
@@ -111,7 +111,9 @@ def continual(
     check_share(engine, target)
     evaluation: dict[str, Any] = {"split": split, "limit": limit, "batch_size": batch_size, "dtype": dtype, "workers": workers,
                   "cache": cache, "cache_size": cache_size, "fresh": fresh}  # fmt: skip
-    base, tasks, settings = asked(known, engine, tasks=list(known.tuned), device=device, **evaluation)
+    base, tasks, settings = read_arguments(
+        known, engine, tasks=list(known.tuned), device=device, **evaluation
+    )
     if not engine.keep_going:
         expect_all([base, *known.tuned.values()], known, tasks)
     # no merge is there yet: the base stands for all

@@ -27,7 +27,7 @@ from mergecli.evaluation.routes import RouteSums, Weights
 from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import mixture_of
 from mergecli.formats.opening import model_path, open_source
-from mergecli.results.result import TaskScore
+from mergecli.results.result import Evaluation, TaskScore
 from mergecli.runtime.engines.contract import Unit
 from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.notes import note
@@ -370,6 +370,29 @@ def add(scores: Scores, of_task: TaskImages, found: Counted, settings: Settings,
         scores.routes[task] = found.routes
     if name:
         scores.predictions[task] = _rows(name, of_task, found.counts)
+
+
+def evaluation_of(facts: TowerFacts, tasks: Mapping[str, TaskScore], scoring: Scoring) -> Evaluation:
+    """The result of a tower, of what is known of it and its scores."""
+    digests, settings = scoring.digests, scoring.settings
+    own = scoring.encoder_bytes if facts.has_projection else scoring.tower_bytes
+    return Evaluation(
+        clip={
+            "path": scoring.base.label, "digest": digests.vision, "text": digests.text, "rest": digests.rest,
+            "processing": scoring.processing,
+        },
+        batch_size=settings.batch_size,
+        dtype=settings.dtype,
+        device=settings.device.partition(":")[0],
+        checkpoint=facts.checkpoint,
+        parameters=facts.parameters,
+        tasks=tasks,
+        bytes=facts.bytes,
+        relative_size=facts.bytes / own,
+        models=facts.models,
+        recipe_pool=facts.pool,
+        looked_at=facts.looked_at,
+    )  # fmt: skip
 
 
 def _task_found(tower: Tower, job: Job) -> float | None:

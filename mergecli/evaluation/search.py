@@ -13,10 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergecli.evaluation.evaluate import asked, evaluate
+from mergecli.evaluation.evaluate import evaluate
 from mergecli.evaluation.grid import fill
 from mergecli.evaluation.scoring import Scoring, tell
 from mergecli.evaluation.search_space import Space
+from mergecli.evaluation.settings import read_arguments
 from mergecli.evaluation.study import Study, Trial, check_sampler
 from mergecli.evaluation.study_database import check_storage, storage_url
 from mergecli.evaluation.sweep import (
@@ -223,7 +224,7 @@ def search(
         "tasks": tasks, "limit": limit, "batch_size": batch_size, "dtype": dtype, "workers": workers, "cache": cache,
         "cache_size": cache_size,
     }  # fmt: skip
-    base, chosen, settings = asked(known, engine, device=device, split=split, **how)
+    base, chosen, settings = read_arguments(known, engine, device=device, split=split, **how)
     names = [task.name for task in chosen]
     if objective not in (*OBJECTIVES, *names):
         near = did_you_mean(objective, (*OBJECTIVES, *names))

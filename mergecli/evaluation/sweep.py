@@ -12,10 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING, Any
 
-from mergecli.evaluation.evaluate import asked, check_share, evaluate, evaluation_of
-from mergecli.evaluation.grid import Grid, fill
-from mergecli.evaluation.scoring import Scoring, tell
-from mergecli.evaluation.settings import Tower
+from mergecli.evaluation.evaluate import evaluate
+from mergecli.evaluation.grid import Grid, check_share, fill
+from mergecli.evaluation.scoring import Scoring, evaluation_of, tell
+from mergecli.evaluation.settings import Tower, read_arguments
 from mergecli.evaluation.work import CountingWork
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.merge import learning_key
@@ -178,7 +178,7 @@ def sweep(
     stand_in = partial(evaluate, recipe=first, only=["base"], device=device, **evaluation)
     if evaluation.get("routing") == "batch":
         stand_in = partial(stand_in, routing="sample")
-    base, tasks, settings = asked(first, engine, device=device, split=select or split, **evaluation)
+    base, tasks, settings = read_arguments(first, engine, device=device, split=select or split, **evaluation)
     if not engine.keep_going:
         expect_all([base, *first.tuned.values()], first, tasks)
     if engine.is_this_process and not engine.collect:
