@@ -305,7 +305,7 @@ def _add(job: Job, logits: Tensor, labels: Tensor) -> None:
     if not job.counts.add(own, labels):
         raise InputError(
             f"{job.checkpoint.path}: gives NaN or infinite logits on task `{job.task}`",
-            "its training diverged, the file is damaged, or `--dtype` is too narrow: `float32` is the widest",
+            "its training diverged, the file is damaged, or `--precision` is too narrow: `float32` is the widest",
         )
 
 
