@@ -143,6 +143,10 @@ def sweep(
         plot: a file (PNG, SVG or PDF) that gets curves over the setting that has most values, all of them numbers.
         engine: where the units run, a point on a task each. By default in this process.
         evaluation: further arguments of `evaluate`, such as `tasks`, `limit` or `dtype`.
+
+    Raises:
+        UsageError: an argument or the recipe is wrong. InputError: a model or a data set is missing, damaged or does not fit.
+        FailedUnitsError: units failed, and the engine was to keep going; it has the other points.
     """
     points = points_of(recipe, over, method=method, changes=changes)
     axis = _axis(points) if plot else None
@@ -424,6 +428,7 @@ def _batches(points: Sequence[Point], kept: Path | None) -> Iterator[Sequence[Po
 
 
 def counts_of(result: Evaluation) -> list[Count]:
+    """Correct predictions and images of each task."""
     return [Count(each.correct, each.images) for each in result.tasks.values()]
 
 

@@ -41,7 +41,11 @@ def is_merge(model: Checkpoint) -> bool:
 
 
 def earlier_merge(previous: Checkpoint, stack: ExitStack) -> Earlier:
-    """The merge with its state; or with one made of what the merge says of itself, if it was no step of a chain."""
+    """The merge with its state; or with one made of what the merge says of itself, if it was no step of a chain.
+
+    Raises:
+        InputError: its state is lost, damaged or another model's, or it says too little for another merge to go on.
+    """
     folder = previous.path.absolute().parent
     file = state_path(previous.path)
     if file.exists():
@@ -133,7 +137,15 @@ def continued(earlier: Earlier, recipe: Recipe) -> Recipe:
 
 
 def located(name: str, written: str | dict[str, str], folder: Path, option: str) -> Source:
-    """A source that a state recorded without its folders: it is looked for beside the merged model."""
+    """A source that a state recorded without its folders: it is looked for beside the merged model, in `folder`.
+
+    Args:
+        name: what messages call it.
+        option: that names it.
+
+    Raises:
+        UsageError: it is not there, or the state does not say where it was.
+    """
     label = written if isinstance(written, str) else written["source"]
     sources = recipe_of({"source": written}).tuned if written else {}
     source = sources.get("source")

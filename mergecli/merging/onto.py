@@ -67,7 +67,11 @@ class Onto:
 
 
 def begin(step: Onto, progress: Progress | None) -> Merged:
-    """A merge of all models of the step, as the first step of a chain."""
+    """A merge of all models of the step, as the first step of a chain.
+
+    Raises:
+        UsageError: there is no base, or no step is made by the recipe's method. InputError: as `merge`.
+    """
     recipe = step.recipe
     if recipe.base is None:
         raise UsageError(

@@ -137,7 +137,11 @@ def merge_sweep(
     coefficients: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Merged, ...]:
-    """Writes one checkpoint a point into the folder `output`, each called after its point."""
+    """Writes one checkpoint a point into the folder `output`, each called after its point.
+
+    Raises:
+        UsageError: the output is no folder, or a point's method cannot do what is asked. InputError: as `merge`.
+    """
     target = Path(output)
     if target.suffix == ".safetensors":
         raise UsageError(

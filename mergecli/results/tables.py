@@ -52,7 +52,7 @@ class Table:
     """(row, column) of the numbers that are bold."""
 
     def text(self, form: str) -> str:
-        """The table as `tsv`, `csv`, `json`, `md`, `latex` or `html`; ends with a newline."""
+        """The table as `tsv`, `csv`, `json`, `md`, `latex` or `html`; ends with a newline. Raises UsageError of another format."""
         if form == "html":
             from mergecli.results.html import page
 
