@@ -277,9 +277,9 @@ def _sources(value: Any) -> Iterator[Source]:
 
 
 def _other_kind(model: Path, sources: Sequence[Source]) -> str:
-    """What `other_kind` says of the merge, or else of a model that was merged, where its configuration can be found."""
-    folders = [model]
-    for each in sources:
+    """What `other_kind` says of the merge, or where that has no configuration of the models that were merged."""
+    folders = [model] if (model / "config.json").is_file() else []
+    for each in sources if not folders else ():
         with suppress(MergecliError):
             folders.append(locate(each))
     found = (other_kind(folder / "config.json").removesuffix("_vision_model") for folder in folders)
