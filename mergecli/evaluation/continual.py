@@ -30,7 +30,7 @@ from mergecli.results.tables import Table
 from mergecli.runtime import interrupts
 from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.engines.contract import Engine, Unit
-from mergecli.runtime.engines.grid import FailedUnitsError, Failure
+from mergecli.runtime.engines.grid import FailedUnitsError, Failure, workers_stay
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.runtime.progress import AnyProgress, Progress, shown
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
@@ -134,7 +134,7 @@ def continual(
     found: list[Evaluation] = []
     failures: list[Failure] = []
     total = 0
-    with shown(progress) as report, interrupts.telling(lambda: _kept(chains)):
+    with shown(progress) as report, interrupts.telling(lambda: _kept(chains)), workers_stay():
         for chain in chains:
             job = _Job(
                 chain, known_steps, scoring, images, {task.name: task for task in tasks}, files, engine

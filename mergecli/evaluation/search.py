@@ -41,7 +41,7 @@ from mergecli.results.tables import Table
 from mergecli.runtime import interrupts
 from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.engines.contract import Engine
-from mergecli.runtime.engines.grid import FailedUnitsError
+from mergecli.runtime.engines.grid import FailedUnitsError, workers_stay
 from mergecli.runtime.errors import UsageError, did_you_mean, either, quoted, toml_text
 from mergecli.runtime.notes import note
 from mergecli.runtime.progress import AnyProgress, Progress, shown
@@ -253,12 +253,13 @@ def search(
         opened = Study(storage_url(storage, folder), study, searched, trials, sampler, seed, facts)
         files = UnitFiles(folder, settings.max_size, what="its images are counted")
         run = _Run(opened, searched, scoring, chosen, base, inputs, files, engine, objective, prune, report)
-        with interrupts.telling(opened.kept):
-            _do_all(run)
-        found = opened.trials
-        complete = [each for each in found if each.outcome == "complete"]
-        best = max(complete, key=lambda each: each.objective or 0.0)
-        confirmed = run.confirm(best)
+        with workers_stay():
+            with interrupts.telling(opened.kept):
+                _do_all(run)
+            found = opened.trials
+            complete = [each for each in found if each.outcome == "complete"]
+            best = max(complete, key=lambda each: each.objective or 0.0)
+            confirmed = run.confirm(best)
     confirmed = replace(confirmed, checkpoint={**confirmed.checkpoint, "selected_on": split})
     done = Searched(
         tuple(found), best.slot, objective, split, confirmed, opened.importance(), _command(recipe, method, changes, searched, best)

@@ -29,7 +29,7 @@ from mergecli.results.statistics import Count, difference_interval
 from mergecli.results.tables import Table
 from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.engines.contract import Engine, Unit
-from mergecli.runtime.engines.grid import FailedUnitsError, Failure
+from mergecli.runtime.engines.grid import FailedUnitsError, Failure, workers_stay
 from mergecli.runtime.engines.worker import node
 from mergecli.runtime.errors import InputError, UsageError, quoted, toml_text
 from mergecli.runtime.progress import AnyProgress, Progress, shown
@@ -196,7 +196,7 @@ def sweep(
     scoring = Scoring(base, settings)
     files = UnitFiles(target, settings.max_size, what="its images are counted")
     scratch = TemporaryDirectory(prefix="mergecli-sweep-", ignore_cleanup_errors=True)
-    with scratch as temporary, shown(progress) as report:
+    with scratch as temporary, shown(progress) as report, workers_stay():
         folder = Path(temporary)
         merges = MergedPoints({point.name: point for point in points}, known, folder, settings.device)
 

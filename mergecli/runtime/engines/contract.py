@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -86,6 +87,14 @@ class Executor(Protocol[R]):
         """How often the caller should submit a unit again whose worker was lost."""
         ...
 
+    def serving(self, work: Work, /) -> AbstractContextManager[None]:
+        """A block in which units of this work are submitted. At its end none of them runs, and the machines are left as they were.
+
+        Raises:
+            InputError: a machine cannot do the work.
+        """
+        ...
+
     def submit(self, work: Work, unit: Unit, /) -> R: ...
 
     def wait(self, running: Collection[R], /) -> Collection[R]:
@@ -93,7 +102,7 @@ class Executor(Protocol[R]):
         ...
 
     def shutdown(self) -> None:
-        """Ends whatever still runs."""
+        """Ends the workers, and whatever still runs."""
         ...
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mergecli.runtime import interrupts
@@ -87,7 +88,19 @@ def run_grid(
         )
     if not units:
         return []
-    executor = open_executor(engine, work)
+    with _workers_of(engine, work.device) as executor, executor.serving(work):
+        return _run(executor, work, units, engine, write, is_done, progress)
+
+
+def _run(
+    executor: Executor[Any],
+    work: Work,
+    units: Sequence[Unit],
+    engine: Engine,
+    write: Callable[[Unit, Report], None],
+    is_done: Callable[[Unit], bool],
+    progress: Progress | None,
+) -> list[Failure]:
     waiting = deque((unit, 0) for unit in units)
     running: dict[Any, tuple[Unit, int]] = {}
     failures: list[Failure] = []
@@ -99,49 +112,81 @@ def run_grid(
         if progress:
             progress("units", done, len(units))
 
-    try:
-        tell(0)
-        while waiting or running:
-            interrupts.check()
-            while waiting and len(running) < executor.slots:
-                unit, tries = waiting.popleft()
-                if is_done(unit):
-                    tell()
-                    continue
-                running[executor.submit(work, unit)] = unit, tries
-            for each in executor.wait(list(running)) if running else ():
-                unit, tries = running.pop(each)
-                try:
-                    report = each.result()
-                except LostWorkerError as error:
-                    if tries >= executor.retries:
-                        raise InputError(
-                            f"{unit.name}: its worker was lost {engine.retries + 1} times: {error}",
-                            "it may take more memory than there is: run fewer units at a time",
-                        ) from error
-                    waiting.appendleft((unit, tries + 1))
-                except MergecliError as error:
-                    if not engine.keep_going:
-                        raise
-                    failures.append(Failure(unit, error))
-                    tell()
-                else:
-                    for text in report.warnings:
-                        warnings.warn(text, MergecliWarning, stacklevel=2)
-                    with interrupts.deferred():
-                        write(unit, report)
-                    tell()
-    finally:
-        executor.shutdown()
+    tell(0)
+    while waiting or running:
+        interrupts.check()
+        while waiting and len(running) < executor.slots:
+            unit, tries = waiting.popleft()
+            if is_done(unit):
+                tell()
+                continue
+            running[executor.submit(work, unit)] = unit, tries
+        for each in executor.wait(list(running)) if running else ():
+            unit, tries = running.pop(each)
+            try:
+                report = each.result()
+            except LostWorkerError as error:
+                if tries >= executor.retries:
+                    raise InputError(
+                        f"{unit.name}: its worker was lost {engine.retries + 1} times: {error}",
+                        "it may take more memory than there is: run fewer units at a time",
+                    ) from error
+                waiting.appendleft((unit, tries + 1))
+            except MergecliError as error:
+                if not engine.keep_going:
+                    raise
+                failures.append(Failure(unit, error))
+                tell()
+            else:
+                for text in report.warnings:
+                    warnings.warn(text, MergecliWarning, stacklevel=2)
+                with interrupts.deferred():
+                    write(unit, report)
+                tell()
     return failures
 
 
-def open_executor(engine: Engine, work: Work) -> Executor[Any]:
-    """The engine that the settings mean, ready for work."""
+_staying: list[dict[tuple[Engine, str], Executor[Any]]] = []
+"""The workers that stay, of the block that we are in, if there is one."""
+
+
+@contextmanager
+def workers_stay() -> Generator[None]:
+    """A block in which the workers that one call of `run_grid` has started serve the next ones: each start takes seconds."""
+    if _staying:
+        yield
+        return
+    _staying.append({})
+    try:
+        yield
+    finally:
+        for executor in _staying.pop().values():
+            executor.shutdown()
+
+
+@contextmanager
+def _workers_of(engine: Engine, device: str) -> Generator[Executor[Any]]:
+    """The workers that the settings mean; they end with the block unless they stay, or it fails."""
+    key = replace(engine, part=None, collect=False, keep_going=False), device
+    known = _staying[0] if _staying else {}
+    executor = known.pop(key, None) or open_executor(engine, device)
+    try:
+        yield executor
+    except BaseException:
+        executor.shutdown()
+        raise
+    if _staying:
+        known[key] = executor
+    else:
+        executor.shutdown()
+
+
+def open_executor(engine: Engine, device: str) -> Executor[Any]:
+    """The engine that the settings mean, ready for work on that device."""
     if engine.name == "ray":
         from mergecli.runtime.engines.ray import open_ray
 
-        return open_ray(engine, work)
+        return open_ray(engine, device)
     from mergecli.runtime.engines.local import open_local
 
     return open_local(engine)

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -32,6 +32,11 @@ class LocalExecutor:
         self._lock = threading.Lock()
         self._children: list[subprocess.Popen[bytes]] = []
         self._ended = False
+
+    def serving(self, work: Work, /) -> AbstractContextManager[None]:
+        """Nothing is left to do: each process gets the work with a unit."""
+        del work
+        return nullcontext()
 
     def submit(self, work: Work, unit: Unit, /) -> Future[Report]:
         """The unit's future; the process that gets it first."""

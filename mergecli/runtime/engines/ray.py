@@ -9,8 +9,8 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout, suppress
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -56,13 +56,13 @@ class RayExecutor:
     """Ray itself tries a unit again whose worker was lost, and spreads the units over the machines."""
 
     retries = 0
+    slots = 1
 
-    def __init__(self, engine: Engine, work: Work, owns: bool) -> None:
+    def __init__(self, engine: Engine, device: str, owns: bool) -> None:
         ray = _ray()
 
-        self._owns, self._work = owns, work
-        self._quiet = ExitStack()
-        cpus, on_gpu = engine.cpus_per_unit or 1, work.device.partition(":")[0] == "cuda"
+        self._owns = owns
+        cpus, on_gpu = engine.cpus_per_unit or 1, device.partition(":")[0] == "cuda"
         gpus = engine.gpus_per_unit if engine.gpus_per_unit is not None else float(on_gpu)
         self._needed = {"CPU": float(cpus), **({"GPU": float(gpus)} if gpus else {})}
         able = _able(self._needed)
@@ -78,21 +78,42 @@ class RayExecutor:
                 MergecliWarning,
                 stacklevel=2,
             )
-        _check_machines(able, work)
-        self.slots = 2 * sum(_room(node, self._needed) for node in able)
+        _check_versions(able)
         self._call = ray.remote(_perform).options(
             num_cpus=cpus, num_gpus=gpus, max_retries=engine.retries, retry_exceptions=False,
             scheduling_strategy="SPREAD",
         )  # fmt: skip
-        self._shared = ray.put(work)
         self._given = cpus, bool(gpus), str(Path.cwd())
         self._pending: set[_Running] = set()
-        # Ray tells on stdout what it tries again, from a thread of its own
-        self._quiet.enter_context(redirect_stdout(sys.stderr))
+
+    @contextmanager
+    def serving(self, work: Work, /) -> Generator[None]:
+        """Cancels at its end what still runs, and leaves the machines.
+
+        Raises:
+            InputError: a machine lacks models or data.
+        """
+        ray = _ray()
+
+        able = _able(self._needed)
+        _check_sources(able, work)
+        self.slots = 2 * sum(_room(node, self._needed) for node in able)
+        self._shared = ray.put(work)
+        try:
+            # Ray tells on stdout what it tries again, from a thread of its own
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            with suppress(Exception):
+                for each in self._pending:
+                    ray.cancel(each.reference, force=True)
+                leaving = [_on(node, _leave).remote(self._shared) for node in _able({})]
+                ray.wait(leaving, num_returns=len(leaving), timeout=10)
+            self._pending.clear()
 
     def submit(self, work: Work, unit: Unit, /) -> _Running:
         """The unit's reference."""
-        assert work is self._work
+        del work  # the machines have it
         running = _Running(self._call.remote(self._shared, unit, *self._given))
         self._pending.add(running)
         return running
@@ -124,25 +145,17 @@ class RayExecutor:
                     )
 
     def shutdown(self) -> None:
-        """Cancels what still runs, and leaves the cluster."""
-        ray = _ray()
-
-        with suppress(Exception):
-            for each in self._pending:
-                ray.cancel(each.reference, force=True)
-            leaving = [_on(node, _leave).remote(self._shared) for node in _able({})]
-            ray.wait(leaving, num_returns=len(leaving), timeout=10)
+        """Leaves the cluster, and ends it if it was started here."""
         if self._owns:
-            ray.shutdown()
-        self._quiet.close()
+            _ray().shutdown()
 
 
-def open_ray(engine: Engine, work: Work) -> RayExecutor:
-    """The executor that the settings mean, on a cluster that can do the work.
+def open_ray(engine: Engine, device: str) -> RayExecutor:
+    """The executor that the settings mean, for work on that device.
 
     Raises:
         UsageError: Ray is not installed, or no machine has what a unit needs.
-        InputError: there is no cluster, or its machines differ, or lack models or data.
+        InputError: there is no cluster, or its machines differ.
     """
     os.environ.update({key: os.environ.get(key, each) for key, each in _QUIET.items()})
     try:
@@ -169,7 +182,7 @@ def open_ray(engine: Engine, work: Work) -> RayExecutor:
                 "write the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN, or unset RAY_AUTH_MODE",
             ) from error
     try:
-        return RayExecutor(engine, work, owns)
+        return RayExecutor(engine, device, owns)
     except BaseException:
         if owns:
             ray.shutdown()
@@ -249,8 +262,8 @@ def _on(node: Mapping[str, Any], function: Any) -> Any:
     return _ray().remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
 
 
-def _check_machines(nodes: Sequence[Mapping[str, Any]], work: Work) -> None:
-    """Raises InputError unless every machine has our versions, and sees the models and data."""
+def _check_versions(nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Raises InputError unless every machine has our versions."""
 
     own = _look_at_versions()(PACKAGES)
     for name, found in zip(_names(nodes), _asked(nodes, _look_at_versions(), PACKAGES), strict=True):
@@ -262,6 +275,10 @@ def _check_machines(nodes: Sequence[Mapping[str, Any]], work: Work) -> None:
                 f"{name}: has other versions than this machine:\n{listed(lines)}",
                 "install the same on every machine of the cluster",
             )
+
+
+def _check_sources(nodes: Sequence[Mapping[str, Any]], work: Work) -> None:
+    """Raises InputError unless every machine sees the models and data."""
     for name, found in zip(
         _names(nodes), _asked(nodes, _look_at_sources, work, str(Path.cwd())), strict=True
     ):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mergecli.runtime.engines.contract import Engine, Report, Unit
-from mergecli.runtime.engines.grid import FailedUnitsError, Failure, Failures, run_grid
+from mergecli.runtime.engines.grid import FailedUnitsError, Failure, Failures, run_grid, workers_stay
 from mergecli.runtime.engines.worker import BugError
 from mergecli.runtime.errors import InputError, MergecliError, MergecliWarning, UsageError
 from tests.runtime.engines.works import Echo
@@ -93,6 +93,26 @@ def test_a_worker_that_is_lost_too_often_is_an_error(tmp_path):
     (tmp_path / "lives").write_bytes(b"xx")
     with pytest.raises(MergecliError, match=r"lost: its worker was lost 2 times: a process .* status -9"):
         ran(tmp_path, ["lost"], keep_going=True, retries=1)
+
+
+def test_workers_stay_for_the_next_call_until_one_fails(tmp_path):
+    def process(**settings: object) -> int:
+        found, _ = ran(tmp_path, ["who"], **settings)
+        return int(found["who"].result)
+
+    with workers_stay():
+        first = process()
+        with workers_stay():
+            assert process(keep_going=True) == first
+        other = process(retries=1)
+        assert other != first
+        with pytest.raises(InputError, match="is damaged"):
+            ran(tmp_path, ["bad"])
+        assert not Path(f"/proc/{first}").exists()
+        last = process()
+        assert last != first
+    for each in (other, last):
+        assert not Path(f"/proc/{each}").exists()
 
 
 def test_processes_of_torchrun_share_the_work_already(tmp_path, monkeypatch):

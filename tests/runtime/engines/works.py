@@ -16,7 +16,7 @@ from mergecli.runtime.errors import InputError, MergecliWarning
 @dataclass(frozen=True)
 class Echo:
     """Gives back the unit's name; a unit called `bad` fails, `bug` breaks, `lost` is lost as often as its file has no line
-    for, `slow` takes long, `loud` warns and prints."""
+    for, `slow` takes long, `loud` warns and prints, `who` tells its process."""
 
     folder: Path
     device: str = "cpu"
@@ -42,6 +42,8 @@ class Echo:
         if name == "slow":
             (self.folder / f"{os.getpid()}.pid").touch()
             time.sleep(600)
+        if name == "who":
+            return str(os.getpid()).encode()
         if name == "loud":
             print("a library talks")
             warnings.warn("something odd", MergecliWarning, stacklevel=1)
