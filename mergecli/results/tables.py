@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
 from mergecli.results.cells import Cell, Column, Estimate, Plain, Quantity
@@ -104,7 +105,7 @@ class Table:
         heads, *rows = self._plain()
         return frame(rows, [str(head) for head in heads])
 
-    @property
+    @cached_property
     def rules(self) -> frozenset[int]:
         """The rows that a rule stands before: the ceiling, and what follows it."""
         pairs = enumerate(itertools.pairwise(self.kinds), 1)
