@@ -289,7 +289,8 @@ def _evaluate_open(
     scoring.check_features([(tower, images[task]) for tower, task in units], several=call.several)
 
     def planned() -> Plan:
-        pairs = sorted(units, key=lambda of: list(images).index(of[1]))  # as they are counted: task by task
+        place = {task: number for number, task in enumerate(images)}
+        pairs = sorted(units, key=lambda of: place[of[1]])  # as they are counted: task by task
         counts = [
             PlannedCounts(towers[of[0]], images[of[1]], not settings.fresh and grid.has(units[of]))
             for of in pairs
