@@ -79,7 +79,7 @@ bare: ## build the wheel and try it in an empty environment
 	out/bare/bin/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt out/bare/wheel/*.whl
 	cd out/bare && bin/mergecli --help > /dev/null
 	cd out/bare && bin/mergecli merge --base toy:base toy:digits toy:letters --method average -o m.safetensors
-	cd out/bare && bin/mergecli eval m.safetensors --clip toy:base --tasks digits --limit 16 --no-cache
+	cd out/bare && bin/mergecli eval m.safetensors --clip toy:base --task digits --limit 16 --no-cache
 	rm -rf out/bare
 
 clean: ## remove what the demo and the tools made

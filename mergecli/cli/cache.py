@@ -20,7 +20,7 @@ def cache(
         list[str] | None,
         typer.Argument(
             metavar="[KIND...]", autocompletion=_complete_kinds, show_default=False,
-            help="pixels, heads, results, digests, statistics or coefficients. Default: all; of --clear the first four.",
+            help="pixels, heads, results, digests, statistics, coefficients or experts. Default: all; of --clear the first four.",
         ),
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove these kinds.")] = False,
@@ -33,8 +33,8 @@ def cache(
     """Show the cache of evaluations and merges, or remove it.
 
     Images, heads and results are in `$MERGECLI_HOME/cache`. They grow to 20 GB, or to half of the free disk space if
-    that is less. `MERGECLI_CACHE_SIZE` and `--cache-size` of `eval` change this limit. `statistics` and `coefficients`
-    of merges stay until you remove them by name. Everything here can be made again.
+    that is less. `MERGECLI_CACHE_SIZE` and `--cache-size` of `eval` change this limit. `statistics`, `coefficients` and
+    `experts` of merges stay until you remove them by name. Everything here can be made again.
 
     mergecli cache
 

@@ -13,32 +13,61 @@ OPTIONS = "Options"
 COMMON = "Everywhere"
 _EVERYWHERE = {"--quiet", "--verbose", "--debug", "--help"}
 """The options of that panel, which every command has."""
+_UNITS = {
+    "Several processes and machines": "--engine --jobs --gpus --address --gpus-per-unit --cpus-per-unit --retries --part --collect --keep-going",
+}
+"""The panel of commands whose work is cut into units."""
 PANELS: dict[str, dict[str, str]] = {
     "merge": {
         "What is merged": "--recipe --base --method --set --sweep",
+        "Going on from a merge": "--onto --replace --without",
         "Output": "--output --dtype --as-adapter --rank --shard-size --card --json --dry-run",
         "Methods that look at images": "--statistics --coefficients --save-coefficients --trace --plot --tensorboard",
+        "Computing": "--device",
     },
     "eval": {
         "What is evaluated": "--recipe --set --clip --task --model --individual --ensemble --ensemble-weight",
         "Images": "--split --limit --corruption --severity",
         "Output": "--output --format --json --predictions --features --routes --dry-run",
         "Thresholds": "--min-average --min",
-        "Computing": "--device --precision --batch-size --routing --workers --jobs --cache --cache-size --fresh",
+        "Computing": "--device --precision --batch-size --routing --workers --cache --cache-size --fresh",
         "Sweeps": "--sweep --method --select --keep --plot",
+        **_UNITS,
+    },
+    "search": {
+        "What is searched": "--recipe --set --method --space --trials --sampler --objective --seed --prune",
+        "Images": "--task --split --limit",
+        "Output": "--output --storage --study --format --json --dry-run",
+        "Computing": "--device --precision --batch-size --workers --cache --cache-size",
+        **_UNITS,
+    },
+    "continual": {
+        "What is merged": "--recipe --method --set",
+        "Images": "--split --limit",
+        "Output": "--output --keep --format --json --dry-run",
+        "Computing": "--device --precision --batch-size --workers --cache --cache-size --fresh",
+        **_UNITS,
+    },
+    "measure": {
+        "What is measured": "--recipe --method --set --task",
+        "Output": "--output",
+        "Computing": "--device",
+        **_UNITS,
     },
     "finetune": {
-        "What is trained": "--recipe --set --base --task --lora --l-lora",
+        "What is trained": "--recipe --set --base --task --each --lora --l-lora",
         "Training": "--steps --learning-rate --batch-size --accumulate --weight-decay --schedule --warmup --epsilon --seed",
         "Adapters": "--rank --alpha --target-modules --lora-dropout",
         "Validation": "--validate-every --validation-split",
         "Output": "--output --dtype --trace --tensorboard --json --dry-run",
         "Computing": "--device --precision --save-every --fresh",
+        **_UNITS,
     },
     "report": {
         "Rows and columns": "--sort --ascending --metric --seen --normalized --fine-tuned --transpose",
         "Comparisons": "--intervals --against --predictions --p-values --reference --reference-rows",
         "Output": "--format --json --output --card --plot --plot-kind",
+        "Chains of merges": "--continual --steps",
     },
 }  # fmt: skip
 """Command with many options -> panel -> its options, in order; all others are in the panel `Options`."""

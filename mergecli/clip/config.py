@@ -63,16 +63,6 @@ class ClipConfig:
     projection_dim: int = 512
 
 
-def other_kind(file: Path) -> str:
-    """The `model_type` of a model that is neither a CLIP nor a tower of one, such as `siglip`; else empty."""
-    try:
-        known: Any = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return ""
-    kind = cast("dict[str, Any]", known).get("model_type") if isinstance(known, dict) else None
-    return kind if isinstance(kind, str) and not (kind == "clip" or kind.startswith("clip_")) else ""
-
-
 def read_config(file: Path) -> ClipConfig:
     """The configuration of a whole CLIP.
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mergecli.clip.config import expect_weights, other_kind, read_config
+from mergecli.clip.config import expect_weights, read_config
 from mergecli.clip.dual_encoder import (
     LibraryTokenizer,
     is_dual_encoder,
@@ -31,7 +31,7 @@ from mergecli.storage.atomic import expect_finite, whole_folder, write_text
 from mergecli.storage.checkpoint import PROJECTION, VISION, Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences, leave_out_hint, other_architecture
 from mergecli.storage.file_state import expect_unchanged
-from mergecli.storage.metadata import model_folder_files
+from mergecli.storage.metadata import model_folder_files, other_kind
 from mergecli.storage.safetensors_writer import save_tensors
 
 Made = TypeVar("Made", bound=nn.Module)

@@ -75,14 +75,14 @@ def linear(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def quick_gelu(inputs: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), which may overwrite the inputs."""
+    """(...) x sigmoid(1.702 x), which may overwrite the inputs."""
     if needs_gradient(inputs):
         return inputs * torch.sigmoid(1.702 * inputs)
     return functional.silu(inputs.mul_(1.702), inplace=True).div_(1.702)
 
 
 def tanh_gelu(inputs: Tensor) -> Tensor:
-    """GELU by its approximation with tanh."""
+    """(...) GELU by its approximation with tanh."""
     return functional.gelu(inputs, approximate="tanh")
 
 

@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergecli.clip.config import other_kind
 from mergecli.clip.dual_encoder import read_whole, vision_class
 from mergecli.runtime.errors import InputError, listed
 from mergecli.storage.atomic import check_target, write_text
 from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
 from mergecli.storage.differences import Form, differences, other_architecture
-from mergecli.storage.metadata import about
+from mergecli.storage.metadata import about, other_kind
 
 if TYPE_CHECKING:
     from mergecli.clip.model import Clip

@@ -197,6 +197,9 @@ def resized_and_cropped(image: Image, how: ResizeAndCrop) -> ndarray[Any, Any]:
     Differs for a palette image with a transparent color: Pillow still names that color in the `info` of the image that was
     converted to RGB, and the processor of transformers 5 makes its pixels white. Here they keep the color, as they did with
     transformers 4.
+
+    Raises:
+        UnreadableImageError: the image is so thin that the resized one would fill the memory.
     """
     import numpy as np
 

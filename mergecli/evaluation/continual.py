@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecli import methods
-from mergecli.evaluation.evaluate import asked, check_share, evaluate, evaluation_of
-from mergecli.evaluation.grid import Grid, fill
-from mergecli.evaluation.scoring import Scoring, tell
-from mergecli.evaluation.settings import Tower
+from mergecli.evaluation.evaluate import evaluate
+from mergecli.evaluation.grid import Grid, check_share, fill
+from mergecli.evaluation.scoring import Scoring, evaluation_of, tell
+from mergecli.evaluation.settings import Tower, read_arguments
 from mergecli.evaluation.work import CountingWork
-from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.chain_state import read_state, state_path
 from mergecli.merging.merge import merge
@@ -112,7 +111,9 @@ def continual(
     check_share(engine, target)
     evaluation: dict[str, Any] = {"split": split, "limit": limit, "batch_size": batch_size, "dtype": dtype, "workers": workers,
                   "cache": cache, "cache_size": cache_size, "fresh": fresh}  # fmt: skip
-    base, tasks, settings = asked(known, engine, tasks=list(known.tuned), device=device, **evaluation)
+    base, tasks, settings = read_arguments(
+        known, engine, tasks=list(known.tuned), device=device, **evaluation
+    )
     if not engine.keep_going:
         expect_all([base, *known.tuned.values()], known, tasks)
     # no merge is there yet: the base stands for all
@@ -125,7 +126,7 @@ def continual(
     with ExitStack() as stack:
         inputs = open_models(known, stack, needs="base").digests()
     known_steps = _Known(known, inputs, settings.device)
-    scoring = Scoring(model_path(base), settings)
+    scoring = Scoring(base, settings)
     images = {task.name: scoring.images(task) for task in tasks}
     for each in images.values():
         tell(each.images)
@@ -143,7 +144,7 @@ def continual(
             failures += failed
             if engine.part or failed:
                 continue
-            found += job.results(base)
+            found += job.results()
             if not keep:
                 chain.clear()
     if failures:
@@ -292,14 +293,14 @@ class _Job:
 
         return fill(grid, engine, work, here, progress, window=len(chain.tasks))
 
-    def results(self, base: Source) -> list[Evaluation]:
+    def results(self) -> list[Evaluation]:
         """Writes the result of each step."""
         scores, chain = self.grid.scores(), self.chain
         found: list[Evaluation] = []
         for number, name in self.names.items():
             own = scores[name]
             assert own.facts is not None
-            result = evaluation_of(own.facts, own.tasks, base, self.scoring)
+            result = evaluation_of(own.facts, own.tasks, self.scoring)
             about: Mapping[str, str | None] = {
                 **result.checkpoint, "name": name, "path": f"{chain.name}/{chain.model(number).name}",
                 "chain": chain.name, "order": ",".join(chain.tasks), "step": str(number),

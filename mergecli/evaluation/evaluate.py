@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergecli.clip.other_parts import Candidate, warn_of_other_parts
 from mergecli.data.contamination import findings_of, is_test
 from mergecli.evaluation.ensembles import Ensembles, ensemble_scores
 from mergecli.evaluation.facts import TowerFacts
 from mergecli.evaluation.features import feature_file
-from mergecli.evaluation.grid import Grid, fill
+from mergecli.evaluation.grid import Grid, check_share, fill
 from mergecli.evaluation.plan import PlannedCounts
 from mergecli.evaluation.routes import Routes, route_files, write_routes
-from mergecli.evaluation.scoring import Scoring, tell
-from mergecli.evaluation.settings import Settings, Tower
+from mergecli.evaluation.scoring import Scoring, evaluation_of, tell
+from mergecli.evaluation.settings import Settings, Tower, read_arguments, tasks_of
 from mergecli.evaluation.work import CountingWork, OpenedTowers, opened_tower
-from mergecli.formats.opening import model_path, open_source
+from mergecli.formats.opening import open_source
 from mergecli.hub.fetched import expect_all
 from mergecli.results import plots
 from mergecli.results.pools import several_pools
@@ -34,7 +33,7 @@ from mergecli.runtime.engines.grid import Failure, Failures
 from mergecli.runtime.errors import MergecliWarning, UsageError, quoted
 from mergecli.runtime.progress import shown
 from mergecli.storage.atomic import check_target, check_targets, warn_of_others, write_text
-from mergecli.storage.sources import Source, parse_source
+from mergecli.storage.sources import Source
 from mergecli.storage.units import LOG as UNITS_LOG
 from mergecli.storage.units import UnitFiles
 
@@ -42,10 +41,8 @@ if TYPE_CHECKING:
     from mergecli.data.images import TaskImages
     from mergecli.data.tasks import Task
     from mergecli.evaluation.scoring import Scores
-    from mergecli.methods._mixture import Routing
     from mergecli.recipe.schema import Recipe
     from mergecli.results.plan import Plan
-    from mergecli.results.result import TaskScore
     from mergecli.runtime.progress import AnyProgress, Progress
 
 
@@ -122,7 +119,7 @@ def evaluate(
 
     engine = engine or Engine()
     known = recipe_of(recipe) if recipe is not None else None
-    base, chosen, settings = asked(
+    base, chosen, settings = read_arguments(
         known, engine, clip=clip, tasks=tasks, batch_size=batch_size, split=split, limit=limit, corruption=corruption,
         severity=severity, device=device, dtype=dtype, workers=workers, cache=cache, cache_size=cache_size, fresh=fresh,
         routing=routing, features=features, routes=routes, logits=bool(ensemble),
@@ -207,84 +204,6 @@ def _warn_of_contamination(models: Sequence[Candidate], tasks: Sequence[str], in
         warnings.warn(f"{quoted(names)}: {text}", MergecliWarning, stacklevel=2)
 
 
-def asked(
-    known: Recipe | None,
-    engine: Engine,
-    *,
-    clip: str | Path | None = None,
-    tasks: Sequence[str] | str | None = None,
-    batch_size: int | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-    corruption: str | None = None,
-    severity: int = 1,
-    device: str = "cpu",
-    dtype: str = "float32",
-    workers: int | None = None,
-    cache: bool = True,
-    cache_size: str | int | None = None,
-    fresh: bool = False,
-    routing: str = "sample",
-    features: str | Path | None = None,
-    routes: str | Path | None = None,
-    logits: bool = False,
-) -> tuple[Source, list[Task], Settings]:
-    """The CLIP, the tasks and the settings that arguments of `evaluate` mean."""
-    from mergecli.data.decoding import Corruption
-    from mergecli.storage.cache import allowed_size
-
-    base = parse_source(str(clip), Path()) if clip is not None else known.base if known else None
-    if base is None:
-        raise UsageError(
-            "there is no CLIP to evaluate with",
-            "name it with `--clip`, or a recipe that has a `base` with `--recipe`",
-        )
-    chosen = tasks_of(tasks, known)
-    settings = Settings(
-        batch_size=batch_size if batch_size is not None else known.batch_size if known else 128,
-        split=split,
-        limit=limit,
-        corruption=Corruption(corruption, severity) if corruption else None,
-        device=engine.device(device),
-        dtype=dtype,
-        workers=workers if workers is not None else _decoders(engine),
-        max_size=allowed_size(cache_size) if cache else 0,
-        fresh=fresh,
-        routing=cast("Routing", routing),
-        features=Path(features) if features is not None else None,
-        routes=Path(routes) if routes is not None else None,
-        logits=logits,
-    )
-    return base, chosen, settings
-
-
-def _decoders(engine: Engine) -> int | None:
-    """How many processes decode images for each of an engine's units; None if there is one unit at a time."""
-    if engine.is_this_process:
-        return None
-    if engine.cpus_per_unit is not None or engine.name == "ray":
-        return engine.cpus_per_unit or 1
-    return max(1, (os.cpu_count() or 1) // (engine.jobs or 1))
-
-
-def tasks_of(tasks: Sequence[str] | str | None, recipe: Recipe | None) -> list[Task]:
-    """The tasks that are named, else those of the recipe's `[eval]`, else those of its `[tuned]`.
-
-    Raises:
-        UsageError: there are none, or one is unknown.
-    """
-    from mergecli.data import tasks as registry
-
-    named = tasks.split(",") if isinstance(tasks, str) else tasks
-    wanted = named or ((recipe.eval_tasks or tuple(recipe.tuned)) if recipe else ())
-    if not wanted:
-        raise UsageError(
-            "there are no tasks to evaluate on",
-            "name tasks or a set such as `ta8` with `--task`; `mergecli tasks` lists them",
-        )
-    return [registry.find(name, recipe) for name in registry.expand(wanted, recipe)]
-
-
 def _told_apart(named: Sequence[tuple[str, Source]]) -> list[tuple[str, Source]]:
     """The same with names of which each is there once: `x`, `x (2)`."""
     seen: dict[str, int] = {}
@@ -339,7 +258,7 @@ def _evaluate_open(
     _check_files(models, call)
     if engine.is_this_process and not engine.collect:
         usable_device(settings.device)
-    scoring = Scoring(model_path(call.base), settings)
+    scoring = Scoring(call.base, settings)
     experts: dict[str, tuple[str, ...]] = {}
     for tower in models:
         with failures.of("tower", tower.name):
@@ -370,7 +289,8 @@ def _evaluate_open(
     scoring.check_features([(tower, images[task]) for tower, task in units], several=call.several)
 
     def planned() -> Plan:
-        pairs = sorted(units, key=lambda of: list(images).index(of[1]))  # as they are counted: task by task
+        place = {task: number for number, task in enumerate(images)}
+        pairs = sorted(units, key=lambda of: place[of[1]])  # as they are counted: task by task
         counts = [
             PlannedCounts(towers[of[0]], images[of[1]], not settings.fresh and grid.has(units[of]))
             for of in pairs
@@ -395,7 +315,7 @@ def _evaluate_open(
     if not broken & set(ensembles.weights):
         for name, own, facts in ensemble_scores(grid, ensembles, towers, predictions=bool(call.predictions)):
             scores[name] = own
-            results = (*results, evaluation_of(facts, own.tasks, call.base, scoring))
+            results = (*results, evaluation_of(facts, own.tasks, scoring))
             finished.append(name)
     by_name = {result.name: result for result in results}
     for name, target in zip(names, call.targets, strict=False):
@@ -421,13 +341,6 @@ def _evaluate_open(
     failures.check(total, results)
     files.finish(units.values())
     return results
-
-
-def check_share(engine: Engine, folder: Path | None) -> None:
-    """Raises UsageError if parts of the units are to be done or collected, and there is no folder where they meet."""
-    option = "--part" if engine.part else "--collect" if engine.collect else None
-    if option and folder is None:
-        raise UsageError(f"{option}: the parts meet in a folder", "name it with `-o DIR`")
 
 
 def _check_files(models: Sequence[Tower], call: _Call) -> None:
@@ -465,9 +378,7 @@ def _evaluations(
     """A result for each tower; or one of all together, each on the task that it is named after."""
     facts = {tower.name: TowerFacts.of(tower, scoring.digests.vision, call.settings) for tower in models}
     if not call.individual:
-        return tuple(
-            evaluation_of(facts[tower.name], scores[tower.name].tasks, call.base, scoring) for tower in models
-        )
+        return tuple(evaluation_of(facts[tower.name], scores[tower.name].tasks, scoring) for tower in models)
     own = {task: scores[task].tasks[task] for task in (each.name for each in call.tasks)}
     about: dict[str, str | None] = {"name": FINE_TUNED, "path": FINE_TUNED, "digest": None, "kind": None, "method": FINE_TUNED}  # fmt: skip
     size = sum(facts[tower.name].bytes for tower in models if tower.name in own)
@@ -479,30 +390,4 @@ def _evaluations(
         pool=models[0].pool,
         has_projection=any(each.has_projection for each in facts.values()),
     )
-    return (evaluation_of(together, own, call.base, scoring),)
-
-
-def evaluation_of(
-    facts: TowerFacts, tasks: Mapping[str, TaskScore], base: Source, scoring: Scoring
-) -> Evaluation:
-    """The result of a tower, of what is known of it and its scores."""
-    digests, settings = scoring.digests, scoring.settings
-    with open_source(base) as whole:
-        own = whole.encoder() if facts.has_projection else whole.vision()
-    return Evaluation(
-        clip={
-            "path": base.label, "digest": digests.vision, "text": digests.text, "rest": digests.rest,
-            "processing": scoring.processing,
-        },
-        batch_size=settings.batch_size,
-        dtype=settings.dtype,
-        device=settings.device.partition(":")[0],
-        checkpoint=facts.checkpoint,
-        parameters=facts.parameters,
-        tasks=tasks,
-        bytes=facts.bytes,
-        relative_size=facts.bytes / own.nbytes,
-        models=facts.models,
-        recipe_pool=facts.pool,
-        looked_at=facts.looked_at,
-    )  # fmt: skip
+    return (evaluation_of(together, own, scoring),)

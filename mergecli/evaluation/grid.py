@@ -12,10 +12,12 @@ from mergecli.runtime import interrupts
 from mergecli.runtime.engines.contract import Engine, Unit, Work, part_of
 from mergecli.runtime.engines.grid import Failure, run_grid
 from mergecli.runtime.engines.worker import report_of
-from mergecli.runtime.errors import InputError, listed
+from mergecli.runtime.errors import InputError, UsageError, listed
 from mergecli.runtime.notes import note
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from mergecli.data.images import TaskImages
@@ -82,6 +84,13 @@ class Grid:
             if every:
                 done = len(every) - len(own)
                 self.scoring.count(of_task, own, save, several=self.several, done=done, progress=progress)
+
+
+def check_share(engine: Engine, folder: Path | None) -> None:
+    """Raises UsageError if parts of the units are to be done or collected, and there is no folder where they meet."""
+    option = "--part" if engine.part else "--collect" if engine.collect else None
+    if option and folder is None:
+        raise UsageError(f"{option}: the parts meet in a folder", "name it with `-o DIR`")
 
 
 def fill(

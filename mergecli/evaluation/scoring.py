@@ -26,7 +26,8 @@ from mergecli.evaluation.plan import PlannedCounts, evaluation_plan
 from mergecli.evaluation.routes import RouteSums, Weights
 from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import mixture_of
-from mergecli.results.result import TaskScore
+from mergecli.formats.opening import model_path, open_source
+from mergecli.results.result import Evaluation, TaskScore
 from mergecli.runtime.engines.contract import Unit
 from mergecli.runtime.errors import UsageError, quoted
 from mergecli.runtime.notes import note
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from mergecli.results.plan import Plan
     from mergecli.runtime.progress import Progress
     from mergecli.storage.checkpoint import Checkpoint
+    from mergecli.storage.sources import Source
     from mergecli.storage.units import UnitFiles
 
 CHUNK_BYTES = 1 << 30
@@ -77,26 +79,34 @@ class Scores:
 class Scoring:
     """The CLIP that towers are counted with, and the images of tasks: made once, for one unit or for many."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, base: Source, settings: Settings) -> None:
         """Args:
-        folder: of the CLIP whose other parts are used.
+        base: the CLIP whose other parts are used.
         """
         from mergecli.clip.heads import clip_digests
         from mergecli.clip.model import load_clip
         from mergecli.data.splits import sha256_digest
 
-        self.settings = settings
+        folder = model_path(base)
+        self.base, self.settings = base, settings
         self.clip = load_clip(folder)
         self.digests = clip_digests(folder)
         self.processing = sha256_digest(self.clip.processor.to_json_string())
         self._images: dict[str, TaskImages] = {}
+        with open_source(base) as whole:
+            self.tower_bytes = whole.vision().nbytes
+            """Bytes of the CLIP's own vision tower, as it is stored."""
+            self.encoder_bytes = whole.encoder().nbytes
+            """The same with its visual projection."""
 
     def on(self, split: str | None) -> Scoring:
         """The same on another split, with the same CLIP."""
         return self.with_limit(self.settings.limit, split)
 
     def with_limit(self, limit: int | None, split: str | None) -> Scoring:
-        """The same on so many images of each task of a split."""
+        """The same on so many images of each task of a split; itself where it is that already."""
+        if (limit, split) == (self.settings.limit, self.settings.split):
+            return self
         other = copy.copy(self)
         other.settings, other._images = replace(self.settings, split=split, limit=limit), {}
         return other
@@ -360,6 +370,29 @@ def add(scores: Scores, of_task: TaskImages, found: Counted, settings: Settings,
         scores.routes[task] = found.routes
     if name:
         scores.predictions[task] = _rows(name, of_task, found.counts)
+
+
+def evaluation_of(facts: TowerFacts, tasks: Mapping[str, TaskScore], scoring: Scoring) -> Evaluation:
+    """The result of a tower, of what is known of it and its scores."""
+    digests, settings = scoring.digests, scoring.settings
+    own = scoring.encoder_bytes if facts.has_projection else scoring.tower_bytes
+    return Evaluation(
+        clip={
+            "path": scoring.base.label, "digest": digests.vision, "text": digests.text, "rest": digests.rest,
+            "processing": scoring.processing,
+        },
+        batch_size=settings.batch_size,
+        dtype=settings.dtype,
+        device=settings.device.partition(":")[0],
+        checkpoint=facts.checkpoint,
+        parameters=facts.parameters,
+        tasks=tasks,
+        bytes=facts.bytes,
+        relative_size=facts.bytes / own,
+        models=facts.models,
+        recipe_pool=facts.pool,
+        looked_at=facts.looked_at,
+    )  # fmt: skip
 
 
 def _task_found(tower: Tower, job: Job) -> float | None:

@@ -13,10 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergecli.evaluation.evaluate import asked, evaluate
+from mergecli.evaluation.evaluate import evaluate
 from mergecli.evaluation.grid import fill
 from mergecli.evaluation.scoring import Scoring, tell
 from mergecli.evaluation.search_space import Space
+from mergecli.evaluation.settings import read_arguments
 from mergecli.evaluation.study import Study, Trial, check_sampler
 from mergecli.evaluation.study_database import check_storage, storage_url
 from mergecli.evaluation.sweep import (
@@ -28,7 +29,6 @@ from mergecli.evaluation.sweep import (
     sweep_plan,
 )
 from mergecli.evaluation.work import CountingWork
-from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.sweep_points import Point, identities, model_digests
 from mergecli.recipe.reading import recipe_of
@@ -224,7 +224,7 @@ def search(
         "tasks": tasks, "limit": limit, "batch_size": batch_size, "dtype": dtype, "workers": workers, "cache": cache,
         "cache_size": cache_size,
     }  # fmt: skip
-    base, chosen, settings = asked(known, engine, device=device, split=split, **how)
+    base, chosen, settings = read_arguments(known, engine, device=device, split=split, **how)
     names = [task.name for task in chosen]
     if objective not in (*OBJECTIVES, *names):
         near = did_you_mean(objective, (*OBJECTIVES, *names))
@@ -240,7 +240,7 @@ def search(
             stand_in, confirmation,
         )
     )  # fmt: skip
-    scoring = Scoring(model_path(base), settings)
+    scoring = Scoring(base, settings)
     data = _images(scoring, chosen, split)
     inputs = model_digests(ends)
     facts: dict[str, Any] = {
@@ -360,7 +360,7 @@ class _Run:
         failures = fill(grid, self.engine, work, here, self._tell, window=WINDOW)
         if failures:
             raise FailedUnitsError(failures, len(grid.units))
-        return results_of(grid, unique, self.base)
+        return results_of(grid, unique)
 
     def _tell(self, what: str, done: int, total: int) -> None:
         self.study.sign()

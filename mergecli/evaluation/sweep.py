@@ -12,12 +12,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING, Any
 
-from mergecli.evaluation.evaluate import asked, check_share, evaluate, evaluation_of
-from mergecli.evaluation.grid import Grid, fill
-from mergecli.evaluation.scoring import Scoring, tell
-from mergecli.evaluation.settings import Tower
+from mergecli.evaluation.evaluate import evaluate
+from mergecli.evaluation.grid import Grid, check_share, fill
+from mergecli.evaluation.scoring import Scoring, evaluation_of, tell
+from mergecli.evaluation.settings import Tower, read_arguments
 from mergecli.evaluation.work import CountingWork
-from mergecli.formats.opening import model_path
 from mergecli.hub.fetched import expect_all
 from mergecli.merging.merge import learning_key
 from mergecli.merging.sweep_points import Identities, Point, identities, merge_batch, point_files, points_of
@@ -144,6 +143,10 @@ def sweep(
         plot: a file (PNG, SVG or PDF) that gets curves over the setting that has most values, all of them numbers.
         engine: where the units run, a point on a task each. By default in this process.
         evaluation: further arguments of `evaluate`, such as `tasks`, `limit` or `dtype`.
+
+    Raises:
+        UsageError: an argument or the recipe is wrong. InputError: a model or a data set is missing, damaged or does not fit.
+        FailedUnitsError: units failed, and the engine was to keep going; it has the other points.
     """
     points = points_of(recipe, over, method=method, changes=changes)
     axis = _axis(points) if plot else None
@@ -179,7 +182,7 @@ def sweep(
     stand_in = partial(evaluate, recipe=first, only=["base"], device=device, **evaluation)
     if evaluation.get("routing") == "batch":
         stand_in = partial(stand_in, routing="sample")
-    base, tasks, settings = asked(first, engine, device=device, split=select or split, **evaluation)
+    base, tasks, settings = read_arguments(first, engine, device=device, split=select or split, **evaluation)
     if not engine.keep_going:
         expect_all([base, *first.tuned.values()], first, tasks)
     if engine.is_this_process and not engine.collect:
@@ -190,7 +193,7 @@ def sweep(
         partial(sweep_plan, points, kept, targets, device, partial(stand_in, split=select or split), confirm)
     )
     known = identities(points, settings.device)
-    scoring = Scoring(model_path(base), settings)
+    scoring = Scoring(base, settings)
     files = UnitFiles(target, settings.max_size, what="its images are counted")
     scratch = TemporaryDirectory(prefix="mergecli-sweep-", ignore_cleanup_errors=True)
     with scratch as temporary, shown(progress) as report, workers_stay():
@@ -210,7 +213,7 @@ def sweep(
             if failures:
                 raise FailedUnitsError(failures, len(grid.units))
             return Swept(points, (), 0, select or "", None)
-        results = results_of(grid, points, base)
+        results = results_of(grid, points)
         points = tuple(point for point in points if point.name in results)
         if not points:
             raise FailedUnitsError(failures, len(grid.units))
@@ -219,7 +222,7 @@ def sweep(
         if select is not None:
             alone = replace(engine, part=None, collect=False, keep_going=False)
             own, _ = run(scoring.on(split), [best], alone)
-            confirmed = results_of(own, [best], base)[best.name]
+            confirmed = results_of(own, [best])[best.name]
             done += own.units.values()
     every = [results[point.name] for point in points]
     splits = {score.split for score in every[0].tasks.values()}
@@ -353,7 +356,7 @@ def count_points(
                 path.unlink()
 
 
-def results_of(grid: Grid, points: Sequence[Point], base: Source) -> dict[str, Evaluation]:
+def results_of(grid: Grid, points: Sequence[Point]) -> dict[str, Evaluation]:
     """Point -> its result, of those that are counted on every task."""
     scores = grid.scores()
     found: dict[str, Evaluation] = {}
@@ -361,7 +364,7 @@ def results_of(grid: Grid, points: Sequence[Point], base: Source) -> dict[str, E
         if point.name in scores:
             own = scores[point.name]
             assert own.facts is not None
-            result = evaluation_of(own.facts, own.tasks, base, grid.scoring)
+            result = evaluation_of(own.facts, own.tasks, grid.scoring)
             found[point.name] = _labeled(result, point)
     return found
 
@@ -425,6 +428,7 @@ def _batches(points: Sequence[Point], kept: Path | None) -> Iterator[Sequence[Po
 
 
 def counts_of(result: Evaluation) -> list[Count]:
+    """Correct predictions and images of each task."""
     return [Count(each.correct, each.images) for each in result.tasks.values()]
 
 

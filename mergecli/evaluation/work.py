@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from mergecli.evaluation.scoring import Scoring
 from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import LEFT_OUT
-from mergecli.formats.opening import model_path, open_source
+from mergecli.formats.opening import open_source
 from mergecli.formats.projection import own_encoder
 from mergecli.hub.fetched import expect_all
 from mergecli.runtime.engines.contract import Unit
@@ -121,7 +121,7 @@ class _Session:
 
     def __init__(self, work: CountingWork) -> None:
         self.id = work.id
-        self.scoring = Scoring(model_path(work.clip), work.settings)
+        self.scoring = Scoring(work.clip, work.settings)
         self._towers = work.towers
         self._open: dict[str, tuple[Tower, ExitStack]] = {}
 

@@ -10,6 +10,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from mergecli.runtime import interrupts
 from mergecli.runtime.errors import InputError, UsageError, quoted
 from mergecli.storage.atomic import check_targets, whole_folder, write_text, writing
 from mergecli.storage.checkpoint import VISION, Checkpoint, open_checkpoint
+from mergecli.storage.file_state import state_of
 from mergecli.storage.metadata import about
 from mergecli.storage.safetensors_format import SAFETENSORS_NAMES, TORCH_NAMES
 from mergecli.storage.safetensors_writer import SafetensorsWriter
@@ -172,8 +174,7 @@ def converted_path(path: Path, home: Path, *, allow_pickle: bool) -> Path:
         return path
     state = hashlib.sha256(b"configuration" if path.is_dir() and lacks_config(path) else b"")
     for file in _content(path):
-        with file.open("rb") as stream:
-            state.update(hashlib.file_digest(stream, "sha256").digest())
+        state.update(_sha256(file, state_of(file)))
     folder = home / "converted" / state.hexdigest()[:32]
     if not (allow_pickle or os.path.isdir(folder)) and is_pickled(path):  # noqa: PTH112  a name that is too long is none
         raise UsageError(
@@ -181,6 +182,13 @@ def converted_path(path: Path, home: Path, *, allow_pickle: bool) -> Path:
             "`--allow-pickle` converts it with torch's restricted reader, which makes tensors and refuses all else",
         )
     return folder if path.is_dir() else folder / "model.safetensors"
+
+
+@lru_cache(maxsize=1024)
+def _sha256(file: Path, _state: int) -> bytes:
+    """The digest of a file. A command asks for it whenever it opens the model, and only a file that has changed is read again."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def convert_once(path: Path, target: Path) -> None:

@@ -10,7 +10,14 @@ from mergecli.storage.checkpoint import PROJECTION, VISION, Checkpoint
 
 
 def chosen_layers(reference: Checkpoint, modules: Sequence[str]) -> dict[str, str]:
-    """Weight -> module, as the tower itself calls it, of the linear layers that are meant."""
+    """Weight -> module, as the tower itself calls it, of the linear layers that are meant.
+
+    Args:
+        modules: names of layers or their ends, such as `q_proj`; none stands for all those of the encoder's layers.
+
+    Raises:
+        UsageError: there is no such layer.
+    """
     linear = {
         name: module
         for name, module in modules_of(reference, [2]).items()

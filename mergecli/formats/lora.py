@@ -78,7 +78,7 @@ class AdaptedCheckpoint(LazyCheckpoint):
             return "is a DoRA, whose change is not of low rank"
         if self.dtype is not None:
             return f"is rounded to {self.dtype} together with its base"
-        if whole := [name for name in self.others if name not in self.biases]:
+        if whole := [name for name in self.others if not name.endswith(".bias")]:
             return f"has whole tensors: {quoted(whole)}"
         return ""
 

@@ -41,7 +41,7 @@ class Origin:
     """Whether it has no dimension with us, and may have one of size 1 there."""
 
     def taken_from(self, tensor: Tensor) -> Tensor:
-        """Ours: a view of the old tensor."""
+        """(...) ours: a view of the old tensor."""
         if self.third is not None:
             return tensor.chunk(3)[self.third]
         if self.scalar:

@@ -35,7 +35,7 @@ VARIABLES = (
     "MERGECLI_HOME", "MERGECLI_CACHE", "MERGECLI_CACHE_SIZE", "XDG_CACHE_HOME", "HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE",
     "TRANSFORMERS_OFFLINE", "MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN", "MODELSCOPE_API_TOKEN", "HTTP_PROXY", "HTTPS_PROXY",
     "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS", "WORLD_SIZE", "NO_COLOR",
+    "MKL_NUM_THREADS", "WORLD_SIZE", "RAY_ADDRESS", "NO_COLOR",
 )  # fmt: skip
 """Variables that change what mergecli does; which of them are set is told, and not to what."""
 
@@ -102,7 +102,7 @@ def _versions() -> tuple[dict[str, object], list[str]]:
     for written in importlib.metadata.requires("mergecli") or []:
         needed = Requirement(written)
         extra = re.search(r"""extra == ['"](\w+)['"]""", written)
-        if extra and extra[1] not in ("plots", "tensorboard"):
+        if extra and extra[1] in ("docs", "dev"):
             continue
         try:
             found = importlib.metadata.version(needed.name)

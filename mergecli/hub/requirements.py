@@ -48,7 +48,7 @@ def named(source: Source) -> str:
 
 
 def platform_of(name: str | None) -> str | None:
-    """The prefix of a platform's sources; None if none was named."""
+    """The prefix of a platform's sources; None if none was named. Raises UsageError if there is no such platform."""
     if name is not None and name.lower() not in PLATFORMS:
         raise UsageError(
             f"--platform: expected one of {', '.join(PLATFORMS)}, got `{name}`{did_you_mean(name, PLATFORMS)}"

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergecli import methods
+from mergecli.methods._base import Method
 from mergecli.methods._continual import Remembered
 from mergecli.runtime.errors import InputError
 from mergecli.storage.checkpoint import TASK_VECTOR, Checkpoint, TensorEntry, open_checkpoint
@@ -35,7 +37,7 @@ class ChainState:
     """As the recipe says it."""
     seed: int
     base: str
-    """Digest of the base."""
+    """Digest of the base; empty where it is not known."""
     base_source: str | dict[str, str]
     """As recipes record it: without folders."""
     experts: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -117,7 +119,8 @@ def state_layout(
     return {COUNT: ("I64", ()), **{name: ("F32", layout[name][1]) for name in kept}}
 
 
-def chain_state(recipe: Recipe, method: str, settings: Mapping[str, Any], base: str) -> ChainState:
-    """The state of a chain that begins on the recipe's base, whose digest is `base`."""
+def chain_state(recipe: Recipe, method: Method) -> ChainState:
+    """The state of a chain that begins on the recipe's base, of which nothing is read yet."""
     assert recipe.base
-    return ChainState(method, settings, recipe.dtype, recipe.seed, base, recipe.base.written)
+    name, settings = methods.name_of(method), methods.table_of(method)
+    return ChainState(name, settings, recipe.dtype, recipe.seed, "", recipe.base.written)

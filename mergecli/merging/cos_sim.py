@@ -84,7 +84,13 @@ def cos_sim(
 
     Args:
         vectors: task-vector files, or fine-tuned models if `base` is given, in a list or by name; or a recipe or its file.
-        output: a CSV file. layers: a CSV file with the cosines of each layer. plot: a heat-map (PNG, SVG or PDF by its suffix).
+        output: a CSV file.
+        layers: a CSV file with the cosines of each layer.
+        plot: a heat-map (PNG, SVG or PDF by its suffix).
+
+    Raises:
+        UsageError: there is no base, and models are no task vectors; or an output cannot be written.
+        InputError: a model is missing, damaged, or does not fit the others.
     """
     recipe = recipe_of(vectors, base=base, changes=changes)
     if plot:

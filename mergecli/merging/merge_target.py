@@ -273,7 +273,7 @@ def cast(
     what: str = "merged values",
     cure: str = "use smaller settings, or `--set dtype=float32`",
 ) -> Tensor:
-    """The tensor in a safetensors dtype, on the CPU.
+    """(...) the tensor in a safetensors dtype, on the CPU.
 
     Raises:
         InputError: a value does not fit.

@@ -97,9 +97,9 @@ class Models:
         """Names of the tensors that are merged."""
         return [name for name, entry in self.reference.entries.items() if entry.is_float]
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the tensors that are merged."""
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of the tensors that are merged. Asked for tensor by tensor."""
         return {name: self.reference.entries[name].shape for name in self.floats}
 
     @property
@@ -302,14 +302,12 @@ def with_own_projection(recipe: Recipe) -> bool:
     """Whether a model of the recipe that is here has a visual projection of its own: then those of all are merged."""
     if recipe.base is None:
         return False
-    for source in recipe.tuned.values():
-        # what is missing or damaged is an error only for those who need it
-        with suppress(MergecliError), ExitStack() as stack:
-            base, opened = (
-                stack.enter_context(open_source(each, recipe.base)) for each in (recipe.base, source)
-            )
-            if own_encoder(opened, base).has_projection:
-                return True
+    # what is missing or damaged is an error only for those who need it
+    with suppress(MergecliError), open_source(recipe.base) as base:
+        for source in recipe.tuned.values():
+            with suppress(MergecliError), open_source(source, recipe.base) as opened:
+                if own_encoder(opened, base).has_projection:
+                    return True
     return False
 
 

@@ -7,9 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
-
-import tomli
 
 from mergecli import methods
 from mergecli.formats.mixture import one_tower
@@ -21,10 +18,10 @@ from mergecli.merging.chain_state import (
     ChainState,
     chain_state,
     memory_of,
-    read_state,
     state_layout,
     state_path,
 )
+from mergecli.merging.earlier_merge import Earlier, continued, earlier_merge, is_merge, located
 from mergecli.merging.merge_target import Merged, MergeTarget, ModelWriter, cast, foreign_vectors
 from mergecli.merging.models import ModelPasses, Models, check_fit, open_models
 from mergecli.methods._base import Group
@@ -36,13 +33,13 @@ from mergecli.results.card import write_card
 from mergecli.results.plan import Plan, Work
 from mergecli.runtime.distributed import is_first, usable_device
 from mergecli.runtime.dry_run import work_begins
-from mergecli.runtime.errors import InputError, MergecliError, UsageError, did_you_mean, quoted, toml_text
+from mergecli.runtime.errors import InputError, MergecliError, UsageError, did_you_mean, quoted
 from mergecli.runtime.memory import peak_memory
 from mergecli.runtime.notes import note
 from mergecli.runtime.progress import Progress
 from mergecli.storage.atomic import check_space, check_target, refuse_inputs
 from mergecli.storage.checkpoint import Checkpoint
-from mergecli.storage.metadata import UNKNOWN_DIGEST, inputs_of
+from mergecli.storage.metadata import UNKNOWN_DIGEST
 from mergecli.storage.safetensors_format import layout_size
 from mergecli.storage.safetensors_writer import SafetensorsWriter
 from mergecli.storage.scratch import Scratch
@@ -69,27 +66,19 @@ class Onto:
     card: bool | None = None
 
 
-class _Earlier(NamedTuple):
-    """What a step goes on from."""
-
-    state: ChainState
-    model: Checkpoint | None = None
-    """None where nothing was merged before."""
-    stored: Checkpoint | None = None
-    """The state's tensors; None where they are computed from the merged weights."""
-    folder: Path = Path()
-    """That of the merged model, where models without a folder are looked for."""
-
-
 def begin(step: Onto, progress: Progress | None) -> Merged:
-    """A merge of all models of the step, as the first step of a chain."""
+    """A merge of all models of the step, as the first step of a chain.
+
+    Raises:
+        UsageError: there is no base, or no step is made by the recipe's method. InputError: as `merge`.
+    """
     recipe = step.recipe
     if recipe.base is None:
         raise UsageError(
             "there is no base, and differences to it are needed", "name it with `base = ...` or `--base`"
         )
     with ExitStack() as stack:
-        return _step(step, _Earlier(_first_state(recipe, stack)), stack, progress)
+        return _step(step, Earlier(chain_state(recipe, continual_method(recipe))), stack, progress)
 
 
 def go_on(step: Onto, onto: str | Path, progress: Progress | None) -> Merged:
@@ -110,19 +99,20 @@ def go_on(step: Onto, onto: str | Path, progress: Progress | None) -> Merged:
             hint = "name the model that it stands beside" if is_state else error.hint
             raise type(error)(f"--onto: {error.message}", hint) from error
         recipe = step.recipe
-        if state_path(previous.path).exists() or _is_merge(previous):
-            earlier = _earlier(previous, stack)
-            return _step(replace(step, recipe=_continued(earlier, recipe)), earlier, stack, progress)
+        if state_path(previous.path).exists() or is_merge(previous):
+            earlier = earlier_merge(previous, stack)
+            return _step(replace(step, recipe=continued(earlier, recipe)), earlier, stack, progress)
         if step.replace is not None or step.without:
             raise InputError(f"{source}: is no merge, and no model can be taken out of it")
         if recipe.method is None:
             raise UsageError(
                 "no method is named", "name one with `--method NAME`; `mergecli methods` lists them"
             )
+        continual_method(recipe)  # known before anything is read
         if recipe.base is None:
             note(f"{source}: a chain begins on it")
             recipe = replace(recipe, base=source)
-        elif _first_state(recipe, stack).base != previous.digest():
+        elif _base_digest(recipe.base, stack) != previous.digest():
             first = recipe_of(named_sources([str(onto)])).tuned
             if twice := first.keys() & recipe.tuned.keys():
                 raise UsageError(
@@ -133,13 +123,10 @@ def go_on(step: Onto, onto: str | Path, progress: Progress | None) -> Merged:
         return begin(replace(step, recipe=recipe), progress)
 
 
-def _first_state(recipe: Recipe, stack: ExitStack) -> ChainState:
-    method = continual_method(recipe)
-    assert recipe.base
-    opened = stack.enter_context(open_source(recipe.base))
+def _base_digest(base: Source, stack: ExitStack) -> str:
+    opened = stack.enter_context(open_source(base))
     one_tower(opened)
-    digest = opened.vision().digest()
-    return chain_state(recipe, methods.name_of(method), methods.table_of(method), digest)
+    return opened.vision().digest()
 
 
 def continual_method(recipe: Recipe) -> Continual:
@@ -164,119 +151,7 @@ def continual_method(recipe: Recipe) -> Continual:
     return method
 
 
-def _is_merge(model: Checkpoint) -> bool:
-    """Whether the metadata say that a method of ours made it of other models."""
-    about = model.metadata
-    return about.get("kind") == "checkpoint" and about.get("method") in methods.names() and "recipe" in about
-
-
-def _earlier(previous: Checkpoint, stack: ExitStack) -> _Earlier:
-    """The merge with its state; or with one made of what the merge says of itself, if it was no step of a chain."""
-    folder = previous.path.absolute().parent
-    file = state_path(previous.path)
-    if file.exists():
-        return _Earlier(*_own_state(previous, stack), folder)
-    if "chain" in previous.metadata:
-        raise InputError(
-            f"{previous.path}: is a step of a chain, and its state is not beside it: expected {file}",
-            "copy the state with the model, or make the step again",
-        )
-    state = _recalled(previous)
-    method = methods.create(state.method, state.settings)
-    if not isinstance(method, Continual) or not method.can_recall:
-        raise InputError(
-            f"{previous.path}: was merged by `{state.method}`, and says too little for another merge to go on",
-            "`mergecli merge --onto BASE NEW --method NAME` begins a chain",
-        )
-    if method.remembers != "sum" or len(state.experts) > 1:
-        note(
-            f"{previous.path}: was no step of a chain, so what a step needs is computed from its weights, up to rounding; "
-            "a chain that begins with `--onto BASE` is exact"
-        )
-    return _Earlier(state, previous, None, folder)
-
-
-def _own_state(previous: Checkpoint, stack: ExitStack) -> tuple[ChainState, Checkpoint, Checkpoint]:
-    """The state beside a model, known to belong to it; the model, and the state's tensors."""
-    file = state_path(previous.path)
-    state, stored = read_state(file)
-    stack.enter_context(stored)
-    if (digest := previous.digest()) != state.model:
-        raise InputError(
-            f"{file}: is the state of another model ({state.model}) than {previous.path} ({digest})",
-            "one of them was replaced or copied alone: make the step again",
-        )
-    return state, previous, stored
-
-
-def _recalled(previous: Checkpoint) -> ChainState:
-    """What a merge that was no step of a chain says of itself."""
-    digests = inputs_of(previous.metadata)
-    try:
-        about: dict[str, Any] = tomli.loads(previous.metadata["recipe"])
-        table = dict(about["method"])
-        name, tuned = str(table.pop("name")), dict(about["tuned"])
-        experts = {str(each): digests[each] for each in tuned}
-        base, source = digests.get("base", ""), about.get("base", "")
-        return ChainState(
-            name, table, str(about["dtype"]), int(about["seed"]), base, source, experts, tuned, {}
-        )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{previous.path}: does not say what it was merged of, and has no state") from error
-
-
-def _continued(earlier: _Earlier, recipe: Recipe) -> Recipe:
-    """The recipe of the step, with the chain's method, dtype, seed and base where it names none; raises UsageError where it
-    names others."""
-    state = earlier.state
-    assert earlier.model
-    place = f"{earlier.model.path}: its chain"
-    if recipe.method is not None and recipe.method != state.method:
-        raise UsageError(
-            f"{place} is merged by `{state.method}`, got `{recipe.method}`",
-            f"a chain keeps its method: `--method {state.method}`, or begin another with `--onto BASE`",
-        )
-    chosen = methods.table_of(methods.create(state.method, {**state.settings, **recipe.settings}))
-    own = methods.table_of(methods.create(state.method, state.settings))
-    if other := [key for key in {**own, **chosen} if own.get(key) != chosen.get(key)]:
-        raise UsageError(
-            f"{place} has `method.{other[0]}` = {toml_text(own.get(other[0]))}, got {toml_text(chosen.get(other[0]))}",
-            "a chain keeps its settings: leave them out, or begin another",
-        )
-    if recipe.dtype not in ("same", state.dtype):
-        raise UsageError(
-            f"{place} is in dtype `{state.dtype}`, got `{recipe.dtype}`",
-            "a chain keeps its dtype: leave it out",
-        )
-    if recipe.path is not None and recipe.seed != state.seed:
-        raise UsageError(
-            f"{place} has seed {state.seed}, the recipe {recipe.seed}", f"write `--set seed={state.seed}`"
-        )
-    return replace(
-        recipe,
-        base=recipe.base or _located("base", state.base_source, earlier.folder, "--base"),
-        method=state.method,
-        settings=dict(state.settings),
-        dtype=state.dtype,
-        seed=state.seed,
-    )
-
-
-def _located(name: str, written: str | dict[str, str], folder: Path, option: str) -> Source:
-    """A source that a state recorded without its folders: it is looked for beside the merged model."""
-    label = written if isinstance(written, str) else written["source"]
-    sources = recipe_of({"source": written}).tuned if written else {}
-    source = sources.get("source")
-    if source is not None and source.kind == "path":
-        path = folder / label
-        source = replace(source, path=path) if path.exists() else None
-    if source is None:
-        where = f"`{label}` is not beside the merge" if label else "the merge does not say where it is"
-        raise UsageError(f"{name}: {where}", f"name it with `{option}`")
-    return source
-
-
-def _step(step: Onto, earlier: _Earlier, stack: ExitStack, progress: Progress | None) -> Merged:
+def _step(step: Onto, earlier: Earlier, stack: ExitStack, progress: Progress | None) -> Merged:
     method, state, recipe = continual_method(step.recipe), earlier.state, step.recipe
     out, taken = _taken_out(step, method, earlier)
     stays = [name for name in state.experts if name not in out]
@@ -328,7 +203,7 @@ def _step(step: Onto, earlier: _Earlier, stack: ExitStack, progress: Progress | 
     return _merged(_Job(step, method, models, target, chain, stays, taken, earlier, kept, size), progress)
 
 
-def _taken_out(step: Onto, method: Continual, earlier: _Earlier) -> tuple[list[str], dict[str, Source]]:
+def _taken_out(step: Onto, method: Continual, earlier: Earlier) -> tuple[list[str], dict[str, Source]]:
     """Names of the models that leave the merge, and their sources."""
     found: dict[str, Source] = {}
     given = [("--without", text) for text in step.without]
@@ -356,7 +231,7 @@ def _taken_out(step: Onto, method: Continual, earlier: _Earlier) -> tuple[list[s
         found[name] = (
             parse_source(source, Path())
             if source
-            else _located(f"`{name}`", written, earlier.folder, f"{option} {name}=SOURCE")
+            else located(f"`{name}`", written, earlier.folder, f"{option} {name}=SOURCE")
         )
     return list(found), found
 
@@ -365,7 +240,7 @@ def _named(written: str | dict[str, str]) -> Source:
     return recipe_of({"source": written}).tuned["source"]
 
 
-def _models(step: Onto, earlier: _Earlier, taken: Mapping[str, Source], stack: ExitStack) -> Models:
+def _models(step: Onto, earlier: Earlier, taken: Mapping[str, Source], stack: ExitStack) -> Models:
     """The base, what is remembered, the models that are taken out, and the new ones: known to fit together."""
     recipe = replace(
         step.recipe,
@@ -422,7 +297,7 @@ class _Job:
     chain: Chain
     stays: Sequence[str]
     taken: Mapping[str, Source]
-    earlier: _Earlier
+    earlier: Earlier
     kept: Mapping[str, tuple[str, tuple[int, ...]]]
     """What the state holds."""
     shard_size: int | None

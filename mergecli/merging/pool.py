@@ -135,7 +135,11 @@ class ModelPool:
 
     def load_clip_model(self, name: str = BASE) -> Any:
         """A whole `transformers.CLIPModel`: the base's text tower and text projection, with that model's vision tower, as
-        `load_model` has it, and with its visual projection if it has one."""
+        `load_model` has it, and with its visual projection if it has one.
+
+        Raises:
+            UsageError: the pool has no base, or a module in its place. InputError: the base is no whole CLIP.
+        """
         from mergecli.clip.model import load_clip, set_tower
         from mergecli.clip.towers import load_whole
 
@@ -157,7 +161,11 @@ class ModelPool:
         return model
 
     def load_processor(self) -> Any:
-        """The image processor with the tokenizer, a `transformers.CLIPProcessor`; images are resized by PIL."""
+        """The image processor with the tokenizer, a `transformers.CLIPProcessor`; images are resized by PIL.
+
+        Raises:
+            UsageError: the pool has no models. InputError: no model of it has a processor.
+        """
         from mergecli.clip.towers import load_processor
 
         if not self.has_base and not self.model_names:

@@ -41,10 +41,11 @@ class Loss:
     """What quantization lost of a task vector."""
 
     square: float = 0.0
-    """Of the task vector's norm, and of that of what is lost."""
+    """The squared norm of the task vector."""
     lost: float = 0.0
+    """That of what is lost."""
     largest: float = 0.0
-    """Of an entry."""
+    """The largest error of an entry."""
 
     def __add__(self, other: Loss) -> Loss:
         return Loss(self.square + other.square, self.lost + other.lost, max(self.largest, other.largest))

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -121,8 +122,8 @@ def points_of(
                 "sweep with `--set as_adapter=false --set space=core`, then merge the best point as an adapter",
             )
         points.append(Point(chosen, known))
-    names = [point.name for point in points]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    names = Counter(point.name for point in points)
+    if twice := sorted(name for name, count in names.items() if count > 1):
         raise UsageError(f"two points of the sweep would be called `{twice[0]}`", "sweep over fewer tables")
     return tuple(points)
 
@@ -136,7 +137,11 @@ def merge_sweep(
     coefficients: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Merged, ...]:
-    """Writes one checkpoint a point into the folder `output`, each called after its point."""
+    """Writes one checkpoint a point into the folder `output`, each called after its point.
+
+    Raises:
+        UsageError: the output is no folder, or a point's method cannot do what is asked. InputError: as `merge`.
+    """
     target = Path(output)
     if target.suffix == ".safetensors":
         raise UsageError(

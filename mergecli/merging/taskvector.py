@@ -127,9 +127,9 @@ def taskvector(
             return _metadata(models, replace(recipe, dtype=dtype), name, digests)
 
         if moving:
-            for name, path in targets.items():
+            for number, (name, path) in enumerate(targets.items()):
                 if report:
-                    report(f"moving {name}", list(targets).index(name), len(targets))
+                    report(f"moving {name}", number, len(targets))
                 own = replace(models, tuned={key: models.tuned[key] for key in (name, moving.label)})
                 _move(own, moving, moving.signs(recipe, name), dtype, path, describe)
         elif quantization:

@@ -217,3 +217,13 @@ def measured_by(method: Method) -> Calibrated | None:
 def mean(group: Group) -> Tensor:
     """(...) the plain mean of the fine-tuned weights, as `average` has it."""
     return total(group.tuned).div_(group.tasks)
+
+
+def fill(module: Module, values: Mapping[str, Tensor]) -> None:
+    """Puts (...) values in the place of a module's parameters of their names; the other parameters stay."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in values:
+                parameter.copy_(values[name])

@@ -200,7 +200,7 @@ def merged(
     deltas: Mapping[str, Tensor],
     tasks: Tasks,
 ) -> Tensor:
-    """TSV-M of some tasks, of one tensor, in the dtype of the base's."""
+    """(...) TSV-M of some tasks, of one tensor, in the dtype of the base's."""
     if name in factors:
         left, right = factors[name].of(tasks)
         return (base + (left.double() @ core(left, right) @ right.double()).float()).to(base.dtype)

@@ -122,5 +122,5 @@ def blocks(size: int) -> Iterator[slice]:
 
 
 def inverse(values: Tensor) -> Tensor:
-    """1 / values, and 0 where they are 0."""
+    """(...) 1 / values, and 0 where they are 0."""
     return values.reciprocal().masked_fill_(values == 0, 0)

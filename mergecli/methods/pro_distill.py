@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from mergecli.methods._adam import adam_step
 from mergecli.methods._base import Group, total, uniform
-from mergecli.methods._calibrated import Calibrated, JointProbe, Layout, Shapes, Statistics
+from mergecli.methods._calibrated import Calibrated, JointProbe, Layout, Shapes, Statistics, fill
 from mergecli.methods._depth import layer_of
 from mergecli.methods._settings import Range
 from mergecli.runtime import interrupts
@@ -69,22 +69,22 @@ class ProDistill(Calibrated):
     def measure_jointly(self, probe: JointProbe, /) -> Iterator[tuple[str, Tensor]]:
         outside = [name for name, _ in probe.model.named_parameters() if layer_of(name) is None]
         tasks = range(probe.tasks)
-        _fill(probe.model, {name: self._plain(probe, name) for name in outside})
+        fill(probe.model, {name: self._plain(probe, name) for name in outside})
         merged = [self._embedded(probe, task) for task in tasks]
         own: list[Tensor] = []
         for task in tasks:
-            _fill(probe.model, {name: probe.tuned(task, name) for name in outside})
+            fill(probe.model, {name: probe.tuned(task, name) for name in outside})
             own.append(self._embedded(probe, task))
         for prefix, layer in probe.layers():
             names = [name for name, _ in layer.named_parameters()]
             for task in tasks:
-                _fill(layer, {name: probe.tuned(task, f"{prefix}.{name}") for name in names})
+                fill(layer, {name: probe.tuned(task, f"{prefix}.{name}") for name in names})
                 own[task] = self._output(layer, own[task])
             found = self._learned(probe, prefix, layer, names, merged, own)
             for name, value in found.items():
                 if self._learns(f"{prefix}.{name}"):
                     yield f"{prefix}.{name}.merged", value
-            _fill(layer, found)
+            fill(layer, found)
             merged = [self._output(layer, each) for each in merged]
 
     def _learned(
@@ -153,13 +153,3 @@ class ProDistill(Calibrated):
         if self._learns(group.name):
             return learned.read(0, f"{group.name}.merged").view(group.shape)
         return total(group.deltas).mul_(self.start).add_(group.base)
-
-
-def _fill(module: Module, values: Mapping[str, Tensor]) -> None:
-    """Puts values in the place of parameters."""
-    import torch
-
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name in values:
-                parameter.copy_(values[name])

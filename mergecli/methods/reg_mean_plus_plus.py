@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from mergecli.methods._base import Group
-from mergecli.methods._calibrated import Calibrated, JointProbe, Layout, Shapes, Statistics, mean
+from mergecli.methods._calibrated import Calibrated, JointProbe, Layout, Shapes, Statistics, fill, mean
 from mergecli.methods._depth import layer_of
 from mergecli.methods._least_squares import Grams, Regression, is_measured, owner, within
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Module
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,14 @@ class RegMeanPlusPlus(Calibrated):
 
     def measure_jointly(self, probe: JointProbe, /) -> Iterator[tuple[str, Tensor]]:
         outside = [name for name, _ in probe.model.named_parameters() if layer_of(name) is None]
-        _fill(probe.model, {name: self._plain(probe, name) for name in outside})
+        fill(probe.model, {name: self._plain(probe, name) for name in outside})
         states = [probe.activations(task, self.batch_size) for task in range(probe.tasks)]
         for prefix, layer in chain(probe.layers(), probe.behind()):
             names = {name: within(prefix, name) for name, _ in layer.named_parameters()}
             merged = {name: self._plain(probe, full) for name, full in names.items()}
             systems: dict[str, Regression] = {}
             for task, inputs in enumerate(states):
-                _fill(layer, {name: probe.tuned(task, full) for name, full in names.items()})
+                fill(layer, {name: probe.tuned(task, full) for name, full in names.items()})
                 with Grams(layer) as grams:
                     inputs.look(layer)
                 own = layer.state_dict()
@@ -80,7 +79,7 @@ class RegMeanPlusPlus(Calibrated):
                 for name, change in system.solve().items():
                     merged[name] = (merged[name] + change).float()
                     yield f"{names[name]}.merged", merged[name]
-            _fill(layer, merged)
+            fill(layer, merged)
             for inputs in states:
                 inputs.step(layer)
 
@@ -100,13 +99,3 @@ class RegMeanPlusPlus(Calibrated):
         if not is_measured(group.name, tuple(group.shape)):
             return mean(group)
         return learned.read(0, f"{group.name}.merged").view(group.shape)
-
-
-def _fill(module: Module, values: Mapping[str, Tensor]) -> None:
-    """Puts values in the place of parameters."""
-    import torch
-
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name in values:
-                parameter.copy_(values[name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import tomli
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime.errors import InputError, UsageError, toml_text
 from mergecli.storage.atomic import write_text
+from mergecli.storage.file_state import state_of
 from mergecli.storage.sources import HUBS, Source, is_commit, is_safe, parse_source
 from mergecli.storage.store import StoredFile
 from mergecli.storage.table_reader import TableReader
@@ -40,7 +42,7 @@ class LockedSource:
     def key(self) -> Key:
         return self.is_data, self.source
 
-    @property
+    @cached_property
     def origin(self) -> Source:
         """The repository at that commit."""
         return replace(parse_source(self.fetched, Path()), revision=self.commit, is_data=self.is_data)
@@ -78,7 +80,13 @@ def lock_of(recipe: Recipe) -> Lock | None:
         InputError: it is damaged.
     """
     path = lock_path(recipe.path) if recipe.path else None
-    return read_lock(path) if path and path.is_file() else None
+    return _kept(path, state_of(path)) if path and path.is_file() else None
+
+
+@lru_cache(maxsize=1)
+def _kept(path: Path, _state: int) -> Lock:
+    """The lock in a file in that state: every point of a sweep has the same."""
+    return read_lock(path)
 
 
 def read_lock(path: Path) -> Lock:

@@ -173,7 +173,11 @@ def named_models(
     *,
     with_base: bool = True,
 ) -> list[tuple[str, Source]]:
-    """Name and source of each checkpoint that a call means: those it names, or else the recipe's models."""
+    """Name and source of each checkpoint that a call means: those it names, or else the recipe's models.
+
+    Raises:
+        UsageError: there are none, or no model of such a name.
+    """
     if checkpoints and only:
         raise UsageError(
             "--model: chooses among the recipe's models, and checkpoints were named too",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from mergecli.results.cells import Column
 from mergecli.results.licenses import forbids_changes, licenses, strictest
 from mergecli.results.result import Evaluation, TaskScore
 from mergecli.results.tables import Table
-from mergecli.runtime.errors import InputError, UsageError, quoted
+from mergecli.runtime.errors import InputError, MergecliError, UsageError, quoted
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
-from mergecli.storage.metadata import inputs_of
+from mergecli.storage.metadata import inputs_of, other_kind
 from mergecli.storage.sources import HUBS, Source, parse_source
+from mergecli.storage.store import locate
 
 _RESULTS = "\n## Results\n"
 
@@ -105,6 +107,8 @@ class _Merge:
     licenses: Mapping[str, str | None]
     has_projection: bool = False
     """Whether the visual projection was merged too."""
+    other_kind: str = ""
+    """Such as `siglip`, of a model that is no CLIP; else empty."""
 
     @classmethod
     def of(
@@ -129,7 +133,7 @@ class _Merge:
         )
         return cls(
             model, stored.metadata, stored.parameters, tuple(sorted({each.dtype for each in stored.entries.values()})),
-            digest or stored.digest(), models, licenses(found), stored.has_projection,
+            digest or stored.digest(), models, licenses(found), stored.has_projection, _other_kind(model, found),
         )  # fmt: skip
 
     @property
@@ -155,7 +159,13 @@ class _Merge:
             "base_model": list(dict.fromkeys(names)),
             "base_model_relation": "adapter" if self.is_adapter else "merge",
             "library_name": library,
-            "tags": ["merge", "mergecli", "clip", *["lora"] * self.is_adapter, self.method],
+            "tags": [
+                "merge",
+                "mergecli",
+                self.other_kind or "clip",
+                *["lora"] * self.is_adapter,
+                self.method,
+            ],
             "license": strictest(self.licenses)[0],
             "model-index": None,
         }
@@ -185,8 +195,9 @@ class _Merge:
     def _what(self) -> str:
         title = f" ({methods.find(self.method).title})" if self.method in methods.names() else ""
         count = len(self.models) - ("base" in self.models)
-        what = "CLIP vision towers" if self.metadata.get("kind") == "mixture" else "A CLIP vision tower"
-        what = "A LoRA adapter of a CLIP vision tower" if self.is_adapter else what
+        of = f"`{self.other_kind}`" if self.other_kind else "CLIP"
+        what = f"{of} vision towers" if self.metadata.get("kind") == "mixture" else f"A {of} vision tower"
+        what = f"A LoRA adapter of a {of} vision tower" if self.is_adapter else what
         return (
             f"{what}, merged from {count} fine-tuned model{'s' if count > 1 else ''} by `{self.method}`{title}. "
             f"{self.parameters:,} parameters in {' and '.join(self.dtypes)}; digest of the weights `{self.digest}`."
@@ -201,15 +212,21 @@ class _Merge:
 
     def _use(self) -> Iterator[str]:
         if self.is_adapter:
+            base = (
+                "\nbase = ...  # the vision tower of the base in the table above\n"
+                if self.other_kind
+                else "from transformers import CLIPVisionModel\n\n"
+                'base = CLIPVisionModel.from_pretrained("BASE")  # the base in the table above\n'
+            )
             yield "## Use\n"
             yield _fenced(
-                "from peft import PeftModel\nfrom transformers import CLIPVisionModel\n\n"
-                'base = CLIPVisionModel.from_pretrained("BASE")  # the base in the table above\n'
+                f"from peft import PeftModel\n{base}"
                 'tower = PeftModel.from_pretrained(base, "FOLDER")  # this folder, or the name of this repository\n',
                 "python",
             )
         if self.is_transformers:
             kind = "CLIPVisionModelWithProjection" if self.has_projection else "CLIPVisionModel"
+            kind = "AutoModel" if self.other_kind else kind
             yield "## Use\n"
             yield _fenced(
                 f"from transformers import {kind}\n\n"
@@ -257,6 +274,16 @@ def _sources(value: Any) -> Iterator[Source]:
             source = Source("path", str(each))
         if source:
             yield source
+
+
+def _other_kind(model: Path, sources: Sequence[Source]) -> str:
+    """What `other_kind` says of the merge, or where that has no configuration of the models that were merged."""
+    folders = [model] if (model / "config.json").is_file() else []
+    for each in sources if not folders else ():
+        with suppress(MergecliError):
+            folders.append(locate(each))
+    found = (other_kind(folder / "config.json").removesuffix("_vision_model") for folder in folders)
+    return next(filter(None, found), "")
 
 
 def _written(value: Any) -> str:

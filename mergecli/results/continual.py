@@ -118,8 +118,7 @@ def read_chains(results: Sequence[str | Path | Evaluation]) -> tuple[list[Chains
             if (scores := _scores(label, chain, tuple(order.split(",")), steps, warnings))
         ]
         if whole:
-            tasks = tuple(dict.fromkeys(task for each in whole[:1] for task in each.order))
-            found.append(Chains(label, tasks, tuple(whole)))
+            found.append(Chains(label, whole[0].order, tuple(whole)))
     if not found:
         raise InputError(
             f"no chain is whole: {warnings[0]}", "run the same `mergecli continual` again: it goes on"

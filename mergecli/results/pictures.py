@@ -148,11 +148,12 @@ def origin(result: Evaluation) -> str:
         for key, value in _flat(values)
         if value is not None and value != ""
     )
-    keys = list(dict.fromkeys(key for score in tasks.values() for key, _ in _flat(score)))
+    scores = {task: dict(_flat(score)) for task, score in tasks.items()}
+    keys = list(dict.fromkeys(key for score in scores.values() for key in score))
     heads = "".join(f"<th>{escape(key)}</th>" for key in ("task", *keys))
     rows = "".join(
-        f"<tr><th>{escape(task)}</th>{''.join(f'<td>{escape(_fact(dict(_flat(score)).get(key)))}</td>' for key in keys)}</tr>"
-        for task, score in tasks.items()
+        f"<tr><th>{escape(task)}</th>{''.join(f'<td>{escape(_fact(score.get(key)))}</td>' for key in keys)}</tr>"
+        for task, score in scores.items()
     )
     method = result.checkpoint.get("method")
     about = f" <span>{escape(method)}</span>" if method else ""

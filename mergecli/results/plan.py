@@ -119,7 +119,7 @@ def plan(verb: Callable[Parameters, object], *arguments: Parameters.args, **name
     `mergecli.plan(mergecli.merge, "toy.toml", method="ties", output="out/ties.safetensors")`
 
     Args:
-        verb: `merge`, `evaluate`, `sweep` or `finetune`.
+        verb: `merge`, `evaluate`, `sweep`, `search`, `continual`, `finetune` or `finetune_each`.
         arguments, named: what it is called with.
 
     Raises:

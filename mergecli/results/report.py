@@ -47,7 +47,7 @@ def report(
 
     Args:
         results: files of `evaluate`, in the order of the rows.
-        sort: `average`, a task, or `name`; largest first (names from A to Z) unless `ascending`.
+        sort: `average`, a task, or `name`; largest first unless `ascending`; names from A to Z.
         seen: tasks whose models were merged: adds their average and that of the others.
         normalized: adds each accuracy divided by that of the `fine_tuned` models, by default the result of that name.
         intervals: gives each number its 95 % interval, and differences to a published number theirs.

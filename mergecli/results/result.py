@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -272,8 +273,7 @@ def result_files(names: Sequence[str], output: str | Path | None) -> list[Path]:
         return [target]
     if target.suffix:
         raise UsageError(f"{target}: expected a `.json` file, or a folder's name without suffix")
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UsageError(
             f"{target}: two results would be called {quoted(sorted(twice))}",
             "write `NAME=SOURCE`, each with a name of its own",

@@ -142,8 +142,8 @@ def _plain(name: str) -> str:
 
 
 def ordered(rows: Sequence[Row], by: str | None, ascending: bool, tasks: Sequence[str]) -> list[Row]:
-    """The rows sorted by `average` or a task, largest first unless `ascending`; or by `name`. Rows without that
-    number come last, and equal ones stay in order.
+    """The rows sorted by `average` or a task, largest first unless `ascending`; or by `name`, from A to Z either way.
+    Rows without that number come last, and equal ones stay in order.
 
     Raises:
         UsageError: there is nothing of that name to sort by.
@@ -153,7 +153,7 @@ def ordered(rows: Sequence[Row], by: str | None, ascending: bool, tasks: Sequenc
             raise UsageError("--ascending: needs `--sort`, which says by what")
         return list(rows)
     if by == "name":
-        return sorted(rows, key=lambda row: row.name, reverse=False)
+        return sorted(rows, key=lambda row: row.name)
     if by not in ("average", *tasks):
         known = ("average", "name", *tasks)
         raise UsageError(f"--sort: expected one of {', '.join(known)}, got `{by}`{did_you_mean(by, known)}")

@@ -101,8 +101,8 @@ def permutation(tasks: Sequence[Pair], *, draws: int = 100_000, seed: int = 0) -
     several tasks at once.
 
     If the models were equally good, a fair coin would decide which of them is right on each image on which exactly one is.
-    For one task that is McNemar's exact test. For several the coins are thrown `draws` times, which no p-value is
-    smaller than the inverse of.
+    For one task that is McNemar's exact test. For several the coins are thrown `draws` times, so that no p-value
+    is below 1 / (draws + 1).
     """
     if len(tasks) == 1:
         return mcnemar(tasks[0].first_only, tasks[0].second_only)

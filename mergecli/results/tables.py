@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
 from mergecli.results.cells import Cell, Column, Estimate, Plain, Quantity
@@ -52,7 +53,7 @@ class Table:
     """(row, column) of the numbers that are bold."""
 
     def text(self, form: str) -> str:
-        """The table as `tsv`, `csv`, `json`, `md`, `latex` or `html`; ends with a newline."""
+        """The table as `tsv`, `csv`, `json`, `md`, `latex` or `html`; ends with a newline. Raises UsageError of another format."""
         if form == "html":
             from mergecli.results.html import page
 
@@ -104,7 +105,7 @@ class Table:
         heads, *rows = self._plain()
         return frame(rows, [str(head) for head in heads])
 
-    @property
+    @cached_property
     def rules(self) -> frozenset[int]:
         """The rows that a rule stands before: the ceiling, and what follows it."""
         pairs = enumerate(itertools.pairwise(self.kinds), 1)

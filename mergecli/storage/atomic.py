@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def write_errors(path: Path) -> Generator[None]:
-    """Turns the operating system's refusals into one clear error about `path`."""
+    """Turns the operating system's refusals in the block into one clear InputError about `path`."""
     try:
         yield
     except OSError as error:

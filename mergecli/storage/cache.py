@@ -97,11 +97,12 @@ def cache(kinds: Sequence[str] = (), *, clear: bool = False, max_size: str | int
         removed = [entry for entry in every if entry.kind in (kinds or PASSING)]
     elif max_size is not None:
         passing = [each for each in kinds or PASSING if each in PASSING]
-        gone = {file.path for file in _oldest(bound, kinds=passing)}
-        removed = [entry for entry in every if entry.path in gone]
+        oldest = {file.path for file in _oldest(_files(passing), bound)}
+        removed = [entry for entry in every if entry.path in oldest]
     for entry in removed:
         _remove(entry.path)
-    kept = tuple(entry for entry in every if entry not in removed and entry.kind in (kinds or KINDS))
+    gone = {entry.path for entry in removed}
+    kept = tuple(entry for entry in every if entry.path not in gone and entry.kind in (kinds or KINDS))
     return Cache(cache_folder(), kept, tuple(removed), bound)
 
 
@@ -205,9 +206,11 @@ def make_room(size: int, max_size: int) -> bool:
     """Whether a new file of so many bytes may be written; what was used longest ago is removed for it."""
     if size > max_size or is_dry():
         return False
-    parts = [file for file in _files() if file.path.suffix == ".part"]
-    left = [file for file in parts if is_leftover(file.path) or time.time() - file.used > _STALE]
-    for file in left + _oldest(max_size - size, left):
+    every = _files()
+    parts = [file for file in every if file.path.suffix == ".part"]
+    left = {file for file in parts if is_leftover(file.path) or time.time() - file.used > _STALE}
+    rest = [file for file in every if file not in left]
+    for file in [*left, *_oldest(rest, max_size - size)]:
         with contextlib.suppress(InputError):
             _remove(file.path)
     return _free() >= size + SPARE
@@ -233,9 +236,10 @@ def _files(kinds: Sequence[str] = PASSING) -> list[_File]:
     return sorted(found, key=lambda file: (-file.used, file.path))
 
 
-def _oldest(bound: int, gone: Sequence[_File] = (), kinds: Sequence[str] = PASSING) -> list[_File]:
-    """Those last used longest ago, so that the others (without `gone`) of these kinds take at most `bound` bytes."""
-    every = [file for file in _files(kinds) if file not in gone]
+def _oldest(files: Sequence[_File], bound: int) -> list[_File]:
+    """Those last used longest ago of the files, of which the last used come first, so that the others take at most `bound`
+    bytes."""
+    every = list(files)
     total = sum(file.size for file in every)
     chosen: list[_File] = []
     while every and total > bound:

@@ -199,7 +199,7 @@ class Checkpoint:
         return replace(self, entries=kept, hashes=self.hashes.anew())
 
     def read(self, name: str) -> Tensor:
-        """The tensor, in its own dtype and shape."""
+        """(...) the tensor, in its own dtype and shape."""
         found = self.read_entries(name, 0, self.entries[name].size).view(self.entries[name].shape)
         self.expect_unchanged()
         return found

@@ -123,6 +123,16 @@ def looked_at(metadata: Mapping[str, str]) -> dict[str, dict[str, str]]:
         return {}
 
 
+def other_kind(file: Path) -> str:
+    """The `model_type` of a model that is neither a CLIP nor a tower of one, such as `siglip`; else empty."""
+    try:
+        known: Any = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    kind = cast("dict[str, Any]", known).get("model_type") if isinstance(known, dict) else None
+    return kind if isinstance(kind, str) and not (kind == "clip" or kind.startswith("clip_")) else ""
+
+
 def model_folder_files(origin: Path, *, has_projection: bool = False) -> dict[str, str]:
     """File name -> text of what a Hugging Face folder needs beside the weights, taken from the model at `origin`.
 

@@ -160,7 +160,11 @@ def header_bytes(metadata: Mapping[str, str], tensors: Mapping[str, object]) -> 
 def read_header(
     file: Path, descriptor: int
 ) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, str]]:
-    """Tensors (dtype, shape, first byte in the file) and metadata of one safetensors file, checked against its size."""
+    """Tensors (dtype, shape, first byte in the file) and metadata of one safetensors file, checked against its size.
+
+    Raises:
+        InputError: it is no safetensors file, or damaged.
+    """
     size = os.fstat(descriptor).st_size
     start = os.pread(descriptor, 64, 0)
     pickled = start[:2] in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,7 @@ from mergecli.runtime.progress import shown
 from mergecli.storage.atomic import check_target
 from mergecli.storage.checkpoint import Checkpoint, open_checkpoint
 from mergecli.storage.metadata import version
+from mergecli.storage.sources import Source
 from mergecli.storage.units import UnitFiles
 from mergecli.training.finetune import Finetuned, base_and_tasks, finetune
 
@@ -79,12 +80,17 @@ def finetune_each(
     kind = [version(), torch.__version__, work.device.partition(":")[0], own]
     failures = Failures(engine.keep_going)
     units: list[Unit] = []
+
+    @cache
+    def digests_of(source: Source) -> list[str]:
+        """Of the base, which is that of all tasks: hashed once."""
+        with open_source(source) as stored:
+            return [stored.vision().digest(), *clip_digests(model_path(source))]
+
     for name in expand(task, known):
         with failures.of("task", name):
             source, trained = base_and_tasks(known, name, base, None, asks, training.get("validation_split"))
-            with open_source(source) as stored:
-                digests = [stored.vision().digest(), *clip_digests(model_path(source))]
-            facts = json.dumps([kind, digests, tasks_metadata(trained)], default=str)
+            facts = json.dumps([kind, digests_of(source), tasks_metadata(trained)], default=str)
             units.append(Unit((name,), sha256(facts.encode()).hexdigest()[:32]))
     if not units and not failures.found:
         raise UsageError("no task to train on", "name at least one")

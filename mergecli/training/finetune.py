@@ -248,7 +248,11 @@ def base_and_tasks(
     validates: bool,
     split: str | None,
 ) -> tuple[Source, list[TrainingTask]]:
-    """The base, and the tasks to train on."""
+    """The base, and the tasks to train on.
+
+    Raises:
+        UsageError: there is no base or no task, or the recipe is wrong. InputError: the base or data are missing or damaged.
+    """
     from mergecli.data.tasks import expand, find
     from mergecli.hub.fetched import expect_all
     from mergecli.recipe.reading import recipe_of

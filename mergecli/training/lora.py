@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from mergecli.clip.model import Clip
 
 
-_TOWER = {"base_model_class": "CLIPVisionModel", "parent_library": "transformers.models.clip.modeling_clip"}
-"""What peft puts its adapters on: the module that transformers has for the tower."""
-
-
 def add_adapter(clip: Clip, low_rank: LowRank, seed: int) -> Any:
     """Adds trainable factors to the layers of the CLIP's tower; returns the `peft.PeftModel` around it.
 
@@ -75,7 +71,7 @@ def dropouts(tower: nn.Module) -> list[nn.Module]:
 
 
 def save_adapter(
-    model: Any, base: str, folder: Path, metadata: Mapping[str, str], dtype: torch.dtype
+    model: Any, clip: Clip, base: str, folder: Path, metadata: Mapping[str, str], dtype: torch.dtype
 ) -> None:
     """Writes the folder that `PeftModel.save_pretrained` would write, with metadata, and the same bytes every time.
 
@@ -83,7 +79,8 @@ def save_adapter(
     `adapter` says that it was linearized.
 
     Args:
-        base: the name of the base in the configuration.
+        clip: whose tower the adapter is of.
+        base: its name in the configuration.
     """
     from peft import get_peft_model_state_dict
 
@@ -92,21 +89,34 @@ def save_adapter(
     }
     expect_finite(state, folder, "train with a lower learning rate")
     with whole_folder(folder) as written:
-        text = json.dumps(_config(model, base), indent=2, sort_keys=True) + "\n"
+        text = json.dumps(_config(model, clip, base), indent=2, sort_keys=True) + "\n"
         (written / CONFIG).write_text(text, encoding="utf-8")
         save_tensors({name: state[name].contiguous() for name in sorted(state)}, written / PLAIN, metadata)
 
 
-def _config(model: Any, base: str) -> dict[str, Any]:
+def _config(model: Any, clip: Clip, base: str) -> dict[str, Any]:
     config: dict[str, Any] = model.peft_config["default"].to_dict()
     alpha = config["lora_alpha"]
     config |= {
-        "auto_mapping": _TOWER,
+        "auto_mapping": _module_of(clip),
         "base_model_name_or_path": base,
         "inference_mode": True,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
     }
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+
+
+def _module_of(clip: Clip) -> dict[str, str]:
+    """What peft puts the adapter on: the module that transformers has for the tower."""
+    from mergecli.clip.dual_encoder import vision_class
+
+    if clip.is_clip:
+        return {
+            "base_model_class": "CLIPVisionModel",
+            "parent_library": "transformers.models.clip.modeling_clip",
+        }
+    _, found = vision_class(clip.path)
+    return {"base_model_class": found.__name__, "parent_library": found.__module__}
 
 
 def _check(clip: Clip, low_rank: LowRank) -> None:

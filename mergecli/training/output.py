@@ -55,7 +55,7 @@ class TrainedModel:
             save_tower(self.clip, path, metadata, dtype)
         else:
             metadata["adapter"] = low_rank.kind
-            save_adapter(self.adapter, base_name(self.base), path, metadata, dtype)
+            save_adapter(self.adapter, self.clip, base_name(self.base), path, metadata, dtype)
 
     def write_last_good(self, state: TrainingState) -> str:
         """After divergence: saves the last finite weights, deletes the resume file, and returns a clause for the error message."""

@@ -70,8 +70,11 @@ def test_an_error_of_one_tower_ends_those_beside_it(towers, recipe, monkeypatch)
 
     monkeypatch.setattr(Counts, "add", slow)
     torch.set_num_threads(3)
-    with pytest.raises(InputError, match=r"nan\.safetensors: gives NaN or infinite logits on task `more`"):
+    with pytest.raises(
+        InputError, match=r"nan\.safetensors: gives NaN or infinite logits on task `more`"
+    ) as caught:
         evaluate(towers, recipe=recipe, tasks=["more"], batch_size=1)
+    assert "`--precision`" in str(caught.value.hint)
     assert len(seen) < 2 * 20
     assert torch.get_num_threads() == 3
 

@@ -118,6 +118,22 @@ def test_a_library_that_is_missing_is_a_problem(monkeypatch: pytest.MonkeyPatch)
     assert examined.versions["matplotlib"] is None
 
 
+def test_all_that_users_can_add_is_told_and_what_developers_need_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needed = [
+        "torch>=2.4",
+        "no-such>=1; extra == 'search'",
+        "pytest>=99; extra == 'dev'",
+        "numpy>=99; extra == 'ray'",
+    ]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: needed)
+    examined = mergecli.doctor()
+    assert examined.versions.keys() == {"mergecli", "python", "torch", "no-such", "numpy"}
+    assert examined.versions["no-such"] is None
+    assert examined.problems == (f"numpy is {importlib.metadata.version('numpy')}; mergecli needs numpy>=99",)
+
+
 def test_a_torch_that_cannot_be_imported_is_a_problem_and_no_bug(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

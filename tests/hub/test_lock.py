@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from mergecli.hub.fetch import fetch
+from mergecli.merging.sweep_points import points_of
+from mergecli.recipe import lock
 from mergecli.recipe.lock import Lock, LockedSource, lock_path, pin, pinned_source, read_lock, write_lock
 from mergecli.recipe.reading import recipe_of
 from mergecli.results.licenses import licenses, strictest
@@ -109,6 +111,23 @@ def test_a_recipe_is_pinned_by_the_lock_beside_it(hubs: Hubs, recipe: Path) -> N
     data = pinned.tasks["birds"].data
     assert data is not None
     assert [locate(source) for source in (pinned.base, pinned.tuned["birds"], data)] == list(paths)
+
+
+def test_all_points_of_a_sweep_are_pinned_by_one_look_at_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+    monkeypatch.setattr(lock, "read_lock", lambda path: seen.append(path) or read_lock(path))
+    recipe = tmp_path / "a.toml"
+    recipe.write_text('base = "hf:org/a"\n[tuned]\nx = "hf:org/a"\n[method]\nname = "task_arithmetic"\n')
+    for kept in (TEXT, TEXT.replace("mirror/a", "another/mirror")):
+        lock_path(recipe).write_text(kept)
+        points = points_of(recipe, ["method.scaling_factor=0.1:0.9:0.1"])
+        (origin,) = {point.recipe.tuned["x"].pinned for point in points}
+        assert origin is not None
+        assert f'fetched = "{origin.kind}:{origin.name}"' in kept
+        assert len(points) == 9
+    assert seen == [lock_path(recipe)] * 2
 
 
 def test_an_adapter_is_pinned_too(tmp_path: Path) -> None:

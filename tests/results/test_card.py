@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import mergecli
 from mergecli.results.card import write_card
@@ -15,6 +15,7 @@ from mergecli.results.result import Evaluation, TaskScore
 from mergecli.runtime.errors import InputError, UsageError
 from mergecli.storage.sources import parse_source
 from tests.conftest import Run, World
+from tests.support.tiny_dual_encoders import make_tiny_dual_encoder
 
 RECIPE = (
     'base = "toy:base"\n[tuned]\ndigits = "toy:digits"\nletters = "toy:letters"\n[method]\nname = "average"\n'
@@ -111,6 +112,29 @@ def test_a_file_gets_a_card_where_it_is_asked_for(tmp_path: Path, run: Run) -> N
         "merge", "toy.toml", "-o", "swept/", "--card", "--method", "ties", "--sweep", "method.density=0.1,0.2"
     )
     assert ended.err.startswith("error: --card: a sweep writes several models, and a folder has one card")
+
+
+def test_the_card_of_another_dual_encoder_names_its_kind_and_how_it_is_loaded(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    folder = make_tiny_dual_encoder(tmp_path / "base", "siglip")
+    weights = {
+        name: each
+        for name, each in load_file(folder / "model.safetensors").items()
+        if name.startswith("vision")
+    }
+    save_file(weights, tmp_path / "tuned.safetensors", {"format": "pt"})
+    (tmp_path / "siglip.toml").write_text(
+        'base = "base"\ntuned = { digits = "tuned.safetensors" }\n[method]\nname = "average"\n'
+    )
+    for output in ("merged", "merged.safetensors"):
+        mergecli.merge("siglip.toml", output=output, card=True)
+        card = loaded(Path("merged/README.md" if output == "merged" else "README.md"))
+        assert card.data.to_dict()["tags"] == ["merge", "mergecli", "siglip", "average"]
+        assert "\nA `siglip` vision tower, merged from 1 fine-tuned model by `average`" in card.text
+        assert "CLIPVisionModel" not in card.text
+    assert 'AutoModel.from_pretrained("FOLDER")' in loaded(Path("merged/README.md")).text
+    assert type(AutoModel.from_pretrained("merged")).__name__ == "SiglipVisionModel"
 
 
 def test_no_card_is_written_where_none_is_wanted(tmp_path: Path, run: Run) -> None:

@@ -28,6 +28,7 @@ from mergecli.storage.sources import parse_source
 from mergecli.training.finetune import finetune
 from mergecli.training.loop import dropout_seed
 from tests.support.processor import pixel_values
+from tests.support.tiny_dual_encoders import make_tiny_dual_encoder
 from tests.training.test_loop import BOTH, SHORT, ByHand, make_tasks, stopping
 
 pytestmark = [
@@ -257,3 +258,15 @@ def test_results_say_how_an_adapter_was_made(recipe: Recipe, tmp_path: Path) -> 
     train(recipe, tmp_path / "a", "l_lora", steps=1)
     (result,) = evaluate(tmp_path / "a", recipe=recipe, tasks=["tints"])
     assert result.checkpoint["method"] == "finetune --l-lora"
+
+
+def test_an_adapter_of_a_siglip_names_the_module_that_peft_puts_it_on(tmp_path: Path) -> None:
+    base = make_tiny_dual_encoder(tmp_path / "base", "siglip")
+    more: dict[str, Any] = {"learning_rate": 1e-3, "batch_size": 4, "steps": 1}
+    finetune(base=base, task="digits", output=tmp_path / "a", lora=True, **ADAPTER, **more)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    module = {
+        "base_model_class": "SiglipVisionModel",
+        "parent_library": "transformers.models.siglip.modeling_siglip",
+    }
+    assert config["auto_mapping"] == module

@@ -228,7 +228,7 @@ def expect(stored: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def finite(stored: Checkpoint, name: str, values: Tensor) -> Tensor:
-    """The values of a tensor of the file; raises InputError if one is NaN or infinity."""
+    """(...) the values of a tensor of the file; raises InputError if one is NaN or infinity."""
     if not bool(values.isfinite().all()):
         raise InputError(f"{stored.path}: `{name}` has NaN or infinity")
     return values

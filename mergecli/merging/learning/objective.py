@@ -307,10 +307,10 @@ def _learned_heads(work: LearningWork, clip: Clip) -> dict[int, tuple[Tensor, Te
     """Place of a task -> weights and biases with which its head begins: the zero-shot head times the logit scale, and 0."""
     from mergecli.clip.heads import cached_head
 
-    tasks, scale = list(work.models.tuned), clip.model.logit_scale.exp().detach()
+    tasks, size, scale = list(work.models.tuned), allowed_size(), clip.model.logit_scale.exp().detach()
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for name, task in work.tasks.items():
-        head = cached_head(clip, task.classes, task.templates, work.clip_digests.text, allowed_size())
+        head = cached_head(clip, task.classes, task.templates, work.clip_digests.text, size)
         weight = (scale * head).detach().clone()
         found[tasks.index(name)] = weight, weight.new_zeros(len(weight))
     return found

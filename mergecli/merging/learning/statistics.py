@@ -213,7 +213,8 @@ class Measurement:
         for each in files:
             if each not in missing:
                 _opened(each, models, method).close()
-        check_space({each.path: layout_size(method.layout(models.shapes)) for each in missing})
+        size = layout_size(method.layout(models.shapes)) if missing else 0
+        check_space({each.path: size for each in missing})
         wait()  # nobody writes before all have looked
         own = missing[ranks.own :: ranks.count]
         tasks = [one for each in own for one in each.tasks]

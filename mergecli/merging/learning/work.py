@@ -106,7 +106,7 @@ class LearningWork:
         """Input -> digest."""
         return self.models.digests() | {TITLES[need]: each.digest() for need, each in self.needed.items()}
 
-    @property
+    @cached_property
     def looked_at(self) -> dict[str, Any]:
         """Task -> what tells its images from others."""
         return {name: each.facts(head=self.method.needs_head) for name, each in self.tasks.items()}
