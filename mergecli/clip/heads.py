@@ -236,9 +236,10 @@ def compare(
     correction: Callable[[Tensor], Tensor] | None = None,
     learned: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """(B, C) the logits of (B, D) image features."""
+    """(B, C) the logits of (B, D) image features; NaN where the norm of a feature is infinite, which would give 0 for all classes."""
     image = image.float()
-    image = image / image.norm(dim=-1, keepdim=True)
+    norm = image.norm(dim=-1, keepdim=True)
+    image = image / norm.masked_fill(norm.isinf(), torch.nan)
     if correction is not None:
         image = correction(image)
     if learned is not None:

@@ -342,9 +342,12 @@ def test_nothing_is_computed_before_every_input_is_known_to_fit(place, recipe, t
         )
 
 
-def test_weights_that_are_not_numbers_are_named_and_nothing_is_written(place, recipe, tmp_path):
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_features_that_are_not_numbers_or_too_large_are_named_and_nothing_is_written(
+    place, recipe, tmp_path, value
+):
     weights = load_file(place / "tower.safetensors")
-    weights["vision_model.post_layernorm.bias"][0] = float("nan")
+    weights["vision_model.post_layernorm.bias"][0] = value
     save_file(weights, tmp_path / "nan.safetensors")
     message = r"nan\.safetensors: gives NaN or infinite logits on task `tints`\nhint: .* `--precision` is too narrow"
     with pytest.raises(InputError, match=message):
