@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from mergecli.methods._base import Group, total
 from mergecli.methods._depth import parts_of
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import Recipe
+from mergecli.runtime.errors import MergecliWarning
 from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.atomic import check_targets, write_text
 from mergecli.storage.sources import Source
@@ -128,6 +130,10 @@ def cos_sim(
         norms=tuple(whole.diagonal().sqrt().tolist()),
         layers={part: _cosines(each) for part, each in products.items()},
     )
+    for name, norm in zip(result.names, result.norms, strict=True):
+        if not norm:
+            text = f"`{name}` has the weights of the base: its task vector is zero, and so are its cosines with others"
+            warnings.warn(text, MergecliWarning, stacklevel=2)
     if output:
         write_text(Path(output), result.to_csv())
     if layers:

@@ -26,7 +26,14 @@ from mergecli.merging.learning.files import Learned, Learning, LearningFiles
 from mergecli.merging.learning.learn import learning
 from mergecli.merging.low_rank_target import AdapterWriter, target_in, target_of
 from mergecli.merging.merge_plan import merge_plan
-from mergecli.merging.merge_target import Merged, MergeTarget, ModelWriter, cast, foreign_vectors
+from mergecli.merging.merge_target import (
+    Merged,
+    MergeTarget,
+    ModelWriter,
+    cast,
+    foreign_vectors,
+    same_weights,
+)
 from mergecli.merging.models import ModelPasses, Models, open_models
 from mergecli.merging.onto import Onto, begin, go_on
 from mergecli.merging.spaces import in_space, space_of
@@ -387,7 +394,7 @@ def _merged(models: Models, target: MergeTarget, inputs: Mapping[str, str]) -> M
     reference = models.dense.reference
     return Merged(
         target.path, str(target.recipe.method), tuple(models.tuned), len(reference.entries), reference.parameters, inputs,
-        warnings=tuple(foreign_vectors(models, inputs)) if inputs else (),
+        warnings=(*foreign_vectors(models, inputs), *same_weights(models.tuned, inputs)) if inputs else (),
     )  # fmt: skip
 
 

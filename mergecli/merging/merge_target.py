@@ -266,6 +266,17 @@ def foreign_vectors(models: Models, digests: Mapping[str, str]) -> Iterator[str]
             yield f"{each.path}: `{name}` is a task vector of another base: {foreign}"
 
 
+def same_weights(names: Iterable[str], digests: Mapping[str, str]) -> Iterator[str]:
+    """A warning for each of these models that has the weights of the base, or of a model before it."""
+    first = {digests["base"]: "the base"} if "base" in digests else {}
+    for name in names:
+        other = first.setdefault(digests[name], name)
+        if other == "the base":
+            yield f"`{name}` has the weights of the base: its task vector is zero"
+        elif other != name:
+            yield f"`{name}` has the weights of `{other}`: they count twice"
+
+
 def cast(
     result: Tensor,
     dtype: str,

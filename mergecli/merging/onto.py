@@ -22,7 +22,14 @@ from mergecli.merging.chain_state import (
     state_path,
 )
 from mergecli.merging.earlier_merge import Earlier, continued, earlier_merge, is_merge, located
-from mergecli.merging.merge_target import Merged, MergeTarget, ModelWriter, cast, foreign_vectors
+from mergecli.merging.merge_target import (
+    Merged,
+    MergeTarget,
+    ModelWriter,
+    cast,
+    foreign_vectors,
+    same_weights,
+)
 from mergecli.merging.models import ModelPasses, Models, check_fit, open_models
 from mergecli.methods._base import Group
 from mergecli.methods._continual import START, Chain, Continual, Step
@@ -361,7 +368,8 @@ def _merged(job: _Job, progress: Progress | None) -> Merged:
         state.write(COUNT, torch.tensor(len(target.recipe.tuned)))
         inputs = _inputs(job, models.digests())
         model.describe(target.metadata(inputs, _about(job)))
-        warnings = tuple(foreign_vectors(Models(models.base, _new(job)), inputs))
+        merged = [*job.stays, *job.step.recipe.tuned]
+        warnings = (*foreign_vectors(Models(models.base, _new(job)), inputs), *same_weights(merged, inputs))
     if job.taken:
         note(
             f"{quoted(job.taken)} {'is' if len(job.taken) == 1 else 'are'} taken out of a sum in float32: equal to a merge "

@@ -244,7 +244,7 @@ def _range(written: str, text: str) -> tuple[Any, ...]:
         count = int((last - first) / step) if step else -1
     except (InvalidOperation, ValueError, OverflowError) as error:
         raise UsageError(wrong) from error
-    if count < 0 or (last - first) * step < 0:
+    if count < 0 or (last - first) * step < 0 or (count == 0 and first != last):
         raise UsageError(f"{wrong}: no steps of {step} lead from {first} to {last}")
     if count >= MOST:
         raise UsageError(f"sweep `{text}`: has {count + 1:,} values, of which at most {MOST:,} are allowed")

@@ -16,7 +16,7 @@ from mergecli.formats.projection import projection_metadata
 from mergecli.formats.quantized import is_quantized, scheme_of, shared_path
 from mergecli.formats.quantizer import BITS, PER
 from mergecli.hub.fetched import expect_all
-from mergecli.merging.merge_target import cast, foreign_vectors
+from mergecli.merging.merge_target import cast, foreign_vectors, same_weights
 from mergecli.merging.models import Models, open_models
 from mergecli.merging.quantize import Describe, Loss, Quantization, quantize_mixture
 from mergecli.merging.rebase import Transport, write_moved
@@ -298,7 +298,10 @@ def _subtract(models: Models, dtype: str, path: Path, describe: Describe) -> Non
 
         for _ in models.map(write):
             pass
-        writer.describe(describe(name, models.digests()))
+        digests = models.digests()
+        writer.describe(describe(name, digests))
+    for text in same_weights(models.tuned, digests):
+        warnings.warn(text, MergecliWarning, stacklevel=2)
 
 
 def _fitting(difference: Tensor, dtype: str, name: str) -> Tensor:

@@ -55,6 +55,7 @@ RANGE = "expected `FIRST:LAST:STEP`, such as 0.1:1.0:0.1"
         ("method.density=0.1:0.5", RANGE),
         ("method.density=a:b:c", RANGE),
         ("method.density=0.5:0.1:0.1", f"{RANGE}: no steps of 0.1 lead from 0.5 to 0.1"),
+        ("method.density=0.1:0.3:1", f"{RANGE}: no steps of 1 lead from 0.1 to 0.3"),
         ("method.density=0:1:0.0001", "has 10,001 values, of which at most 1,000 are allowed"),
     ],
 )  # fmt: skip

@@ -12,10 +12,11 @@ from torch import Tensor
 from mergecli.formats.opening import open_source
 from mergecli.merging.merge import merge
 from mergecli.merging.taskvector import taskvector
-from mergecli.runtime.errors import InputError, UsageError
+from mergecli.runtime.errors import InputError, MergecliWarning, UsageError
 from mergecli.storage.checkpoint import open_checkpoint
 from mergecli.storage.sources import parse_source
 from tests.conftest import World, assert_same
+from tests.support.merging import with_models
 
 
 def test_a_task_vector_is_tuned_minus_base_and_says_what_it_is(world: World) -> None:
@@ -63,6 +64,19 @@ def test_a_vector_of_another_base_is_merged_with_a_warning(world: World) -> None
     )
     (warning,) = merged.warnings
     assert "`v` is a task vector of another base (xxh3:" in warning
+
+
+def test_models_with_the_weights_of_the_base_or_of_each_other_are_said(world: World) -> None:
+    other = with_models(world, world.base, world.tuned["t1"], world.base, world.tuned["t1"])
+    zero = "`t2` has the weights of the base: its task vector is zero"
+    twice = "`t3` has the weights of `t1`: they count twice"
+    output = world.folder / "m.safetensors"
+    assert merge(other.files, base=other.base_file, method="ties", output=output).warnings == (zero, twice)
+    assert merge(other.files, base=other.base_file, method="average", output=output).warnings == (twice,)
+    chained = merge(other.files, base=other.base_file, method="opcm", output=output)
+    assert chained.warnings == (zero, twice)
+    with pytest.warns(MergecliWarning, match=f"^{zero}$"):
+        taskvector(other.files["t2"], base=other.base_file, output=world.folder / "v.safetensors")
 
 
 def test_a_vector_of_a_vector_and_one_without_a_base_are_refused(world: World) -> None:
