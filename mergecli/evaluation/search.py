@@ -39,6 +39,7 @@ from mergecli.results.result import Evaluation
 from mergecli.results.statistics import Count, difference_interval
 from mergecli.results.tables import Table
 from mergecli.runtime import interrupts
+from mergecli.runtime.counts import is_count
 from mergecli.runtime.dry_run import work_begins
 from mergecli.runtime.engines.contract import Engine
 from mergecli.runtime.engines.grid import FailedUnitsError, workers_stay
@@ -203,8 +204,8 @@ def search(
     """
     known = recipe_of(recipe, method=method, changes=changes)
     searched = Space.of(space, known)
-    if not 1 <= trials <= MOST:
-        raise UsageError(f"--trials: expected a whole number from 1 to {MOST:,}, got {trials}")
+    if not (is_count(trials) and trials <= MOST):
+        raise UsageError(f"--trials: expected a whole number from 1 to {MOST:,}, got {trials!r}")
     check_sampler(sampler, searched)
     folder = Path(output)
     check_storage(storage_url(storage, folder))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from mergecli.data.decoding import Corruption
 from mergecli.methods._mixture import Routing
+from mergecli.runtime.counts import expect_count
 from mergecli.runtime.engines.contract import Engine
 from mergecli.runtime.errors import UsageError, did_you_mean
 from mergecli.storage.sources import Source, parse_source
@@ -59,9 +60,7 @@ class Settings:
             near = did_you_mean(self.routing, ROUTINGS)
             raise UsageError(f"routing: expected one of {', '.join(ROUTINGS)}, got `{self.routing}`{near}")
         for name in ("batch_size", "limit", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name}: expected a whole number of at least 1, got {value}")
+            expect_count(name, getattr(self, name))
         if self.corruption is not None:
             from mergecli.data.corruptions import check
 

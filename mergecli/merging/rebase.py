@@ -27,6 +27,7 @@ from mergecli.merging.models import Models
 from mergecli.methods._base import Group, Unit
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime import interrupts
+from mergecli.runtime.counts import expect_count
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed
 from mergecli.storage.differences import Form, differences, other_architecture
 from mergecli.storage.sources import Source
@@ -64,8 +65,7 @@ class Transport:
             )
         if examples is not None and not name.startswith("gradient"):
             raise UsageError(f"examples: `{name}` looks at no images", "leave it out")
-        if examples is not None and examples < 1:
-            raise UsageError(f"examples: expected a whole number, at least 1, got {examples}")
+        expect_count("examples", examples)
         return cls(name, start, goal, examples or EXAMPLES)
 
     @property

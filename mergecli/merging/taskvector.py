@@ -22,6 +22,7 @@ from mergecli.merging.quantize import Describe, Loss, Quantization, quantize_mix
 from mergecli.merging.rebase import Transport, write_moved
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import DTYPES, Recipe, recipe_text
+from mergecli.runtime.counts import is_count
 from mergecli.runtime.errors import InputError, MergecliWarning, UsageError, did_you_mean
 from mergecli.runtime.notes import note
 from mergecli.runtime.progress import AnyProgress, shown
@@ -152,9 +153,9 @@ def _quantization(bits: int | None, per: str | None, residual: bool, dtype: str)
                 f"{option}: is for quantized task vectors", "add `--quantize 4`, or leave it out"
             )
         return None
-    if bits not in BITS:
+    if not is_count(bits) or bits not in BITS:
         raise UsageError(
-            f"quantize: expected {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits, got {bits}"
+            f"quantize: expected {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits, got {bits!r}"
         )
     if per is not None and per not in PER:
         raise UsageError(f"per: expected {' or '.join(PER)}, got `{per}`{did_you_mean(per, PER)}")

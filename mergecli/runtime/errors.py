@@ -88,8 +88,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean `{near}`?)" if near else ""
 
 
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "_")
+def _plain(name: object) -> str:
+    return str(name).lower().replace("-", "_")
 
 
 def listed(lines: Sequence[str], limit: int = 5) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergecli.formats.lora_files import check_adapter_folder
+from mergecli.runtime.counts import is_count
 from mergecli.runtime.errors import UsageError, listed, quoted
 from mergecli.storage.atomic import check_target
 
@@ -67,8 +68,8 @@ class LowRank:
     def problems(self) -> list[str]:
         """A line for each invalid value."""
         wrong: list[str] = []
-        if not _is_count(self.rank):
-            wrong.append(f"`rank`: expected a whole number of at least 1, got {self.rank!r}")
+        if not is_count(self.rank):
+            wrong.append(f"`rank`: expected a whole number, at least 1, got {self.rank!r}")
         if not 0 < self.alpha < math.inf:
             wrong.append(f"`alpha`: expected a number above 0, got {self.alpha!r}")
         if not 0 <= self.dropout < 1:
@@ -157,19 +158,19 @@ class Settings:
         counts = {name: getattr(self, name) for name in ("steps", "batch_size", "accumulate")}
         counts["save_every"] = save_every
         wrong = [
-            f"`{name}`: expected a whole number of at least 1, got {value!r}"
+            f"`{name}`: expected a whole number, at least 1, got {value!r}"
             for name, value in counts.items()
-            if not _is_count(value)
+            if not is_count(value)
         ]
-        if self.validate_every != 0 and not _is_count(self.validate_every):
+        if not is_count(self.validate_every, 0):
             wrong.append(
-                f"`validate_every`: expected a whole number of at least 0, got {self.validate_every!r}"
+                f"`validate_every`: expected a whole number, at least 0, got {self.validate_every!r}"
             )
-        if self.warmup != 0 and not _is_count(self.warmup):
-            wrong.append(f"`warmup`: expected a whole number of at least 0, got {self.warmup!r}")
-        elif _is_count(self.steps) and self.warmup >= self.steps:
+        if not is_count(self.warmup, 0):
+            wrong.append(f"`warmup`: expected a whole number, at least 0, got {self.warmup!r}")
+        elif is_count(self.steps) and self.warmup >= self.steps:
             wrong.append(f"`warmup`: expected fewer than the {self.steps} steps, got {self.warmup}")
-        if not (_is_count(self.seed + 1) and self.seed < 1 << 63):
+        if not (is_count(self.seed, 0) and self.seed < 1 << 63):
             wrong.append(f"`seed`: expected a whole number from 0 to 2^63 - 1, got {self.seed!r}")
         if not 0 < self.learning_rate <= MAX_LEARNING_RATE:
             wrong.append(
@@ -214,7 +215,3 @@ def parse_modules(written: str | Sequence[str] | None) -> tuple[str, ...] | None
     if written is None:
         return None
     return tuple(name.strip() for name in (written.split(",") if isinstance(written, str) else written))
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

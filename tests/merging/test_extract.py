@@ -177,6 +177,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(
         ({}, "expected either a rank or an energy"),
         ({"rank": 1, "energy": 0.5}, "expected either a rank or an energy"),
         ({"rank": 0}, "rank: expected a whole number, at least 1, got 0"),
+        ({"rank": 8.0}, "rank: expected a whole number, at least 1, got 8.0"),
         ({"rank": 17}, "rank: expected at most 16, the smaller side of `encoder.layers.0.mlp.fc1`, got 17"),
         ({"energy": 1.5}, r"energy: expected a number in \(0, 1\], got 1.5"),
         ({"energy": math.nan}, "energy: expected"),

@@ -213,7 +213,7 @@ def test_wrong_settings_are_listed_together(recipe, tmp_path):
             recipe, task="tints", output=tmp_path / "t", steps=0, learning_rate=math.nan, schedule="linear"
         )
     assert caught.value.message.splitlines()[1:] == [
-        "  `steps`: expected a whole number of at least 1, got 0",
+        "  `steps`: expected a whole number, at least 1, got 0",
         "  `learning_rate`: expected a number above 0, at most 1e+30, got nan",
         "  `schedule`: expected one of cosine, constant, got 'linear'",
     ]

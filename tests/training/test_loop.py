@@ -261,10 +261,10 @@ def test_wrong_settings_of_every_kind_are_listed_together(recipe: Recipe, tmp_pa
             lora=True, rank=0, alpha=0, lora_dropout=1, target_modules="q_proj,",
         )  # fmt: skip
     assert caught.value.message.splitlines()[1:] == [
-        "  `accumulate`: expected a whole number of at least 1, got 0",
-        "  `validate_every`: expected a whole number of at least 0, got -1",
+        "  `accumulate`: expected a whole number, at least 1, got 0",
+        "  `validate_every`: expected a whole number, at least 0, got -1",
         "  `precision`: float16 needs a GPU, and the device is `cpu`; bfloat16 does not",
-        "  `rank`: expected a whole number of at least 1, got 0",
+        "  `rank`: expected a whole number, at least 1, got 0",
         "  `alpha`: expected a number above 0, got 0",
         "  `lora_dropout`: expected a number in [0, 1), got 1",
         "  `target_modules`: expected names of linear layers, such as q_proj",

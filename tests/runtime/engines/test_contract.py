@@ -16,8 +16,9 @@ from mergecli.runtime.errors import UsageError
     [
         ({"name": "dask"}, "--engine: expected one of local, ray, got `dask`"),
         ({"name": "Ray"}, "--engine: expected one of local, ray, got `Ray` (did you mean `ray`?)"),
-        ({"jobs": 0}, "--jobs: expected a whole number of at least 1, got 0"),
-        ({"retries": -1}, "--retries: expected a whole number of at least 0, got -1"),
+        ({"jobs": 0}, "--jobs: expected a whole number, at least 1, got 0"),
+        ({"jobs": "2"}, "--jobs: expected a whole number, at least 1, got '2'"),
+        ({"retries": -1}, "--retries: expected a whole number, at least 0, got -1"),
         ({"name": "ray", "gpus_per_unit": 1.5}, "--gpus-per-unit: expected a fraction such as 0.5, or a whole number, got 1.5"),
         ({"gpus": "both"}, "--gpus: expected `all`, or numbers such as `0,1`, got `both`"),
         ({"address": "auto"}, "--address: belongs to `--engine ray`, the engine is local"),
