@@ -82,7 +82,8 @@ def _recipe(found: Info) -> str:
         is_ours = "mergecli" in found.metadata
         maker = found.metadata.get("method", "another command") if is_ours else "another program"
         raise InputError(
-            f"{found.path}: holds no recipe, as only `merge` writes one", f"it was made by {maker}"
+            f"{found.path}: holds no recipe",
+            f"it was made by {maker}; `merge`, `taskvector` and `extract` write their recipe into the file",
         )
     return found.metadata["recipe"].rstrip()
 

@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergecli import methods
 from mergecli.evaluation import counting
 from mergecli.evaluation.counting import Counts, Job, ModelSlot, counts_file, read_counts
 from mergecli.evaluation.facts import TowerFacts
@@ -27,6 +28,8 @@ from mergecli.evaluation.routes import RouteSums, Weights
 from mergecli.evaluation.settings import Settings, Tower
 from mergecli.formats.mixture import mixture_of
 from mergecli.formats.opening import model_path, open_source
+from mergecli.methods._mixture import Routed
+from mergecli.methods._sim import FindsTask
 from mergecli.results.result import Evaluation, TaskScore
 from mergecli.runtime.engines.contract import Unit
 from mergecli.runtime.errors import UsageError, quoted
@@ -142,7 +145,7 @@ class Scoring:
         if self.settings.routes and not any(experts):
             raise UsageError(
                 "--routes: none of the checkpoints holds a tower that routes",
-                "`weight_ensembling_moe`, `efficient_weight_ensembling_moe`, `esm_plus_plus`, `mass` and `smile` make some",
+                f"{_makers(lambda kind: kind.kind == Routed.kind)}; and with `method.router=sim` {_that_find_tasks()}",
             )
         if self.settings.features and (found := [each.name for each in towers if _sends_on(each)]):
             raise UsageError(
@@ -152,7 +155,7 @@ class Scoring:
         if self.settings.routing == "batch" and not any(_routes_batches(tower) for tower in towers):
             raise UsageError(
                 "--routing: none of the checkpoints holds a tower that routes batches otherwise than images",
-                "`weight_ensembling_moe`, `efficient_weight_ensembling_moe` and `esm_plus_plus` make some",
+                _makers(lambda kind: kind.routes_batches),
             )
 
     def images(self, task: Task) -> TaskImages:
@@ -393,6 +396,17 @@ def evaluation_of(facts: TowerFacts, tasks: Mapping[str, TaskScore], scoring: Sc
         recipe_pool=facts.pool,
         looked_at=facts.looked_at,
     )  # fmt: skip
+
+
+def _makers(fits: Callable[[type[Routed]], bool]) -> str:
+    """A hint that names the methods whose towers route, as far as they fit."""
+    kinds = ((name, methods.find(name)) for name in methods.names())
+    found = [name for name, kind in kinds if issubclass(kind, Routed) and fits(kind)]
+    return f"methods that make some: {quoted(found, len(found))}"
+
+
+def _that_find_tasks() -> str:
+    return quoted(name for name in methods.names() if issubclass(methods.find(name), FindsTask))
 
 
 def _task_found(tower: Tower, job: Job) -> float | None:

@@ -122,9 +122,10 @@ def continued(earlier: Earlier, recipe: Recipe) -> Recipe:
             f"{place} is in dtype `{state.dtype}`, got `{recipe.dtype}`",
             "a chain keeps its dtype: leave it out",
         )
-    if recipe.path is not None and recipe.seed != state.seed:
+    # without a recipe, 0 is what nobody has chosen
+    if recipe.seed != state.seed and (recipe.path is not None or recipe.seed):
         raise UsageError(
-            f"{place} has seed {state.seed}, the recipe {recipe.seed}", f"write `--set seed={state.seed}`"
+            f"{place} has seed {state.seed}, got {recipe.seed}", f"write `--set seed={state.seed}`"
         )
     return replace(
         recipe,

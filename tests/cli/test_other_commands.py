@@ -83,8 +83,8 @@ def test_a_file_of_another_program_has_no_recipe(world: World, run: Run) -> None
     ended = run("info", "base.safetensors", "--recipe")
     assert (ended.status, ended.out) == (3, "")
     assert ended.err == (
-        "error: base.safetensors: holds no recipe, as only `merge` writes one\n"
-        "hint: it was made by another program\n"
+        "error: base.safetensors: holds no recipe\n"
+        "hint: it was made by another program; `merge`, `taskvector` and `extract` write their recipe into the file\n"
     )
 
 

@@ -173,6 +173,7 @@ def test_what_does_not_go_on_is_refused(layered: World) -> None:
         ({"method": "average"}, f"{place} is merged by `opcm`, got `average`"),
         ({"method": "opcm", "settings": {"alpha": 0.4}}, f"{place} has `method.alpha` = 0.5, got 0.4"),
         ({"dtype": "bfloat16"}, f"{place} is in dtype `same`, got `bfloat16`"),
+        ({"changes": ["seed=7"]}, f"{place} has seed 0, got 7"),
         (
             {"without": ["t9"]},
             "--without: `t9` is not in the merge; there are `t1`, `t2`",

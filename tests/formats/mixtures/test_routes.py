@@ -107,8 +107,12 @@ def stop(*_: object) -> None:
 
 
 def test_routes_of_checkpoints_that_do_not_route_are_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="none of the checkpoints holds a tower that routes"):
+    with pytest.raises(UsageError, match="none of the checkpoints holds a tower that routes") as raised:
         counts(place, place / "emr.safetensors", routes=tmp_path / "routes")
+    assert raised.value.hint == (
+        "methods that make some: `efficient_weight_ensembling_moe`, `esm_plus_plus`, `mass`, `rank_one_moe`, `smile`, "
+        "`weight_ensembling_moe`; and with `method.router=sim` `emr`, `tall_mask`, `tsv_c`"
+    )
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file"):
         counts(place, place / "smile.safetensors", routes=tmp_path / "file")
@@ -118,9 +122,9 @@ def test_a_routing_of_checkpoints_that_do_not_route_is_refused(place: Path) -> N
     for method in ("emr", "smile"):
         with pytest.raises(UsageError, match=r"--routing: none .* routes batches otherwise than") as raised:
             scores(place, place / f"{method}.safetensors", routing="batch")
-        assert (
-            raised.value.hint
-            == "`weight_ensembling_moe`, `efficient_weight_ensembling_moe` and `esm_plus_plus` make some"
+        assert raised.value.hint == (
+            "methods that make some: `efficient_weight_ensembling_moe`, `esm_plus_plus`, `rank_one_moe`, "
+            "`weight_ensembling_moe`"
         )
 
 
