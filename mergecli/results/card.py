@@ -64,9 +64,14 @@ def add_results(model: Path, results: Sequence[Evaluation], table: Table) -> Pat
     read them. A card is made if there is none.
 
     Raises:
-        InputError: none of the results is of this model.
+        InputError: none of the results is of this model, or it is an adapter.
     """
     check_card(model)
+    if _weights(model) != model:
+        raise InputError(
+            f"{model}: is an adapter: results are of its base with it, and not of the adapter",
+            "write them into its README.md yourself, before or after the marked part",
+        )
     with open_checkpoint(model) as stored:
         digest = stored.digest()
     own = [each for each in results if each.checkpoint.get("digest") == digest]

@@ -249,6 +249,17 @@ def test_a_report_refuses_results_of_other_models(merged: Path, tmp_path: Path) 
         write_card(_toy_base(tmp_path))
 
 
+def test_a_report_refuses_the_card_of_an_adapter(merged: Path, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    save_file(load_file(merged / "model.safetensors"), tmp_path / "lora" / "adapter_model.safetensors")
+    with pytest.raises(InputError) as caught:
+        mergecli.report([result(merged)], card="lora")
+    assert (
+        caught.value.message == "lora: is an adapter: results are of its base with it, and not of the adapter"
+    )
+    assert caught.value.hint == "write them into its README.md yourself, before or after the marked part"
+
+
 def _toy_base(folder: Path) -> Path:
     from shutil import copytree
 
