@@ -115,6 +115,19 @@ def entropies_of(folder: Path) -> torch.Tensor:
     return load_file(folder / "learned.safetensors")["trace.entropies"]
 
 
+@pytest.mark.parametrize("method", ["ada_merging", "ada_rank", "weight_ensembling_moe"])
+def test_the_trace_has_the_coefficients_or_routes_after_each_step(
+    world: AdaptedWorld, tmp_path: Path, method: str
+) -> None:
+    rows: list[torch.Tensor] = []
+    for steps in (1, 2, 3):
+        learn(world, tmp_path, method, steps=steps)
+        rows.append(load_file(tmp_path / "learned.safetensors")["trace.coefficients"])
+    assert len({tuple(row.tolist()) for row in rows[-1]}) == 3
+    for before in rows[:-1]:
+        torch.testing.assert_close(before, rows[-1][: len(before)], rtol=0, atol=0)
+
+
 STILL: dict[str, Any] = {"mask_steps": 40, "steps": 30, "mask_rate": 0.0, "inner_rate": 0.0, "patience": 4}
 """No mask is better than another."""
 
