@@ -76,26 +76,33 @@ def test_a_folder_as_file_and_an_input_as_output_are_refused(world: World, run: 
     assert world.files["t1"].read_bytes() == content
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two models of 96 MB and their base: a merge takes long enough to be interrupted."""
+    folder = tmp_path_factory.mktemp("large")
+    weights = {f"w{i}": torch.randn(1 << 20) for i in range(24)}
+    save_file(weights, folder / "base.safetensors")
+    for name in ("t1", "t2"):
+        save_file({k: v + 0.1 for k, v in weights.items()}, folder / f"{name}.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_an_interrupted_merge_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, number: int, status: int
+    large: Path, number: int, status: int
 ) -> None:
     """Interrupted while the new file is being written: as soon as it is seen beside its target."""
-    weights = {f"w{i}": torch.randn(1 << 20) for i in range(24)}
-    save_file(weights, tmp_path / "base.safetensors")
-    for name in ("t1", "t2"):
-        save_file({k: v + 0.1 for k, v in weights.items()}, tmp_path / f"{name}.safetensors")
-    target = tmp_path / "m.safetensors"
+    target = large / "m.safetensors"
     target.write_text("old")
-    before = sorted(tmp_path.iterdir())
+    before = sorted(large.iterdir())
     process = subprocess.Popen(
-        [sys.executable, "-m", "mergecli", *MERGE, "-o", target.name], cwd=tmp_path, stdout=subprocess.PIPE,
+        [sys.executable, "-m", "mergecli", *MERGE, "-o", target.name], cwd=large, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".m.safetensors.*.part")):
+    while not list(large.glob(".m.safetensors.*.part")):
         assert process.poll() is None, "the merge ended before it could be interrupted"
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -104,7 +111,7 @@ def test_an_interrupted_merge_leaves_the_old_file_and_nothing_else(
     kept = "interrupted: nothing new is kept; the same command starts again\n"
     assert (process.returncode, out, err) == (status, "", kept)
     assert target.read_text() == "old"
-    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(large.iterdir()) == before
 
 
 def test_two_merges_to_one_target_leave_one_whole_file(world: World, run: Run) -> None:

@@ -60,7 +60,7 @@ class LoopState:
 
     def add(self, losses: Tensor, traced: Tensor) -> None:
         """Counts a step whose change is in the state already: the entropies are those before it, `traced` is that after."""
-        self.coefficients.append(traced.cpu())
+        self.coefficients.append(traced.to("cpu", copy=True))  # it may be a part of the state
         self.entropies.append(losses.cpu())
         self._sums.append(float(self.entropies[-1].sum()))
         self.number += 1

@@ -22,29 +22,31 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> AdaptedWorld:
 
 
 @pytest.mark.parametrize(("method", "settings"), CASES)
-@pytest.mark.parametrize("after", [1, 5, 6])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     world: AdaptedWorld,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     method: str,
     settings: dict[str, Any],
-    after: int,
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        learn(world, tmp_path, method, progress=stopping(after), **settings)
-    (partial,) = (tmp_path / "home" / "coefficients").rglob("*.partial.safetensors")
-    done: list[int] = []
-    resumed = learn(
-        world, tmp_path, method, **settings,
-        progress=lambda text, step, _: done.append(step) if text.startswith("adapting") else None,
-    )  # fmt: skip
-    assert done[:1] == ([after + 1] if after < 6 else [])
-    assert not partial.exists()
+    whole = learn(world, tmp_path, method, **settings)
     merged = (tmp_path / "merged.safetensors").read_bytes()
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
-    assert learn(world, tmp_path, method, **settings) == resumed
-    assert (tmp_path / "merged.safetensors").read_bytes() == merged
+    for after in (1, 5, 6):
+        home = tmp_path / f"home after {after}"
+        monkeypatch.setenv("MERGECLI_HOME", str(home))
+        with pytest.raises(KeyboardInterrupt):
+            learn(world, tmp_path, method, progress=stopping(after), **settings)
+        (partial,) = (home / "coefficients").rglob("*.partial.safetensors")
+        done: list[int] = []
+
+        def progress(text: str, step: int, _: int, done: list[int] = done) -> None:
+            if text.startswith("adapting"):
+                done.append(step)
+
+        assert learn(world, tmp_path, method, progress=progress, **settings) == whole
+        assert done[:1] == ([after + 1] if after < 6 else [])
+        assert not partial.exists()
+        assert (tmp_path / "merged.safetensors").read_bytes() == merged
 
 
 def test_an_interruption_in_the_middle_of_a_step_leaves_it_out(
@@ -113,6 +115,19 @@ def entropies_of(folder: Path) -> torch.Tensor:
     return load_file(folder / "learned.safetensors")["trace.entropies"]
 
 
+@pytest.mark.parametrize("method", ["ada_merging", "ada_rank", "weight_ensembling_moe"])
+def test_the_trace_has_the_coefficients_or_routes_after_each_step(
+    world: AdaptedWorld, tmp_path: Path, method: str
+) -> None:
+    rows: list[torch.Tensor] = []
+    for steps in (1, 2, 3):
+        learn(world, tmp_path, method, steps=steps)
+        rows.append(load_file(tmp_path / "learned.safetensors")["trace.coefficients"])
+    assert len({tuple(row.tolist()) for row in rows[-1]}) == 3
+    for before in rows[:-1]:
+        torch.testing.assert_close(before, rows[-1][: len(before)], rtol=0, atol=0)
+
+
 STILL: dict[str, Any] = {"mask_steps": 40, "steps": 30, "mask_rate": 0.0, "inner_rate": 0.0, "patience": 4}
 """No mask is better than another."""
 
@@ -139,23 +154,23 @@ def test_steps_are_not_compared_with_those_of_another_phase(world: AdaptedWorld,
     assert len(entropies_of(tmp_path)) == 12, "of neither phase there are two times four steps"
 
 
-@pytest.mark.parametrize("more", [-1, 0, 1, 3])
 def test_a_run_stopped_near_the_end_of_a_phase_goes_on_to_the_same_bytes(
-    world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int
+    world: AdaptedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = learn(world, tmp_path, "concrete_ada_merging", **STILL)
     masks = sum(
         bool((row == 0.3).all()) for row in load_file(tmp_path / "learned.safetensors")["trace.coefficients"].double().round(decimals=6)
     )  # fmt: skip
-    monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / "other home"))
-    seen = 0
+    for more in (-1, 0, 1, 3):
+        monkeypatch.setenv("MERGECLI_HOME", str(tmp_path / f"home {more}"))
+        seen = 0
 
-    def progress(description: str, done: int, total: int) -> None:
-        nonlocal seen
-        seen += description.startswith("adapting")
-        if description.startswith("adapting") and seen == masks + more:
-            raise KeyboardInterrupt
+        def progress(description: str, done: int, total: int, stop: int = masks + more) -> None:
+            nonlocal seen
+            seen += description.startswith("adapting")
+            if description.startswith("adapting") and seen == stop:
+                raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        learn(world, tmp_path, "concrete_ada_merging", progress=progress, **STILL)
-    assert learn(world, tmp_path, "concrete_ada_merging", **STILL) == whole
+        with pytest.raises(KeyboardInterrupt):
+            learn(world, tmp_path, "concrete_ada_merging", progress=progress, **STILL)
+        assert learn(world, tmp_path, "concrete_ada_merging", **STILL) == whole
