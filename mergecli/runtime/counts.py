@@ -9,7 +9,7 @@ def is_count(value: object, least: int = 1) -> bool:
     """Whether it is a whole number of at least `least`, and neither a truth value nor a number such as 2.0."""
     from numbers import Integral  # NumPy's whole numbers too
 
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
 
 
 def expect_count(name: str, value: object, least: int = 1) -> None:
