@@ -120,9 +120,9 @@ def test_a_folder_loads_in_transformers_and_keeps_the_prefix(
 
 
 def test_checkpoints_of_any_architecture_are_merged(world: World, run: Run) -> None:
-    for name in ("x", "y"):
+    for value, name in enumerate(("x", "y")):
         save_file(
-            {"model.layers.0.q.weight": torch.ones(4, 4), "norm": torch.ones(2)},
+            {"model.layers.0.q.weight": torch.full((4, 4), float(value)), "norm": torch.ones(2)},
             world.folder / f"{name}.safetensors",
         )
     ended = run("merge", "x.safetensors", "y.safetensors", "--method", "average", "-o", "m.safetensors")

@@ -75,6 +75,8 @@ def test_several_models_are_one_warning_and_those_that_differ_in_nothing_are_not
         MERGED,
         "  `birds`: text tower, text projection, logit scale (to use them: `mergecli eval ... --clip birds`)",
         "  `dogs`: logit scale (to use them: `mergecli eval ... --clip dogs`)",
+        "warning: `cars` has the weights of `birds`: they count twice",
+        "warning: `dogs` has the weights of `birds`: they count twice",
     ]
 
 
@@ -92,6 +94,7 @@ def test_where_the_base_is_a_tower_the_first_whole_clip_stands_for_it(
     assert merged(run, "birds", "cars", base="tower.safetensors") == [
         MERGED.replace("base", "`birds`", 1),
         "  `cars`: logit scale (to use them: `mergecli eval ... --clip cars`)",
+        "warning: `cars` has the weights of `birds`: they count twice",
     ]
 
 

@@ -55,7 +55,7 @@ USES: dict[str, Callable[[Path, Path, Path], object]] = {
     "extract": lambda world, base, out: extract(world / "lora", base=base, rank=2, output=out.with_suffix("")),
     "taskvector": lambda world, base, out: taskvector(world / "lora", base=base, output=out),
     "cos-sim": lambda world, base, _: cos_sim(
-        {"a": world / "lora", "b": world / "base"}, base=base
+        {"a": world / "lora", "b": world / "other"}, base=base
     ),
     "a pool": lambda world, base, _: ModelPool({"base": base, "a": world / "lora"}).load_model("a"),
     "a pool's whole CLIP": lambda world, base, _: ModelPool(
@@ -149,7 +149,8 @@ def test_the_program_warns_on_stderr_once(tmp_path: Path, run: Run) -> None:
     )
     assert (ended.status, ended.err) == (
         0,
-        "warning: adapter/adapter_model.safetensors: is an adapter for another base: expected org/other, got hf:org/clip\n",
+        "warning: adapter/adapter_model.safetensors: is an adapter for another base: expected org/other, got hf:org/clip\n"
+        "warning: `b` has the weights of the base: its task vector is zero, and so are its cosines with others\n",
     )
     assert ended.out
 
