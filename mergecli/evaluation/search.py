@@ -245,7 +245,7 @@ def search(
     data = _images(scoring, chosen, split)
     inputs = model_digests(ends)
     facts: dict[str, Any] = {
-        "space": [each.text for each in searched.dimensions], "objective": objective, "split": split, "limit": limit,
+        "space": [each.text for each in searched.dimensions], "objective": objective, "split": split, "limit": settings.limit,
         "prune": prune, "seed": seed, "method": known.method, "settings": toml_text(known.settings), "models": inputs,
         "data": data, "dtype": dtype,
     }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from mergecli.data.decoding import Corruption
 from mergecli.methods._mixture import Routing
-from mergecli.runtime.counts import expect_count
+from mergecli.runtime.counts import count
 from mergecli.runtime.engines.contract import Engine
 from mergecli.runtime.errors import UsageError, did_you_mean
 from mergecli.storage.sources import Source, parse_source
@@ -52,15 +52,13 @@ class Settings:
     """Whether the logits of every image are kept, which ensembles are made of."""
 
     def __post_init__(self) -> None:
-        """Raises UsageError if dtype, routing or corruption are unknown, or a number is below 1."""
+        """Raises UsageError if dtype, routing or corruption are unknown."""
         if self.dtype not in DTYPES:
             near = did_you_mean(self.dtype, DTYPES)
             raise UsageError(f"precision: expected one of {', '.join(DTYPES)}, got `{self.dtype}`{near}")
         if self.routing not in ROUTINGS:
             near = did_you_mean(self.routing, ROUTINGS)
             raise UsageError(f"routing: expected one of {', '.join(ROUTINGS)}, got `{self.routing}`{near}")
-        for name in ("batch_size", "limit", "workers"):
-            expect_count(name, getattr(self, name))
         if self.corruption is not None:
             from mergecli.data.corruptions import check
 
@@ -117,14 +115,16 @@ def read_arguments(
             "name it with `--clip`, or a recipe that has a `base` with `--recipe`",
         )
     chosen = tasks_of(tasks, known)
+    if batch_size is None:
+        batch_size = known.batch_size if known else 128
     settings = Settings(
-        batch_size=batch_size if batch_size is not None else known.batch_size if known else 128,
+        batch_size=count("batch_size", batch_size),
         split=split,
-        limit=limit,
+        limit=None if limit is None else count("limit", limit),
         corruption=Corruption(corruption, severity) if corruption else None,
         device=engine.device(device),
         dtype=dtype,
-        workers=workers if workers is not None else _decoders(engine),
+        workers=_decoders(engine) if workers is None else count("workers", workers),
         max_size=allowed_size(cache_size) if cache else 0,
         fresh=fresh,
         routing=cast("Routing", routing),

@@ -15,7 +15,7 @@ from mergecli.merging.models import open_models
 from mergecli.methods._base import Group, Unit
 from mergecli.recipe.reading import recipe_of
 from mergecli.recipe.schema import DTYPES, recipe_text
-from mergecli.runtime.counts import expect_count
+from mergecli.runtime.counts import count
 from mergecli.runtime.errors import UsageError, did_you_mean
 from mergecli.runtime.progress import AnyProgress, shown
 from mergecli.storage.atomic import expect_finite, refuse_inputs, whole_folder
@@ -76,7 +76,7 @@ def extract(
     """
     if (rank is None) == (energy is None):
         raise UsageError("expected either a rank or an energy", "`--rank 16`, or `--energy 0.9`")
-    expect_count("rank", rank)
+    rank = rank if rank is None else count("rank", rank)
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"energy: expected a number in (0, 1], got {energy}")
     if dtype not in DTYPES[1:]:

@@ -27,7 +27,7 @@ from mergecli.merging.models import Models
 from mergecli.methods._base import Group, Unit
 from mergecli.recipe.schema import Recipe
 from mergecli.runtime import interrupts
-from mergecli.runtime.counts import expect_count
+from mergecli.runtime.counts import count
 from mergecli.runtime.errors import InputError, UsageError, did_you_mean, listed
 from mergecli.storage.differences import Form, differences, other_architecture
 from mergecli.storage.sources import Source
@@ -65,8 +65,7 @@ class Transport:
             )
         if examples is not None and not name.startswith("gradient"):
             raise UsageError(f"examples: `{name}` looks at no images", "leave it out")
-        expect_count("examples", examples)
-        return cls(name, start, goal, examples or EXAMPLES)
+        return cls(name, start, goal, EXAMPLES if examples is None else count("examples", examples))
 
     @property
     def label(self) -> str:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from mergecli.runtime.counts import expect_count
+from mergecli.runtime.counts import count
 from mergecli.runtime.errors import UsageError, did_you_mean
 
 ENGINES = ("local", "ray")
@@ -140,7 +140,8 @@ class Engine:
         for option, least, value in (
             ("--jobs", 1, self.jobs), ("--cpus-per-unit", 1, self.cpus_per_unit), ("--retries", 0, self.retries),
         ):  # fmt: skip
-            expect_count(option, value, least)
+            if value is not None:
+                count(option, value, least)
         per_unit = self.gpus_per_unit
         if per_unit is not None and not (0 <= per_unit <= 1 or (per_unit > 0 and per_unit == int(per_unit))):
             raise UsageError(
