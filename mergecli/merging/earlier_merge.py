@@ -122,8 +122,7 @@ def continued(earlier: Earlier, recipe: Recipe) -> Recipe:
             f"{place} is in dtype `{state.dtype}`, got `{recipe.dtype}`",
             "a chain keeps its dtype: leave it out",
         )
-    # without a recipe, 0 is what nobody has chosen
-    if recipe.seed != state.seed and (recipe.path is not None or recipe.seed):
+    if recipe.named_seed not in (None, state.seed):
         raise UsageError(
             f"{place} has seed {state.seed}, got {recipe.seed}", f"write `--set seed={state.seed}`"
         )
@@ -133,7 +132,7 @@ def continued(earlier: Earlier, recipe: Recipe) -> Recipe:
         method=state.method,
         settings=dict(state.settings),
         dtype=state.dtype,
-        seed=state.seed,
+        named_seed=state.seed,
     )
 
 

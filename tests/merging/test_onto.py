@@ -165,6 +165,20 @@ def test_other_methods_say_why_they_cannot(layered: World, method: str) -> None:
         assert caught.value.hint == "merge the other models again"
 
 
+def test_a_step_has_the_chains_seed_unless_it_names_another(layered: World) -> None:
+    new, output = {"t3": layered.files["t3"]}, layered.folder / "x.safetensors"
+    two = merge(
+        {"t1": layered.files["t1"]}, onto=layered.base_file, method="opcm", changes=["seed=7"],
+        output=layered.folder / "one.safetensors",
+    )  # fmt: skip
+    for seed in (0, 8):
+        with pytest.raises(UsageError) as caught:
+            merge(new, onto=two.path, changes=[f"seed={seed}"], output=output)
+        assert caught.value.message == f"{two.path}: its chain has seed 7, got {seed}"
+        assert caught.value.hint == "write `--set seed=7`"
+    assert "seed = 7" in mergecli.info(merge(new, onto=two.path, output=output).path).metadata["recipe"]
+
+
 def test_what_does_not_go_on_is_refused(layered: World) -> None:
     two = chain(layered, "opcm", ["t1", "t2"])
     new = {"t3": layered.files["t3"]}
