@@ -84,3 +84,21 @@ class Continual(Method):
     def whole(self, step: Step, /) -> Tensor:
         """(...) the merged weights after the step."""
         return self.weights(self.remember(step), step)
+
+
+class ScaledVector(Continual):
+    """What methods share that remember a task vector, and whose merged weights are the base plus a multiple of it."""
+
+    remembers: ClassVar[Remembered] = "task vector"
+    scaling_factor: float
+    """lambda; a setting of each of them."""
+
+    def weights(self, memory: Tensor, step: Step, /) -> Tensor:
+        return memory.mul_(self.scaling_factor).add_(step.group.base)
+
+    @property
+    def can_recall(self) -> bool:
+        return self.scaling_factor != 0
+
+    def recall(self, weights: Tensor, step: Step, /) -> Tensor:
+        return (weights - step.group.base).div_(self.scaling_factor)

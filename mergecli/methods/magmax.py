@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from mergecli.methods._base import Group, PerTensor
-from mergecli.methods._continual import Continual, Remembered, Step
+from mergecli.methods._continual import ScaledVector, Step
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Magmax(Continual, PerTensor):
+class Magmax(ScaledVector, PerTensor):
     """theta = theta_0 + lambda tau_j,  entry by entry, j the task whose |tau_j| is largest
 
     Of two task vectors that differ only in sign the positive one wins; in FusionBench the later one does.
@@ -22,7 +22,6 @@ class Magmax(Continual, PerTensor):
 
     title: ClassVar[str] = "of each entry, the task vector of largest magnitude"
     paper: ClassVar[str] = "Marczak et al., MagMax, ECCV 2024, arXiv 2407.06322"
-    remembers: ClassVar[Remembered] = "task vector"
     why_not_without: ClassVar[str] = "of each entry only the largest is remembered, and not the next one"
 
     scaling_factor: Annotated[float, Range()] = 0.5
@@ -37,13 +36,3 @@ class Magmax(Continual, PerTensor):
         deltas = step.group.deltas
         high, low = deltas.amax(0), deltas.amin(0)
         return torch.where(high + low >= 0, high, low)
-
-    def weights(self, memory: Tensor, step: Step, /) -> Tensor:
-        return memory.mul_(self.scaling_factor).add_(step.group.base)
-
-    @property
-    def can_recall(self) -> bool:
-        return self.scaling_factor != 0
-
-    def recall(self, weights: Tensor, step: Step, /) -> Tensor:
-        return (weights - step.group.base).div_(self.scaling_factor)

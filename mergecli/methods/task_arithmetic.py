@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from mergecli.methods._base import Group, PerTensor, total
-from mergecli.methods._continual import Continual, Remembered, Step
+from mergecli.methods._continual import ScaledVector, Step
 from mergecli.methods._settings import Range
 
 if TYPE_CHECKING:
@@ -15,14 +15,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TaskArithmetic(Continual, PerTensor):
+class TaskArithmetic(ScaledVector, PerTensor):
     """theta = theta_0 + lambda sum_i (theta_i - theta_0)"""
 
     title: ClassVar[str] = "the base plus the scaled sum of the task vectors"
     published = "Task Arithmetic"
     paper: ClassVar[str] = "Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089"
     also_called: ClassVar[Mapping[str, str]] = {"ta": "", "task_vectors": ""}
-    remembers: ClassVar[Remembered] = "task vector"
 
     scaling_factor: Annotated[float, Range()] = 0.3
     """lambda; 0 gives the base back, 1 / T the average, a negative value forgets."""
@@ -32,13 +31,3 @@ class TaskArithmetic(Continual, PerTensor):
 
     def remember(self, step: Step, /) -> Tensor:
         return total(step.group.deltas)
-
-    def weights(self, memory: Tensor, step: Step, /) -> Tensor:
-        return memory.mul_(self.scaling_factor).add_(step.group.base)
-
-    @property
-    def can_recall(self) -> bool:
-        return self.scaling_factor != 0
-
-    def recall(self, weights: Tensor, step: Step, /) -> Tensor:
-        return (weights - step.group.base).div_(self.scaling_factor)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from mergecli.methods._base import Group, Groups, TwoPass, total
-from mergecli.methods._continual import START, Chain, Continual, Remembered, Step
+from mergecli.methods._continual import START, Chain, ScaledVector, Step
 from mergecli.methods._kth_largest import keep_largest, magnitude_thresholds
 from mergecli.methods._settings import Fraction, Range
 
@@ -24,7 +24,7 @@ class Surveyed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ties(Continual, TwoPass):
+class Ties(ScaledVector, TwoPass):
     """theta = theta_0 + lambda tau,  entry by entry:
 
     trim       t_i = tau_i where |tau_i| is among the largest `density` of its task vector, else 0
@@ -43,7 +43,6 @@ class Ties(Continual, TwoPass):
     title: ClassVar[str] = "task vectors trimmed, a sign elected for each entry, the agreeing ones added"
     published = "Ties-Merging"
     paper: ClassVar[str] = "Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708, algorithm 1"
-    remembers: ClassVar[Remembered] = "task vector"
     why_not_without: ClassVar[str] = (
         "signs were elected and entries trimmed with it, and what lost is not remembered"
     )
@@ -100,16 +99,6 @@ class Ties(Continual, TwoPass):
             if self.aggregate == "mean":
                 merged /= (agreeing > 0).sum(0).clamp_(min=1)
         return merged.mul_(sign)
-
-    def weights(self, memory: Tensor, step: Step, /) -> Tensor:
-        return memory.mul_(self.scaling_factor).add_(step.group.base)
-
-    @property
-    def can_recall(self) -> bool:
-        return self.scaling_factor != 0
-
-    def recall(self, weights: Tensor, step: Step, /) -> Tensor:
-        return (weights - step.group.base).div_(self.scaling_factor)
 
     def _trimmed(self, group: Group, thresholds: dict[str, Tensor]) -> Tensor:
         """(T, ...) the task vectors with all but their largest entries set to 0."""
