@@ -7,6 +7,7 @@
     python scripts/method_table.py RECIPE DIR --row ties --row tsv_m        # these rows
     python scripts/method_table.py RECIPE DIR --json FILE --page PAGE       # compact results, and the table between the marks of a page
     python scripts/method_table.py RECIPE DIR --table                       # makes nothing, prints what is there
+    python scripts/method_table.py RECIPE DIR --known FILE --json FILE      # makes what compact results of these models lack
 
 RECIPE names a base, models that are called after their tasks, and their images. Every method of the registry has a row with its
 defaults, some have more (`VARIANTS`); ensembles of the models are beside them. Rows with random numbers, or that draw images, are made with every seed. Methods that
@@ -123,6 +124,11 @@ class Row:
         split = getattr(built, "split", "train")
         return f"{built.examples} {split}" if isinstance(built, Calibrated) else f"all {split}"
 
+    def entry(self, routing: str) -> tuple[str, float, str]:
+        """What names a line of the compact results: its label, the share of the steps and the settings."""
+        more = f", each {'image' if routing == 'sample' else 'batch'}" if len(self.routings) > 1 else ""
+        return self.label + more, self.share, json.dumps(dict(self.settings), sort_keys=True)
+
     def published(self, routing: str) -> str:
         """The row of published tables that this one is, empty if none."""
         kind, settings = methods.find(self.method), dict(self.settings)
@@ -167,6 +173,16 @@ class Table:
         for name in ("rows", "towers", "stores"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.models = self._models()
+        known = json.loads(given.known.read_text("utf-8")) if given.known else {}
+        if known and known["models"] != self.models:
+            sys.exit(f"{given.known}: is of other models")
+        if known and known.get("limit") != given.limit:
+            sys.exit(f"{given.known}: is of {known.get('limit', 'all')} images of each task")
+        self.known: dict[tuple[str, float, str], dict[str, Any]] = {
+            (line["label"], line["share of steps"], json.dumps(line["settings"], sort_keys=True)): line
+            for line in known.get("rows", ())
+        }
+        self.known_unmerged: dict[str, Any] = known.get("unmerged", {})
         self.failed: list[str] = []
 
     def _models(self) -> dict[str, str]:
@@ -202,6 +218,11 @@ class Table:
         if found is None and makes and (tower := self.tower(row, seed, key)):
             found = self.evaluated(row, seed, key, tower)
         return found
+
+    def known_seeds(self, row: Row) -> set[int]:
+        """The seeds with which compact results have the row, in all its routings."""
+        lines = [self.known.get(row.entry(routing)) for routing in row.routings]
+        return set[int].intersection(*(set(line["seeds"]) if line else set[int]() for line in lines))
 
     def below(self, row: Row) -> Row | None:
         """The row whose tower is corrected."""
@@ -352,41 +373,15 @@ def summary(
     table: Table, found: Sequence[tuple[Row, list[dict[str, Any]]]], references: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The compact results: one entry for each row and routing."""
-    lines: list[dict[str, Any]] = []
-    for row, seeds in found:
-        for number, routing in enumerate(row.routings):
-            each = [one["results"][number] for one in seeds]
-            averages = [round(100 * one["average"], 4) for one in each]  # a cell of the table is rounded once
-            merges = [one["merge"] for one in seeds]
-            lines.append(
-                {
-                    "label": row.label + (f", each {'image' if routing == 'sample' else 'batch'}" if len(row.routings) > 1 else ""),
-                    "method": row.method,
-                    "settings": dict(row.settings),
-                    "share of steps": row.share,
-                    "kind": row.built.kind,
-                    "routing": routing,
-                    "images": row.images,
-                    "published": row.published(routing),
-                    "seeds": [one["seed"] for one in seeds],
-                    "averages": averages,
-                    "mean": round(statistics.mean(averages), 4),
-                    "spread": round(statistics.stdev(averages), 2) if len(averages) > 1 else None,
-                    "tasks": {
-                        task: round(100 * statistics.mean(one["tasks"][task] for one in each), 1)
-                        for task in each[0]["tasks"]
-                    },
-                    "size": round(each[0]["size"], 2),
-                    "seconds": round(statistics.median(one["seconds"] for one in merges), 1),
-                    "processor_seconds": round(statistics.median(one["processor_seconds"] for one in merges), 1),
-                    "gigabytes": max(one["gigabytes"] for one in merges),
-                    **({"resumed": True} if any(one["resumed"] for one in merges) else {}),
-                    **({"task_found": round(100 * each[0]["task_found"], 1)} if "task_found" in each[0] else {}),
-                }
-            )  # fmt: skip
+    lines = [
+        joined(compact(row, number, seeds) if seeds else None, table.known.get(row.entry(routing)))
+        for row, seeds in found
+        for number, routing in enumerate(row.routings)
+    ]
     return {
         "recipe": table.recipe.name,
         "models": table.models,
+        **({"limit": table.given.limit} if table.given.limit else {}),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "unmerged": {
             label: {
@@ -395,10 +390,73 @@ def summary(
                 "size": round(each["size"], 2),
             }
             for label, each in references.items()
-        },
+        }
+        or table.known_unmerged,
         "rows": lines,
         "order": {name: order(lines, name) for name in table.given.reference.split(",") if name},
     }
+
+
+def compact(row: Row, number: int, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entry of a row's routing of that number, of the files of its seeds."""
+    routing, each = row.routings[number], [one["results"][number] for one in seeds]
+    averages = [round(100 * one["average"], 4) for one in each]  # a cell of the table is rounded once
+    merges = [one["merge"] for one in seeds]
+    return {
+        "label": row.entry(routing)[0],
+        "method": row.method,
+        "settings": dict(row.settings),
+        "share of steps": row.share,
+        "kind": row.built.kind,
+        "routing": routing,
+        "images": row.images,
+        "published": row.published(routing),
+        "seeds": [one["seed"] for one in seeds],
+        "averages": averages,
+        **center(averages),
+        "tasks": {
+            task: round(100 * statistics.mean(one["tasks"][task] for one in each), 1)
+            for task in each[0]["tasks"]
+        },
+        "size": round(each[0]["size"], 2),
+        "seconds": round(statistics.median(one["seconds"] for one in merges), 1),
+        "processor_seconds": round(statistics.median(one["processor_seconds"] for one in merges), 1),
+        "gigabytes": max(one["gigabytes"] for one in merges),
+        **({"resumed": True} if any(one["resumed"] for one in merges) else {}),
+        **({"task_found": round(100 * each[0]["task_found"], 1)} if "task_found" in each[0] else {}),
+    }
+
+
+def center(averages: Sequence[float]) -> dict[str, float | None]:
+    """Mean and standard deviation over the seeds."""
+    spread = round(statistics.stdev(averages), 2) if len(averages) > 1 else None
+    return {"mean": round(statistics.mean(averages), 4), "spread": spread}
+
+
+def joined(own: dict[str, Any] | None, known: dict[str, Any] | None) -> dict[str, Any]:
+    """The entry of a row with the seeds of both: of a seed that both have, one that was made here counts.
+
+    Accuracies of single tasks are those of all seeds, unless both have the same ones; time and memory are those of what was
+    made here.
+    """
+    if own is None or known is None or set(known["seeds"]) <= set(own["seeds"]):
+        found = own or known
+        assert found is not None
+        return found
+    both = {
+        **dict(zip(known["seeds"], known["averages"], strict=True)),
+        **dict(zip(own["seeds"], own["averages"], strict=True)),
+    }
+    seeds = sorted(both)
+    averages = [both[seed] for seed in seeds]
+    tasks = own["tasks"]
+    if not set(known["seeds"]) & set(own["seeds"]):
+        weights = len(known["seeds"]) / len(seeds), len(own["seeds"]) / len(seeds)
+        tasks = {
+            task: round(weights[0] * known["tasks"][task] + weights[1] * value, 1)
+            for task, value in tasks.items()
+        }
+    return {**own, "seeds": seeds, "averages": averages, **center(averages), "tasks": tasks}
 
 
 def order(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
@@ -529,6 +587,11 @@ def main() -> None:
     )
     parser.add_argument("--keep", action="store_true", help="keep merged files")
     parser.add_argument("--table", action="store_true", help="make nothing: print the table of what is there")
+    parser.add_argument(
+        "--known",
+        type=Path,
+        help="compact results of the same models; rows and seeds that it has are not made again",
+    )
     parser.add_argument("--json", type=Path, help="where the compact results go")
     parser.add_argument("--page", type=Path, help="a page with the marks between which the table goes")
     given = parser.parse_args()
@@ -554,15 +617,16 @@ def main() -> None:
 
     for seed in [] if given.table else seeds:
         for row in chosen:
-            if row.has_chance or seed == seeds[0]:
-                table.row(row, seed if row.has_chance else 0, makes=True)
+            own = seed if row.has_chance else 0
+            if (row.has_chance or seed == seeds[0]) and own not in table.known_seeds(row):
+                table.row(row, own, makes=True)
     found: list[tuple[Row, list[dict[str, Any]]]] = []
     for row in chosen:
         for each in (row, table.others[row.label]):
-            if results := known(each):
+            if (results := known(each)) or table.known_seeds(each):
                 found.append((each, results))
                 break
-    results = summary(table, found, table.references(makes=not given.table))
+    results = summary(table, found, table.references(makes=not (given.table or table.known_unmerged)))
     text = markdown(results)
     print(text)
     if given.json:

@@ -83,3 +83,58 @@ def test_a_row_with_fewer_steps_than_published_says_so(script: Any) -> None:
         "| `ada_rank`, from the mean | 81.8 | 1 | all test | 61 | 0.73 |",
         "| `ada_rank`, from the mean, 10 % of the steps | 81.8 | 1 | all test | 61 | 0.73 |",
     ]
+
+
+def test_what_is_known_of_a_row_and_what_was_made_are_one_row_of_all_seeds(script: Any) -> None:
+    known = {
+        "seeds": [0, 1],
+        "averages": [80.0, 82.0],
+        "mean": 81.0,
+        "spread": 1.41,
+        "tasks": {"a": 81.0},
+        "seconds": 9,
+    }
+    own = {"seeds": [2], "averages": [84.0], "mean": 84.0, "spread": None, "tasks": {"a": 84.0}, "seconds": 7}
+    assert script.joined(None, known) is known
+    assert script.joined(own, None) is own
+    assert script.joined(own, known) == {
+        "seeds": [0, 1, 2], "averages": [80.0, 82.0, 84.0], "mean": 82.0, "spread": 2.0, "tasks": {"a": 82.0}, "seconds": 7,
+    }  # fmt: skip
+    again = {**own, "seeds": [0, 1]}
+    assert script.joined(again, known) is again
+
+
+def test_rows_that_compact_results_have_are_not_made_again(script: Any, tmp_path: Path) -> None:
+    import json
+    import subprocess
+
+    recipe, found = tmp_path / "two.toml", tmp_path / "found.json"
+    recipe.write_text('base = "toy:base"\n[tuned]\ndigits = "toy:digits"\nfaces = "toy:faces"\n')
+
+    def run(*more: str, limit: int = 20) -> str:
+        """What was done: the lines of stderr."""
+        words = [recipe, tmp_path / more[0], "--limit", limit, "--reference", "", "--json", found, *more[1:]]
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts" / "method_table.py", *map(str, words)], capture_output=True, text=True
+        )  # fmt: skip
+        return done.stderr if done.returncode == 0 else f"{done.returncode}: {done.stderr}"
+
+    first = run("one", "--seeds", "0", "--row", "dare", "--row", "average")
+    assert [line.split(":")[0] for line in first.splitlines()] == [
+        "merge average, seed 0", "eval average, seed 0", "merge dare, seed 0", "eval dare, seed 0", "eval base", "eval fine-tuned",
+    ]  # fmt: skip
+    rows = {line["label"]: line for line in json.loads(found.read_text())["rows"]}
+    second = run("other", "--seeds", "0,1", "--row", "dare", "--row", "average", "--known", str(found))
+    assert [line.split(":")[0] for line in second.splitlines()] == ["merge dare, seed 1", "eval dare, seed 1"]
+    results = json.loads(found.read_text())
+    assert set(results["unmerged"]) >= {"base", "fine-tuned"}
+    joined = {line["label"]: line for line in results["rows"]}
+    assert joined["average"] == rows["average"]
+    assert joined["dare"]["seeds"] == [0, 1]
+    assert joined["dare"]["averages"][:1] == rows["dare"]["averages"]
+    assert (
+        run("other", "--row", "average", "--known", str(found), limit=30)
+        == f"1: {found}: is of 20 images of each task\n"
+    )
+    recipe.write_text('base = "toy:base"\n[tuned]\ndigits = "toy:digits"\nshapes = "toy:shapes"\n')
+    assert run("other", "--row", "average", "--known", str(found)) == f"1: {found}: is of other models\n"
