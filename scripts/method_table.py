@@ -169,7 +169,6 @@ class Table:
     def __init__(self, given: argparse.Namespace) -> None:
         self.recipe, self.folder, self.given = given.recipe.absolute(), given.folder.absolute(), given
         self.every = {row.label: row for row in rows(given.share)}
-        self.others = {row.label: row for row in rows(given.or_share or given.share)}
         for name in ("rows", "towers", "stores"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.models = self._models()
@@ -183,6 +182,10 @@ class Table:
             for line in known.get("rows", ())
         }
         self.known_unmerged: dict[str, Any] = known.get("unmerged", {})
+        shares = {given.share, given.or_share or given.share, *(share for _, share, _ in self.known)}
+        self.by_share = {
+            share: {row.label: row for row in rows(share)} for share in sorted(shares, reverse=True)
+        }
         self.failed: list[str] = []
 
     def _models(self) -> dict[str, str]:
@@ -220,14 +223,19 @@ class Table:
         return found
 
     def known_seeds(self, row: Row) -> set[int]:
-        """The seeds with which compact results have the row, in all its routings."""
-        lines = [self.known.get(row.entry(routing)) for routing in row.routings]
-        return set[int].intersection(*(set(line["seeds"]) if line else set[int]() for line in lines))
+        """The seeds with which compact results have the row, in all its routings, with as large a share of the steps or a larger one."""
+        found: set[int] = set()
+        for share, same in self.by_share.items():
+            if share >= row.share:
+                lines = [self.known.get(same[row.label].entry(routing)) for routing in row.routings]
+                found |= set[int].intersection(
+                    *(set(line["seeds"]) if line else set[int]() for line in lines)
+                )
+        return found
 
     def below(self, row: Row) -> Row | None:
         """The row whose tower is corrected."""
-        same = self.every if self.every[row.label] == row else self.others
-        return same.get(row.on)
+        return self.by_share[row.share][row.on] if row.on else None
 
     def tower(self, row: Row, seed: int, key: str) -> dict[str, Any] | None:
         """What making its merged file took; the file is at `path`."""
@@ -621,9 +629,9 @@ def main() -> None:
             if (row.has_chance or seed == seeds[0]) and own not in table.known_seeds(row):
                 table.row(row, own, makes=True)
     found: list[tuple[Row, list[dict[str, Any]]]] = []
-    for row in chosen:
-        for each in (row, table.others[row.label]):
-            if (results := known(each)) or table.known_seeds(each):
+    for label, row in table.every.items():
+        for each in (same[label] for same in table.by_share.values()):
+            if (results := known(each) if row in chosen else []) or table.known_seeds(each):
                 found.append((each, results))
                 break
     results = summary(table, found, table.references(makes=not (given.table or table.known_unmerged)))

@@ -104,6 +104,7 @@ def test_what_is_known_of_a_row_and_what_was_made_are_one_row_of_all_seeds(scrip
     assert script.joined(again, known) is again
 
 
+@pytest.mark.slow
 def test_rows_that_compact_results_have_are_not_made_again(script: Any, tmp_path: Path) -> None:
     import json
     import subprocess
@@ -126,9 +127,12 @@ def test_rows_that_compact_results_have_are_not_made_again(script: Any, tmp_path
     rows = {line["label"]: line for line in json.loads(found.read_text())["rows"]}
     second = run("other", "--seeds", "0,1", "--row", "dare", "--row", "average", "--known", str(found))
     assert [line.split(":")[0] for line in second.splitlines()] == ["merge dare, seed 1", "eval dare, seed 1"]
+    third = run("third", "--seeds", "0,1", "--row", "ties", "--known", str(found))
+    assert [line.split(":")[0] for line in third.splitlines()] == ["merge ties, seed 0", "eval ties, seed 0"]
     results = json.loads(found.read_text())
     assert set(results["unmerged"]) >= {"base", "fine-tuned"}
     joined = {line["label"]: line for line in results["rows"]}
+    assert set(joined) == {"average", "dare", "ties"}
     assert joined["average"] == rows["average"]
     assert joined["dare"]["seeds"] == [0, 1]
     assert joined["dare"]["averages"][:1] == rows["dare"]["averages"]
@@ -138,3 +142,46 @@ def test_rows_that_compact_results_have_are_not_made_again(script: Any, tmp_path
     )
     recipe.write_text('base = "toy:base"\n[tuned]\ndigits = "toy:digits"\nshapes = "toy:shapes"\n')
     assert run("other", "--row", "average", "--known", str(found)) == f"1: {found}: is of other models\n"
+
+
+@pytest.mark.slow
+def test_known_rows_of_fewer_steps_stay_until_there_are_more(script: Any, tmp_path: Path) -> None:
+    import json
+    import subprocess
+
+    recipe, found = tmp_path / "two.toml", tmp_path / "found.json"
+    recipe.write_text('base = "toy:base"\n[tuned]\ndigits = "toy:digits"\nfaces = "toy:faces"\n')
+
+    def run(folder: str, *more: str) -> tuple[list[str], list[float]]:
+        """What was done, and the shares of the steps in the results."""
+        words = [
+            recipe,
+            tmp_path / folder,
+            "--limit",
+            20,
+            "--reference",
+            "",
+            "--json",
+            found,
+            "--seeds",
+            0,
+            *more,
+        ]
+        words += ["--row", "representation_surgery on task_arithmetic"]
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts" / "method_table.py", *map(str, words)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        rows = json.loads(found.read_text())["rows"]
+        return [line.split(",")[0] for line in done.stderr.splitlines()], [
+            line["share of steps"] for line in rows
+        ]
+
+    name = "representation_surgery on task_arithmetic"
+    made = ["merge task_arithmetic", f"merge {name}", f"eval {name}"]
+    steps, shares = run("one", "--share", "0.02")
+    assert (steps[:3], shares) == (made, [0.02])
+    known = ("--known", str(found))
+    assert run("two", "--share", "0.01", *known) == ([], [0.02])
+    assert run("two", "--share", "0.03", "--table", *known) == ([], [0.02])
+    assert run("two", "--share", "0.03", *known) == (made, [0.03])
