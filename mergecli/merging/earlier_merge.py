@@ -122,7 +122,7 @@ def continued(earlier: Earlier, recipe: Recipe) -> Recipe:
             f"{place} is in dtype `{state.dtype}`, got `{recipe.dtype}`",
             "a chain keeps its dtype: leave it out",
         )
-    if recipe.named_seed not in (None, state.seed):
+    if recipe.seed != state.seed and (recipe.names_seed or recipe.seed):
         raise UsageError(
             f"{place} has seed {state.seed}, got {recipe.seed}", f"write `--set seed={state.seed}`"
         )
@@ -132,7 +132,7 @@ def continued(earlier: Earlier, recipe: Recipe) -> Recipe:
         method=state.method,
         settings=dict(state.settings),
         dtype=state.dtype,
-        named_seed=state.seed,
+        seed=state.seed,
     )
 
 

@@ -62,8 +62,9 @@ class Recipe:
     """Which published pool the models are of, or another name for them: averages of two pools do not compare."""
     leave_out: tuple[str, ...] = ()
     """Beginnings of names of tensors that the models have and the base has not, such as heads, and that are not read."""
-    named_seed: int | None = None
-    """As written; None where nothing is."""
+    seed: int = 0
+    names_seed: bool = False
+    """Whether it is written, and 0 not what nobody has chosen."""
     dtype: str = "same"
     space: str = ""
     """What a method sees of adapters: `dense`, their weights; `core` or `knots`, coordinates of low rank. Empty: `core` where
@@ -84,11 +85,6 @@ class Recipe:
     tasks: Mapping[str, TaskTable] = field(default_factory=dict[str, TaskTable])
     pins: Mapping[tuple[bool, str], Source] = field(default_factory=dict[tuple[bool, str], Source])
     """What the lock beside the recipe says: (whether it is a data set, a source as it is written) -> that at a commit."""
-
-    @property
-    def seed(self) -> int:
-        """Of all random numbers; 0 where none is written."""
-        return self.named_seed or 0
 
     @cached_property
     def built(self) -> Method:
@@ -135,7 +131,8 @@ def recipe_in(values: dict[str, Any], path: Path | None, reader: RecipeReader) -
         },
         leave_out=leave_out,
         pool=(read.text(top["pool"], "pool") or None) if "pool" in top else None,
-        named_seed=read.whole(top["seed"], "seed") if "seed" in top else None,
+        seed=read.whole(top.get("seed", 0), "seed"),
+        names_seed="seed" in top,
         dtype=read.one_of(top.get("dtype", "same"), "dtype", DTYPES),
         space=read.one_of(top["space"], "space", SPACES) if "space" in top else "",
         as_adapter=read.flag(top.get("as_adapter", False), "as_adapter"),

@@ -100,7 +100,7 @@ def test_settings_that_only_the_merge_looks_at_measure_nothing_again(
 
 
 def test_a_seed_matters_only_where_images_are_drawn(zoo: Zoo) -> None:
-    other = replace(zoo.recipe, named_seed=1)
+    other = replace(zoo.recipe, seed=1)
     assert merged(zoo, "fisher")[-1000:] == merged(zoo, "fisher", other)[-1000:]
     with pytest.raises(InputError, match=r"`measured.settings.shuffle`"):
         merged(zoo, "fisher", settings={"shuffle": True})
