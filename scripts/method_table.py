@@ -17,7 +17,8 @@ A row of one seed is a file of DIR/rows. It is not made again while models, sett
 on after an interruption, and does what is new; several commands with other seeds or other rows can work on one DIR at the same
 time, and `--table` then prints all. Each runs in a process of its own, whose processor time and peak memory are noted, and
 with a store of its own, in which nothing is measured or learned yet; its time is that from models to merged file. Merged files
-are removed when they are evaluated, unless `--keep`.
+are removed when they are evaluated, unless `--keep`. With `--known` compact results stand for rows of earlier runs, whatever code
+and defaults these had; the new results have both.
 """
 
 from __future__ import annotations
@@ -172,11 +173,7 @@ class Table:
         for name in ("rows", "towers", "stores"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.models = self._models()
-        known = json.loads(given.known.read_text("utf-8")) if given.known else {}
-        if known and known["models"] != self.models:
-            sys.exit(f"{given.known}: is of other models")
-        if known and known.get("limit") != given.limit:
-            sys.exit(f"{given.known}: is of {known.get('limit', 'all')} images of each task")
+        known = self._compact(given.known) if given.known else {}
         self.known: dict[tuple[str, float, str], dict[str, Any]] = {
             (line["label"], line["share of steps"], json.dumps(line["settings"], sort_keys=True)): line
             for line in known.get("rows", ())
@@ -187,6 +184,19 @@ class Table:
             share: {row.label: row for row in rows(share)} for share in sorted(shares, reverse=True)
         }
         self.failed: list[str] = []
+
+    def _compact(self, file: Path) -> dict[str, Any]:
+        """What `--json` has written, if it is of these models and images."""
+        try:
+            known = json.loads(file.read_text("utf-8"))
+            models, limit, _ = known["models"], known.get("limit"), known["rows"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            sys.exit(f"{file}: expected results that `--json` has written: {error}")
+        if models != self.models:
+            sys.exit(f"{file}: is of other models")
+        if limit != self.given.limit:
+            sys.exit(f"{file}: is of {limit or 'all'} images of each task")
+        return known
 
     def _models(self) -> dict[str, str]:
         """Model -> digest."""

@@ -185,3 +185,12 @@ def test_known_rows_of_fewer_steps_stay_until_there_are_more(script: Any, tmp_pa
     assert run("two", "--share", "0.01", *known) == ([], [0.02])
     assert run("two", "--share", "0.03", "--table", *known) == ([], [0.02])
     assert run("two", "--share", "0.03", *known) == (made, [0.03])
+
+
+@pytest.mark.parametrize("text", [None, "no JSON", '{"rows": []}', "[]"])
+def test_known_results_that_are_none_are_told(script: Any, tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "known.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit, match=r"known\.json: expected results that `--json` has written"):
+        script.Table._compact(None, file)
